@@ -1,0 +1,5 @@
+import sys
+
+from fastresnet.cli import main
+
+sys.exit(main())

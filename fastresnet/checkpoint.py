@@ -1,0 +1,71 @@
+"""Tensors and facts in one file: safetensors with a JSON description and a SHA-256 over both.
+
+No pickle is involved, so opening a file can never run code from it, and anything that reads safetensors reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipelines.errors import DataError
+from pipelines.files import write_bytes
+
+SCHEMA = 1
+_DESCRIPTION, _DIGEST = "fastresnet", "sha256"
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write `tensors` (any device) and `description` (JSON types) atomically. Raises `OSError`, `path` untouched."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"schema": SCHEMA, **description})
+    write_bytes(path, safetensors.torch.save(tensors, {_DESCRIPTION: text, _DIGEST: _digest(tensors, text)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a safetensors file: its tensors, and the description if this program wrote it (None otherwise).
+
+    Raises `DataError` where the file is missing, damaged or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged or no safetensors file: {error}.") from None
+    if _DESCRIPTION not in metadata:
+        return tensors, None
+    text = metadata[_DESCRIPTION]
+    if metadata.get(_DIGEST) != _digest(tensors, text):
+        raise DataError(f"{path} is damaged: its contents do not match their SHA-256.")
+    description = json.loads(text)
+    if description.get("schema") != SCHEMA:
+        raise DataError(f"{path} was written by another version (schema {description.get('schema')}).")
+    return tensors, description
+
+
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with `prefix.` before every name."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors named `prefix.<name>`, by <name>."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

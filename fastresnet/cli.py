@@ -1,0 +1,320 @@
+"""The command line. torch and everything that needs it is imported inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastresnet import __version__
+from pipelines.errors import DataError, UsageError, UserError, check_choice
+
+if TYPE_CHECKING:
+    from pipelines.sources import Report
+    from pipelines.store import Dataset
+
+_OVERVIEW = """usage: fastresnet COMMAND [OPTIONS]
+
+Train the CIFAR ResNets of He et al. 2015, fast and reproducibly.
+
+commands:
+  prepare   make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
+  train     train a network by a recipe: paper, baseline (the default) or smoke
+  eval      measure weights: this program's, or another repository's state dict
+
+fastresnet COMMAND --help tells the options of a command.
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareOptions:
+    """Make a data set once: verified, in plain NumPy files. What is there and whole is left as it is."""
+
+    data: str = "cifar10"
+    """Its name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or one of your own for --source."""
+    source: Path | None = None
+    """A CIFAR-10 archive (python or binary version; .tar, .tar.gz, .tar.xz or .zip), its unpacked folder, or a folder
+    of images: train/CLASS/*.png and test/CLASS/*.png (or .jpg)."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    train_images: int = 50_000
+    """How many training images of shapes10 to draw."""
+    test_images: int = 10_000
+    """How many test images of shapes10 to draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "test_images"):
+            if not 1 <= getattr(self, name) <= 10_000_000:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in 1..10000000.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """Measure weights on a test set: top-1 accuracy, loss, accuracy of each class."""
+
+    weights: Path
+    """A checkpoint or model.safetensors of this program, or a state dict saved by another (.pt, .th,
+    .safetensors)."""
+    model: str | None = None
+    """Network; without it, what the file says, or what its shapes fit. Plain networks must be named."""
+    data: str | None = None
+    """Name or folder of the data set. Without it: the one the weights were trained on, else cifar10."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means that the weights expect, in 0..1. Without it: as in training, else the data set's own."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations that the weights expect, in 0..1; given together with --mean."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """fp32, bf16 or fp16; auto: as in training, fp32 for foreign weights."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"fastresnet: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        print(f"fastresnet: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastresnet: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {"prepare": _prepare, "train": _train, "eval": _eval}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_OVERVIEW, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fastresnet {__version__}")
+        return 0
+    check_choice("command", arguments[0], commands)
+    return commands[arguments[0]](arguments[1:])
+
+
+def _parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
+    """`options` (a dataclass) filled from the command line; tyro exits with 2 on unknown flags and unfit values."""
+    import tyro
+
+    return tyro.cli(
+        options, prog=f"fastresnet {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **settings
+    )
+
+
+# --- prepare -----------------------------------------------------------------------------------------------------
+
+
+def _prepare(arguments: list[str]) -> int:
+    options: PrepareOptions = _parse(PrepareOptions, "prepare", arguments)
+    from pipelines.convert import data_root, prepare
+
+    with _ProgressLine() as report:
+        dataset, made = prepare(
+            options.data,
+            data_root(options.root),
+            report,
+            source=options.source,
+            train_images=options.train_images,
+            test_images=options.test_images,
+        )
+    counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes"
+    print(f"{dataset.name}: {counts}, {'prepared' if made else 'already there,'} and verified in {dataset.folder}")
+    return 0
+
+
+def _find_dataset(data: str, root: Path | None) -> Dataset:
+    """Open the data set called `data`, or the store in folder `data`; make cifar10 and shapes10 if they are missing."""
+    from pipelines.convert import CIFAR10, SHAPES10, data_root, prepare
+    from pipelines.store import open_store
+
+    if Path(data).name != data or (Path(data) / "meta.json").exists():
+        return open_store(Path(data))
+    folder = data_root(root) / data
+    if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
+        return open_store(folder)
+    with _ProgressLine() as report:
+        return prepare(data, data_root(root), report)[0]
+
+
+class _ProgressLine:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __enter__(self) -> Report:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._progress = Progress(console=console, disable=not console.is_terminal, transient=True)
+        self._progress.start()
+        self._tasks: dict[str, Any] = {}
+        return self._report
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what)
+        self._progress.update(self._tasks[what], completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+# --- train -------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    from fastresnet.config import TrainConfig, from_toml
+    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES
+
+    config_file, arguments = _take_option(arguments, "--config")
+    if config_file is not None:
+        base = from_toml(Path(config_file))
+    else:
+        recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+        check_choice("recipe", recipe, RECIPES)
+        model, _ = _take_option(arguments, "--model")
+        base = RECIPES[recipe](model) if model else RECIPES[recipe]()
+    config: TrainConfig = _parse(
+        TrainConfig,
+        "train [RECIPE]",
+        arguments,
+        default=base,
+        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
+        "the defaults below; --config FILE takes them from the config.toml of a run instead.",
+    )
+
+    from rich.console import Console
+
+    from fastresnet.training.trainer import train
+
+    summary = train(config, _find_dataset(config.data, config.root), Console())
+    _print_table("result", _summary_lines(summary))
+    return 0
+
+
+def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it."""
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+# --- eval --------------------------------------------------------------------------------------------------------
+
+
+def _eval(arguments: list[str]) -> int:
+    options: EvalOptions = _parse(EvalOptions, "eval", arguments)
+    from fastresnet.config import DEVICES, PRECISIONS
+
+    check_choice("device", options.device, DEVICES)
+    check_choice("precision", options.precision, PRECISIONS)
+    if (options.mean is None) != (options.std is None):
+        raise UsageError("--mean and --std go together.")
+    if options.std and min(options.std) <= 0:
+        raise UsageError(f"--std {options.std}: standard deviations are above 0.")
+
+    import torch
+
+    from fastresnet.device import environment, resolve_device, resolve_precision
+    from fastresnet.evaluation import evaluate, open_evaluation
+    from fastresnet.weights import load_weights
+
+    device = resolve_device(options.device)
+    weights = load_weights(options.weights, options.model)
+    training = weights.training or {}
+    dataset = _find_dataset(options.data or training.get("data", "cifar10"), options.root)
+    if weights.num_classes != len(dataset.classes):
+        raise DataError(
+            f"{options.weights} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
+        )
+    normalization = training.get("normalization", "channel")
+    if options.mean is not None:
+        normalization = "channel"
+        dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
+    elif not training:
+        print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
+    precision = options.precision if options.precision != "auto" else training.get("precision", "fp32")
+    precision = resolve_precision(precision, device)
+    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
+    model = weights.model.to(device, memory_format=torch.channels_last)
+    result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device)
+    _print_table(
+        f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
+        [
+            ("top-1 accuracy", f"{result.accuracy:.2f} %"),
+            ("loss", f"{result.loss:.4f}"),
+            *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
+            ("throughput", f"{result.images_per_s:,.0f} images/s"),
+        ],
+    )
+    if options.json is not None:
+        from pipelines.files import write_bytes
+
+        figures = {
+            "schema": 1,
+            "model": weights.name,
+            "data": dataset.name,
+            "test_accuracy": result.accuracy,
+            "loss": result.loss,
+            "per_class": result.per_class,
+            "images_per_s": result.images_per_s,
+            "environment": environment(device),
+        }
+        write_bytes(options.json, json.dumps(figures, indent=2).encode())
+    return 0
+
+
+# --- what people see ---------------------------------------------------------------------------------------------
+
+
+def _print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to know of `summary.json`, as (what, value)."""
+    from fastresnet.training.loggers import format_duration
+
+    chosen_on = "the held-out split" if summary["best_chosen_on"] == "validation" else "the test set itself"
+    return [
+        ("data", summary["data"]),
+        ("model", summary["model"]),
+        ("test accuracy, last epoch", f"{summary['test_accuracy']:.2f} %"),
+        (f"test accuracy, best epoch (chosen on {chosen_on})", f"{summary['best_accuracy']:.2f} %"),
+        ("epochs / steps", f"{summary['epochs']} / {summary['steps']:,}"),
+        ("training throughput", f"{summary['images_per_s']:,.0f} images/s"),
+        (
+            "time training / in all",
+            f"{format_duration(summary['train_seconds'])} / {format_duration(summary['total_seconds'])}",
+        ),
+    ]
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    prefix = "" if category is UserWarning else f"{category.__name__}: "
+    print(f"fastresnet: note: {prefix}{message}", file=sys.stderr)

@@ -1,0 +1,188 @@
+"""Everything that decides a training run, in one validated dataclass; also the command line of `fastresnet train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import tomli_w
+from tyro.conf import Suppress
+
+from fastresnet.models import SHORTCUTS, list_models
+from pipelines import PIPELINES, Augmentation
+from pipelines.errors import UsageError, check_choice
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+SWITCHES = ("auto", "on", "off")
+
+# What may differ between a run and its resumption, because it does not decide the result.
+_FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Raises `UsageError` on impossible values."""
+
+    recipe: Suppress[str] = "baseline"
+
+    model: str = "resnet20"
+    """Network: resnet20, 32, 44, 56, 110 or 1202, and plain20 ... plain1202 without shortcuts."""
+    shortcut: str = "B"
+    """Where the width changes: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
+
+    data: str = "cifar10"
+    """cifar10, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    pipeline: str = "auto"
+    """auto, resident or torchvision."""
+    val_split: int = 0
+    """Training images held out to choose the best checkpoint by; the paper holds out 5000."""
+
+    epochs: int = 160
+    """Passes over the training set."""
+    iterations: int | None = None
+    """Stop after this many optimisation steps, even within an epoch. Without it, the epochs decide."""
+    batch_size: int = 128
+    """Images per optimisation step."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of the run after which the learning rate is divided by 10."""
+    warmup_iterations: int = 0
+    """First steps, taken with a learning rate of a tenth of --lr."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on all parameters."""
+
+    crop_padding: int = 4
+    """Pixels of padding for the random crop; 0: no crop."""
+    padding_mode: str = "zeros"
+    """zeros or reflect."""
+    flip: str = "random"
+    """none, random, or alternating (turned over every epoch)."""
+    cutout: int = 0
+    """Side of the square blanked out in each training image, in pixels."""
+    normalization: str = "half"
+    """half (mean = std = 0.5), channel (the data set's mean and std) or pixel (the paper's per-pixel mean)."""
+
+    seed: int = 0
+    """Decides initial weights, order and augmentation."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """auto, fp32, bf16 or fp16 (with a gradient scaler)."""
+    compile: str = "auto"
+    """torch.compile: auto (on a GPU), on or off."""
+
+    out: Path | None = None
+    """Run folder. Without it: $FASTRESNET_RUNS or ./runs, and a name made of recipe, model, data and seed."""
+    resume: bool = False
+    """Continue the run in the run folder, bit-exactly; starts it if there is none."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints within an epoch; 0: only at the end of each."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, list_models())
+        check_choice("shortcut", self.shortcut, SHORTCUTS)
+        check_choice("pipeline", self.pipeline, ("auto", *PIPELINES))
+        check_choice("device", self.device, DEVICES)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("compile", self.compile, SWITCHES)
+        _ = self.augmentation
+        for name, low, high in (
+            ("epochs", 1, 1_000_000),
+            ("batch_size", 1, 1 << 20),
+            ("iterations", 1, 1 << 62),
+            ("val_split", 0, 1 << 62),
+            ("warmup_iterations", 0, 1 << 62),
+            ("checkpoint_steps", 0, 1 << 62),
+            ("seed", 0, (1 << 63) - 1),
+            ("lr", 0, 1e6),
+            ("momentum", 0, 1),
+            ("weight_decay", 0, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is not in {low}..{high}.")
+        if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
+            raise UsageError(f"--milestones {self.milestones}: give growing fractions of the run between 0 and 1.")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What the pipelines need to know."""
+        return Augmentation(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)})
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimisation steps of the whole run."""
+        return min(self.epochs * steps_per_epoch, self.iterations or sys.maxsize)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that decide the result, in plain types; None is left out, as TOML has none."""
+        values = dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None and name not in _FREE_ON_RESUME
+        }
+
+    def to_toml(self) -> str:
+        """The contents of `config.toml`."""
+        return tomli_w.dumps(self.to_dict())
+
+
+def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
+    """Build a config from plain values that came out of `where`; `UsageError` names what does not fit."""
+    hints = get_type_hints(TrainConfig)
+    for name in values:
+        check_choice(f"setting in {where}", name, hints)
+    return TrainConfig(**{name: _coerce(name, value, hints[name], where) for name, value in values.items()})
+
+
+def from_toml(path: Path) -> TrainConfig:
+    """Read a `config.toml`. Raises `UsageError` where the file is missing, damaged or says what cannot be."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no TOML file: {error}.") from None
+    return from_dict(values, str(path))
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Names of the settings in which two `to_dict` results differ."""
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple and isinstance(value, list):
+        element = get_args(hint)[0]
+        return tuple(_coerce(name, item, element, where) for item in value)
+    kinds = _plain_types(hint)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if type(value) not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise UsageError(f"{where}: {name} = {value!r} is no {expected}.")
+    return value
+
+
+def _plain_types(hint: Any) -> Iterable[type]:
+    return get_args(hint) or (hint,)

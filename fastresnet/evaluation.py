@@ -1,0 +1,84 @@
+"""Accuracy and loss on a split: single view, every image counted once."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastresnet.device import DTYPES, autocast
+from pipelines import Augmentation, Pipeline, open_pipeline
+from pipelines.store import Dataset
+
+BATCH_SIZE = 1000
+"""Images per evaluation batch, less where the split is smaller; the result does not depend on it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a network achieves on a split."""
+
+    accuracy: float
+    """Top-1, percent."""
+    loss: float
+    """Mean cross-entropy, nats."""
+    per_class: dict[str, float]
+    """Top-1 of each class, percent; classes without images are left out."""
+    images_per_s: float
+
+
+def open_evaluation(
+    dataset: Dataset, normalization: str, *, pipeline: str, precision: str, device: torch.device
+) -> Pipeline:
+    """A pipeline over the test split of `dataset`, without augmentation."""
+    return open_pipeline(
+        pipeline,
+        dataset,
+        train=False,
+        batch_size=min(BATCH_SIZE, len(dataset.test)),
+        device=device,
+        dtype=DTYPES[precision],
+        seed=0,
+        augmentation=Augmentation(normalization=normalization),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    pipeline: Pipeline,
+    classes: tuple[str, ...],
+    *,
+    precision: str,
+    device: torch.device,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluate `model` on the pipeline's device; sets it to evaluation mode. `after_batch` may raise to stop early."""
+    model.eval()
+    started = time.perf_counter()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros(len(classes), dtype=torch.int64, device=device)
+    count = torch.zeros_like(correct)
+    for batch in pipeline.epoch(0):
+        with autocast(precision, device):
+            logits = model(batch.images).float()
+        real = torch.arange(len(batch.labels), device=device) < batch.valid
+        loss += (F.cross_entropy(logits, batch.labels, reduction="none") * real).sum()
+        correct.index_add_(0, batch.labels, ((logits.argmax(1) == batch.labels) & real).long())
+        count.index_add_(0, batch.labels, real.long())
+        after_batch()
+    total = int(count.sum())
+    return Evaluation(
+        accuracy=100 * int(correct.sum()) / total,
+        loss=float(loss) / total,
+        per_class={
+            name: 100 * right / of
+            for name, right, of in zip(classes, correct.tolist(), count.tolist(), strict=True)
+            if of
+        },
+        images_per_s=total / (time.perf_counter() - started),
+    )

@@ -1,0 +1,447 @@
+"""The training loop: from a config to a trained network in a run folder, resumable at every step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
+from fastresnet.config import TrainConfig, differences
+from fastresnet.device import DTYPES, environment, resolve_compile, resolve_device, resolve_precision
+from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
+from fastresnet.models import create_model
+from fastresnet.plotting import plot_curves
+from fastresnet.training.loggers import Row, Status, create_loggers
+from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
+from fastresnet.training.schedule import learning_rate
+from fastresnet.training.step import TrainStep
+from pipelines import open_pipeline
+from pipelines.errors import DataError, RunError, UsageError, UserError
+from pipelines.files import write_bytes
+from pipelines.store import Dataset
+
+# Reading the metrics waits for a GPU, which then idles; on a CPU it costs nothing.
+_STATUS_EVERY = {"cpu": 1, "cuda": 100}
+
+# A resumed run may change these, at the price of the last bits.
+_INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
+
+
+class StoppedError(UserError):
+    """A signal ended the run after it had been saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    """Where the run stands; with the tensors, all that resuming needs."""
+
+    step: int = 0
+    """Optimisation steps taken."""
+    epoch: int = 0
+    """Epochs finished, evaluation included."""
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    """metrics.csv so far."""
+    best_accuracy: float | None = None
+    """Highest accuracy on the evaluated split, percent."""
+    train_seconds: float = 0.0
+    """Time spent in training steps, over all sessions."""
+
+
+def train(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, Any]:
+    """Run `config` on `dataset` and return the contents of `summary.json`.
+
+    Raises `StoppedError` after a signal, `RunError` where the loss is not finite or memory runs out, `UsageError` where
+    the config does not fit the machine or the run folder.
+    """
+    trainer = Trainer(config, dataset, console)
+    with _explained_out_of_memory(config.batch_size), contextlib.closing(trainer):
+        return trainer.run()
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """`config.out`, else a folder in $FASTRESNET_RUNS or ./runs named after the run."""
+    if config.out is not None:
+        return config.out
+    data = Path(config.data).name
+    return (
+        Path(os.environ.get("FASTRESNET_RUNS") or "runs") / f"{config.recipe}-{config.model}-{data}-seed{config.seed}"
+    )
+
+
+class Trainer:
+    """One run. `run` does everything; `close` lets go of files and processes."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, console: Console) -> None:
+        self._started = time.perf_counter()
+        self.device = resolve_device(config.device)
+        self.config = config = dataclasses.replace(
+            config,
+            device=self.device.type,
+            precision=resolve_precision(config.precision, self.device),
+            compile="on" if resolve_compile(config.compile, self.device) else "off",
+            pipeline="resident" if config.pipeline == "auto" else config.pipeline,
+        )
+        self.console, self.dataset, self.folder = console, dataset, run_folder(config)
+        training, self.evaluated_on, evaluated = dataset, "test", dataset
+        if config.val_split:
+            (training, evaluated), self.evaluated_on = dataset.hold_out(config.val_split), "val"
+
+        with contextlib.ExitStack() as resources:
+            self.pipeline = open_pipeline(
+                config.pipeline,
+                training,
+                train=True,
+                batch_size=config.batch_size,
+                device=self.device,
+                dtype=DTYPES[config.precision],
+                seed=config.seed,
+                augmentation=config.augmentation,
+            )
+            resources.callback(self.pipeline.close)
+            self._evaluated = self._open_evaluation(evaluated)
+            resources.callback(self._evaluated.close)
+            self._resources = resources.pop_all()
+        self.total_steps = config.total_steps(len(self.pipeline))
+
+        torch.manual_seed(config.seed)
+        model = create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut)
+        self.flops = _training_flops(model) * config.batch_size * self.total_steps
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = create_optimizer(self.model, config)
+        self.step = TrainStep(
+            self.model,
+            self.optimizer,
+            precision=config.precision,
+            device=self.device,
+            compile_model=config.compile == "on",
+        )
+        self.progress = Progress()
+
+    def _open_evaluation(self, dataset: Dataset):
+        return open_evaluation(
+            dataset,
+            self.config.normalization,
+            pipeline=self.config.pipeline,
+            precision=self.config.precision,
+            device=self.device,
+        )
+
+    def close(self) -> None:
+        self._resources.close()
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to a signal."""
+        if finished := self._enter_folder():
+            return finished
+        self._announce()
+        for logger in self._create_loggers():
+            self._resources.callback(logger.close)
+        with _StopSignals() as self._signals:
+            while self.progress.step < self.total_steps or self.progress.epoch * len(self.pipeline) < self.total_steps:
+                self._train_epoch()
+                self._finish_epoch()
+            return self._finish_run()
+
+    def _train_epoch(self) -> None:
+        """The rest of the current epoch, up to the end of the run."""
+        self.model.train()
+        first_step = self.progress.epoch * len(self.pipeline)
+        status_every, checkpoint_every = _STATUS_EVERY[self.device.type], self.config.checkpoint_steps
+        self._mark, self._marked_step = time.perf_counter(), self.progress.step
+        for batch in self.pipeline.epoch(self.progress.epoch, self.progress.step - first_step):
+            if self.progress.step == self.total_steps:
+                break
+            lr = learning_rate(self.config, self.progress.step, self.total_steps)
+            self.step(batch.images, batch.labels, lr=lr, step=self.progress.step)
+            self.progress.step += 1
+            if self.progress.step % status_every == 0:
+                self._check_loss()
+                self._log_status(lr)
+            if checkpoint_every and self.progress.step % checkpoint_every == 0:
+                self._save()
+            self._stop_if_asked()
+        self._check_loss()
+        self._add_train_time()
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record, and save."""
+        progress = self.progress
+        result = self._evaluate(self._evaluated)
+        loss, accuracy = self.step.metrics()
+        lr = learning_rate(self.config, progress.step - 1, self.total_steps)
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "lr": lr,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            f"{self.evaluated_on}_loss": result.loss,
+            f"{self.evaluated_on}_accuracy": result.accuracy,
+        }
+        progress.rows.append(row)
+        progress.epoch += 1
+        self.step.reset()
+        if progress.best_accuracy is None or result.accuracy > progress.best_accuracy:
+            progress.best_accuracy = result.accuracy
+            self._save_weights("best.ckpt")
+        self._save()
+        write_bytes(self.folder / "metrics.csv", _csv(progress.rows))
+        for logger in self._loggers:
+            logger.epoch(row, self._status(loss, accuracy, lr))
+
+    def _evaluate(self, pipeline) -> Evaluation:
+        return evaluate(
+            self.model,
+            pipeline,
+            self.dataset.classes,
+            precision=self.config.precision,
+            device=self.device,
+            after_batch=self._stop_if_asked,
+        )
+
+    def _finish_run(self) -> dict[str, Any]:
+        self._save_weights("model.safetensors")
+        self._plot()
+        summary = self._summary()
+        write_bytes(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        progress, config = self.progress, self.config
+        if self.evaluated_on == "test":
+            test_accuracy, best_accuracy = progress.rows[-1]["test_accuracy"], progress.best_accuracy
+        else:  # the test set is looked at once, when all is decided
+            pipeline = self._open_evaluation(self.dataset)
+            with contextlib.closing(pipeline):
+                test_accuracy = self._evaluate(pipeline).accuracy
+                last = copy.deepcopy(self.model.state_dict())
+                best, _ = load_tensors(self.folder / "best.ckpt")
+                self.model.load_state_dict(best)
+                best_accuracy = self._evaluate(pipeline).accuracy
+                self.model.load_state_dict(last)
+        return {
+            "schema": 1,
+            "recipe": config.recipe,
+            "model": config.model,
+            "data": self.dataset.name,
+            "seed": config.seed,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "test_accuracy": test_accuracy,
+            "best_accuracy": best_accuracy,
+            "best_chosen_on": {"val": "validation", "test": "test"}[self.evaluated_on],
+            "images_per_s": progress.step * config.batch_size / progress.train_seconds,
+            "train_seconds": progress.train_seconds,
+            "total_seconds": time.perf_counter() - self._started,
+            "flops": self.flops,
+            "environment": environment(self.device),
+        }
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _enter_folder(self) -> dict[str, Any] | None:
+        """Make the run folder, or take up the run in it; the summary if that run is finished."""
+        last = self.folder / "last.ckpt"
+        if last.exists() or (self.folder / "config.toml").exists():
+            if not self.config.resume:
+                raise UsageError(
+                    f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."
+                )
+            if last.exists():
+                self._restore(last)
+            with contextlib.suppress(FileNotFoundError):
+                return json.loads((self.folder / "summary.json").read_bytes())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.folder / "config.toml", self.config.to_toml().encode())
+        return None
+
+    def _restore(self, path: Path) -> None:
+        tensors, description = load_tensors(path)
+        if description is None or "progress" not in description:
+            raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.")
+        changed = differences(self.config.to_dict(), description["config"])
+        if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
+            raise UsageError(
+                f"{self.folder} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
+                f"fastresnet train --config {self.folder / 'config.toml'} --out {self.folder} --resume"
+            )
+        if changed:
+            self.console.print(f"Note: {', '.join(changed)} differ from the run's; the last bits will too.")
+        self.model.load_state_dict(take_prefix("model", tensors))
+        load_optimizer_state(self.optimizer, self.model, take_prefix("optimizer", tensors))
+        self.step.totals.copy_(tensors["totals"])
+        if self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(description["scaler"])
+        self.progress = Progress(**description["progress"])
+
+    def _save(self) -> None:
+        """Write last.ckpt: everything that continuing needs. Never called with a loss that was not finite."""
+        self._add_train_time()
+        self._check_loss()
+        tensors = {
+            **with_prefix("model", self.model.state_dict()),
+            **with_prefix("optimizer", optimizer_state(self.optimizer, self.model)),
+            "totals": self.step.totals,
+        }
+        description = {"progress": dataclasses.asdict(self.progress), "scaler": self.step.scaler.state_dict()}
+        save_tensors(self.folder / "last.ckpt", tensors, {**self._description(), **description})
+
+    def _save_weights(self, name: str) -> None:
+        save_tensors(self.folder / name, self.model.state_dict(), self._description())
+
+    def _description(self) -> dict[str, Any]:
+        return {"config": self.config.to_dict(), "data": self.dataset.name, "classes": list(self.dataset.classes)}
+
+    # --- telling, checking, stopping -----------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        config = self.config
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        shortcut = f", shortcut {config.shortcut}" if config.model.startswith("resnet") else ""
+        self.console.print(
+            f"{config.model} ({parameters:,} parameters{shortcut}) on {self.dataset.name}, recipe {config.recipe}: "
+            f"{self.total_steps:,} steps of {config.batch_size} images; {config.pipeline} pipeline, "
+            f"{config.precision} on {config.device}{', compiled' if config.compile == 'on' else ''}; "
+            f"run folder {self.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if self.progress.step:
+            self.console.print(f"resuming after step {self.progress.step:,}", highlight=False)
+
+    def _create_loggers(self):
+        self._loggers = create_loggers(
+            self.folder,
+            self.console,
+            total_steps=self.total_steps,
+            tensorboard=self.config.tensorboard,
+            start_step=self.progress.step,
+        )
+        return self._loggers
+
+    def _log_status(self, lr: float) -> None:
+        self._add_train_time()
+        status = self._status(*self.step.metrics(), lr)
+        for logger in self._loggers:
+            logger.status(status)
+
+    def _status(self, loss: float, accuracy: float, lr: float) -> Status:
+        progress = self.progress
+        seconds_per_step = progress.train_seconds / progress.step
+        return Status(
+            epoch=min(progress.epoch + 1, -(-self.total_steps // len(self.pipeline))),
+            step=progress.step,
+            loss=loss,
+            accuracy=accuracy,
+            lr=lr,
+            images_per_s=self.config.batch_size / seconds_per_step,
+            eta_s=(self.total_steps - progress.step) * seconds_per_step,
+        )
+
+    def _add_train_time(self) -> None:
+        now = time.perf_counter()
+        if self.progress.step > self._marked_step:
+            self.progress.train_seconds += now - self._mark
+        self._mark, self._marked_step = now, self.progress.step
+
+    def _check_loss(self) -> None:
+        if (step := self.step.failed_at()) is not None:
+            kept = (
+                "last.ckpt holds the last good state" if self.progress.epoch else "no checkpoint had been written yet"
+            )
+            raise RunError(
+                f"the loss was not finite at step {step} (epoch {step // len(self.pipeline) + 1}); the weights were "
+                f"not updated with it, and {kept} ({self.folder}). Try a lower --lr, or --precision fp32."
+            )
+
+    def _stop_if_asked(self) -> None:
+        if self._signals.received is None:
+            return
+        self._save()
+        self._plot()
+        signum = self._signals.received
+        raise StoppedError(
+            signum,
+            f"stopped by {signal.Signals(signum).name} after step {self.progress.step}; saved "
+            f"{self.folder / 'last.ckpt'}. Repeat the command with --resume to continue.",
+        )
+
+    def _plot(self) -> None:
+        if self.progress.rows:
+            title = f"{self.config.model} on {self.dataset.name}, recipe {self.config.recipe}, seed {self.config.seed}"
+            plot_curves(self.folder / "curves.png", self.progress.rows, title=title, evaluated_on=self.evaluated_on)
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self.received = signum
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _explained_out_of_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+    else:
+        return
+    raise RunError(f"out of memory with --batch-size {batch_size}. Try --batch-size {max(batch_size // 2, 1)}.")
+
+
+def _training_flops(model: nn.Module) -> int:
+    """Floating-point operations of forward and backward pass for one image, counted by PyTorch on the meta device."""
+    twin = copy.deepcopy(model).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        twin(torch.empty(1, 3, 32, 32, device="meta")).sum().backward()
+    return counter.get_total_flops()
+
+
+def _csv(rows: list[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

@@ -1,0 +1,84 @@
+"""The data: from CIFAR-10's archives to normalised batches on the device. Knows nothing of models or training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from .errors import UsageError, check_choice
+from .sampling import Augmentation, Sampler
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .store import Dataset
+
+__version__ = "0.1.0"
+
+PIPELINES = ("resident", "torchvision")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch, on the pipeline's device."""
+
+    images: Tensor
+    """[B, 3, 32, 32] channels_last, normalised fp32, bf16 or fp16; or the bare pixels where uint8 was asked for."""
+    labels: Tensor
+    """[B] int64"""
+    valid: int
+    """How many rows are real; smaller than B only in the last evaluation batch."""
+
+
+class Pipeline(Protocol):
+    """Batches of one split, a pure function of (seed, epoch, step)."""
+
+    def __len__(self) -> int:
+        """Batches per epoch, on every rank."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from step `start` on."""
+
+    def close(self) -> None:
+        """Let go of memory and worker processes."""
+
+
+def open_pipeline(
+    name: str,
+    dataset: Dataset,
+    *,
+    train: bool,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    augmentation: Augmentation,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Pipeline:
+    """Open pipeline `name` on the training or test split of `dataset`.
+
+    `batch_size` counts the images of a step over all ranks. `dtype` is that of the images; `torch.uint8` delivers the
+    augmented pixels without normalisation. Evaluation (`train=False`) is in order, without crop, flip and cutout, and
+    needs no seed. Raises `UsageError` where the arguments are impossible.
+    """
+    check_choice("pipeline", name, PIPELINES)
+    if not train:
+        augmentation = dataclasses.replace(augmentation, crop_padding=0, flip="none", cutout=0)
+    split = dataset.train if train else dataset.test
+    sampler = Sampler(size=len(split), batch_size=batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
+    if name == "torchvision":
+        from .torchvision import TorchvisionPipeline
+
+        return TorchvisionPipeline(dataset, split, sampler, augmentation, device, dtype)
+    if device.type == "cpu":
+        from .resident import ResidentCpuPipeline
+
+        return ResidentCpuPipeline(dataset, split, sampler, augmentation, dtype)
+    if device.type == "cuda":
+        from .resident import ResidentCudaPipeline
+
+        return ResidentCudaPipeline(dataset, split, sampler, augmentation, device, dtype)
+    raise UsageError(f"the resident pipeline runs on cpu and cuda, not on {device.type}.")

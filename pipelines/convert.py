@@ -1,0 +1,90 @@
+"""From a source to a verified store, once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from filelock import FileLock
+
+from . import __version__
+from .errors import DataError, UsageError
+from .shapes10 import draw_shapes10
+from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
+from .store import Dataset, RawData, open_store, write_store
+
+CIFAR10, SHAPES10 = "cifar10", "shapes10"
+
+
+def data_root(root: Path | None) -> Path:
+    """The folder of all stores: `root`, else $FASTRESNET_DATA, else ./data."""
+    return Path(root or os.environ.get("FASTRESNET_DATA") or "data")
+
+
+def prepare(
+    name: str,
+    root: Path,
+    report: Report,
+    *,
+    source: Path | None = None,
+    train_images: int = 50_000,
+    test_images: int = 10_000,
+) -> tuple[Dataset, bool]:
+    """Make the store `root`/`name` unless it is there and verified; returns it and whether it had to be made.
+
+    `source` None: `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images. A second
+    process that prepares the same store waits for the first. Raises `DataError` where a source or what lies in the
+    place of the store is unfit, `UsageError` on a name that cannot be used.
+    """
+    if not name or name != Path(name).name or name.startswith("."):
+        raise UsageError(f"{name!r} is no name for a data set: use letters, digits and dashes.")
+    folder = root / name
+    if (existing := _existing(folder)) is not None:
+        return existing, False
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{name}.lock"):
+        if (existing := _existing(folder)) is not None:  # made by another process while this one waited
+            return existing, False
+        data, origin = _read(name, root, source, report, train_images, test_images)
+        report("writing", 0, 1)
+        write_store(folder, data, source=origin, version=__version__)
+        report("writing", 1, 1)
+        return open_store(folder), True
+
+
+def _existing(folder: Path) -> Dataset | None:
+    """The store in `folder` if it is whole, None if it has to be made; `DataError` where other files are in the way."""
+    if (folder / "meta.json").exists():
+        try:
+            return open_store(folder)
+        except DataError as error:
+            warnings.warn(f"making {folder} anew: {error}", stacklevel=3)
+            return None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is in the way: it holds something else. Move it, or give --data another name.")
+    return None
+
+
+def _read(
+    name: str, root: Path, source: Path | None, report: Report, train_images: int, test_images: int
+) -> tuple[RawData, str]:
+    """The images and where they come from."""
+    if name == SHAPES10:
+        if source is not None:
+            raise UsageError("shapes10 is drawn and takes no --source; give the data in it another name: --data NAME")
+        return draw_shapes10(train_images, test_images, report), "drawn"
+    if source is not None:
+        data = read_source(source, report)
+        if name == CIFAR10:
+            if data.classes != CIFAR10_CLASSES:
+                raise UsageError(f"{source} is not CIFAR-10; give it a name of its own: --data NAME")
+            verify_cifar10(data, source)
+        return data, source.name
+    if name != CIFAR10:
+        raise DataError(f"there is no data set {name!r} in {root}; prepare it from its files: --source PATH")
+    archive = download_cifar10(root / "downloads")
+    data = read_source(archive, report)
+    verify_cifar10(data, archive)
+    archive.unlink()
+    return data, "download"

@@ -1,0 +1,40 @@
+"""Errors that a user can cause and mend: one or two lines on stderr and a documented exit code, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something outside the program is wrong; the message says what, where and what to do."""
+
+    exit_code = 1
+
+
+class RunError(UserError):
+    """The work itself failed, for example the loss became non-finite."""
+
+    exit_code = 1
+
+
+class UsageError(UserError, ValueError):
+    """An argument is unknown, out of range or impossible here."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A file is missing, damaged or foreign."""
+
+    exit_code = 3
+
+
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `UsageError`, naming the nearest valid value, unless `value` is one of `choices`."""
+    names = list(choices)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")

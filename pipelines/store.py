@@ -1,0 +1,252 @@
+"""The binary data set on disk: a folder of plain NumPy files and a `meta.json` with their SHA-256.
+
+    <root>/<name>/train_images.npy   uint8 [N, 32, 32, 3]      test_images.npy
+                  train_labels.npy   int64 [N]                 test_labels.npy
+                  pixel_mean.npy     float32 [32, 32, 3], mean of the training images, in 0..1
+                  meta.json          name, classes, counts, mean and std, source, version; size and SHA-256 of each file
+
+The folder appears under its name in one rename, complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError, UsageError
+from .files import sha256, sync_folder
+from .sampling import IMAGE_SIZE, Purpose, permutation, stream_key
+
+SCHEMA = 1
+_ARRAYS = {
+    "train_images": np.dtype(np.uint8),
+    "train_labels": np.dtype(np.int64),
+    "test_images": np.dtype(np.uint8),
+    "test_labels": np.dtype(np.int64),
+    "pixel_mean": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RawData:
+    """A data set in memory, as a source delivers it."""
+
+    classes: tuple[str, ...]
+    train_images: np.ndarray
+    """uint8 [N, 32, 32, 3]"""
+    train_labels: np.ndarray
+    """int64 [N], 0..len(classes)-1"""
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Samples of a store; `ids` are their row numbers in it and select a part of the rows."""
+
+    images: np.ndarray
+    """uint8 [rows of the store, 32, 32, 3], a read-only memory map."""
+    labels: np.ndarray
+    """int64 [rows of the store]"""
+    ids: np.ndarray
+    """int64 [N]"""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """An opened and verified store."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    mean: tuple[float, ...]
+    """Mean of the training pixels of each channel, in 0..1."""
+    std: tuple[float, ...]
+    """Standard deviation of the training pixels of each channel, in 0..1."""
+    pixel_mean: np.ndarray
+    """float32 [32, 32, 3], in 0..1."""
+    folder: Path
+
+    def hold_out(self, count: int) -> tuple[Dataset, Dataset]:
+        """Split `count` training images off.
+
+        Returns the data set without them, and one whose test split is them. Which images is decided by the hash alone,
+        the same for every seed. Raises `UsageError` unless both parts have images.
+        """
+        if not 0 < count < len(self.train):
+            raise UsageError(f"cannot hold {count} images out of {len(self.train)} training images.")
+        order = self.train.ids[permutation(stream_key(0, 0, Purpose.HOLD_OUT), self.train.ids)]
+        held, kept = np.sort(order[:count]), np.sort(order[count:])
+        return (
+            replace(self, train=replace(self.train, ids=kept)),
+            replace(self, test=replace(self.train, ids=held)),
+        )
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 [N, 32, 32, 3], in 0..1, from exact counts of each level."""
+    counts = np.zeros((3, 256))
+    for start in range(0, len(images), 4096):  # bincount widens to int64: all at once would need 8 bytes a pixel
+        for channel in range(3):
+            counts[channel] += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
+    weights = counts / counts.sum(axis=1, keepdims=True)
+    levels = np.arange(256) / 255
+    mean = weights @ levels
+    std = np.sqrt((weights * (levels - mean[:, None]) ** 2).sum(axis=1))
+    return mean.tolist(), std.tolist()
+
+
+def write_store(folder: Path, data: RawData, *, source: str, version: str) -> None:
+    """Write `data` as the store `folder`, replacing what is there. Raises `OSError` with the old store untouched.
+
+    The caller holds the lock of `folder`, so the one temporary name cannot be in use.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_files(temporary, folder.name, data, source, version)
+        retired = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, retired)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_files(folder: Path, name: str, data: RawData, source: str, version: str) -> None:
+    mean, std = channel_statistics(data.train_images)
+    pixel_mean = data.train_images.mean(axis=0, dtype=np.float64) / 255
+    arrays = {
+        "train_images": data.train_images,
+        "train_labels": data.train_labels,
+        "test_images": data.test_images,
+        "test_labels": data.test_labels,
+        "pixel_mean": pixel_mean.astype(np.float32),
+    }
+    files = {}
+    for key, array in arrays.items():
+        path = folder / f"{key}.npy"
+        with open(path, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    meta = {
+        "schema": SCHEMA,
+        "name": name,
+        "classes": list(data.classes),
+        "counts": {"train": len(data.train_labels), "test": len(data.test_labels)},
+        "mean": mean,
+        "std": std,
+        "source": source,
+        "version": version,
+        "files": files,
+    }
+    with open(folder / "meta.json", "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def open_store(folder: Path) -> Dataset:
+    """Open and verify the store `folder`.
+
+    Raises `DataError` that names the file and the remedy where the store is missing, damaged or of another kind.
+    """
+    meta = _read_meta(folder)
+    arrays = {key: _open_array(folder, key, meta["files"]) for key in _ARRAYS}
+    remedy = _remedy(folder)
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.shape != (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3) or labels.ndim != 1:
+            raise DataError(f"{folder / split}_images.npy and _labels.npy do not fit together. {remedy}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(meta["classes"]):
+            raise DataError(
+                f"{folder / split}_labels.npy has labels outside the {len(meta['classes'])} classes. {remedy}"
+            )
+    if arrays["pixel_mean"].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise DataError(f"{folder / 'pixel_mean.npy'} has shape {arrays['pixel_mean'].shape}. {remedy}")
+    return Dataset(
+        name=meta["name"],
+        classes=tuple(meta["classes"]),
+        train=_whole_split(arrays["train_images"], arrays["train_labels"]),
+        test=_whole_split(arrays["test_images"], arrays["test_labels"]),
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+        pixel_mean=arrays["pixel_mean"],
+        folder=folder,
+    )
+
+
+def prepare_command(folder: Path) -> str:
+    """The command that prepares the store `folder`."""
+    return f"fastresnet prepare --data {folder.name} --root {folder.parent}"
+
+
+def _whole_split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(images, labels, np.arange(len(labels), dtype=np.int64))
+
+
+def _remedy(folder: Path) -> str:
+    return f"Prepare it again: {prepare_command(folder)}"
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_command(folder)}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+        raise DataError(f"{path} does not describe a store that this version reads. {_remedy(folder)}")
+    checks = {
+        "name": lambda value: isinstance(value, str),
+        "classes": lambda value: isinstance(value, list) and value and all(isinstance(c, str) for c in value),
+        "mean": _is_three_fractions,
+        "std": _is_three_fractions,
+        "files": lambda value: isinstance(value, dict) and {f"{key}.npy" for key in _ARRAYS} <= value.keys(),
+    }
+    for key, good in checks.items():
+        if not good(meta.get(key)):
+            raise DataError(f"{path}: {key!r} is missing or wrong. {_remedy(folder)}")
+    return meta
+
+
+def _is_three_fractions(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in value)
+
+
+def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
+    """Memory-map `key`.npy after its size and SHA-256 have been found right."""
+    path = folder / f"{key}.npy"
+    expected = files[path.name]
+    try:
+        if path.stat().st_size != expected["bytes"]:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}. {_remedy(folder)}")
+        if sha256(path) != expected["sha256"]:
+            raise DataError(f"{path} is damaged: its SHA-256 is not the one in meta.json. {_remedy(folder)}")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing. {_remedy(folder)}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. {_remedy(folder)}") from None
+    if array.dtype != _ARRAYS[key]:
+        raise DataError(f"{path} holds {array.dtype}, not {_ARRAYS[key]}. {_remedy(folder)}")
+    return array
