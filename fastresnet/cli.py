@@ -79,10 +79,14 @@ class EvalOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(_dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
     warnings.showwarning = _show_warning
     try:
-        return _dispatch(arguments)
+        return command(arguments)
     except UserError as error:
         print(f"fastresnet: {error}", file=sys.stderr)
         return error.exit_code
@@ -137,7 +141,7 @@ def _prepare(arguments: list[str]) -> int:
     return 0
 
 
-def _find_dataset(data: str, root: Path | None) -> Dataset:
+def find_dataset(data: str, root: Path | None) -> Dataset:
     """Open the data set called `data`, or the store in folder `data`; make cifar10 and shapes10 if they are missing."""
     from pipelines.convert import CIFAR10, SHAPES10, data_root, prepare
     from pipelines.store import open_store
@@ -201,7 +205,7 @@ def _train(arguments: list[str]) -> int:
 
     from fastresnet.training.trainer import train
 
-    summary = train(config, _find_dataset(config.data, config.root), Console())
+    summary = train(config, find_dataset(config.data, config.root), Console())
     _print_table("result", _summary_lines(summary))
     return 0
 
@@ -239,7 +243,7 @@ def _eval(arguments: list[str]) -> int:
     device = resolve_device(options.device)
     weights = load_weights(options.weights, options.model)
     training = weights.training or {}
-    dataset = _find_dataset(options.data or training.get("data", "cifar10"), options.root)
+    dataset = find_dataset(options.data or training.get("data", "cifar10"), options.root)
     if weights.num_classes != len(dataset.classes):
         raise DataError(
             f"{options.weights} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."

@@ -71,9 +71,15 @@ def environment(device: torch.device) -> dict[str, Any]:
             "numpy": metadata.version("numpy"),
         },
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    return f"{name} {shlex.join(sys.argv[1:])}"
 
 
 def _cpu_name() -> str:

@@ -30,7 +30,7 @@ class Normalization:
         mean, std = {
             "half": ([0.5] * 3, [0.5] * 3),
             "channel": (dataset.mean, dataset.std),
-            "pixel": (dataset.pixel_mean, [1.0] * 3),
+            "pixel": (dataset.pixel_mean.copy(), [1.0] * 3),
         }[name]
         mean = torch.as_tensor(mean, dtype=torch.float64) * 255
         scale = 1 / (torch.as_tensor(std, dtype=torch.float64) * 255)

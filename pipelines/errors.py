@@ -18,7 +18,7 @@ class RunError(UserError):
     exit_code = 1
 
 
-class UsageError(UserError, ValueError):
+class UsageError(UserError):
     """An argument is unknown, out of range or impossible here."""
 
     exit_code = 2
@@ -35,6 +35,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     names = list(choices)
     if value in names:
         return
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    likeness = {name: difflib.SequenceMatcher(None, str(value), name).ratio() for name in names}
+    nearest = max(likeness, key=likeness.__getitem__)
+    hint = f"did you mean {nearest!r}? " if likeness[nearest] >= 0.5 else ""
     raise UsageError(f"unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")

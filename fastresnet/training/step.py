@@ -42,8 +42,8 @@ class TrainStep:
         loss = F.cross_entropy(logits, labels)
         failed = self._note_failure(loss.detach(), step)
         if self.scaler.is_enabled():
-            # The scaler skips an update whose gradients are not finite: a NaN loss makes them so.
-            loss = torch.where(failed, torch.nan, loss)
+            # The scaler skips an update whose gradients are not finite: a factor of NaN makes them so.
+            loss = loss * torch.where(failed, torch.nan, 1.0)
         else:
             self.optimizer.found_inf = failed.float()
         self.scaler.scale(loss).backward()

@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
 from fastresnet.config import TrainConfig, differences
 from fastresnet.device import DTYPES, environment, resolve_compile, resolve_device, resolve_precision
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
-from fastresnet.plotting import plot_curves
 from fastresnet.training.loggers import Row, Status, create_loggers
 from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
 from fastresnet.training.schedule import learning_rate
@@ -126,7 +124,6 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         model = create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut)
-        self.flops = _training_flops(model) * config.batch_size * self.total_steps
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = create_optimizer(self.model, config)
         self.step = TrainStep(
@@ -256,7 +253,7 @@ class Trainer:
             "images_per_s": progress.step * config.batch_size / progress.train_seconds,
             "train_seconds": progress.train_seconds,
             "total_seconds": time.perf_counter() - self._started,
-            "flops": self.flops,
+            "flops": _training_flops(self.model) * config.batch_size * progress.step,
             "environment": environment(self.device),
         }
 
@@ -391,6 +388,8 @@ class Trainer:
 
     def _plot(self) -> None:
         if self.progress.rows:
+            from fastresnet.plotting import plot_curves  # matplotlib takes half a second to load
+
             title = f"{self.config.model} on {self.dataset.name}, recipe {self.config.recipe}, seed {self.config.seed}"
             plot_curves(self.folder / "curves.png", self.progress.rows, title=title, evaluated_on=self.evaluated_on)
 
@@ -433,7 +432,9 @@ def _explained_out_of_memory(batch_size: int) -> Iterator[None]:
 
 def _training_flops(model: nn.Module) -> int:
     """Floating-point operations of forward and backward pass for one image, counted by PyTorch on the meta device."""
-    twin = copy.deepcopy(model).to("meta")
+    from torch.utils.flop_counter import FlopCounterMode  # loads the machinery of torch.compile, two seconds
+
+    twin = copy.deepcopy(model).to("meta").train()
     with FlopCounterMode(display=False) as counter:
         twin(torch.empty(1, 3, 32, 32, device="meta")).sum().backward()
     return counter.get_total_flops()

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all their own set-up: they need Python >= 3.10, make and gcc, and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint bench install clean
+
+demo: install
+	$(BIN)/fastresnet prepare --data shapes10 --root runs/demo/data --train-images 10000 --test-images 2000
+	$(BIN)/fastresnet train smoke --data shapes10 --root runs/demo/data --epochs 3 --out runs/demo/run --resume
+	@ls -l runs/demo/run
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m benchmarks loaders --data shapes10
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@echo "Setting up .venv: about 5 GB with PyTorch and its CUDA libraries, once."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs/demo

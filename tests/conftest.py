@@ -1,0 +1,67 @@
+"""What all tests share: a small drawn data set, the command line in-process, and no silent skips in CI."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastresnet import cli
+from pipelines.convert import prepare
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" not in report.keywords]
+    if skipped and os.environ.get("CI"):
+        terminalreporter.section("skipped in CI, where everything but a GPU is there", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """In CI a skipped test is a failed one, unless it needs a GPU."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [report for report in reporter.stats.get("skipped", []) if "gpu" not in report.keywords]
+    if skipped and os.environ.get("CI") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def quiet(*_):
+    """A progress report that goes nowhere."""
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """A data root with a small shapes10: 331 training and 90 test images, so that no batch size divides them."""
+    root = tmp_path_factory.mktemp("data")
+    prepare("shapes10", root, quiet, train_images=331, test_images=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(data_root):
+    return prepare("shapes10", data_root, quiet)[0]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, data_root):
+    """Run a command line in this process: `code, out, err = run("train", ...)`."""
+    monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
+
+    def run_command(*arguments):
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # tyro's way of refusing arguments
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_command

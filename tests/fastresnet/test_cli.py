@@ -1,0 +1,218 @@
+"""The command line: what people type, and what they are told when it is wrong."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+def one_or_two_lines(err):
+    return "Traceback" not in err and 1 <= len(err.strip().splitlines()) <= 2
+
+
+def test_help_answers_without_loading_torch():
+    """Loading torch takes seconds; the overview, version and every command's help must not."""
+    program = (
+        "import sys\nfrom fastresnet import cli\n"
+        "try: cli.main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'torchvision', 'matplotlib'} & sys.modules.keys()"
+    )
+    for arguments in (["--help"], ["--version"], ["prepare", "--help"], ["train", "--help"], ["eval", "--help"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_the_overview_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(f"\n  {command} " in out for command in ("prepare", "train", "eval"))
+    assert run()[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
+        (["train", "papre"], ["unknown recipe 'papre'", "did you mean 'paper'?"]),
+        (["train", "--model", "resnet21"], ["unknown model 'resnet21'", "did you mean 'resnet20'?", "plain110"]),
+        (["train", "smoke", "--model=rennet56"], ["did you mean 'resnet56'?"]),
+        (["train", "--shortcut", "C"], ["unknown shortcut 'C'", "A, B"]),
+        (["train", "--pipeline", "residnt"], ["did you mean 'resident'?"]),
+        (["train", "--precision", "bf61"], ["did you mean 'bf16'?"]),
+        (["train", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
+        (["train", "--flip", "randon"], ["did you mean 'random'?"]),
+        (["train", "--padding-mode", "reflct"], ["did you mean 'reflect'?"]),
+        (["train", "--normalization", "chanel"], ["did you mean 'channel'?"]),
+        (["train", "--compile", "yes"], ["unknown compile 'yes'", "auto, on, off"]),
+        (["train", "--epochs", "0"], ["--epochs 0"]),
+        (["train", "--lr", "-1"], ["--lr -1"]),
+        (["train", "--lr", "nan"], ["--lr nan"]),
+        (["train", "--milestones", "0.7", "0.2"], ["--milestones"]),
+        (["train", "--crop-padding", "40"], ["crop padding 40"]),
+        (["train", "smoke", "--data", "shapes10", "--batch-size", "332"], ["batch size 332", "331 images"]),
+        (["train", "smoke", "--data", "shapes10", "--val-split", "331"], ["cannot hold 331 images out of 331"]),
+        (["train", "--config", "nowhere.toml"], ["cannot read the config nowhere.toml"]),
+        (["prepare", "--data", "shapes10", "--train-images", "0"], ["--train-images 0"]),
+        (["prepare", "--data", "a/b"], ["'a/b' is no name"]),
+        (["eval", "--weights", "x", "--precision", "fp61"], ["did you mean 'fp16'?"]),
+        (["eval", "--weights", "x", "--mean", "0.5", "0.5", "0.5"], ["--mean and --std go together"]),
+        (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "0", "1", "1"], ["above 0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_arguments_exit_with_2_and_name_the_nearest_right_one(run, tmp_path, monkeypatch, arguments, messages):
+    monkeypatch.setenv("FASTRESNET_RUNS", str(tmp_path / "runs"))
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert one_or_two_lines(err)
+    for message in messages:
+        assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--epoch", "3"], "--epochs"),
+        (["train", "--epochs", "many"], "many"),
+        (["prepare", "--sorce", "x"], "--source"),
+        (["eval"], "--weights"),
+        (["eval", "--weights", "x", "--jsn", "y"], "--json"),
+    ],
+)
+def test_unknown_flags_and_values_of_the_wrong_kind_exit_with_2(run, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["train", "--data", "cats"], ["no prepared data set in", "cats", "fastresnet prepare --data cats"]),
+        (["train", "--data", "./nowhere/cats"], ["nowhere/cats", "fastresnet prepare"]),
+        (["prepare", "--source", "nowhere.tar.gz"], ["nowhere.tar.gz does not exist"]),
+        (["prepare", "--data", "cats"], ["--source PATH"]),
+        (["eval", "--weights", "nowhere.ckpt"], ["nowhere.ckpt is no file"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_missing_files_exit_with_3_and_say_what_to_do(run, arguments, messages):
+    code, _, err = run(*arguments)
+    assert code == 3
+    assert one_or_two_lines(err)
+    for message in messages:
+        assert message in err
+
+
+@pytest.mark.parametrize("command", [["prepare"], ["train"], ["train", "smoke"]], ids=" ".join)
+def test_without_a_network_the_address_and_both_ways_out_are_named(run, tmp_path, monkeypatch, command):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    code, _, err = run(*command, "--root", tmp_path / "data")
+    assert code == 3
+    for message in ("http://127.0.0.1:9/cifar-10-python.tar.gz", "--source", "--data shapes10"):
+        assert message in err
+    assert "Traceback" not in err
+    left = [path for path in (tmp_path / "data").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert left == []
+
+
+def test_a_damaged_store_exits_with_3_and_names_file_and_remedy(run, data_root, tmp_path):
+    shutil.copytree(data_root / "shapes10", tmp_path / "shapes10")
+    path = tmp_path / "shapes10" / "train_images.npy"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    code, _, err = run("train", "smoke", "--data", tmp_path / "shapes10", "--out", tmp_path / "run")
+    assert code == 3
+    assert f"{path} is damaged" in err
+    assert "fastresnet prepare" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_a_folder_that_cannot_be_written_is_named(run, command, tmp_path):
+    """A file stands where a folder would have to be: unlike permissions, that stops the superuser too."""
+    (tmp_path / "file").write_text("not a folder")
+    where = {
+        "train": ["smoke", "--data", "shapes10", "--out", tmp_path / "file" / "run"],
+        "prepare": ["--data", "shapes10", "--root", tmp_path / "file" / "data"],
+    }[command]
+    code, _, err = run(command, *where)
+    assert code == 1
+    assert one_or_two_lines(err)
+    assert str(tmp_path / "file") in err
+
+
+def test_prepare_tells_what_it_made_and_that_it_is_already_there(run, tmp_path):
+    arguments = (
+        "prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 30, "--test-images", 20,
+    )  # fmt: skip
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert "30 training and 20 test images, 10 classes, prepared and verified" in out
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "already there" in out
+
+
+def test_train_draws_missing_shapes10_by_itself(run, tmp_path, monkeypatch):
+    from pipelines import convert
+
+    drawn = []
+    original = convert.draw_shapes10
+
+    def small(train_images, test_images, report):
+        drawn.append((train_images, test_images))
+        return original(128, 50, report)
+
+    monkeypatch.setattr(convert, "draw_shapes10", small)
+    arguments = ("--root", tmp_path, "--out", tmp_path / "run", "--iterations", 1, "--precision", "fp32")
+    code, *_ = run("train", "smoke", "--data", "shapes10", *arguments)
+    assert code == 0
+    assert drawn == [(50_000, 10_000)]
+
+
+def test_weights_for_another_number_of_classes_are_refused(run, tmp_path):
+    import torch
+
+    from fastresnet.models import create_model
+
+    torch.save(create_model("resnet20", num_classes=7).state_dict(), tmp_path / "seven.pt")
+    code, _, err = run("eval", "--weights", tmp_path / "seven.pt", "--data", "shapes10")
+    assert code == 3
+    assert "7 classes" in err
+
+
+def test_eval_normalises_foreign_weights_as_told(run, tmp_path):
+    """The same weights with mean = std = 0.5 given by hand are as good as the run's own file."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file
+
+    run("train", "smoke", "--data", "shapes10", "--precision", "fp32", "--out", tmp_path / "run")
+    torch.save(load_file(tmp_path / "run" / "model.safetensors"), tmp_path / "foreign.pt")
+    run("eval", "--weights", tmp_path / "run" / "model.safetensors", "--json", tmp_path / "own.json")
+    half = ("--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5)
+    foreign = ("eval", "--weights", tmp_path / "foreign.pt", "--data", "shapes10")
+    code, out, _ = run(*foreign, *half, "--json", tmp_path / "foreign.json")
+    assert code == 0
+    own, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("own", "foreign"))
+    assert own["loss"] == other["loss"]
+    assert "own mean and std" not in out
+    code, out, _ = run(*foreign)
+    assert code == 0
+    assert "normalising with shapes10's own mean and std" in out
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastresnet", "train", "papre"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean 'paper'?" in done.stderr

@@ -1,0 +1,60 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastresnet.evaluation import BATCH_SIZE, evaluate, open_evaluation
+from fastresnet.models import create_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    network = create_model("resnet20")
+    network(torch.randn(64, 3, 32, 32))  # gives the batch norms statistics of their own
+    return network.eval()
+
+
+def evaluate_small(network, dataset, monkeypatch, batch_size, normalization="half", pipeline="resident"):
+    monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
+    batches = open_evaluation(dataset, normalization, pipeline=pipeline, precision="fp32", device=CPU)
+    return evaluate(network, batches, dataset.classes, precision="fp32", device=CPU)
+
+
+@torch.no_grad()
+def expected_figures(network, dataset):
+    images = torch.from_numpy(dataset.test.images / 255).permute(0, 3, 1, 2).float()
+    labels = torch.from_numpy(dataset.test.labels.copy())
+    logits = network((images - 0.5) / 0.5)
+    hits = (logits.argmax(1) == labels).double()
+    per_class = {name: 100 * hits[labels == i].mean().item() for i, name in enumerate(dataset.classes)}
+    return 100 * hits.mean().item(), F.cross_entropy(logits, labels).item(), per_class
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "torchvision"])
+@pytest.mark.parametrize("batch_size", [7, 32, 45, BATCH_SIZE])
+def test_evaluation_counts_every_image_once_whatever_the_batch_size(
+    network, dataset, monkeypatch, batch_size, pipeline
+):
+    result = evaluate_small(network, dataset, monkeypatch, batch_size, pipeline=pipeline)
+    accuracy, loss, per_class = expected_figures(network, dataset)
+    assert result.accuracy == pytest.approx(accuracy)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.per_class == pytest.approx(per_class)
+
+
+def test_classes_without_images_are_left_out(network, dataset, monkeypatch):
+    kept = np.flatnonzero(dataset.test.labels != 3)
+    partial = dataclasses.replace(dataset, test=dataclasses.replace(dataset.test, ids=kept))
+    result = evaluate_small(network, partial, monkeypatch, 32)
+    assert set(dataset.classes) - set(result.per_class) == {dataset.classes[3]}
+
+
+def test_evaluation_does_not_change_the_network(network, dataset, monkeypatch):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    evaluate_small(network, dataset, monkeypatch, 32)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())

@@ -1,0 +1,185 @@
+"""Runs that are killed, stopped or run out of disk: started as real processes, continued, compared to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastresnet.checkpoint import load_tensors
+from pipelines.convert import prepare
+
+ARGUMENTS = [
+    "train", "smoke", "--data", "shapes10", "--batch-size", "16", "--epochs", "3", "--precision", "fp32",
+    "--checkpoint-steps", "2",
+]  # fmt: skip
+
+# Runs the command line with a fault armed: when training step {step} begins, {fault} happens.
+PROGRAM = """
+import os, resource, signal, sys
+import fastresnet.training.trainer as trainer
+from fastresnet import cli
+from fastresnet.training.step import TrainStep
+original = TrainStep.__call__
+def armed(self, images, labels, *, lr, step):
+    if step == {step}:
+        {fault}
+    original(self, images, labels, lr=lr, step=step)
+TrainStep.__call__ = armed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tmp_path_factory):
+    """80 training and 30 test images: these runs start many times, and a few steps are all they need."""
+    root = tmp_path_factory.mktemp("tiny")
+    prepare("shapes10", root, lambda *_: None, train_images=80, test_images=30)
+    return root
+
+
+@pytest.fixture
+def start(tiny_root):
+    def start_process(folder, *, step=-1, fault="pass", resume=False, expect):
+        command = [sys.executable, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
+        done = subprocess.run(
+            command + ["--resume"] * resume,
+            env={**os.environ, "FASTRESNET_DATA": str(tiny_root), "OMP_NUM_THREADS": "2"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == expect, done.stderr
+        return done
+
+    return start_process
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_root):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    subprocess.run(
+        [sys.executable, "-m", "fastresnet", *ARGUMENTS, "--out", folder],
+        env={**os.environ, "FASTRESNET_DATA": str(tiny_root), "OMP_NUM_THREADS": "2"},
+        check=True,
+        timeout=120,
+    )
+    return folder
+
+
+def assert_same_run(folder, unbroken):
+    """Weights, momentum and metrics are those of the unbroken run, to the bit."""
+    for name in ("model.safetensors", "last.ckpt", "best.ckpt"):
+        tensors, expected = load_tensors(folder / name)[0], load_tensors(unbroken / name)[0]
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert (folder / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("step", "resumed_from"),
+    [(1, None), (3, 2), (5, 5), (9, 8), (14, 14)],
+    ids=["before any checkpoint", "mid-epoch", "at an epoch's start", "mid second epoch", "last step"],
+)
+def test_a_killed_run_continues_to_the_same_bits(start, unbroken, tmp_path, step, resumed_from):
+    folder = tmp_path / "run"
+    start(folder, step=step, fault="os.kill(os.getpid(), signal.SIGKILL)", expect=-signal.SIGKILL)
+    assert (folder / "last.ckpt").exists() == (resumed_from is not None)
+    if resumed_from is not None:
+        assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == resumed_from
+    done = start(folder, resume=True, expect=0)
+    assert (f"resuming after step {resumed_from}" in done.stdout) == (resumed_from is not None)
+    assert_same_run(folder, unbroken)
+
+
+def test_killed_again_and_again(start, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    for step in (4, 7, 12):
+        start(folder, step=step, fault="os.kill(os.getpid(), signal.SIGKILL)", resume=True, expect=-signal.SIGKILL)
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "evaluation"])
+def test_killed_while_writing_a_checkpoint_or_evaluating(start, unbroken, tmp_path, moment):
+    """The kill comes when half of the new checkpoint is in its temporary file, or after the first evaluation batch."""
+    folder = tmp_path / "run"
+    half = (
+        "import pipelines.files as files; "
+        "files.os.replace = lambda a, b: (os.truncate(a, os.path.getsize(a) // 2), os.kill(os.getpid(), 9))"
+    )
+    evaluation = (
+        "trainer.Trainer._evaluate.__globals__['evaluate'] = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    fault = {"checkpoint": half, "evaluation": evaluation}[moment]
+    start(folder, step=6, fault=fault, expect=-signal.SIGKILL)
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_after_the_step_and_says_how_to_continue(start, unbroken, tmp_path, name, code):
+    folder = tmp_path / "run"
+    done = start(folder, step=8, fault=f"os.kill(os.getpid(), signal.{name})", expect=code)
+    assert f"stopped by {name} after step 9" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 9
+    assert (folder / "curves.png").exists()
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
+def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    fault = (
+        "evaluate = trainer.evaluate; "
+        "trainer.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]"
+    )
+    start(folder, step=9, fault=fault, expect=143)
+    assert load_tensors(folder / "last.ckpt")[1]["progress"] | {"rows": [], "train_seconds": 0} == {
+        "step": 10,
+        "epoch": 1,
+        "rows": [],
+        "best_accuracy": load_tensors(unbroken / "last.ckpt")[1]["progress"]["rows"][0]["test_accuracy"],
+        "train_seconds": 0,
+    }
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
+def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, unbroken, tmp_path):
+    """Files may grow to 1 MB only from step 6 on; a checkpoint has 2 MB."""
+    folder = tmp_path / "run"
+    done = start(folder, step=6, fault="resource.setrlimit(resource.RLIMIT_FSIZE, (1000000, 1000000))", expect=1)
+    assert "cannot read or write" in done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 6
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
+def test_real_lack_of_memory_names_the_batch_size(start, tmp_path):
+    """The address space may grow by 64 MB only from step 2 on."""
+    limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)"
+    fault = f"resource.setrlimit(resource.RLIMIT_AS, ({limit},) * 2); images = images.repeat(256, 1, 1, 1)"
+    done = start(tmp_path / "run", step=2, fault=fault, expect=1)
+    assert "out of memory with --batch-size 16" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_resuming_from_a_damaged_checkpoint_is_refused(start, run, tmp_path):
+    folder = tmp_path / "run"
+    start(folder, step=8, fault="os.kill(os.getpid(), signal.SIGTERM)", expect=143)
+    damaged = bytearray((folder / "last.ckpt").read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    (folder / "last.ckpt").write_bytes(damaged)
+    code, _, err = run(*ARGUMENTS, "--out", folder, "--resume")
+    assert code == 3
+    assert str(folder / "last.ckpt") in err
+    assert "SHA-256" in err

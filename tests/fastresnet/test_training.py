@@ -1,0 +1,245 @@
+"""Whole runs on the small drawn data set, in this process."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastresnet.checkpoint import load_tensors, take_prefix
+from fastresnet.training.step import TrainStep
+
+SMALL = ("smoke", "--data", "shapes10", "--batch-size", 64, "--precision", "fp32")
+
+
+@pytest.fixture
+def finished(run, tmp_path):
+    code, out, err = run("train", *SMALL, "--epochs", 2, "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    return tmp_path / "run", out
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_all_its_files_and_they_agree(finished):
+    folder, out = finished
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "best.ckpt",
+        "config.toml",
+        "curves.png",
+        "last.ckpt",
+        "metrics.csv",
+        "model.safetensors",
+        "summary.json",
+    ]
+    rows = read_csv(folder / "metrics.csv")
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
+    assert [float(row["lr"]) for row in rows] == [0.1, 0.001]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test_accuracy"] == float(rows[-1]["test_accuracy"])
+    assert summary["best_accuracy"] == max(float(row["test_accuracy"]) for row in rows)
+    assert summary["best_chosen_on"] == "test"
+    assert "chosen on the test set itself" in out
+    assert (summary["recipe"], summary["data"], summary["seed"]) == ("smoke", "shapes10", 0)
+    # 40.81 M multiply-adds forward (He et al. 2015 counts them as FLOPs); twice that backward, less the first
+    # convolution's gradient with respect to the images (3 * 16 * 9 * 1024).
+    per_image = 2 * (3 * 40.8118e6 - 3 * 16 * 9 * 1024)
+    assert summary["flops"] == pytest.approx(per_image * 64 * 10, rel=1e-3)
+    assert {"device", "threads", "versions", "commit", "command", "started"} <= summary["environment"].keys()
+    last = take_prefix("model", load_tensors(folder / "last.ckpt")[0])
+    final = load_file(folder / "model.safetensors")
+    assert last.keys() == final.keys()
+    assert all(torch.equal(last[name], final[name]) for name in final)
+
+
+def test_the_curves_are_a_readable_picture(finished):
+    with Image.open(finished[0] / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 1000
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_config_toml_repeats_the_run_to_the_bit(finished, run, tmp_path):
+    folder, _ = finished
+    code, _, err = run("train", "--config", folder / "config.toml", "--out", tmp_path / "again")
+    assert (code, err) == (0, "")
+    first, second = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (folder / "metrics.csv").read_bytes() == (tmp_path / "again" / "metrics.csv").read_bytes()
+
+
+def test_another_seed_gives_another_network(finished, run, tmp_path):
+    run("train", *SMALL, "--epochs", 2, "--seed", 1, "--out", tmp_path / "other")
+    first, second = (
+        load_file(finished[0] / "model.safetensors"),
+        load_file(tmp_path / "other" / "model.safetensors"),
+    )
+    assert not torch.equal(first["conv1.weight"], second["conv1.weight"])
+
+
+def test_both_pipelines_train_the_same_network(finished, run, tmp_path):
+    code, *_ = run("train", *SMALL, "--epochs", 2, "--pipeline", "torchvision", "--out", tmp_path / "plain")
+    assert code == 0
+    first, second = (
+        load_file(finished[0] / "model.safetensors"),
+        load_file(tmp_path / "plain" / "model.safetensors"),
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_is_never_overwritten(finished, run):
+    folder, _ = finished
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    code, _, err = run("train", *SMALL, "--epochs", 2, "--out", folder)
+    assert code == 2
+    assert "already holds a run" in err
+    assert "--resume" in err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_resuming_a_finished_run_shows_its_result_again(finished, run):
+    folder, out = finished
+    code, again, _ = run("train", *SMALL, "--epochs", 2, "--out", folder, "--resume")
+    assert code == 0
+    assert again == out[out.index("result") :]
+
+
+def test_resuming_with_other_settings_is_refused_and_names_them(finished, run):
+    folder, _ = finished
+    code, _, err = run("train", *SMALL, "--epochs", 2, "--lr", 0.2, "--seed", 5, "--out", folder, "--resume")
+    assert code == 2
+    assert "lr, seed" in err
+    assert f"--config {folder / 'config.toml'}" in err
+
+
+def test_iterations_end_a_run_within_an_epoch_and_it_is_evaluated(run, tmp_path):
+    code, *_ = run("train", *SMALL, "--epochs", 9, "--iterations", 7, "--out", tmp_path / "run")
+    assert code == 0
+    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    assert [row["step"] for row in rows] == ["5", "7"]
+
+
+def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tmp_path, monkeypatch):
+    from fastresnet.training import trainer
+
+    sizes = []
+    original = trainer.evaluate
+
+    def counting(model, pipeline, *arguments, **settings):
+        sizes.append(sum(batch.valid for batch in pipeline.epoch(0)))
+        return original(model, pipeline, *arguments, **settings)
+
+    monkeypatch.setattr(trainer, "evaluate", counting)
+    code, out, _ = run("train", *SMALL, "--epochs", 3, "--val-split", 60, "--out", tmp_path / "run")
+    assert code == 0
+    assert sizes == [60, 60, 60, 90, 90]  # each epoch on the held-out images; last and best weights on the test set
+    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    assert "test_accuracy" not in rows[0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_chosen_on"] == "validation"
+    assert "chosen on the held-out split" in out
+    code, _, _ = run("eval", "--weights", tmp_path / "run" / "best.ckpt", "--json", tmp_path / "best.json")
+    assert code == 0
+    assert json.loads((tmp_path / "best.json").read_text())["test_accuracy"] == summary["best_accuracy"]
+
+
+@pytest.mark.parametrize("file", ["last.ckpt", "best.ckpt", "model.safetensors"])
+def test_eval_reproduces_the_accuracy_of_the_run(finished, run, tmp_path, file):
+    folder, _ = finished
+    code, out, _ = run("eval", "--weights", folder / file, "--json", tmp_path / "figures.json")
+    summary = json.loads((folder / "summary.json").read_text())
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    expected = summary["best_accuracy" if file == "best.ckpt" else "test_accuracy"]
+    assert code == 0
+    assert figures["test_accuracy"] == expected
+    assert f"{expected:.2f} %" in out
+    assert figures["schema"] == 1
+    assert set(figures["per_class"]) == {"circle", "ring", "square", "diamond", "triangle", "plus", "cross"} | {
+        "horizontal_bars",
+        "vertical_bars",
+        "checkerboard",
+    }
+
+
+def test_tensorboard_holds_the_same_figures(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("train", *SMALL, "--epochs", 2, "--tensorboard", "--out", tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    for tag, column in (("loss/train", "train_loss"), ("accuracy/test", "test_accuracy"), ("lr", "lr")):
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [5, 10]
+        assert [s.value for s in scalars] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
+    original = TrainStep.__call__
+
+    def poisoned(self, images, labels, *, lr, step):
+        original(self, images * torch.inf if step == 7 else images, labels, lr=lr, step=step)
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    code, _, err = run("train", *SMALL, "--epochs", 3, "--out", tmp_path / "run")
+    assert code == 1
+    assert "not finite at step 7 (epoch 2)" in err
+    tensors, description = load_tensors(tmp_path / "run" / "last.ckpt")
+    assert description["progress"]["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    monkeypatch.setattr(TrainStep, "__call__", original)
+    code, *_ = run("train", *SMALL, "--epochs", 3, "--out", tmp_path / "run", "--resume")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "numpy"],
+)
+def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, monkeypatch, error):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", exhausted)
+    code, _, err = run("train", *SMALL, "--out", tmp_path / "run")
+    assert code == 1
+    assert "--batch-size 64" in err
+    assert "--batch-size 32" in err
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(run, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(TrainStep, "__call__", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run("train", *SMALL, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("model", ["resnet20", "plain20"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_runs_to_the_end(run, tmp_path, model, precision):
+    code, *_ = run(
+        "train", "smoke", "--data", "shapes10", "--batch-size", 16, "--iterations", 2, "--model", model,
+        "--precision", precision, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
+
+
+def test_compiled_training_gives_the_same_losses_to_the_rounding(run, tmp_path):
+    code, *_ = run("train", *SMALL, "--iterations", 3, "--compile", "on", "--out", tmp_path / "compiled")
+    assert code == 0
+    run("train", *SMALL, "--iterations", 3, "--compile", "off", "--out", tmp_path / "eager")
+    compiled, eager = (read_csv(tmp_path / name / "metrics.csv")[0] for name in ("compiled", "eager"))
+    assert float(compiled["train_loss"]) == pytest.approx(float(eager["train_loss"]), rel=1e-3)
