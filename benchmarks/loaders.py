@@ -17,7 +17,7 @@ from fastresnet import cli
 from fastresnet.config import DEVICES, PRECISIONS
 from fastresnet.device import DTYPES, environment, resolve_device, resolve_precision
 from pipelines import PIPELINES, Augmentation, Pipeline, open_pipeline
-from pipelines.errors import check_choice
+from pipelines.errors import UsageError, check_choice
 from pipelines.files import write_bytes
 from pipelines.sampling import IMAGE_SIZE
 
@@ -48,6 +48,8 @@ class LoadersOptions:
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
+        if self.rounds < 1 or self.seconds <= 0:
+            raise UsageError(f"--rounds {self.rounds} --seconds {self.seconds}: there is nothing to measure.")
 
 
 def measure_loaders(options: LoadersOptions) -> None:

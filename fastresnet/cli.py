@@ -125,7 +125,7 @@ def _parse(options: Any, command: str, arguments: list[str], **settings: Any) ->
 
 def _prepare(arguments: list[str]) -> int:
     options: PrepareOptions = _parse(PrepareOptions, "prepare", arguments)
-    from pipelines.convert import data_root, prepare
+    from pipelines.convert import SHAPES10, data_root, prepare
 
     with _ProgressLine() as report:
         dataset, made = prepare(
@@ -138,6 +138,10 @@ def _prepare(arguments: list[str]) -> int:
         )
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes"
     print(f"{dataset.name}: {counts}, {'prepared' if made else 'already there,'} and verified in {dataset.folder}")
+    asked = (options.train_images, options.test_images)
+    resized = dataset.name == SHAPES10 and asked != (len(dataset.train), len(dataset.test))
+    if not made and (options.source is not None or resized):
+        warnings.warn(f"nothing was read or drawn; remove {dataset.folder} to make it anew.", stacklevel=2)
     return 0
 
 

@@ -12,7 +12,7 @@ from . import __version__
 from .errors import DataError, UsageError
 from .shapes10 import draw_shapes10
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
-from .store import Dataset, RawData, open_store, write_store
+from .store import STORE_FILES, Dataset, RawData, open_store, write_store
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
 
@@ -59,6 +59,10 @@ def _existing(folder: Path) -> Dataset | None:
         try:
             return open_store(folder)
         except DataError as error:
+            if foreign := sorted({entry.name for entry in folder.iterdir()} - STORE_FILES):
+                raise DataError(
+                    f"{folder} is in the way: it holds {foreign[0]}. Move it, or give --data another name."
+                ) from None
             warnings.warn(f"making {folder} anew: {error}", stacklevel=3)
             return None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import lzma
 import pickle
+import pickletools
 import socket
 import tarfile
 import urllib.error
@@ -52,6 +54,14 @@ _DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
     UnicodeDecodeError,
+    RuntimeError,  # zipfile: encrypted members, and as NotImplementedError unknown compression
+)
+_NETWORK_TROUBLE = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    TimeoutError,
+    ConnectionError,
+    RuntimeError,  # torchvision: the MD5 is wrong
 )
 
 
@@ -68,7 +78,8 @@ def read_source(path: Path, report: Report) -> RawData:
     try:
         return _read_official(path, report)
     except _DAMAGE as error:
-        raise DataError(f"{path} is truncated or damaged ({error or type(error).__name__}). Fetch it again.") from None
+        reason = str(error).split("\n", 1)[0].rstrip(":") or type(error).__name__  # tarfile writes a line per method
+        raise DataError(f"{path} is truncated or damaged ({reason}). Fetch it again.") from None
     except OSError as error:
         # gzip and tarfile report damage as plain OSErrors without an errno; real I/O errors have one.
         if error.errno is not None:
@@ -108,8 +119,10 @@ def download_cifar10(folder: Path) -> Path:
     socket.setdefaulttimeout(60)  # torchvision sets none: a silent server would hang the command
     try:
         download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, RuntimeError) as error:
+    except BaseException as error:
         archive.unlink(missing_ok=True)
+        if not isinstance(error, _NETWORK_TROUBLE):
+            raise
         raise DataError(
             f"could not download {CIFAR10.url} ({getattr(error, 'reason', error)}). Without a network: fastresnet "
             "prepare --source FILE with a copy of that archive, or --data shapes10 for a drawn stand-in."
@@ -160,7 +173,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
             for file in sorted(folder.glob("*")):
-                if file.name in known:
+                if file.name in known and file.is_file():
                     _check_size(file.name, file.stat().st_size, path)
                     yield file.name, file.read_bytes()
     elif zipfile.is_zipfile(path):
@@ -173,10 +186,14 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     else:
         with tarfile.open(path) as archive:
             for entry in archive:
+                if entry.size < 0:  # CPython before 3.11.14 would read the same header for ever (CVE-2025-8194)
+                    raise DataError(f"{path}: {entry.name} claims {entry.size} bytes.")
                 name = PurePosixPath(entry.name).name
                 if name in known and entry.isreg():
                     _check_size(name, entry.size, path)
                     yield name, archive.extractfile(entry).read()
+            while archive.fileobj.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
+                pass
 
 
 def _check_size(name: str, size: int, path: Path) -> None:
@@ -191,6 +208,7 @@ def _parse_member(name: str, data: bytes, path: Path) -> Any:
             return tuple(data.decode("ascii").split())
         if name.endswith(".bin"):
             return _parse_binary_batch(data)
+        _check_program(data)
         content = _CifarUnpickler(io.BytesIO(data)).load()
         if name == "batches.meta":
             return tuple(label.decode("ascii") for label in content[b"label_names"])
@@ -204,14 +222,16 @@ def _parse_member(name: str, data: bytes, path: Path) -> Any:
 
 
 def _parse_binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    if len(data) % (_PIXELS + 1):
-        raise DataError(f"has {len(data)} bytes, not a multiple of {_PIXELS + 1}: it is truncated.")
+    if not data or len(data) % (_PIXELS + 1):
+        raise DataError(f"has {len(data)} bytes, not a multiple of {_PIXELS + 1} above 0: it is truncated.")
     records = np.frombuffer(data, np.uint8).reshape(-1, _PIXELS + 1)
     return _channels_last(records[:, 1:]), records[:, 0].astype(np.int64)
 
 
 def _parse_python_batch(content: dict) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = content[b"data"].array(), np.array(content[b"labels"], np.int64)
+    images, labels = content[b"data"].array(), np.array(content[b"labels"])
+    if labels.ndim != 1 or labels.dtype != np.int64:
+        raise DataError("has labels that are not a list of small integers.")
     if images.shape != (len(labels), _PIXELS):
         raise DataError(f"has images of shape {images.shape} for {len(labels)} labels.")
     return _channels_last(images), labels
@@ -220,6 +240,18 @@ def _parse_python_batch(content: dict) -> tuple[np.ndarray, np.ndarray]:
 def _channels_last(planes: np.ndarray) -> np.ndarray:
     """[N, 3072] red, green, blue planes to [N, 32, 32, 3]."""
     return np.ascontiguousarray(planes.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).transpose(0, 2, 3, 1))
+
+
+def _check_program(data: bytes) -> None:
+    """Refuse pickles that would exhaust the interpreter: far-out memo entries, and tuples nested until hashing one
+    overflows the C stack. Official batches have a handful of tuples and number their memo without gaps."""
+    tuples = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # genops warns of odd escapes in damaged strings
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            tuples += "TUPLE" in opcode.name
+            if tuples > 100 or ("PUT" in opcode.name and argument > count):
+                raise pickle.UnpicklingError("its structure is not that of a batch")
 
 
 class _PickledDtype:

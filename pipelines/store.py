@@ -10,9 +10,11 @@ The folder appears under its name in one rename, complete, or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ _ARRAYS = {
     "test_labels": np.dtype(np.int64),
     "pixel_mean": np.dtype(np.float32),
 }
+
+STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS)})
+"""Everything that a store consists of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +112,26 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def write_store(folder: Path, data: RawData, *, source: str, version: str) -> None:
-    """Write `data` as the store `folder`, replacing what is there. Raises `OSError` with the old store untouched.
+    """Write `data` as the store `folder`, replacing a damaged one there once the new one is complete.
 
-    The caller holds the lock of `folder`, so the one temporary name cannot be in use.
+    The caller holds the lock of `folder`, so the one temporary name cannot be in use. Raises `OSError`.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         _write_files(temporary, folder.name, data, source, version)
-        retired = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        if folder.exists():
-            os.rename(folder, retired)
+        shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
         sync_folder(folder.parent)
-        shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    """SHA-256 of everything in meta.json but itself."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_files(folder: Path, name: str, data: RawData, source: str, version: str) -> None:
@@ -156,6 +163,7 @@ def _write_files(folder: Path, name: str, data: RawData, source: str, version: s
         "version": version,
         "files": files,
     }
+    meta["sha256"] = _meta_digest(meta)
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=2)
         file.flush()
@@ -173,7 +181,7 @@ def open_store(folder: Path) -> Dataset:
     remedy = _remedy(folder)
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.shape != (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3) or labels.ndim != 1:
+        if labels.ndim != 1 or images.shape != (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3):
             raise DataError(f"{folder / split}_images.npy and _labels.npy do not fit together. {remedy}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(meta["classes"]):
             raise DataError(
@@ -212,7 +220,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_command(folder)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise DataError(f"{path} does not describe a store that this version reads. {_remedy(folder)}")
@@ -226,6 +234,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     for key, good in checks.items():
         if not good(meta.get(key)):
             raise DataError(f"{path}: {key!r} is missing or wrong. {_remedy(folder)}")
+    if meta.get("sha256") != _meta_digest(meta):
+        raise DataError(f"{path} is damaged: its own SHA-256 is wrong. {_remedy(folder)}")
     return meta
 
 
@@ -242,10 +252,10 @@ def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
             raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}. {_remedy(folder)}")
         if sha256(path) != expected["sha256"]:
             raise DataError(f"{path} is damaged: its SHA-256 is not the one in meta.json. {_remedy(folder)}")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, takes .npy alone
     except FileNotFoundError:
         raise DataError(f"{path} is missing. {_remedy(folder)}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, tokenize.TokenError) as error:
         raise DataError(f"{path} cannot be read: {error}. {_remedy(folder)}") from None
     if array.dtype != _ARRAYS[key]:
         raise DataError(f"{path} holds {array.dtype}, not {_ARRAYS[key]}. {_remedy(folder)}")

@@ -26,11 +26,11 @@ from fastresnet.config import TrainConfig, differences
 from fastresnet.device import DTYPES, environment, resolve_compile, resolve_device, resolve_precision
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
-from fastresnet.training.loggers import Row, Status, create_loggers
+from fastresnet.training.loggers import Logger, Row, Status, create_loggers
 from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
 from fastresnet.training.schedule import learning_rate
 from fastresnet.training.step import TrainStep
-from pipelines import open_pipeline
+from pipelines import Pipeline, open_pipeline
 from pipelines.errors import DataError, RunError, UsageError, UserError
 from pipelines.files import write_bytes
 from pipelines.store import Dataset
@@ -134,8 +134,10 @@ class Trainer:
             compile_model=config.compile == "on",
         )
         self.progress = Progress()
+        self._mark, self._marked_step = time.perf_counter(), 0
+        self._loggers: list[Logger] = []
 
-    def _open_evaluation(self, dataset: Dataset):
+    def _open_evaluation(self, dataset: Dataset) -> Pipeline:
         return open_evaluation(
             dataset,
             self.config.normalization,
@@ -154,8 +156,7 @@ class Trainer:
         if finished := self._enter_folder():
             return finished
         self._announce()
-        for logger in self._create_loggers():
-            self._resources.callback(logger.close)
+        self._open_loggers()
         with _StopSignals() as self._signals:
             while self.progress.step < self.total_steps or self.progress.epoch * len(self.pipeline) < self.total_steps:
                 self._train_epoch()
@@ -186,7 +187,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Evaluate, record, and save."""
         progress = self.progress
-        result = self._evaluate(self._evaluated)
+        result = self._evaluate(self.model, self._evaluated)
         loss, accuracy = self.step.metrics()
         lr = learning_rate(self.config, progress.step - 1, self.total_steps)
         row = {
@@ -205,13 +206,13 @@ class Trainer:
             progress.best_accuracy = result.accuracy
             self._save_weights("best.ckpt")
         self._save()
-        write_bytes(self.folder / "metrics.csv", _csv(progress.rows))
+        self._write_metrics()
         for logger in self._loggers:
             logger.epoch(row, self._status(loss, accuracy, lr))
 
-    def _evaluate(self, pipeline) -> Evaluation:
+    def _evaluate(self, model: nn.Module, pipeline: Pipeline) -> Evaluation:
         return evaluate(
-            self.model,
+            model,
             pipeline,
             self.dataset.classes,
             precision=self.config.precision,
@@ -231,14 +232,11 @@ class Trainer:
         if self.evaluated_on == "test":
             test_accuracy, best_accuracy = progress.rows[-1]["test_accuracy"], progress.best_accuracy
         else:  # the test set is looked at once, when all is decided
-            pipeline = self._open_evaluation(self.dataset)
-            with contextlib.closing(pipeline):
-                test_accuracy = self._evaluate(pipeline).accuracy
-                last = copy.deepcopy(self.model.state_dict())
-                best, _ = load_tensors(self.folder / "best.ckpt")
-                self.model.load_state_dict(best)
-                best_accuracy = self._evaluate(pipeline).accuracy
-                self.model.load_state_dict(last)
+            best = copy.deepcopy(self.model)
+            best.load_state_dict(load_tensors(self.folder / "best.ckpt")[0])
+            with contextlib.closing(self._open_evaluation(self.dataset)) as pipeline:
+                test_accuracy = self._evaluate(self.model, pipeline).accuracy
+                best_accuracy = self._evaluate(best, pipeline).accuracy
         return {
             "schema": 1,
             "recipe": config.recipe,
@@ -269,7 +267,7 @@ class Trainer:
                 )
             if last.exists():
                 self._restore(last)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # without a readable summary the end is run again
                 return json.loads((self.folder / "summary.json").read_bytes())
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.folder / "config.toml", self.config.to_toml().encode())
@@ -293,6 +291,7 @@ class Trainer:
         if self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(description["scaler"])
         self.progress = Progress(**description["progress"])
+        self._write_metrics()  # a kill may have come between the checkpoint and this
 
     def _save(self) -> None:
         """Write last.ckpt: everything that continuing needs. Never called with a loss that was not finite."""
@@ -305,6 +304,10 @@ class Trainer:
         }
         description = {"progress": dataclasses.asdict(self.progress), "scaler": self.step.scaler.state_dict()}
         save_tensors(self.folder / "last.ckpt", tensors, {**self._description(), **description})
+
+    def _write_metrics(self) -> None:
+        if self.progress.rows:
+            write_bytes(self.folder / "metrics.csv", _csv(self.progress.rows))
 
     def _save_weights(self, name: str) -> None:
         save_tensors(self.folder / name, self.model.state_dict(), self._description())
@@ -329,7 +332,7 @@ class Trainer:
         if self.progress.step:
             self.console.print(f"resuming after step {self.progress.step:,}", highlight=False)
 
-    def _create_loggers(self):
+    def _open_loggers(self) -> None:
         self._loggers = create_loggers(
             self.folder,
             self.console,
@@ -337,7 +340,8 @@ class Trainer:
             tensorboard=self.config.tensorboard,
             start_step=self.progress.step,
         )
-        return self._loggers
+        for logger in self._loggers:
+            self._resources.callback(logger.close)
 
     def _log_status(self, lr: float) -> None:
         self._add_train_time()

@@ -155,9 +155,13 @@ def test_prepare_tells_what_it_made_and_that_it_is_already_there(run, tmp_path):
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
     assert "30 training and 20 test images, 10 classes, prepared and verified" in out
-    code, out, _ = run(*arguments)
-    assert code == 0
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
     assert "already there" in out
+    code, out, err = run("prepare", "--data", "shapes10", "--root", tmp_path)
+    assert code == 0
+    assert "30 training" in out
+    assert f"nothing was read or drawn; remove {tmp_path / 'shapes10'}" in err
 
 
 def test_train_draws_missing_shapes10_by_itself(run, tmp_path, monkeypatch):

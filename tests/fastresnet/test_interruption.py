@@ -82,8 +82,8 @@ def assert_same_run(folder, unbroken):
 
 @pytest.mark.parametrize(
     ("step", "resumed_from"),
-    [(1, None), (3, 2), (5, 5), (9, 8), (14, 14)],
-    ids=["before any checkpoint", "mid-epoch", "at an epoch's start", "mid second epoch", "last step"],
+    [(1, None), (3, 2), (5, 5)],
+    ids=["before any checkpoint", "mid-epoch", "at an epoch's start"],
 )
 def test_a_killed_run_continues_to_the_same_bits(start, unbroken, tmp_path, step, resumed_from):
     folder = tmp_path / "run"

@@ -1,0 +1,178 @@
+"""Fake CIFAR-10s with random pixels in every official packing, and the real one where its archive is at hand."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROWS, TEST_ROWS = 7, 6
+
+
+class FakeCifar:
+    """Five training batches and a test batch of random pixels, and the arrays that a reader must deliver."""
+
+    def __init__(self, classes: tuple[str, ...], seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.classes = classes
+        self.names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+        rows = [ROWS] * 5 + [TEST_ROWS]
+        self.images = [rng.integers(0, 256, (count, 32, 32, 3), np.uint8) for count in rows]
+        self.labels = [rng.integers(0, len(classes), count) for count in rows]
+        self.train_images, self.train_labels = np.concatenate(self.images[:5]), np.concatenate(self.labels[:5])
+        self.test_images, self.test_labels = self.images[5], self.labels[5]
+
+    def planes(self, batch: int) -> np.ndarray:
+        """The red, green and blue planes of a batch, uint8 [rows, 3072]."""
+        channels = [self.images[batch][..., channel].reshape(-1, 1024) for channel in range(3)]
+        return np.concatenate(channels, axis=1)
+
+    def python(self, dump: Callable[[Any], bytes] | None = None) -> dict[str, bytes]:
+        """The members of the python version, as Python 2 wrote them, or as `dump` does."""
+        dump = dump or pickle_like_python2
+        members = {
+            name: dump(
+                {
+                    b"batch_label": b"batch of " + name.encode(),
+                    b"labels": self.labels[row].tolist(),
+                    b"data": self.planes(row),
+                    b"filenames": [b"image_%d.png" % i for i in range(len(self.labels[row]))],
+                }
+            )
+            for row, name in enumerate(self.names)
+        }
+        labels = {b"num_cases_per_batch": ROWS, b"label_names": [name.encode() for name in self.classes]}
+        return {**members, "batches.meta": dump(labels)}
+
+    def binary(self) -> dict[str, bytes]:
+        """The members of the binary version: a label byte and 3,072 pixel bytes for each image."""
+        members = {}
+        for row, name in enumerate(self.names):
+            records = np.concatenate([self.labels[row][:, None].astype(np.uint8), self.planes(row)], axis=1)
+            members[f"{name}.bin"] = records.tobytes()
+        return {**members, "batches.meta.txt": "\n".join([*self.classes, "", ""]).encode()}
+
+
+def pickle_like_python2(value: Any) -> bytes:
+    """Protocol 2 as CPython 2.7 wrote it: strings are byte strings, arrays come from numpy.core.multiarray."""
+    return b"\x80\x02" + _python2(value) + b"."
+
+
+def _python2(value: Any) -> bytes:
+    if isinstance(value, dict):
+        return b"}(" + b"".join(_python2(key) + _python2(item) for key, item in value.items()) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(_python2, value)) + b"e"
+    if isinstance(value, bytes):
+        short = len(value) < 256
+        return (b"U" if short else b"T") + len(value).to_bytes(1 if short else 4, "little") + value
+    if isinstance(value, int):
+        return b"K" + bytes([value]) if 0 <= value < 256 else b"J" + value.to_bytes(4, "little", signed=True)
+    assert isinstance(value, np.ndarray)
+    array = b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87R"
+    dtype = b"cnumpy\ndtype\nq\x03U\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    shape = _python2(value.shape[0]) + _python2(value.shape[1]) + b"\x86"
+    return array + b"(K\x01" + shape + dtype + b"\x89" + _python2(value.tobytes()) + b"tb"
+
+
+def make_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    """A tar of regular files."""
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def make_zip(path: Path, members: dict[str, bytes]) -> Path:
+    """A deflated zip."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_folder(path: Path, members: dict[str, bytes]) -> Path:
+    """A folder of files."""
+    path.mkdir(parents=True)
+    for name, data in members.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+def pack(folder: Path, packing: str, members: dict[str, bytes]) -> Path:
+    """`members` and a file that is none, shuffled, in `packing` under `folder`."""
+    inner = "cifar-10-batches-bin" if "batches.meta.txt" in members else "cifar-10-batches-py"
+    members = {**members, "readme.html": b"<p>not data</p>"}
+    order = random.Random(1).sample(sorted(members), len(members))
+    inside = {f"{inner}/{name}": members[name] for name in order}
+    if packing == "folder":
+        return make_folder(folder / "unpacked", members)
+    if packing == "folder above":
+        make_folder(folder / "above" / inner, members)
+        return folder / "above"
+    if packing == "zip":
+        return make_zip(folder / "fake.zip", inside)
+    return make_tar(folder / f"fake.{packing}", inside, f"w:{packing.removeprefix('tar').lstrip('.')}")
+
+
+class Helpers:
+    """The builders above, for test modules, which cannot import this one."""
+
+    FakeCifar = FakeCifar
+    pack = staticmethod(pack)
+    make_tar = staticmethod(make_tar)
+    make_zip = staticmethod(make_zip)
+    make_folder = staticmethod(make_folder)
+    pickle_like_python3 = staticmethod(lambda value: pickle.dumps(value, protocol=4))
+
+    @staticmethod
+    def ignore(*_: Any) -> None:
+        """A report that goes nowhere."""
+
+    @staticmethod
+    def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+        """Modification time and content of everything under `folder`."""
+        return {
+            str(path.relative_to(folder)): (path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+            for path in sorted(folder.rglob("*"))
+        }
+
+    @staticmethod
+    def assert_equal(data: Any, fake: FakeCifar) -> None:
+        """`data` holds exactly the images, labels and classes of `fake`."""
+        assert data.classes == fake.classes
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            actual, expected = getattr(data, name), getattr(fake, name)
+            assert actual.dtype == expected.dtype
+            np.testing.assert_array_equal(actual, expected, name)
+
+
+@pytest.fixture(scope="session")
+def helpers() -> type[Helpers]:
+    return Helpers
+
+
+@pytest.fixture(scope="session")
+def fake() -> FakeCifar:
+    """A fake CIFAR-10 with three classes."""
+    return FakeCifar(("ant", "bee", "cat"))
+
+
+@pytest.fixture(scope="session")
+def cifar10_archive() -> Path:
+    """The official archive (python version), where $FASTRESNET_TEST_SOURCE names it."""
+    source = os.environ.get("FASTRESNET_TEST_SOURCE")
+    if not source:
+        pytest.skip("FASTRESNET_TEST_SOURCE does not name the CIFAR-10 archive")
+    return Path(source)

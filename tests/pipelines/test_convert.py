@@ -1,0 +1,465 @@
+"""Preparing a store: once, by one process, whatever was there before and whatever stops it; and the drawn shapes10."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import convert
+from pipelines.convert import data_root, prepare
+from pipelines.errors import DataError, UsageError
+from pipelines.shapes10 import CLASSES, draw_shapes10
+from pipelines.sources import CIFAR10_CLASSES
+from pipelines.store import Dataset, open_store
+
+TRAIN, TEST = 40, 20
+
+
+@pytest.fixture
+def make(tmp_path, helpers):
+    """`prepare` in the root `tmp_path / "data"`, with a small shapes10 and without progress."""
+
+    def call(name: str = "shapes10", source: Path | None = None) -> tuple[Dataset, bool]:
+        root = tmp_path / "data"
+        return prepare(name, root, helpers.ignore, source=source, train_images=TRAIN, test_images=TEST)
+
+    return call
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def archive(tmp_path, helpers, fake) -> Path:
+    """A fake CIFAR-10 with three classes of its own."""
+    return helpers.pack(tmp_path, "tar.gz", fake.binary())
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def damage(folder: Path, kind: str) -> None:
+    """Spoil a store."""
+    images = folder / "train_images.npy"
+    match kind:
+        case "flipped bit":
+            content = bytearray(images.read_bytes())
+            content[5000] ^= 1
+            images.write_bytes(content)
+        case "truncated":
+            os.truncate(images, 5000)
+        case "missing":
+            images.unlink()
+        case "broken meta":
+            os.truncate(folder / "meta.json", 50)
+        case "empty meta":
+            (folder / "meta.json").write_bytes(b"")
+
+
+# --- once --------------------------------------------------------------------------------------------------------
+
+
+def test_store_is_made_once_and_then_left_alone(make, root, helpers):
+    dataset, made = make()
+    assert made
+    assert (len(dataset.train), len(dataset.test), dataset.classes) == (TRAIN, TEST, CLASSES)
+    assert names(root) == {"shapes10", ".shapes10.lock"}
+    before = helpers.tree(root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, made = make()
+    assert not made
+    assert again.folder == dataset.folder == root / "shapes10"
+    assert helpers.tree(root) == before
+
+
+def test_source_gets_a_store_under_the_name_given(make, archive, helpers, fake):
+    dataset, made = make("insects-3", archive)
+    assert made
+    assert dataset.name == "insects-3"
+    assert dataset.classes == fake.classes
+    np.testing.assert_array_equal(dataset.train.images, fake.train_images)
+    np.testing.assert_array_equal(dataset.train.labels, fake.train_labels)
+    np.testing.assert_array_equal(dataset.test.images, fake.test_images)
+    np.testing.assert_array_equal(dataset.test.labels, fake.test_labels)
+    assert json.loads((dataset.folder / "meta.json").read_text())["source"] == "fake.tar.gz"
+
+
+def test_prepared_store_needs_no_source(make, archive):
+    make("insects", archive)
+    archive.unlink()
+    assert not make("insects")[1]
+
+
+def test_prepared_store_opens_in_a_root_that_is_read_only(make, monkeypatch):
+    make()
+
+    def read_only(*_, **__):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(convert, "FileLock", read_only)
+    for name in ("mkdir", "touch", "unlink", "write_bytes"):
+        monkeypatch.setattr(Path, name, read_only)
+    assert not make()[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "expected"),
+    [("a", "b", "a"), (None, "b", "b"), (None, "", "data"), (None, None, "data")],
+)
+def test_data_root_is_the_argument_or_the_variable_or_data(monkeypatch, argument, variable, expected):
+    monkeypatch.delenv("FASTRESNET_DATA", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("FASTRESNET_DATA", variable)
+    assert data_root(argument and Path(argument)) == Path(expected)
+
+
+# --- what lies in the place of the store -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "broken meta", "empty meta"])
+def test_damaged_store_is_made_anew_with_a_warning(make, root, helpers, kind):
+    make()
+    whole = {path.name: path.read_bytes() for path in (root / "shapes10").iterdir()}
+    damage(root / "shapes10", kind)
+    with pytest.warns(UserWarning, match="anew") as caught:
+        assert make()[1]
+    assert str(root / "shapes10") in str(caught[0].message)
+    assert {path.name: path.read_bytes() for path in (root / "shapes10").iterdir()} == whole
+    assert names(root) == {"shapes10", ".shapes10.lock"}
+
+
+def test_damaged_store_that_cannot_be_made_anew_is_left_alone(make, root, archive, helpers):
+    make("insects", archive)
+    damage(root / "insects", "flipped bit")
+    before = helpers.tree(root / "insects")
+    with pytest.warns(UserWarning, match="anew"), pytest.raises(DataError, match="--source"):
+        make("insects")
+    assert helpers.tree(root / "insects") == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"notes.txt": "mine"},
+        {"train_images.npy": "mine"},
+        {"deeper/notes.txt": "mine"},
+        {"meta.json": "{}", "notes.txt": "mine"},
+        {"meta.json": "not JSON", "photos/1.png": "mine"},
+        {"meta.json": '{"schema": 1, "name": "my experiment"}', "results.csv": "mine"},
+    ],
+    ids=lambda files: " ".join(files),
+)
+@pytest.mark.filterwarnings("ignore:making")
+def test_folder_with_other_files_is_refused_and_untouched(make, root, helpers, files):
+    for name, text in files.items():
+        (root / "shapes10" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "shapes10" / name).write_text(text)
+    before = helpers.tree(root / "shapes10")
+    with pytest.raises(DataError, match="in the way") as caught:
+        make()
+    assert str(root / "shapes10") in str(caught.value)
+    assert helpers.tree(root / "shapes10") == before
+
+
+def test_file_in_the_place_of_the_store_is_refused_and_untouched(make, root):
+    root.mkdir()
+    (root / "shapes10").write_text("mine")
+    with pytest.raises(DataError, match="in the way"):
+        make()
+    assert (root / "shapes10").read_text() == "mine"
+
+
+def test_empty_folder_is_filled(make, root):
+    (root / "shapes10").mkdir(parents=True)
+    assert make()[1]
+    assert len(open_store(root / "shapes10").train) == TRAIN
+
+
+# --- what cannot be prepared -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a/b", "/a", "a/", "../a", "", ".", "..", ".x"])
+def test_name_that_is_no_name_is_refused(make, tmp_path, archive, name):
+    before = names(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        make(name, archive)
+    assert caught.value.exit_code == 2
+    assert repr(name) in str(caught.value)
+    assert names(tmp_path) == before
+
+
+def test_unknown_name_without_source_is_refused(make, root):
+    with pytest.raises(DataError, match="--source") as caught:
+        make("insects")
+    assert "insects" in str(caught.value)
+    assert str(root) in str(caught.value)
+    assert not (root / "insects").exists()
+
+
+def test_shapes10_takes_no_source(make, root, archive):
+    with pytest.raises(UsageError, match="--data NAME"):
+        make("shapes10", archive)
+    assert not (root / "shapes10").exists()
+
+
+def test_source_that_cannot_be_read_leaves_nothing(make, root, archive):
+    os.truncate(archive, 1000)
+    with pytest.raises(DataError, match=archive.name):
+        make("insects", archive)
+    assert names(root) <= {".insects.lock"}
+
+
+def test_images_of_other_classes_are_not_cifar10(make, root, tmp_path):
+    for name in ("train/ant", "test/ant", "train/bee", "test/bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / name / "1.png")
+    with pytest.raises(UsageError, match="not CIFAR-10") as caught:
+        make("cifar10", tmp_path / "images")
+    assert str(tmp_path / "images") in str(caught.value)
+    assert not (root / "cifar10").exists()
+    assert make("insects", tmp_path / "images")[1]
+
+
+def test_other_pixels_in_the_classes_of_cifar10_are_not_cifar10(make, root, tmp_path, helpers):
+    path = helpers.pack(tmp_path, "zip", helpers.FakeCifar(CIFAR10_CLASSES).python())
+    with pytest.raises(DataError, match="not those of CIFAR-10") as caught:
+        make("cifar10", path)
+    assert str(path) in str(caught.value)
+    assert not (root / "cifar10").exists()
+
+
+def test_cifar10_without_source_is_downloaded_verified_and_the_archive_removed(make, root, archive, monkeypatch):
+    verified = []
+
+    def download(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        return Path(shutil.copy(archive, folder))
+
+    monkeypatch.setattr(convert, "download_cifar10", download)
+    monkeypatch.setattr(convert, "verify_cifar10", lambda data, path: verified.append((data.classes, path.name)))
+    dataset, made = make("cifar10")
+    assert made
+    assert verified == [(dataset.classes, archive.name)]
+    assert json.loads((dataset.folder / "meta.json").read_text())["source"] == "download"
+    assert not list((root / "downloads").iterdir())
+
+
+# --- several processes, and processes that are killed ------------------------------------------------------------
+
+WAITING_PROCESS = """
+import sys
+from pathlib import Path
+from pipelines import convert
+
+def announced(*arguments, lock=convert.FileLock):
+    print("at the lock", flush=True)
+    return lock(*arguments)
+
+def report(what, done, total):
+    if what == "drawing" and done < total:
+        print("drawing", flush=True)
+        sys.stdin.readline()
+
+convert.FileLock = announced
+print(convert.prepare("shapes10", Path(sys.argv[1]), report, train_images=40, test_images=20)[1])
+"""
+
+
+def start(root: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", WAITING_PROCESS, str(root)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("first_is_killed", [False, True])
+def test_two_processes_at_once_make_one_store(root, first_is_killed):
+    first = start(root)
+    assert [first.stdout.readline(), first.stdout.readline()] == ["at the lock\n", "drawing\n"]
+    second = start(root)
+    assert second.stdout.readline() == "at the lock\n"
+    if first_is_killed:
+        first.kill()
+    assert first.communicate("\n", timeout=10)[0] == ("" if first_is_killed else "True\n")
+    assert second.communicate("\n", timeout=10)[0] == ("drawing\nTrue\n" if first_is_killed else "False\n")
+    assert second.returncode == 0
+    assert_shapes10(root / "shapes10")
+    assert names(root) == {"shapes10", ".shapes10.lock"}
+
+
+def assert_shapes10(folder: Path) -> None:
+    """The store `folder` opens and holds the small shapes10."""
+    dataset, expected = open_store(folder), draw_shapes10(TRAIN, TEST, lambda *_: None)
+    np.testing.assert_array_equal(dataset.train.images, expected.train_images)
+    np.testing.assert_array_equal(dataset.test.images, expected.test_images)
+    np.testing.assert_array_equal(dataset.test.labels, expected.test_labels)
+
+
+KILLED_PROCESSES = """
+import os, shutil, signal, sys
+from pathlib import Path
+import numpy as np
+from pipelines import convert
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_at(function, number):
+    calls = iter(range(1, 1000))
+    def counting(*arguments, **options):
+        if next(calls) == number:
+            if function is np.save:
+                arguments[0].write(b"half an array")
+                arguments[0].flush()
+            die()
+        return function(*arguments, **options)
+    return counting
+
+def prepare_and_die(root, function, number):
+    report = die_at(print, number) if function == "report" else lambda *_: None
+    if function != "report":
+        module, name = function.split(".")
+        module = {"os": os, "np": np, "shutil": shutil}[module]
+        setattr(module, name, die_at(getattr(module, name), number))
+    convert.prepare("shapes10", root, report, train_images=40, test_images=20)
+
+for line in sys.stdin:
+    root, function, number = line.split()
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        prepare_and_die(Path(root), function, int(number))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+BEFORE = [("report", 1), ("report", 3), ("shutil.rmtree", 1), ("np.save", 1), ("np.save", 4), ("os.fsync", 1)]
+BEFORE += [("os.fsync", 6), ("os.fsync", 7), ("shutil.rmtree", 2), ("os.rename", 1)]
+AFTER = [("os.fsync", 8), ("shutil.rmtree", 3), ("report", 4)]
+REPLACING = [("np.save", 4), ("shutil.rmtree", 2), ("os.rename", 1), ("os.fsync", 8), ("shutil.rmtree", 3)]
+
+
+def kill_at(folder: Path, moments: list[tuple[str, int]], prepared: Path | None = None) -> dict[tuple[str, int], Path]:
+    """A root for each moment, in which a process was killed before the nth call of a function while preparing."""
+    roots = {moment: folder / f"{number}" for number, moment in enumerate(moments)}
+    for root in roots.values():
+        if prepared:
+            shutil.copytree(prepared, root)
+    lines = "".join(f"{root} {function} {number}\n" for (function, number), root in roots.items())
+    command = [sys.executable, "-W", "ignore", "-c", KILLED_PROCESSES]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["-9"] * len(moments)
+    return roots
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict[tuple[str, int], Path]:
+    return kill_at(tmp_path_factory.mktemp("killed"), BEFORE + AFTER)
+
+
+@pytest.fixture(scope="module")
+def killed_while_replacing(tmp_path_factory, helpers) -> dict[tuple[str, int], Path]:
+    """The same where a damaged store was being replaced."""
+    prepared = tmp_path_factory.mktemp("prepared")
+    prepare("shapes10", prepared, helpers.ignore, train_images=TRAIN, test_images=TEST)
+    damage(prepared / "shapes10", "flipped bit")
+    return kill_at(tmp_path_factory.mktemp("replacing"), REPLACING, prepared)
+
+
+def assert_mended(root: Path, helpers) -> None:
+    """Preparing again gives the whole store and clears away what the killed process left."""
+    prepare("shapes10", root, helpers.ignore, train_images=TRAIN, test_images=TEST)
+    assert_shapes10(root / "shapes10")
+    assert names(root) == {"shapes10", ".shapes10.lock"}
+
+
+@pytest.mark.parametrize("moment", BEFORE, ids=str)
+def test_process_killed_before_the_store_is_in_place_leaves_none(killed, helpers, moment):
+    root = killed[moment]
+    with pytest.raises(DataError, match="no prepared data set"):
+        open_store(root / "shapes10")
+    assert_mended(root, helpers)
+
+
+@pytest.mark.parametrize("moment", AFTER, ids=str)
+def test_process_killed_after_the_store_is_in_place_leaves_it_whole(killed, helpers, moment):
+    root = killed[moment]
+    assert_shapes10(root / "shapes10")
+    assert_mended(root, helpers)
+
+
+@pytest.mark.parametrize("moment", REPLACING, ids=str)
+@pytest.mark.filterwarnings("ignore:making")
+def test_process_killed_while_replacing_a_damaged_store_is_made_good(killed_while_replacing, helpers, moment):
+    root = killed_while_replacing[moment]
+    if moment in AFTER:
+        assert_shapes10(root / "shapes10")
+    else:
+        with pytest.raises(DataError):
+            open_store(root / "shapes10")
+    assert_mended(root, helpers)
+
+
+# --- shapes10 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """Enough images that they are drawn in several chunks."""
+    return draw_shapes10(2050, 150, lambda *_: None)
+
+
+def test_shapes10_has_the_layout_of_cifar10(shapes):
+    assert len(set(shapes.classes)) == 10
+    assert (shapes.train_images.shape, shapes.test_images.shape) == ((2050, 32, 32, 3), (150, 32, 32, 3))
+    assert shapes.train_images.dtype == shapes.test_images.dtype == np.uint8
+    assert shapes.train_labels.dtype == shapes.test_labels.dtype == np.int64
+    assert (shapes.train_images.min(), shapes.train_images.max()) == (0, 255)
+
+
+def test_shapes10_is_balanced(shapes):
+    assert np.bincount(shapes.train_labels).tolist() == [205] * 10
+    assert np.bincount(shapes.test_labels).tolist() == [15] * 10
+
+
+@pytest.mark.parametrize(("train", "test"), [(1, 1), (33, 150), (2001, 7)])
+def test_smaller_shapes10_is_the_beginning_of_a_larger_one(shapes, train, test):
+    smaller = draw_shapes10(train, test, lambda *_: None)
+    np.testing.assert_array_equal(smaller.train_images, shapes.train_images[:train])
+    np.testing.assert_array_equal(smaller.train_labels, shapes.train_labels[:train])
+    np.testing.assert_array_equal(smaller.test_images, shapes.test_images[:test])
+    np.testing.assert_array_equal(smaller.test_labels, shapes.test_labels[:test])
+
+
+def test_no_image_of_shapes10_occurs_twice(shapes):
+    images = np.concatenate([shapes.train_images, shapes.test_images])
+    assert len({image.tobytes() for image in images}) == 2200
+
+
+def test_shapes10_is_the_same_in_another_process(shapes):
+    code = (
+        "import hashlib\nfrom pipelines.shapes10 import draw_shapes10\n"
+        "data = draw_shapes10(60, 20, lambda *_: None)\n"
+        "print(hashlib.sha256(data.train_images.tobytes() + data.test_images.tobytes()).hexdigest())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    here = shapes.train_images[:60].tobytes() + shapes.test_images[:20].tobytes()
+    assert other == hashlib.sha256(here).hexdigest()
+
+
+def test_drawing_reports_its_progress():
+    calls = []
+    draw_shapes10(2050, 150, lambda *call: calls.append(call))
+    assert calls == [("drawing", 2000, 2200), ("drawing", 2050, 2200), ("drawing", 2200, 2200)]

@@ -1,0 +1,801 @@
+"""Reading what users have: official archives, folders of images, and whatever is damaged or hostile."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import pickle
+import random
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.errors import DataError
+from pipelines.sources import CIFAR10_CLASSES, download_cifar10, read_source, verify_cifar10
+from pipelines.store import RawData, channel_statistics
+
+PACKINGS = ("tar", "tar.gz", "tar.xz", "zip", "folder", "folder above")
+COMPRESSED = ("tar.gz", "tar.xz", "zip")
+
+
+@pytest.fixture
+def read(helpers):
+    """`read_source` without its progress."""
+    return lambda path: read_source(path, helpers.ignore)
+
+
+@pytest.fixture
+def refused(read):
+    """Reading `path` raises a `DataError` of one or two lines that names `path` and says each of `words`."""
+
+    def check(path, *words):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        message = str(caught.value)
+        assert caught.value.exit_code == 3
+        assert str(path) in message
+        assert all(word in message for word in words), message
+        assert len(message.splitlines()) <= 2, message
+
+    return check
+
+
+@pytest.fixture
+def batches(tmp_path, helpers, fake):
+    """An unpacked python version, with the members given as keywords replaced."""
+    return lambda **members: helpers.make_folder(tmp_path / "batches", {**fake.python(), **members})
+
+
+def same_arrays(data: RawData, fake) -> bool:
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    return all(np.array_equal(getattr(data, name), getattr(fake, name)) for name in names)
+
+
+# --- the official packings ---------------------------------------------------------------------------------------
+
+
+def test_stock_unpickler_finds_the_pixels_of_the_fakes(fake):
+    batch = pickle.loads(fake.python()["data_batch_2"], encoding="bytes")
+    np.testing.assert_array_equal(batch[b"data"].reshape(7, 3, 32, 32)[:, 1], fake.train_images[7:14, :, :, 1])
+    assert batch[b"labels"] == fake.train_labels[7:14].tolist()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("version", ["python 2", "python 3", "binary"])
+@pytest.mark.parametrize("classes", [("ant", "bee", "cat"), CIFAR10_CLASSES], ids=len)
+def test_every_packing_gives_the_exact_arrays_in_batch_order(tmp_path, helpers, read, classes, version, packing):
+    fake = helpers.FakeCifar(classes)
+    dump = helpers.pickle_like_python3 if version == "python 3" else None
+    members = fake.binary() if version == "binary" else fake.python(dump)
+    helpers.assert_equal(read(helpers.pack(tmp_path, packing, members)), fake)
+
+
+def test_members_at_the_top_of_an_archive_are_found(tmp_path, helpers, fake, read):
+    helpers.assert_equal(read(helpers.make_tar(tmp_path / "flat.tar", fake.python())), fake)
+
+
+def test_report_counts_the_members(tmp_path, helpers, fake):
+    calls = []
+    read_source(helpers.pack(tmp_path, "zip", fake.binary()), lambda *call: calls.append(call))
+    assert [(done, total) for _, done, total in calls] == [(i, 7) for i in range(1, 8)]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_reading_changes_nothing_on_disk(tmp_path, helpers, fake, read, monkeypatch, packing):
+    monkeypatch.chdir(tmp_path)
+    path = helpers.pack(tmp_path, packing, fake.python())
+    before = helpers.tree(tmp_path)
+    read(path)
+    assert helpers.tree(tmp_path) == before
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["tar", *COMPRESSED])
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.6, 0.9])
+def test_truncated_archive_is_refused(tmp_path, helpers, fake, refused, packing, part):
+    path = helpers.pack(tmp_path, packing, fake.python())
+    os.truncate(path, int(path.stat().st_size * part))
+    refused(path)
+
+
+@pytest.mark.parametrize("packing", COMPRESSED)
+@pytest.mark.parametrize("cut", [1, 5, 9])
+def test_compressed_archive_without_its_last_bytes_is_refused(tmp_path, helpers, fake, refused, packing, cut):
+    path = helpers.pack(tmp_path, packing, fake.python())
+    os.truncate(path, path.stat().st_size - cut)
+    refused(path)
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+@pytest.mark.parametrize("packing", COMPRESSED)
+def test_flipped_bit_in_compressed_data_is_refused(tmp_path, helpers, fake, read, packing, version):
+    path = helpers.pack(tmp_path, packing, getattr(fake, version)())
+    whole, rng, accepted = path.read_bytes(), random.Random(3), []
+    for _ in range(20):
+        place, bit = rng.randrange(len(whole) // 10, len(whole) * 9 // 10), 1 << rng.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        try:
+            same = same_arrays(read(path), fake)
+        except DataError:
+            continue
+        accepted.append((place, "equal" if same else "wrong"))
+    assert not [place for place, result in accepted if result == "wrong"]
+    assert len(accepted) <= 2  # a bit may lie in a header that says nothing about the data, such as a time
+
+
+def mutated(whole: bytes, rng: random.Random) -> bytes:
+    """`whole` with one byte changed, or cut short."""
+    place = rng.randrange(len(whole))
+    if rng.random() < 0.3:
+        return whole[:place]
+    return whole[:place] + bytes([whole[place] ^ rng.randrange(1, 256)]) + whole[place + 1 :]
+
+
+def refusals(read, file: Path, contents: Iterator[bytes], path: Path) -> int:
+    """How many of `contents`, written to `file`, make the source `path` unfit; any other error comes through."""
+    messages = []
+    for content in contents:
+        file.write_bytes(content)
+        try:
+            assert isinstance(read(path), RawData)
+        except DataError as error:
+            messages.append(str(error))
+    assert all(str(path) in message for message in messages)
+    return len(messages)
+
+
+@pytest.mark.parametrize("packing", ["tar", *COMPRESSED])
+def test_mutated_archive_gives_data_or_data_error(tmp_path, helpers, fake, read, packing):
+    path, rng = helpers.pack(tmp_path, packing, fake.python()), random.Random(4)
+    whole = path.read_bytes()
+    assert refusals(read, path, (mutated(whole, rng) for _ in range(60)), path) > 10
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("dump", ["python 2", "python 3"])
+def test_mutated_pickle_gives_data_or_data_error(tmp_path, helpers, fake, read, name, dump):
+    members = fake.python(helpers.pickle_like_python3 if dump == "python 3" else None)
+    path, rng = helpers.make_folder(tmp_path / "batches", members), random.Random(5)
+    head, tail = members[name][:400], members[name][400:]
+    assert refusals(read, path / name, (mutated(head, rng) + tail for _ in range(60)), path) > 10
+
+
+@pytest.mark.parametrize("name", ["data_batch_1.bin", "test_batch.bin"])
+@pytest.mark.parametrize("rows", [0, 1 / 3073, 1.5, 7 - 1 / 3073, 7 + 1 / 3073])
+def test_binary_batch_of_a_wrong_length_is_refused(tmp_path, helpers, fake, refused, name, rows):
+    members = fake.binary()
+    members[name] = (members[name] * 2)[: round(rows * 3073)]
+    refused(helpers.make_folder(tmp_path / "batches", members), "test" if name.startswith("test") else name)
+
+
+@pytest.mark.parametrize(("name", "split"), [("data_batch_5.bin", "train"), ("test_batch.bin", "test")])
+def test_binary_label_outside_the_classes_is_refused(tmp_path, helpers, fake, refused, name, split):
+    members = fake.binary()
+    members[name] = b"\x03" + members[name][1:]
+    refused(helpers.make_folder(tmp_path / "batches", members), f"{split} labels", "3 classes")
+
+
+@pytest.mark.parametrize(
+    "labels", [[3] * 7, [-1] * 7, [0] * 6, [[0]] * 7, [2**70] * 7, [b"a"] * 7, [], 5, {}, [0.5] * 7], ids=repr
+)
+@pytest.mark.parametrize("bad", [["data_batch_3"], [f"data_batch_{i}" for i in range(1, 6)]], ids=["one", "all"])
+def test_pickled_labels_that_fit_nothing_are_refused(batches, fake, refused, labels, bad):
+    members = {name: pickle.loads(fake.python()[name], encoding="bytes") for name in bad}
+    refused(batches(**{name: pickle.dumps({**batch, b"labels": labels}, 4) for name, batch in members.items()}))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((7, 3071), np.uint8),
+        np.zeros((6, 3072), np.uint8),
+        np.zeros(7 * 3072, np.uint8),
+        np.zeros((7, 3072), np.float32),
+        np.zeros((7, 3072), np.int8),
+        np.asfortranarray(np.eye(7, 3072).astype(np.uint8)),
+        np.full((7, 3072), None),
+        b"text",
+        None,
+    ],
+    ids=lambda pixels: f"{getattr(pixels, 'dtype', pixels)}-{getattr(pixels, 'shape', '')}",
+)
+def test_pickled_pixels_of_another_kind_are_refused(batches, fake, refused, pixels):
+    batch = pickle.loads(fake.python()["data_batch_2"], encoding="bytes")
+    refused(batches(data_batch_2=pickle.dumps({**batch, b"data": pixels}, 4)), "data_batch_2")
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], b"", {b"label_names": []}, {b"label_names": [5]}, {b"label_names": None}], ids=repr
+)
+def test_batches_meta_without_class_names_is_refused(batches, refused, content):
+    refused(batches(**{"batches.meta": pickle.dumps(content, 4)}))
+
+
+def test_class_names_that_are_not_ascii_are_refused(tmp_path, helpers, fake, refused):
+    members = {**fake.binary(), "batches.meta.txt": b"ant\xff bee cat"}
+    refused(helpers.make_folder(tmp_path / "batches", members), "batches.meta.txt")
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_missing_member_is_named(tmp_path, helpers, fake, refused, version, packing):
+    for number, name in enumerate(getattr(fake, version)()):
+        members = getattr(fake, version)()
+        del members[name]
+        (tmp_path / str(number)).mkdir()
+        refused(helpers.pack(tmp_path / str(number), packing, members), f"{name} missing")
+
+
+@pytest.mark.parametrize("kind", ["folder", "broken link"])
+def test_member_that_is_no_file_is_refused(batches, refused, kind):
+    path = batches()
+    (path / "test_batch").unlink()
+    (path / "test_batch").mkdir() if kind == "folder" else (path / "test_batch").symlink_to("nowhere")
+    refused(path, "test_batch")
+
+
+@pytest.mark.parametrize("name", ["empty.tar.gz", "text.tar.gz", "text.zip", "words.bin"])
+def test_file_that_is_no_archive_is_refused(tmp_path, refused, name):
+    path = tmp_path / name
+    path.write_text("" if name.startswith("empty") else "This is not an archive.\n" * 100)
+    refused(path)
+
+
+def test_archive_of_something_else_is_refused(tmp_path, helpers, refused):
+    refused(helpers.make_tar(tmp_path / "notes.tar", {"notes/a.txt": b"hello"}), "no data set known here")
+
+
+def test_empty_folder_is_refused(tmp_path, refused):
+    refused(tmp_path, "no data set known here")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/below.tar.gz", "file/below"])
+def test_path_that_does_not_exist_is_refused(tmp_path, refused, name):
+    (tmp_path / "file").write_text("text")
+    refused(tmp_path / name, "does not exist", "--source")
+
+
+# --- hostile archives --------------------------------------------------------------------------------------------
+
+
+def test_tar_member_that_claims_a_huge_size_is_refused(tmp_path, refused):
+    path, entry = tmp_path / "huge.tar", tarfile.TarInfo("data_batch_1")
+    entry.size = 10 << 30
+    path.write_bytes(entry.tobuf() + bytes(10240))
+    refused(path, "data_batch_1", "10737418240 bytes")
+
+
+def change_first_zip_entry(path: Path, local: int, central: int, value: bytes) -> None:
+    """Overwrite a field of the first member: at `local` in its own header, at `central` in the central directory."""
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[local : local + len(value)] = value
+    content[directory + central : directory + central + len(value)] = value
+    path.write_bytes(content)
+
+
+def test_zip_member_that_claims_a_huge_size_is_refused(tmp_path, helpers, fake, refused):
+    path = helpers.make_zip(tmp_path / "huge.zip", fake.python())
+    change_first_zip_entry(path, 22, 24, struct.pack("<I", 1 << 30))
+    refused(path, "data_batch_1", "1073741824 bytes")
+
+
+def test_zip_member_that_unpacks_to_more_than_it_claims_is_refused(tmp_path, helpers, fake, refused):
+    path = helpers.make_zip(tmp_path / "bomb.zip", {**fake.python(), "data_batch_1": bytes(1 << 20)})
+    change_first_zip_entry(path, 22, 24, struct.pack("<I", 1000))
+    refused(path)
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value"), [(6, 8, 1), (8, 10, 97)], ids=["encrypted", "unknown compression"]
+)
+def test_zip_member_that_cannot_be_unpacked_is_refused(tmp_path, helpers, fake, refused, local, central, value):
+    path = helpers.make_zip(tmp_path / "odd.zip", fake.python())
+    change_first_zip_entry(path, local, central, struct.pack("<H", value))
+    refused(path)
+
+
+def read_in_child(path: Path) -> tuple[str, int]:
+    """What reading `path` in a process of its own raises, and the largest memory of that process in MiB."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom pipelines.sources import read_source\n"
+        "try: read_source(Path(sys.argv[1]), lambda *_: None)\n"
+        "except Exception as error: print(type(error).__name__)\n"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=5)
+    assert child.returncode == 0, f"killed by signal {-child.returncode}" if child.returncode < 0 else child.stderr
+    error, memory = child.stdout.split()
+    return error, int(memory) // 1024
+
+
+def test_tar_member_of_negative_size_does_not_trap_the_reader(tmp_path):
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + (65536 - 512).to_bytes(2, "big")  # back to the start of this very header
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "loop.tar"
+    path.write_bytes(tarfile.TarInfo("first").tobuf() + header + bytes(10240))
+    assert read_in_child(path)[0] == "DataError"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"})" + b"\x85" * 1_000_000 + b"K\x01s.",  # hashes a tuple nested a million times
+        b"}r" + struct.pack("<I", 1 << 24) + b".",  # one entry far out in the memo
+        b"]B" + struct.pack("<I", 1 << 30) + b".",  # a string of 1 GiB that is not there
+    ],
+    ids=["deep", "sparse memo", "long string"],
+)
+def test_pickle_that_exhausts_the_interpreter_is_refused(batches, program):
+    path = batches(data_batch_1=b"\x80\x03" + program)
+    error, memory = read_in_child(path)
+    assert error == "DataError"
+    assert memory < 200
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch) -> Path:
+    """The file that a payload writes if it runs."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here" / "canary"
+
+
+def call(module: str, name: str, *arguments: object) -> bytes:
+    """A pickle that calls `module.name(*arguments)`; `name` may be dotted."""
+    stack_global = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)) + b"\x93"
+    return b"\x80\x04" + stack_global + pickle.dumps(arguments, 2)[2:-1] + b"R."
+
+
+def reduced(module: str, name: str, *arguments: str) -> bytes:
+    """The same with the opcodes of Python 2."""
+    strings = b"".join(b"U" + bytes([len(text)]) + text.encode() for text in arguments)
+    return f"\x80\x02c{module}\n{name}\n(".encode("latin-1") + strings + b"tR."
+
+
+LIVE = {
+    "os.system": reduced("os", "system", "echo > canary"),
+    "posix.system": reduced("posix", "system", "echo > canary"),
+    "eval": reduced("__builtin__", "eval", "open('canary', 'w').close()"),
+    "exec": reduced("builtins", "exec", "open('canary', 'w').close()"),
+    "open": reduced("io", "open", "canary", "w"),
+    "old instance": b"(S'echo > canary'\nios\nsystem\n.",
+    "old object": b"(cos\nsystem\nS'echo > canary'\no.",
+    "numpy.memmap": call("numpy", "memmap", "canary", "u1", "w+", 0, (1,)),
+    "numpy.lib": call("numpy", "lib.format.open_memmap", "canary", "w+", "u1", (1,)),
+    "dotted": call("os", "path.os.system", "echo > canary"),
+}
+
+
+def test_every_payload_would_run_in_the_stock_unpickler(canary):
+    for name, payload in LIVE.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            _run_in_stock_unpickler(payload)
+        assert canary.exists(), name
+        canary.unlink()
+
+
+def _run_in_stock_unpickler(payload: bytes) -> None:
+    try:
+        pickle.loads(payload, encoding="latin-1")
+    except TypeError as error:
+        pytest.fail(f"the payload itself is wrong: {error}")
+
+
+@pytest.mark.parametrize("member", ["data_batch_1", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("payload", LIVE.values(), ids=LIVE)
+def test_payload_is_refused_and_never_runs(batches, refused, canary, member, payload):
+    refused(batches(**{member: payload}), member)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_payload_in_any_packing_is_refused(tmp_path, helpers, fake, refused, canary, packing):
+    members = {**fake.python(), "data_batch_4": LIVE["os.system"]}
+    refused(helpers.pack(tmp_path, packing, members), "data_batch_4", "os.system")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("numpy.core.multiarray", "fromfile"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy.core.multiarray", "_reconstruct.__globals__"),
+        ("numpy._core.multiarray", "frombuffer"),
+        ("numpy", "ndarray.tofile"),
+        ("numpy", "dtype.__init__"),
+        ("numpy", "load"),
+        ("numpy.dtype", ""),
+        ("_codecs", "lookup"),
+        ("copyreg", "_reconstructor"),
+        ("pipelines.sources", "_CifarUnpickler"),
+    ],
+)
+def test_any_other_name_is_refused(batches, refused, module, name):
+    refused(batches(data_batch_1=call(module, name)), "data_batch_1", f"{module}.{name}")
+
+
+@pytest.mark.parametrize("program", [b"Psomething\n.", b"\x82\x01.", b"K\x01Q."], ids=["name", "extension", "number"])
+def test_persistent_and_registered_objects_are_refused(batches, refused, program):
+    refused(batches(data_batch_1=b"\x80\x02" + program), "data_batch_1")
+
+
+def test_hostile_pickle_leaves_no_trace_in_the_reader(tmp_path, helpers, fake, batches, read, refused):
+    state = b"N}(X\x0c\x00\x00\x00__defaults__NX\x05\x00\x00\x00shapeK\x01X\x04\x00\x00\x00dataNu\x86b"
+    names = (b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n")
+    for number, name in enumerate(names):
+        members = {**fake.python(), "data_batch_1": b"\x80\x02" + name + state + b"."}
+        refused(helpers.make_folder(tmp_path / str(number), members), "data_batch_1")
+    helpers.assert_equal(read(batches()), fake)
+
+
+@pytest.mark.parametrize("prefix", ["../../evil/", "{}/evil/", "cifar-10-batches-py/../../"])
+@pytest.mark.parametrize("packing", ["tar", "zip"])
+def test_member_path_that_leads_outside_is_never_followed(tmp_path, helpers, fake, read, monkeypatch, prefix, packing):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    make = helpers.make_tar if packing == "tar" else helpers.make_zip
+    prefix = prefix.format(tmp_path)
+    path = make(tmp_path / "a" / "evil.archive", {prefix + name: data for name, data in fake.python().items()})
+    before = helpers.tree(tmp_path)
+    helpers.assert_equal(read(path), fake)
+    assert helpers.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_tar_entry_that_is_no_file_is_not_followed(tmp_path, helpers, fake, refused, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    members = fake.python()
+    (tmp_path / "secret").write_bytes(members.pop("test_batch"))
+    path = helpers.make_tar(tmp_path / "links.tar", {"secret": b"", **members})
+    entry = tarfile.TarInfo("test_batch")
+    entry.type, entry.linkname = kind, str(tmp_path / "secret")
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(entry)
+    before = helpers.tree(tmp_path)
+    refused(path, "test_batch missing")
+    assert helpers.tree(tmp_path) == before
+
+
+# --- folders of images -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder of 32x32 random PNGs of two classes, and its pixels by file name."""
+    rng, pixels = np.random.default_rng(2), {}
+    for name in ("train/zebra/1.png", "train/ape/2.PNG", "train/ape/10.jpg", "test/ape/x.JPEG", "test/zebra/y.png"):
+        pixels[name] = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        write_image(tmp_path / "images" / name, Image.fromarray(pixels[name]))
+    return tmp_path / "images", pixels
+
+
+def write_image(path: Path, image: Image.Image, kind: str = "png") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, kind)
+
+
+def test_image_folder_is_read_pixel_by_pixel_in_order_of_names(image_folder, read):
+    path, pixels = image_folder
+    (path / "train" / "ape" / "notes.txt").write_text("not an image")
+    (path / "train" / "readme.md").write_text("not a class")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = read(path)
+    train = ["train/ape/10.jpg", "train/ape/2.PNG", "train/zebra/1.png"]
+    assert data.classes == ("ape", "zebra")
+    assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([0, 0, 1], [0, 1])
+    assert data.train_labels.dtype == data.test_labels.dtype == np.int64
+    np.testing.assert_array_equal(data.train_images, [pixels[name] for name in train])
+    np.testing.assert_array_equal(data.test_images, [pixels["test/ape/x.JPEG"], pixels["test/zebra/y.png"]])
+
+
+def test_jpeg_is_read(image_folder, read):
+    path, _ = image_folder
+    write_image(path / "train" / "ape" / "0.jpg", Image.new("RGB", (32, 32), (120, 120, 120)), "jpeg")
+    assert (read(path).train_images[0] == 120).all()
+
+
+def test_images_of_another_size_are_cropped_to_a_square_and_resized_with_a_warning(image_folder, read):
+    path, pixels = image_folder
+    stripes = np.zeros((32, 96, 3), np.uint8)
+    stripes[:, 32:64] = pixels["train/ape/2.PNG"]
+    quarters = np.kron([[10, 80], [150, 220]], np.ones((50, 50)))[..., None].repeat(3, 2).astype(np.uint8)
+    write_image(path / "train" / "ape" / "0.png", Image.fromarray(stripes))
+    write_image(path / "train" / "ape" / "1.png", Image.fromarray(quarters))
+    with pytest.warns(UserWarning, match="2 of 7 images"):
+        images = read(path).train_images
+    np.testing.assert_array_equal(images[0], pixels["train/ape/2.PNG"])
+    assert images[1][[0, 0, 31, 31], [0, 31, 0, 31], 1].tolist() == [10, 80, 150, 220]
+
+
+def test_images_of_other_modes_become_rgb(image_folder, read):
+    path, _ = image_folder
+    rng = np.random.default_rng(3)
+    gray, colour = rng.integers(0, 256, (32, 32), np.uint8), rng.integers(0, 256, (32, 32, 4), np.uint8)
+    indexed = Image.fromarray(gray % 4).convert("P")
+    palette = rng.integers(0, 256, (256, 3), np.uint8)
+    indexed.putpalette(palette.tobytes())
+    modes = (gray, np.dstack([gray, colour[..., 3]]), colour, gray > 127)
+    for number, image in enumerate([*map(Image.fromarray, modes), indexed]):
+        write_image(path / "train" / "ape" / f"0{number}.png", image)
+    expected = [gray, gray, colour[..., :3], (gray > 127) * np.uint8(255), palette[gray % 4]]
+    for image, pixels in zip(read(path).train_images, expected, strict=False):
+        np.testing.assert_array_equal(image, pixels if pixels.ndim == 3 else pixels[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_class_of_one_split_only_is_refused(image_folder, refused, split):
+    path, _ = image_folder
+    write_image(path / split / "yak" / "1.png", Image.new("RGB", (32, 32)))
+    refused(path, str(path / "test"), "yak")
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_image_folder_without_test_folder_is_refused(image_folder, refused, kind):
+    path, _ = image_folder
+    (path / "test").rename(path / "validation")
+    if kind == "file":
+        (path / "test").write_text("text")
+    refused(path, str(path / "test"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "truncated"], ids=str)
+@pytest.mark.parametrize("name", ["train/zebra/1.png", "test/ape/x.JPEG"])
+def test_image_that_cannot_be_read_is_named(image_folder, refused, name, content):
+    path, _ = image_folder
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+    refused(path, str(path / name))
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_image_that_claims_a_huge_size_is_refused_before_it_is_decoded(image_folder, refused, side):
+    path, _ = image_folder
+    file = path / "train" / "zebra" / "1.png"
+    whole = file.read_bytes()
+    header = b"IHDR" + struct.pack(">II", side, side) + whole[24:29]
+    file.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+    refused(path, str(file), "exceeds limit")
+
+
+def test_folder_in_the_place_of_an_image_is_named(image_folder, refused):
+    path, _ = image_folder
+    (path / "train" / "ape" / "5.png").mkdir()
+    refused(path, str(path / "train" / "ape" / "5.png"))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_mutated_image_gives_data_or_data_error(image_folder, read, kind):
+    path, pixels = image_folder
+    file = path / "train" / "ape" / f"5.{kind}"
+    write_image(file, Image.fromarray(pixels["train/ape/2.PNG"]), kind)
+    whole, rng = file.read_bytes(), random.Random(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert refusals(read, file, (mutated(whole, rng) for _ in range(60)), path) > 10
+
+
+@pytest.mark.parametrize("folders", [["train", "test"], ["train/ape", "test/ape"]], ids=["no class", "no image"])
+def test_image_folder_without_images_is_refused(tmp_path, refused, folders):
+    for name in folders:
+        (tmp_path / "images" / name).mkdir(parents=True)
+    refused(tmp_path / "images", "no train images")
+
+
+def test_image_folder_without_test_images_is_refused(image_folder, refused):
+    path, _ = image_folder
+    for name in ("test/ape/x.JPEG", "test/zebra/y.png"):
+        (path / name).unlink()
+    refused(path, "no test images")
+
+
+# --- downloads ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(body: bytes, status: int = 200, length: int | None = None) -> Iterator[str]:
+    """A web server on this machine that answers everything with `body`; yields an address on it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", str(length or len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    with server, background(server.serve_forever):
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/cifar.tar.gz"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def talking_nonsense() -> Iterator[str]:
+    """A server that speaks another protocol."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, background(answer_once, listener):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/cifar.tar.gz"
+
+
+def answer_once(listener: socket.socket) -> None:
+    listener.settimeout(5)
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(b"220 mail.example ESMTP\r\n" * 3)
+
+
+@contextmanager
+def background(function, *arguments) -> Iterator[None]:
+    thread = threading.Thread(target=function, args=arguments)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@contextmanager
+def nobody() -> Iterator[str]:
+    """An address where nothing listens."""
+    yield "http://127.0.0.1:9/x.tar.gz"
+
+
+@pytest.fixture
+def download_from(tmp_path, monkeypatch):
+    """`download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`; it must leave the
+    process's time-out as it was."""
+    torchvision = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setenv("no_proxy", "*")
+
+    def download(url: str, body: bytes) -> Path:
+        monkeypatch.setattr(torchvision.CIFAR10, "url", url)
+        monkeypatch.setattr(torchvision.CIFAR10, "tgz_md5", hashlib.md5(body).hexdigest())
+        return download_cifar10(tmp_path / "downloads")
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(33)
+    yield download
+    found = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(patience)
+    assert found == 33
+
+
+def test_download_of_the_right_file_returns_it(tmp_path, download_from):
+    with serving(b"the archive") as url:
+        path = download_from(url, b"the archive")
+    assert path.read_bytes() == b"the archive"
+    assert path.parent == tmp_path / "downloads"
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        nobody,
+        talking_nonsense,
+        lambda: serving(b"another archive"),
+        lambda: serving(b"not found", status=404),
+        lambda: serving(b"the arch", length=11),
+    ],
+    ids=["refused", "nonsense", "wrong MD5", "404", "cut short"],
+)
+def test_failed_download_names_the_address_and_the_ways_out_and_leaves_nothing(tmp_path, download_from, server):
+    with server() as url, pytest.raises(DataError) as caught:
+        download_from(url, b"the archive")
+    assert caught.value.exit_code == 3
+    assert all(word in str(caught.value) for word in (url, "--source", "shapes10"))
+    assert list((tmp_path / "downloads").iterdir()) == []
+
+
+def test_silent_server_is_given_up(download_from, monkeypatch):
+    patience = []
+
+    def silent(*_):
+        patience.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", silent)
+    with pytest.raises(DataError, match="timed out"):
+        download_from("http://127.0.0.1:9/x.tar.gz", b"")
+    assert 1 <= patience[0] <= 120
+
+
+# --- the real CIFAR-10 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee", "cat"), CIFAR10_CLASSES], ids=len)
+def test_verification_refuses_other_pixels(tmp_path, helpers, read, classes):
+    path = helpers.pack(tmp_path, "tar", helpers.FakeCifar(classes).python())
+    with pytest.raises(DataError, match="are not those of CIFAR-10") as caught:
+        verify_cifar10(read(path), path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def real(cifar10_archive, helpers) -> RawData:
+    return read_source(cifar10_archive, helpers.ignore)
+
+
+@pytest.fixture(scope="module")
+def by_torchvision(cifar10_archive, tmp_path_factory) -> RawData:
+    """The same archive, unpacked by tarfile and read by torchvision."""
+    from torchvision.datasets import CIFAR10
+
+    root = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(cifar10_archive) as archive:
+        archive.extractall(root, filter="data")
+    train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    return RawData(tuple(train.classes), train.data, np.array(train.targets), test.data, np.array(test.targets))
+
+
+def test_real_archive_equals_torchvision(real, by_torchvision):
+    assert real.classes == by_torchvision.classes
+    assert same_arrays(real, by_torchvision)
+
+
+def test_real_archive_is_accepted(real, cifar10_archive):
+    verify_cifar10(real, cifar10_archive)
+
+
+def test_real_archive_has_the_published_counts_and_statistics(real):
+    assert np.bincount(real.train_labels).tolist() == [5000] * 10
+    assert np.bincount(real.test_labels).tolist() == [1000] * 10
+    mean, std = channel_statistics(real.train_images)
+    assert mean == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
+    assert std == pytest.approx([0.24703, 0.24349, 0.26159], abs=1e-5)
+
+
+def test_real_data_in_the_binary_version_and_another_order_is_accepted(tmp_path, by_torchvision, read):
+    images, labels = by_torchvision.train_images, by_torchvision.train_labels
+    for number, batch in enumerate((3, 0, 4, 2, 1), start=1):
+        rows = slice(10_000 * batch, 10_000 * (batch + 1))
+        write_records(tmp_path / f"data_batch_{number}.bin", images[rows], labels[rows])
+    write_records(tmp_path / "test_batch.bin", by_torchvision.test_images, by_torchvision.test_labels)
+    (tmp_path / "batches.meta.txt").write_text("\n".join(by_torchvision.classes) + "\n\n")
+    data = read(tmp_path)
+    assert data.train_labels[:10_000].tolist() == labels[30_000:40_000].tolist()
+    verify_cifar10(data, tmp_path)
+
+
+def write_records(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    path.write_bytes(np.column_stack([labels.astype(np.uint8), planes]).tobytes())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("what", ["pixel", "labels"])
+def test_real_data_with_one_change_is_refused(real, what, split):
+    arrays = {name: getattr(real, name).copy() for name in (f"{split}_images", f"{split}_labels")}
+    if what == "pixel":
+        arrays[f"{split}_images"][1234, 31, 0, 2] ^= 1
+    else:
+        labels = arrays[f"{split}_labels"]
+        other = int(np.argmax(labels != labels[0]))
+        labels[[0, other]] = labels[[other, 0]]
+    with pytest.raises(DataError, match=f"{split} images are not those of CIFAR-10"):
+        verify_cifar10(replace(real, **arrays), Path("changed"))
