@@ -12,7 +12,7 @@ demo: install
 	@ls -l runs/demo/run
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from pipelines.errors import DataError
 from pipelines.files import write_bytes
 
 SCHEMA = 1
-_DESCRIPTION, _DIGEST = "fastresnet", "sha256"
+_DESCRIPTION, _DIGEST = "fastresnet", "fastresnet.sha256"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -38,13 +38,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}.") from None
     except SafetensorError as error:
         raise DataError(f"{path} is damaged or no safetensors file: {error}.") from None
-    if _DESCRIPTION not in metadata:
+    if not metadata.keys() & {_DESCRIPTION, _DIGEST}:
         return tensors, None
-    text = metadata[_DESCRIPTION]
+    text = metadata.get(_DESCRIPTION, "")
     if metadata.get(_DIGEST) != _digest(tensors, text):
         raise DataError(f"{path} is damaged: its contents do not match their SHA-256.")
     description = json.loads(text)

@@ -14,6 +14,7 @@ from tyro.conf import Suppress
 from fastresnet.models import SHORTCUTS, list_models
 from pipelines import PIPELINES, Augmentation
 from pipelines.errors import UsageError, check_choice
+from pipelines.sampling import IMAGE_SIZE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,7 +102,6 @@ class TrainConfig:
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, SWITCHES)
-        _ = self.augmentation
         for name, low, high in (
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1 << 20),
@@ -113,10 +113,13 @@ class TrainConfig:
             ("lr", 0, 1e6),
             ("momentum", 0, 1),
             ("weight_decay", 0, 1),
+            ("crop_padding", 0, IMAGE_SIZE - 1),
+            ("cutout", 0, IMAGE_SIZE),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not in {low}..{high}.")
+        _ = self.augmentation  # checks its own fields
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"--milestones {self.milestones}: give growing fractions of the run between 0 and 1.")
 
@@ -157,7 +160,7 @@ def from_toml(path: Path) -> TrainConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML file: {error}.") from None
     return from_dict(values, str(path))
 
@@ -170,11 +173,13 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
-    if get_origin(hint) is tuple and isinstance(value, list):
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: {name} = {value!r} is no list.")
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
     kinds = _plain_types(hint)
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) < 1 << 63:
         return float(value)
     if Path in kinds and isinstance(value, str):
         return Path(value)

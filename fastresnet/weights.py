@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastresnet.checkpoint import load_tensors, take_prefix
-from fastresnet.models import create_model, list_models
+from fastresnet.models import SHORTCUTS, create_model, list_models
 from pipelines.errors import DataError, check_choice
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
@@ -47,49 +48,72 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
         check_choice("model", model, list_models())
     state, description = _read(path)
     if description is not None:
-        config = description["config"]
+        config = description.get("config")
         state = take_prefix("model", state) or state
-        name, shortcut = model or config["model"], config["shortcut"]
+        name, shortcut = _described(config, path, model)
     else:
         config = None
         state = _canonical(state)
         name, shortcut = _infer(state, path, model)
     if "fc.weight" not in state:
         raise DataError(f"{path} has no classifier (fc.weight or linear.weight): not the weights of a CIFAR ResNet.")
-    num_classes = len(state["fc.weight"])
+    num_classes = state["fc.weight"].shape[0] if state["fc.weight"].ndim else 0
+    if num_classes == 0:
+        raise DataError(f"{path} has a classifier without classes: not the weights of a CIFAR ResNet.")
     network = create_model(name, num_classes=num_classes, shortcut=shortcut)
     _load_state(network, state, path, name)
     return Weights(network.eval(), name, shortcut, num_classes, config)
+
+
+def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
+    """Model name and shortcut option that a file of this program gives."""
+    config = config if isinstance(config, dict) else {}
+    name, shortcut = model or config.get("model"), config.get("shortcut")
+    if name not in list_models() or shortcut not in SHORTCUTS:
+        raise DataError(f"{path} describes no network known here (model {name!r}, shortcut {shortcut!r}).")
+    return name, shortcut
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{path} is no file. --weights takes a checkpoint such as runs/NAME/best.ckpt.") from None
-    if start[8:] == b"{":  # safetensors: eight bytes of length, then a JSON object
+    except OSError as error:
+        raise DataError(
+            f"{path} is no file to read ({error.strerror}). --weights takes a checkpoint such as runs/NAME/best.ckpt."
+        ) from None
+    if start[8:] == b"{" or path.suffix == ".safetensors":  # eight bytes of length, then a JSON object
         return load_tensors(path)
     try:
+        if start.startswith(b"PK"):
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(
             f"{path} is damaged, or holds more than tensors (a pickled module?), which is not loaded because it could "
             "run code. Save its state_dict() and load that."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is damaged or no PyTorch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # noqa: BLE001  a damaged file makes torch.load raise anything, OSError included
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path} is damaged or no PyTorch file: {reason}.") from None
     return _state_dict(content, path), None
+
+
+def _check_archive(path: Path) -> None:
+    """Raise unless every entry fits its CRC-32, which torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The mapping of names to tensors in `content`, out of whatever wrapper it came in."""
-    if isinstance(content, Mapping):
-        for wrapper in _WRAPPERS:
-            if isinstance(content.get(wrapper), Mapping):
-                return _state_dict(content[wrapper], path)
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return dict(content)
+    for _ in range(3):  # there are files that wrap twice; one that holds itself could go on for ever
+        if isinstance(content, Mapping):
+            content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
+    tensors = dict(content) if isinstance(content, Mapping) else {}
+    if tensors and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()):
+        return tensors
     raise DataError(f"{path} holds no state dict: expected names and tensors, bare or under {', '.join(_WRAPPERS)}.")
 
 
@@ -133,4 +157,7 @@ def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: 
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise DataError(f"{path} does not fit {name}: {what}: {'; '.join(keys[:3])}{more}.")
-    network.load_state_dict(state, strict=False)
+    try:
+        network.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # tensors without values, sparse or quantised ones
+        raise DataError(f"{path} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None

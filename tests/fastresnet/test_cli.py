@@ -50,7 +50,7 @@ def test_the_overview_names_every_command(run):
         (["train", "--lr", "-1"], ["--lr -1"]),
         (["train", "--lr", "nan"], ["--lr nan"]),
         (["train", "--milestones", "0.7", "0.2"], ["--milestones"]),
-        (["train", "--crop-padding", "40"], ["crop padding 40"]),
+        (["train", "--crop-padding", "40"], ["--crop-padding 40"]),
         (["train", "smoke", "--data", "shapes10", "--batch-size", "332"], ["batch size 332", "331 images"]),
         (["train", "smoke", "--data", "shapes10", "--val-split", "331"], ["cannot hold 331 images out of 331"]),
         (["train", "--config", "nowhere.toml"], ["cannot read the config nowhere.toml"]),

@@ -46,7 +46,7 @@ def start(tiny_root):
         command = [sys.executable, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
         done = subprocess.run(
             command + ["--resume"] * resume,
-            env={**os.environ, "FASTRESNET_DATA": str(tiny_root), "OMP_NUM_THREADS": "2"},
+            env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
             capture_output=True,
             text=True,
             timeout=120,
@@ -63,7 +63,7 @@ def unbroken(tmp_path_factory, tiny_root):
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     subprocess.run(
         [sys.executable, "-m", "fastresnet", *ARGUMENTS, "--out", folder],
-        env={**os.environ, "FASTRESNET_DATA": str(tiny_root), "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
         check=True,
         timeout=120,
     )

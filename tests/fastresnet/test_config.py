@@ -1,0 +1,447 @@
+"""Configurations, recipes and the learning rate: the paper to the letter, and nothing impossible accepted."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastresnet.config import TrainConfig, differences, from_dict, from_toml
+from fastresnet.models import list_models
+from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, paper, smoke
+from fastresnet.training.schedule import learning_rate
+from pipelines.errors import UsageError
+
+FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+NOT_PART_OF_THE_RESULT = {"root": None, "out": None, "resume": False, "checkpoint_steps": 0, "tensorboard": False}
+
+
+def rates(config, steps_per_epoch):
+    """The learning rates of a run as (rate, how many steps in a row)."""
+    total = config.total_steps(steps_per_epoch)
+    steps = itertools.groupby(learning_rate(config, step, total) for step in range(total))
+    return [(rate, len(list(same))) for rate, same in steps]
+
+
+# --- recipes and schedule ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", list_models())
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_every_model(recipe, model):
+    config = RECIPES[recipe](model)
+    assert (config.recipe, config.model) == (recipe, model)
+
+
+def test_without_a_model_recipes_train_resnet20():
+    assert {recipe().model for recipe in RECIPES.values()} == {"resnet20"}
+
+
+def test_the_default_recipe_is_there_and_is_the_default_config():
+    assert RECIPES[DEFAULT_RECIPE]() == TrainConfig()
+
+
+def test_an_unknown_model_is_refused_by_every_recipe():
+    for recipe in RECIPES.values():
+        with pytest.raises(UsageError, match="unknown model 'resnt56': did you mean 'resnet56'"):
+            recipe("resnt56")
+
+
+def test_the_paper_recipe_has_the_papers_settings():
+    """He et al. 2015, section 4.2."""
+    config = paper()
+    assert (config.batch_size, config.lr, config.momentum, config.weight_decay) == (128, 0.1, 0.9, 0.0001)
+    assert (config.iterations, config.milestones, config.shortcut) == (64_000, (0.5, 0.75), "A")
+    assert (config.crop_padding, config.padding_mode, config.flip, config.cutout) == (4, "zeros", "random", 0)
+    assert (config.normalization, config.data, config.val_split) == ("pixel", "cifar10", 0)
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet56", "resnet110", "plain110"])
+@pytest.mark.parametrize("steps_per_epoch", [390, 351], ids=["50,000 images", "45,000 images"])
+def test_the_paper_recipe_ends_after_64k_iterations(model, steps_per_epoch):
+    assert paper(model).total_steps(steps_per_epoch) == 64_000
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.1), (31_999, 0.1), (32_000, 0.01), (47_999, 0.01), (48_000, 0.001), (63_999, 0.001)]
+)
+@pytest.mark.parametrize("model", ["resnet20", "resnet32", "resnet44", "resnet56", "plain20", "plain56"])
+def test_the_papers_learning_rate(model, step, rate):
+    assert learning_rate(paper(model), step, 64_000) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 0.01), (399, 0.01), (400, 0.1), (31_999, 0.1), (32_000, 0.01), (48_000, 0.001), (63_999, 0.001)],
+)
+@pytest.mark.parametrize("model", ["resnet110", "plain110"])
+def test_the_papers_learning_rate_with_warm_up(model, step, rate):
+    assert learning_rate(paper(model), step, 64_000) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [390, 351, 391, 7])
+def test_the_baseline_drops_the_learning_rate_after_epochs_80_and_120_of_160(steps_per_epoch):
+    found = rates(baseline(), steps_per_epoch)
+    assert [steps / steps_per_epoch for _, steps in found] == [80, 40, 40]
+    assert [rate for rate, _ in found] == pytest.approx([0.1, 0.01, 0.001], rel=1e-12)
+
+
+def test_the_baseline_has_the_usual_settings():
+    config = baseline()
+    assert (config.epochs, config.iterations, config.batch_size) == (160, None, 128)
+    assert (config.lr, config.momentum, config.weight_decay, config.warmup_iterations) == (0.1, 0.9, 0.0001, 0)
+    assert (config.shortcut, config.normalization) == ("B", "half")
+    assert (config.crop_padding, config.padding_mode, config.flip, config.cutout) == (4, "zeros", "random", 0)
+
+
+def test_smoke_is_one_epoch():
+    assert smoke().total_steps(390) == 390
+
+
+@pytest.mark.parametrize(
+    ("epochs", "iterations", "steps"), [(3, None, 30), (3, 29, 29), (3, 30, 30), (3, 31, 30), (3, 1, 1), (1, None, 10)]
+)
+def test_a_run_ends_with_its_epochs_or_iterations_whichever_is_first(epochs, iterations, steps):
+    assert TrainConfig(epochs=epochs, iterations=iterations).total_steps(10) == steps
+
+
+def test_the_learning_rate_follows_peak_milestones_and_warm_up():
+    config = TrainConfig(lr=8.0, epochs=10, milestones=(0.2, 0.5, 0.9), warmup_iterations=3)
+    found = rates(config, 2)
+    assert [steps for _, steps in found] == [3, 1, 6, 8, 2]
+    assert [rate for rate, _ in found] == pytest.approx([0.8, 8, 0.8, 0.08, 0.008], rel=1e-12)
+
+
+def test_without_milestones_the_learning_rate_stays():
+    assert rates(TrainConfig(epochs=3, milestones=()), 5) == [(0.1, 15)]
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+OUT_OF_RANGE = [
+    *(("epochs", value) for value in (0, -1, 1_000_001)),
+    *(("batch_size", value) for value in (0, -128, 2**21)),
+    *(("iterations", value) for value in (0, -1, 2**63)),
+    *(("val_split", value) for value in (-1, 2**63)),
+    *(("warmup_iterations", value) for value in (-1, 2**63)),
+    *(("checkpoint_steps", value) for value in (-1, 2**63)),
+    *(("seed", value) for value in (-1, 2**63)),
+    *(("lr", value) for value in (-0.1, 1e7, math.inf, math.nan)),
+    *(("momentum", value) for value in (-0.1, 1.1, math.nan)),
+    *(("weight_decay", value) for value in (-1e-4, 1.1, math.inf, math.nan)),
+    *(("milestones", value) for value in ((0.0,), (1.0,), (-0.5,), (0.75, 0.5), (0.5, 0.5), (0.5, math.nan))),
+    *(("crop_padding", value) for value in (-1, 32)),
+    *(("cutout", value) for value in (-1, 33)),
+]
+LIMITS = [
+    *(("epochs", value) for value in (1, 1_000_000)),
+    *(("batch_size", value) for value in (1, 2**20)),
+    *(("iterations", value) for value in (None, 1, 2**62)),
+    *(("val_split", value) for value in (0, 2**62)),
+    *(("warmup_iterations", value) for value in (0, 2**62)),
+    *(("checkpoint_steps", value) for value in (0, 2**62)),
+    *(("seed", value) for value in (0, 2**63 - 1)),
+    *(("lr", value) for value in (0.0, 1e6)),
+    *(("momentum", value) for value in (0.0, 1.0)),
+    *(("weight_decay", value) for value in (0.0, 1.0)),
+    *(("milestones", value) for value in ((), (0.001,), (0.1, 0.5, 0.999))),
+    *(("crop_padding", value) for value in (0, 31)),
+    *(("cutout", value) for value in (0, 32)),
+]
+
+
+def is_number(annotation):
+    return "int" in annotation or "float" in annotation
+
+
+@pytest.mark.parametrize("table", [OUT_OF_RANGE, LIMITS])
+def test_the_tables_cover_every_number(table):
+    assert {name for name, _ in table} == {f.name for f in dataclasses.fields(TrainConfig) if is_number(str(f.type))}
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_with_its_flag(name, value):
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**{name: value})
+    assert f"--{name.replace('_', '-')} {value}" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("name", "value"), LIMITS)
+def test_a_value_at_its_limit_is_accepted(name, value):
+    assert getattr(TrainConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("model", "resnet-56", "resnet56"),
+        ("model", "plain1022", "plain1202"),
+        ("model", "resnet2O", "resnet20"),
+        ("shortcut", "BB", "B"),
+        ("pipeline", "residnt", "resident"),
+        ("device", "cdua", "cuda"),
+        ("precision", "bf-16", "bf16"),
+        ("compile", "onn", "on"),
+        ("padding_mode", "reflection", "reflect"),
+        ("flip", "alternate", "alternating"),
+        ("normalization", "per-pixel", "pixel"),
+    ],
+)
+def test_an_unknown_choice_is_refused_with_the_nearest_valid_one(name, value, nearest):
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**{name: value})
+    assert f"{name.replace('_', ' ')} {value!r}: did you mean {nearest!r}? Valid: " in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+# --- config.toml -------------------------------------------------------------------------------------------------
+
+
+def written(folder, text):
+    path = folder / "config.toml"
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet110", "plain56"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_survives_its_toml_file(tmp_path, recipe, model):
+    config = RECIPES[recipe](model)
+    assert from_toml(written(tmp_path, config.to_toml())) == config
+
+
+CHANGED = {
+    "recipe": "paper",
+    "model": "plain32",
+    "shortcut": "A",
+    "data": 'my "data" \\ é',
+    "pipeline": "torchvision",
+    "val_split": 5000,
+    "epochs": 3,
+    "iterations": 17,
+    "batch_size": 96,
+    "lr": 0.3,
+    "milestones": (0.25, 0.5, 0.875),
+    "warmup_iterations": 11,
+    "momentum": 0.85,
+    "weight_decay": 5e-4,
+    "crop_padding": 3,
+    "padding_mode": "reflect",
+    "flip": "alternating",
+    "cutout": 16,
+    "normalization": "channel",
+    "seed": 2**63 - 1,
+    "device": "cpu",
+    "precision": "bf16",
+    "compile": "off",
+}
+
+
+def test_every_setting_that_decides_the_result_survives_the_toml_file(tmp_path):
+    assert set(CHANGED) | set(NOT_PART_OF_THE_RESULT) == FIELDS
+    config, default = TrainConfig(**CHANGED), TrainConfig()
+    assert [name for name in CHANGED if getattr(config, name) == getattr(default, name)] == []
+    assert from_toml(written(tmp_path, config.to_toml())) == config
+
+
+def test_what_does_not_decide_the_result_is_not_in_the_toml_file(tmp_path):
+    free = {"root": Path("r"), "out": Path("o"), "resume": True, "checkpoint_steps": 5, "tensorboard": True}
+    assert set(free) == set(NOT_PART_OF_THE_RESULT)
+    assert TrainConfig(**free).to_toml() == TrainConfig().to_toml()
+
+
+def test_settings_left_out_of_the_toml_file_have_their_defaults(tmp_path):
+    assert from_toml(written(tmp_path, "")) == TrainConfig()
+    assert from_toml(written(tmp_path, "epochs = 3\nmilestones = []")) == TrainConfig(epochs=3, milestones=())
+
+
+@pytest.mark.parametrize(
+    ("line", "config"),
+    [
+        ("lr = 1", TrainConfig(lr=1.0)),
+        ("milestones = [0.25, 0.5]", TrainConfig(milestones=(0.25, 0.5))),
+        ('root = "/data"', TrainConfig(root=Path("/data"))),
+        ('out = "here"', TrainConfig(out=Path("here"))),
+        ("tensorboard = true", TrainConfig(tensorboard=True)),
+    ],
+)
+def test_toml_values_get_the_fields_type(tmp_path, line, config):
+    read = from_toml(written(tmp_path, line))
+    assert read == config
+    for field in dataclasses.fields(TrainConfig):
+        assert type(getattr(read, field.name)) is type(getattr(config, field.name))
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [("batchsize = 3", "batch_size"), ("learning_rate = 0.1\nepoch = 1", None), ("epoch = 1", "epochs")],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_valid_one(tmp_path, line, nearest):
+    path = written(tmp_path, line)
+    with pytest.raises(UsageError) as caught:
+        from_toml(path)
+    assert str(path) in str(caught.value)
+    assert f"'{line.split()[0]}'" in str(caught.value)
+    assert nearest is None or f"did you mean {nearest!r}" in str(caught.value)
+    assert all(name in str(caught.value) for name in FIELDS)
+    assert caught.value.exit_code == 2
+
+
+WRONG_TYPES = [
+    "epochs = 1.0",
+    'epochs = "1"',
+    "epochs = true",
+    "epochs = [1]",
+    "iterations = 1.5",
+    "seed = 1979-05-27",
+    "seed = {a = 1}",
+    'lr = "0.1"',
+    "lr = true",
+    "lr = [0.1]",
+    "lr = 1" + 400 * "0",
+    "model = 20",
+    "model = []",
+    "data = 1",
+    'resume = "yes"',
+    "tensorboard = 1",
+    "root = 3",
+    "out = false",
+    "milestones = 0.5",
+    "milestones = 1",
+    'milestones = "0.5"',
+    "milestones = true",
+    'milestones = ["0.5"]',
+    "milestones = [true]",
+    "milestones = [[0.5]]",
+    "milestones = {a = 0.5}",
+]
+
+
+@pytest.mark.parametrize("line", WRONG_TYPES, ids=[line[:25] for line in WRONG_TYPES])
+def test_a_value_of_the_wrong_type_is_refused(tmp_path, line):
+    path = written(tmp_path, line)
+    with pytest.raises(UsageError) as caught:
+        from_toml(path)
+    assert str(path) in str(caught.value)
+    assert line.split()[0] in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+NO_TOML = {
+    "text": b"hello world",
+    "open bracket": b"milestones = [0.5",
+    "twice": b"epochs = 1\nepochs = 2",
+    "json": b'{"epochs": 1}',
+    "yaml": b"epochs: 1\n",
+    "latin-1": "data = 'é'".encode("latin-1"),
+    "zeros": bytes(100),
+    "a pickle": b"\x80\x04K\x01.",
+    "half a file": TrainConfig().to_toml().encode()[:-20],
+    "deep": b"milestones = " + 5000 * b"[" + 5000 * b"]",
+}
+
+
+@pytest.mark.parametrize("content", NO_TOML.values(), ids=NO_TOML)
+def test_what_is_no_toml_file_is_refused(tmp_path, content):
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        from_toml(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["absent.toml", ".", "file/config.toml", 300 * "x"])
+def test_a_config_that_cannot_be_read_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as caught:
+        from_toml(tmp_path / name)
+    assert f"cannot read the config {tmp_path / name}" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_impossible_values_in_a_file_are_refused_like_those_of_flags(tmp_path):
+    with pytest.raises(UsageError, match="--lr nan"):
+        from_toml(written(tmp_path, "lr = nan"))
+    with pytest.raises(UsageError, match="unknown flip 'randm': did you mean 'random'"):
+        from_toml(written(tmp_path, 'flip = "randm"'))
+
+
+def test_differences_are_named_in_order():
+    base = TrainConfig()
+    other = dataclasses.replace(base, seed=1, iterations=5, lr=0.2, out=Path("x"))
+    assert differences(base.to_dict(), base.to_dict()) == []
+    assert differences(base.to_dict(), other.to_dict()) == ["iterations", "lr", "seed"]
+
+
+# --- any config --------------------------------------------------------------------------------------------------
+
+
+def fractions():
+    inside = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    return st.lists(inside, unique=True, max_size=4).map(lambda values: tuple(sorted(values)))
+
+
+def paths():
+    return st.none() | st.sampled_from([Path("runs"), Path("/data/x")])
+
+
+VALID = {
+    "recipe": st.sampled_from(sorted(RECIPES)),
+    "model": st.sampled_from(list_models()),
+    "shortcut": st.sampled_from(["A", "B"]),
+    "data": st.text(min_size=1),
+    "root": paths(),
+    "pipeline": st.sampled_from(["auto", "resident", "torchvision"]),
+    "val_split": st.integers(0, 2**62),
+    "epochs": st.integers(1, 1_000_000),
+    "iterations": st.none() | st.integers(1, 2**62),
+    "batch_size": st.integers(1, 2**20),
+    "lr": st.floats(0, 1e6),
+    "milestones": fractions(),
+    "warmup_iterations": st.integers(0, 2**62),
+    "momentum": st.floats(0, 1),
+    "weight_decay": st.floats(0, 1),
+    "crop_padding": st.integers(0, 31),
+    "padding_mode": st.sampled_from(["zeros", "reflect"]),
+    "flip": st.sampled_from(["none", "random", "alternating"]),
+    "cutout": st.integers(0, 32),
+    "normalization": st.sampled_from(["half", "channel", "pixel"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "device": st.sampled_from(["auto", "cpu", "cuda"]),
+    "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
+    "compile": st.sampled_from(["auto", "on", "off"]),
+    "out": paths(),
+    "resume": st.booleans(),
+    "checkpoint_steps": st.integers(0, 2**62),
+    "tensorboard": st.booleans(),
+}
+
+
+def test_the_property_varies_every_field():
+    assert set(VALID) == FIELDS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("configs")
+
+
+@settings(deadline=None)
+@given(config=st.builds(TrainConfig, **VALID))
+def test_any_config_survives_its_dict_and_its_toml_file(folder, config):
+    expected = dataclasses.replace(config, **NOT_PART_OF_THE_RESULT)
+    assert from_dict(config.to_dict(), "a test") == expected
+    assert from_toml(written(folder, config.to_toml())) == expected
+
+
+@settings(deadline=None)
+@given(config=st.builds(TrainConfig, **VALID), total=st.integers(1, 2**40), data=st.data())
+def test_after_warm_up_the_learning_rate_never_grows(config, total, data):
+    steps = st.integers(min(config.warmup_iterations, total), total)
+    early, late = sorted([data.draw(steps), data.draw(steps)])
+    assert config.lr >= learning_rate(config, early, total) >= learning_rate(config, late, total) >= 0
