@@ -304,7 +304,7 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def _read_image_folder(path: Path, report: Report) -> RawData:
-    classes = tuple(sorted(folder.name for folder in (path / "train").iterdir() if folder.is_dir()))
+    classes = tuple(sorted(_class_folders(path / "train")))
     files = {split: _labelled_files(path / split, classes) for split in ("train", "test")}
     total = sum(len(of_split) for of_split in files.values())
     arrays, done, resized = [], 0, 0
@@ -324,10 +324,14 @@ def _read_image_folder(path: Path, report: Report) -> RawData:
     return _checked(RawData(classes, *arrays), path)
 
 
+def _class_folders(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+
+
 def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
     if not folder.is_dir():
         raise DataError(f"{folder} is missing: a folder of images has train/<class>/ and test/<class>/.")
-    found = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    found = _class_folders(folder)
     if found != set(classes):
         odd = ", ".join(sorted(found ^ set(classes)))
         raise DataError(f"{folder} and its neighbour do not have the same classes: {odd}.")

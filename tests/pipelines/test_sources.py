@@ -510,6 +510,13 @@ def test_image_folder_is_read_pixel_by_pixel_in_order_of_names(image_folder, rea
     np.testing.assert_array_equal(data.test_images, [pixels["test/ape/x.JPEG"], pixels["test/zebra/y.png"]])
 
 
+def test_hidden_folders_are_no_classes(image_folder, read):
+    path, _ = image_folder
+    before = read(path)
+    (path / "train" / ".ipynb_checkpoints").mkdir()
+    assert read(path).classes == before.classes
+
+
 def test_jpeg_is_read(image_folder, read):
     path, _ = image_folder
     write_image(path / "train" / "ape" / "0.jpg", Image.new("RGB", (32, 32), (120, 120, 120)), "jpeg")
