@@ -72,8 +72,7 @@ def train(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, 
     Raises `StoppedError` after a signal, `RunError` where the loss is not finite or memory runs out, `UsageError` where
     the config does not fit the machine or the run folder.
     """
-    trainer = Trainer(config, dataset, console)
-    with _explained_out_of_memory(config.batch_size), contextlib.closing(trainer):
+    with _explained_out_of_memory(config.batch_size), contextlib.closing(Trainer(config, dataset, console)) as trainer:
         return trainer.run()
 
 
@@ -101,6 +100,10 @@ class Trainer:
             pipeline="resident" if config.pipeline == "auto" else config.pipeline,
         )
         self.console, self.dataset, self.folder = console, dataset, run_folder(config)
+        if not config.resume and any((self.folder / name).exists() for name in ("config.toml", "last.ckpt")):
+            raise UsageError(
+                f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."
+            )
         training, self.evaluated_on, evaluated = dataset, "test", dataset
         if config.val_split:
             (training, evaluated), self.evaluated_on = dataset.hold_out(config.val_split), "val"
@@ -260,13 +263,8 @@ class Trainer:
     def _enter_folder(self) -> dict[str, Any] | None:
         """Make the run folder, or take up the run in it; the summary if that run is finished."""
         last = self.folder / "last.ckpt"
-        if last.exists() or (self.folder / "config.toml").exists():
-            if not self.config.resume:
-                raise UsageError(
-                    f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."
-                )
-            if last.exists():
-                self._restore(last)
+        if last.exists():
+            self._restore(last)
             with contextlib.suppress(FileNotFoundError, ValueError):  # without a readable summary the end is run again
                 return json.loads((self.folder / "summary.json").read_bytes())
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -370,9 +368,8 @@ class Trainer:
 
     def _check_loss(self) -> None:
         if (step := self.step.failed_at()) is not None:
-            kept = (
-                "last.ckpt holds the last good state" if self.progress.epoch else "no checkpoint had been written yet"
-            )
+            saved = (self.folder / "last.ckpt").exists()
+            kept = "last.ckpt holds the last good state" if saved else "no checkpoint had been written yet"
             raise RunError(
                 f"the loss was not finite at step {step} (epoch {step // len(self.pipeline) + 1}); the weights were "
                 f"not updated with it, and {kept} ({self.folder}). Try a lower --lr, or --precision fp32."
