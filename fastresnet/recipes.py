@@ -9,7 +9,10 @@ from fastresnet.models import model_depth
 
 
 def paper(model: str = "resnet20") -> TrainConfig:
-    """He et al. 2015, section 4.2, to the letter: 64k iterations at batch 128, shortcut A, per-pixel mean.
+    """He et al. 2015, section 4.2, as published: 64k iterations at batch 128, shortcut A, per-pixel mean.
+
+    Where the text leaves things open: crops are padded with black before the mean is subtracted, the zero channels of
+    shortcut A lie at both ends, and BN and biases decay like all parameters.
 
     Paper, test error: ResNet-20 8.75 %, -32 7.51 %, -44 7.17 %, -56 6.97 %, -110 6.43 %. Not yet measured with this
     program. `--val-split 5000` trains on 45,000 images, as the paper did to find its schedule.
