@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastresnet import __version__
-from pipelines.errors import DataError, UsageError, UserError, check_choice
+from pipelines.errors import DataError, Note, UsageError, UserError, check_choice
 
 if TYPE_CHECKING:
     from pipelines.sources import Report
@@ -84,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
-    warnings.showwarning = _show_warning
     try:
-        return command(arguments)
+        with _notes_on_stderr():
+            return command(arguments)
     except UserError as error:
         print(f"fastresnet: {error}", file=sys.stderr)
         return error.exit_code
@@ -127,7 +128,7 @@ def _prepare(arguments: list[str]) -> int:
     options: PrepareOptions = _parse(PrepareOptions, "prepare", arguments)
     from pipelines.convert import SHAPES10, data_root, prepare
 
-    with _ProgressLine() as report:
+    with _progress_line() as report:
         dataset, made = prepare(
             options.data,
             data_root(options.root),
@@ -141,7 +142,7 @@ def _prepare(arguments: list[str]) -> int:
     asked = (options.train_images, options.test_images)
     resized = dataset.name == SHAPES10 and asked != (len(dataset.train), len(dataset.test))
     if not made and (options.source is not None or resized):
-        warnings.warn(f"nothing was read or drawn; remove {dataset.folder} to make it anew.", stacklevel=2)
+        warnings.warn(f"nothing was read or drawn; remove {dataset.folder} to make it anew.", Note, stacklevel=2)
     return 0
 
 
@@ -155,30 +156,29 @@ def find_dataset(data: str, root: Path | None) -> Dataset:
     folder = data_root(root) / data
     if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
         return open_store(folder)
-    with _ProgressLine() as report:
+    with _progress_line() as report:
         return prepare(data, data_root(root), report)[0]
 
 
-class _ProgressLine:
+@contextlib.contextmanager
+def _progress_line() -> Iterator[Report]:
     """A progress bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    def __enter__(self) -> Report:
-        from rich.console import Console
-        from rich.progress import Progress
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
 
-        console = Console(stderr=True)
-        self._progress = Progress(console=console, disable=not console.is_terminal, transient=True)
-        self._progress.start()
-        self._tasks: dict[str, Any] = {}
-        return self._report
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
 
-    def _report(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what)
-        self._progress.update(self._tasks[what], completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        yield report
 
 
 # --- train -------------------------------------------------------------------------------------------------------
@@ -323,6 +323,17 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    prefix = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"fastresnet: note: {prefix}{message}", file=sys.stderr)
+@contextlib.contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Show this program's notes as one line each; other libraries' warnings as ever."""
+    with warnings.catch_warnings():
+        show_other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, Note):
+                print(f"fastresnet: note: {message}", file=sys.stderr)
+            else:
+                show_other(message, category, *rest)
+
+        warnings.showwarning = show
+        yield

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import __version__
-from .errors import DataError, UsageError
+from .errors import DataError, Note, UsageError
 from .shapes10 import draw_shapes10
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
 from .store import STORE_FILES, Dataset, RawData, open_store, write_store
@@ -63,7 +63,7 @@ def _existing(folder: Path) -> Dataset | None:
                 raise DataError(
                     f"{folder} is in the way: it holds {foreign[0]}. Move it, or give --data another name."
                 ) from None
-            warnings.warn(f"making {folder} anew: {error}", stacklevel=3)
+            warnings.warn(f"making {folder} anew: {error}", Note, stacklevel=3)
             return None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is in the way: it holds something else. Move it, or give --data another name.")

@@ -30,6 +30,10 @@ class DataError(UserError):
     exit_code = 3
 
 
+class Note(UserWarning):
+    """Something that a user should know and that stops nothing."""
+
+
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     """Raise `UsageError`, naming the nearest valid value, unless `value` is one of `choices`."""
     names = list(choices)

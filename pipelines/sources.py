@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, Note
 from .sampling import IMAGE_SIZE
 from .store import RawData
 
@@ -319,6 +319,7 @@ def _read_image_folder(path: Path, report: Report) -> RawData:
         warnings.warn(
             f"{resized} of {total} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped to a square "
             "and resized.",
+            Note,
             stacklevel=2,
         )
     return _checked(RawData(classes, *arrays), path)
