@@ -15,13 +15,19 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     captured or compiled step sees it change.
     """
     device = next(model.parameters()).device
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         model.parameters(),
         lr=torch.tensor(config.lr, device=device),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if config.momentum:
+        # Left to itself, the fused update allocates the momentum without filling it, and an update that is called off
+        # then leaves whatever lay in memory there.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ def small_batches(count, size=16):
         yield images, torch.randint(0, 10, (size,), generator=generator)
 
 
-def make_step(precision="fp32", model="resnet20", device=CPU, compile_model=False, **settings):
+def make_step(precision="fp32", model="resnet20", device=CPU, compile_model=False, dtype=torch.float32, **settings):
     torch.manual_seed(0)
-    network = create_model(model).to(device, memory_format=torch.channels_last)
+    network = create_model(model).to(device, dtype, memory_format=torch.channels_last)
     optimizer = create_optimizer(network, TrainConfig(**settings))
     step = TrainStep(network, optimizer, precision=precision, device=device, compile_model=compile_model)
     return network, step
@@ -32,8 +32,7 @@ def make_step(precision="fp32", model="resnet20", device=CPU, compile_model=Fals
 
 def test_steps_equal_the_textbook_loop():
     """Contiguous layout and PyTorch's unfused SGD; in float64, where roundings stay too small to grow."""
-    network, step = make_step()
-    network.double()
+    network, step = make_step(dtype=torch.float64)
     reference = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=False)
     losses, correct = [], 0
@@ -85,6 +84,20 @@ def test_a_non_finite_loss_leaves_the_weights_untouched_for_good_and_names_its_s
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     after = optimizer_state(step.optimizer, network)
     assert all(torch.equal(value, after[name]) for name, value in momentum.items())
+
+
+def test_a_first_update_that_overflows_leaves_no_momentum():
+    """The fused optimiser allocates momentum without filling it; in a deep network rubbish in it soon reads as inf."""
+    network, step = make_step("fp16", model="resnet56")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    ((images, labels),) = small_batches(1)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    step(images, labels, lr=0.1, step=0)
+    assert step.scaler.get_scale() < 2.0**60
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    momentum = optimizer_state(step.optimizer, network)
+    assert len(momentum) == len(before)
+    assert not any(value.any() for value in momentum.values())
 
 
 def test_the_learning_rate_of_each_step_is_the_one_given():
