@@ -1,7 +1,7 @@
 """Crop, flip, cutout and normalise: the reference for every pipeline, batched, on any device.
 
 Pixels stay uint8 [B, 32, 32, 3] until `normalize`, so that pipelines can be compared bit by bit. The crop is index
-arithmetic over one gather, which `torch.compile` fuses into a single kernel.
+arithmetic over one gather.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -62,6 +63,12 @@ class _Plan:
         return len(self.batches)
 
 
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the workers must outlive the parent's saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class TorchvisionPipeline:
     """Uses a worker process for each core while training, and none for evaluation."""
 
@@ -85,6 +92,7 @@ class TorchvisionPipeline:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
         )
 
     def __len__(self) -> int:

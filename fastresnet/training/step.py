@@ -12,8 +12,9 @@ from fastresnet.device import autocast
 class TrainStep:
     """Runs optimisation steps and sums their metrics on the device.
 
-    A non-finite loss calls off that update and every later one on the device itself; `failed_at` tells the step when
-    the caller next asks, so the steady loop needs no synchronisation (the idea is torchtitan's, `trainer.py`).
+    A non-finite loss calls off that update of the parameters and every later one on the device itself; `failed_at`
+    tells the step when the caller next asks, so the steady loop needs no synchronisation (the idea is torchtitan's,
+    `trainer.py`).
     """
 
     def __init__(

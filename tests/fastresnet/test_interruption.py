@@ -18,7 +18,7 @@ ARGUMENTS = [
 
 # Runs the command line with a fault armed: when training step {step} begins, {fault} happens.
 PROGRAM = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
 import fastresnet.training.trainer as trainer
 from fastresnet import cli
 from fastresnet.training.step import TrainStep
@@ -42,8 +42,9 @@ def tiny_root(tmp_path_factory):
 
 @pytest.fixture
 def start(tiny_root):
-    def start_process(folder, *, step=-1, fault="pass", resume=False, expect):
+    def start_process(folder, *, step=-1, fault="pass", resume=False, expect, arguments=()):
         command = [sys.executable, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
+        command += arguments
         done = subprocess.run(
             command + ["--resume"] * resume,
             env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
@@ -51,6 +52,7 @@ def start(tiny_root):
             text=True,
             timeout=120,
             check=False,
+            start_new_session=True,
         )
         assert done.returncode == expect, done.stderr
         return done
@@ -134,6 +136,17 @@ def test_a_signal_saves_after_the_step_and_says_how_to_continue(start, unbroken,
     assert_same_run(folder, unbroken)
 
 
+def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_until_all_is_saved(start, unbroken, tmp_path):
+    """As Ctrl-C on a terminal and a scheduler's SIGTERM reach worker processes too."""
+    folder = tmp_path / "run"
+    fault = "os.killpg(0, signal.SIGTERM); time.sleep(0.5)"
+    done = start(folder, step=7, fault=fault, expect=143, arguments=["--pipeline", "torchvision"])
+    assert "stopped by SIGTERM after step 8" in done.stderr
+    assert "Traceback" not in done.stderr
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, unbroken, tmp_path):
     folder = tmp_path / "run"
     fault = (
@@ -141,12 +154,13 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, 
         "trainer.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]"
     )
     start(folder, step=9, fault=fault, expect=143)
-    assert load_tensors(folder / "last.ckpt")[1]["progress"] | {"rows": [], "train_seconds": 0} == {
+    assert load_tensors(folder / "last.ckpt")[1]["progress"] | {"rows": [], "train_seconds": 0, "total_seconds": 0} == {
         "step": 10,
         "epoch": 1,
         "rows": [],
         "best_accuracy": load_tensors(unbroken / "last.ckpt")[1]["progress"]["rows"][0]["test_accuracy"],
         "train_seconds": 0,
+        "total_seconds": 0,
     }
     start(folder, resume=True, expect=0)
     assert_same_run(folder, unbroken)
@@ -169,7 +183,7 @@ def test_real_lack_of_memory_names_the_batch_size(start, tmp_path):
     limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)"
     fault = f"resource.setrlimit(resource.RLIMIT_AS, ({limit},) * 2); images = images.repeat(256, 1, 1, 1)"
     done = start(tmp_path / "run", step=2, fault=fault, expect=1)
-    assert "out of memory with --batch-size 16" in done.stderr
+    assert "out of memory: --batch-size 16 is too much; try --batch-size 8" in done.stderr
     assert "Traceback" not in done.stderr
 
 
