@@ -48,6 +48,7 @@ class LoadersOptions:
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
+        cli.check_output("--json", self.json)
         if self.rounds < 1 or self.seconds <= 0:
             raise UsageError(f"--rounds {self.rounds} --seconds {self.seconds}: there is nothing to measure.")
 
@@ -120,7 +121,7 @@ class _Contestant:
 
 def _copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
     """Bytes a second that a large copy reads and writes together on `device`; the best of 5."""
-    source = torch.empty(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # pages never written would all be one cached page
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(6):

@@ -49,8 +49,8 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         for name in ("train_images", "test_images"):
-            if not 1 <= getattr(self, name) <= 10_000_000:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in 1..10000000.")
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in 1..1000000.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,22 @@ class EvalOptions:
     """fp32, bf16 or fp16; auto: as in training, fp32 for foreign weights."""
     json: Path | None = None
     """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_output("--json", self.json)
+        if (self.mean is None) != (self.std is None):
+            raise UsageError("--mean and --std go together.")
+        for name, values in (("mean", self.mean or ()), ("std", self.std or ())):
+            if not all(0 <= value <= 1 for value in values):
+                raise UsageError(f"--{name} {values}: give fractions in 0..1; figures for 0..255 are divided by 255.")
+        if self.std and min(self.std) == 0:
+            raise UsageError(f"--std {self.std}: standard deviations are above 0.")
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Raise `UsageError` where a file to be written has no folder to lie in: before the work, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,14 +249,10 @@ def _eval(arguments: list[str]) -> int:
 
     check_choice("device", options.device, DEVICES)
     check_choice("precision", options.precision, PRECISIONS)
-    if (options.mean is None) != (options.std is None):
-        raise UsageError("--mean and --std go together.")
-    if options.std and min(options.std) <= 0:
-        raise UsageError(f"--std {options.std}: standard deviations are above 0.")
 
     import torch
 
-    from fastresnet.device import environment, resolve_device, resolve_precision
+    from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
     from fastresnet.evaluation import evaluate, open_evaluation
     from fastresnet.weights import load_weights
 
@@ -258,11 +270,18 @@ def _eval(arguments: list[str]) -> int:
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
         print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
-    precision = options.precision if options.precision != "auto" else training.get("precision", "fp32")
-    precision = resolve_precision(precision, device)
+    trained_in = training.get("precision", "fp32")
+    if options.precision != "auto":
+        precision = resolve_precision(options.precision, device)
+    elif supports(trained_in, device):
+        precision = trained_in
+    else:
+        precision = "fp32"
+        warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
     model = weights.model.to(device, memory_format=torch.channels_last)
-    result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device)
+    with explained_failures("try --device cpu"):
+        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device)
     _print_table(
         f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
         [

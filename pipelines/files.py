@@ -20,7 +20,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it becomes `path`, on failure it is removed."""
+    """Yield a temporary name beside `path`; on success it becomes `path`, on failure it is removed.
+
+    Raises `OSError` with the name `path`, whatever was being written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # one fixed name: what a killed writer left, the next one replaces
     try:
         yield temporary
@@ -28,6 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -59,6 +59,10 @@ def test_the_overview_names_every_command(run):
         (["eval", "--weights", "x", "--precision", "fp61"], ["did you mean 'fp16'?"]),
         (["eval", "--weights", "x", "--mean", "0.5", "0.5", "0.5"], ["--mean and --std go together"]),
         (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "0", "1", "1"], ["above 0"]),
+        (["eval", "--weights", "x", "--mean", "125", "123", "114", "--std", "1", "1", "1"], ["125", "divided by 255"]),
+        (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "nan", "1", "1"], ["nan", "in 0..1"]),
+        (["eval", "--weights", "x", "--json", "no/such/folder/f.json"], ["there is no folder no/such/folder"]),
+        (["prepare", "--data", "shapes10", "--test-images", "1000001"], ["--test-images 1000001", "1..1000000"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -92,7 +96,8 @@ def test_unknown_flags_and_values_of_the_wrong_kind_exit_with_2(run, arguments, 
     ("arguments", "messages"),
     [
         (["train", "--data", "cats"], ["no prepared data set in", "cats", "fastresnet prepare --data cats"]),
-        (["train", "--data", "./nowhere/cats"], ["nowhere/cats", "fastresnet prepare"]),
+        (["train", "--data", "./nowhere/cats"], ["nowhere/cats", "fastresnet prepare --data cats --root "]),
+        (["train", "--data", "./"], ["fastresnet prepare --data", "no prepared data set in ."]),
         (["prepare", "--source", "nowhere.tar.gz"], ["nowhere.tar.gz does not exist"]),
         (["prepare", "--data", "cats"], ["--source PATH"]),
         (["eval", "--weights", "nowhere.ckpt"], ["nowhere.ckpt is no file"]),
@@ -105,6 +110,12 @@ def test_missing_files_exit_with_3_and_say_what_to_do(run, arguments, messages):
     assert one_or_two_lines(err)
     for message in messages:
         assert message in err
+
+
+def test_a_folder_of_data_sets_given_for_a_data_set_names_the_one_inside(run, dataset):
+    code, _, err = run("train", "smoke", "--data", f"{dataset.folder.parent}/")
+    assert code == 3
+    assert f"there is one in {dataset.folder}" in err
 
 
 @pytest.mark.parametrize("command", [["prepare"], ["train"], ["train", "smoke"]], ids=" ".join)
@@ -212,6 +223,22 @@ def test_eval_normalises_foreign_weights_as_told(run, tmp_path):
     code, out, _ = run(*foreign)
     assert code == 0
     assert "normalising with shapes10's own mean and std" in out
+
+
+def test_eval_falls_back_to_fp32_where_the_gpu_lacks_the_precision_of_the_training(run, tmp_path, monkeypatch):
+    from fastresnet import device
+    from fastresnet.checkpoint import save_tensors
+    from fastresnet.config import TrainConfig
+    from fastresnet.models import create_model
+
+    config = TrainConfig(precision="bf16", data="shapes10")
+    save_tensors(tmp_path / "w.ckpt", create_model("resnet20").state_dict(), {"config": config.to_dict()})
+    assert "single view, bf16" in run("eval", "--weights", tmp_path / "w.ckpt")[1].replace("\n", " ")
+    monkeypatch.setattr(device, "supports", lambda precision, _: precision != "bf16")
+    code, out, err = run("eval", "--weights", tmp_path / "w.ckpt")
+    assert code == 0
+    assert "single view, fp32" in out.replace("\n", " ")
+    assert "trained in bf16" in err
 
 
 def test_the_module_runs_as_a_program():
