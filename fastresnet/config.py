@@ -25,7 +25,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 SWITCHES = ("auto", "on", "off")
 
-# What may differ between a run and its resumption, because it does not decide the result.
+# What may differ between a run and its resumption, because it does not decide the result: the checkpoint knows the data
+# by its digest, not by where it lies.
 _FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard"}
 
 
@@ -142,8 +143,8 @@ class TrainConfig:
         }
 
     def to_toml(self) -> str:
-        """The contents of `config.toml`."""
-        return tomli_w.dumps(self.to_dict())
+        """The contents of `config.toml`: what decides the result, and the root of the data if one was given."""
+        return tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from fastresnet import __version__
-from pipelines.errors import UsageError
+from pipelines.errors import RunError, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,16 +37,22 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the hardware computes it (2.0x the speed of fp32 on a CPU with AVX512-BF16), else fp32."""
-    native_bf16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
     if name == "auto":
-        return "bf16" if native_bf16 else "fp32"
-    if name == "bf16" and device.type == "cuda" and not native_bf16:
-        raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} lacks it. Use fp16.")
+        return "bf16" if _computes_bf16(device) else "fp32"
+    if not supports(name, device):
+        raise UsageError(f"--precision {name}: {torch.cuda.get_device_name(device)} lacks it. Use fp16.")
     return name
+
+
+def supports(precision: str, device: torch.device) -> bool:
+    """Whether `device` computes in `precision` at all; a CPU does, if slowly."""
+    return precision != "bf16" or device.type != "cuda" or _computes_bf16(device)
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve_compile(name: str, device: torch.device) -> bool:
@@ -56,6 +64,31 @@ def resolve_compile(name: str, device: torch.device) -> bool:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Mixed precision for the forward pass; nothing for fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+@contextlib.contextmanager
+def explained_failures(out_of_memory: str) -> Iterator[None]:
+    """Turn a lack of memory (`out_of_memory` is the advice) and a failed compilation into `RunError`.
+
+    PyTorch, its allocators, cuDNN and the compiler all report a lack of memory in words of their own.
+    """
+    try:
+        yield
+    except MemoryError:
+        pass
+    except RuntimeError as error:
+        signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        if not any(sign in str(error) for sign in signs):
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise RunError(
+                    f"torch.compile failed: {reason} It needs a C and C++ compiler and Python's headers (Debian: g++ "
+                    "and python3-dev); or use --compile off."
+                ) from error
+            raise
+    else:
+        return
+    raise RunError(f"out of memory: {out_of_memory}.")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

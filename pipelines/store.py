@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tokenize
 from dataclasses import dataclass, replace
@@ -80,6 +81,8 @@ class Dataset:
     """Standard deviation of the training pixels of each channel, in 0..1."""
     pixel_mean: np.ndarray
     """float32 [32, 32, 3], in 0..1."""
+    digest: str
+    """SHA-256 over name, contents and provenance: two stores with the same digest give the same batches."""
     folder: Path
 
     def hold_out(self, count: int) -> tuple[Dataset, Dataset]:
@@ -197,13 +200,15 @@ def open_store(folder: Path) -> Dataset:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         pixel_mean=arrays["pixel_mean"],
+        digest=meta["sha256"],
         folder=folder,
     )
 
 
 def prepare_command(folder: Path) -> str:
     """The command that prepares the store `folder`."""
-    return f"fastresnet prepare --data {folder.name} --root {folder.parent}"
+    folder = folder.absolute()
+    return shlex.join(["fastresnet", "prepare", "--data", folder.name, "--root", str(folder.parent)])
 
 
 def _whole_split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -219,6 +224,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
+        if inside := sorted(path.parent for path in folder.glob("*/meta.json")):
+            raise DataError(f"no prepared data set in {folder} itself, but there is one in {inside[0]}.") from None
         raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_command(folder)}") from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None

@@ -49,11 +49,8 @@ def create_loggers(
     folder: Path, console: Console, *, total_steps: int, tensorboard: bool, start_step: int
 ) -> list[Logger]:
     """A progress bar on a terminal, plain lines elsewhere, and TensorBoard events in `folder` if asked for."""
-    loggers: list[Logger] = [
-        TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps)
-    ]
-    if tensorboard:
-        loggers.append(TensorBoardLogger(folder, start_step))
+    loggers: list[Logger] = [TensorBoardLogger(folder, start_step)] if tensorboard else []
+    loggers.append(TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps))
     return loggers
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +22,14 @@ from torch import nn
 
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
 from fastresnet.config import TrainConfig, differences
-from fastresnet.device import DTYPES, environment, resolve_compile, resolve_device, resolve_precision
+from fastresnet.device import (
+    DTYPES,
+    environment,
+    explained_failures,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+)
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
 from fastresnet.training.loggers import Logger, Row, Status, create_loggers
@@ -40,6 +46,9 @@ _STATUS_EVERY = {"cpu": 1, "cuda": 100}
 
 # A resumed run may change these, at the price of the last bits.
 _INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
+
+# Any of these makes a folder a run's, to be continued or left alone.
+_RUN_FILES = ("last.ckpt", "best.ckpt", "model.safetensors", "summary.json")
 
 
 class StoppedError(UserError):
@@ -64,6 +73,8 @@ class Progress:
     """Highest accuracy on the evaluated split, percent."""
     train_seconds: float = 0.0
     """Time spent in training steps, over all sessions."""
+    total_seconds: float = 0.0
+    """All time, over all sessions."""
 
 
 def train(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, Any]:
@@ -72,25 +83,23 @@ def train(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, 
     Raises `StoppedError` after a signal, `RunError` where the loss is not finite or memory runs out, `UsageError` where
     the config does not fit the machine or the run folder.
     """
-    with _explained_out_of_memory(config.batch_size), contextlib.closing(Trainer(config, dataset, console)) as trainer:
+    batch_size = f"--batch-size {max(config.batch_size // 2, 1)} (and another --out, if the run has begun)"
+    remedy = f"--batch-size {config.batch_size} is too much; try {batch_size}"
+    with explained_failures(remedy), contextlib.closing(Trainer(config, dataset, console)) as trainer:
         return trainer.run()
 
 
-def run_folder(config: TrainConfig) -> Path:
+def run_folder(config: TrainConfig, dataset: Dataset) -> Path:
     """`config.out`, else a folder in $FASTRESNET_RUNS or ./runs named after the run."""
-    if config.out is not None:
-        return config.out
-    data = Path(config.data).name
-    return (
-        Path(os.environ.get("FASTRESNET_RUNS") or "runs") / f"{config.recipe}-{config.model}-{data}-seed{config.seed}"
-    )
+    name = f"{config.recipe}-{config.model}-{dataset.name}-seed{config.seed}"
+    return config.out or Path(os.environ.get("FASTRESNET_RUNS") or "runs") / name
 
 
 class Trainer:
     """One run. `run` does everything; `close` lets go of files and processes."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset, console: Console) -> None:
-        self._started = time.perf_counter()
+        self._mark = time.perf_counter()
         self.device = resolve_device(config.device)
         self.config = config = dataclasses.replace(
             config,
@@ -99,8 +108,8 @@ class Trainer:
             compile="on" if resolve_compile(config.compile, self.device) else "off",
             pipeline="resident" if config.pipeline == "auto" else config.pipeline,
         )
-        self.console, self.dataset, self.folder = console, dataset, run_folder(config)
-        if not config.resume and any((self.folder / name).exists() for name in ("config.toml", "last.ckpt")):
+        self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
+        if not config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
             raise UsageError(
                 f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."
             )
@@ -137,7 +146,6 @@ class Trainer:
             compile_model=config.compile == "on",
         )
         self.progress = Progress()
-        self._mark, self._marked_step = time.perf_counter(), 0
         self._loggers: list[Logger] = []
 
     def _open_evaluation(self, dataset: Dataset) -> Pipeline:
@@ -156,10 +164,11 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to a signal."""
-        if finished := self._enter_folder():
+        if finished := self._take_up():
             return finished
         self._announce()
         self._open_loggers()
+        self._write_config()
         with _StopSignals() as self._signals:
             while self.progress.step < self.total_steps or self.progress.epoch * len(self.pipeline) < self.total_steps:
                 self._train_epoch()
@@ -168,10 +177,10 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """The rest of the current epoch, up to the end of the run."""
+        self._add_time(training=False)
         self.model.train()
         first_step = self.progress.epoch * len(self.pipeline)
         status_every, checkpoint_every = _STATUS_EVERY[self.device.type], self.config.checkpoint_steps
-        self._mark, self._marked_step = time.perf_counter(), self.progress.step
         for batch in self.pipeline.epoch(self.progress.epoch, self.progress.step - first_step):
             if self.progress.step == self.total_steps:
                 break
@@ -185,7 +194,7 @@ class Trainer:
                 self._save()
             self._stop_if_asked()
         self._check_loss()
-        self._add_train_time()
+        self._add_time(training=True)
 
     def _finish_epoch(self) -> None:
         """Evaluate, record, and save."""
@@ -240,6 +249,7 @@ class Trainer:
             with contextlib.closing(self._open_evaluation(self.dataset)) as pipeline:
                 test_accuracy = self._evaluate(self.model, pipeline).accuracy
                 best_accuracy = self._evaluate(best, pipeline).accuracy
+        self._add_time(training=False)
         return {
             "schema": 1,
             "recipe": config.recipe,
@@ -253,29 +263,41 @@ class Trainer:
             "best_chosen_on": {"val": "validation", "test": "test"}[self.evaluated_on],
             "images_per_s": progress.step * config.batch_size / progress.train_seconds,
             "train_seconds": progress.train_seconds,
-            "total_seconds": time.perf_counter() - self._started,
+            "total_seconds": progress.total_seconds,
             "flops": _training_flops(self.model) * config.batch_size * progress.step,
             "environment": environment(self.device),
         }
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _enter_folder(self) -> dict[str, Any] | None:
-        """Make the run folder, or take up the run in it; the summary if that run is finished."""
+    def _take_up(self) -> dict[str, Any] | None:
+        """Continue the run in the run folder, if there is one; its summary if it is finished."""
         last = self.folder / "last.ckpt"
         if last.exists():
             self._restore(last)
             with contextlib.suppress(FileNotFoundError, ValueError):  # without a readable summary the end is run again
                 return json.loads((self.folder / "summary.json").read_bytes())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / "config.toml", self.config.to_toml().encode())
         return None
+
+    def _write_config(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.config
+        if config.root is not None:
+            config = dataclasses.replace(config, root=self.dataset.folder.parent.absolute())
+        if self.dataset.folder == Path(config.data):
+            config = dataclasses.replace(config, data=str(self.dataset.folder.absolute()))
+        write_bytes(self.folder / "config.toml", config.to_toml().encode())
 
     def _restore(self, path: Path) -> None:
         tensors, description = load_tensors(path)
         if description is None or "progress" not in description:
             raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.")
-        changed = differences(self.config.to_dict(), description["config"])
+        if description.get("data_sha256") != self.dataset.digest:
+            raise DataError(
+                f"{self.folder} was trained on another data set {description['data']!r} than the one in "
+                f"{self.dataset.folder}. Point --data or --root to that one, or give another folder with --out."
+            )
+        changed = [name for name in differences(self.config.to_dict(), description["config"]) if name != "data"]
         if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
             raise UsageError(
                 f"{self.folder} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
@@ -286,15 +308,15 @@ class Trainer:
         self.model.load_state_dict(take_prefix("model", tensors))
         load_optimizer_state(self.optimizer, self.model, take_prefix("optimizer", tensors))
         self.step.totals.copy_(tensors["totals"])
-        if self.step.scaler.is_enabled():
+        if self.step.scaler.is_enabled() and description["scaler"]:  # empty where the run was not in fp16 so far
             self.step.scaler.load_state_dict(description["scaler"])
         self.progress = Progress(**description["progress"])
         self._write_metrics()  # a kill may have come between the checkpoint and this
 
     def _save(self) -> None:
         """Write last.ckpt: everything that continuing needs. Never called with a loss that was not finite."""
-        self._add_train_time()
-        self._check_loss()
+        self._check_loss()  # waits for the device, so the time up to here is the steps'
+        self._add_time(training=self.model.training)
         tensors = {
             **with_prefix("model", self.model.state_dict()),
             **with_prefix("optimizer", optimizer_state(self.optimizer, self.model)),
@@ -302,6 +324,7 @@ class Trainer:
         }
         description = {"progress": dataclasses.asdict(self.progress), "scaler": self.step.scaler.state_dict()}
         save_tensors(self.folder / "last.ckpt", tensors, {**self._description(), **description})
+        self._add_time(training=False)
 
     def _write_metrics(self) -> None:
         if self.progress.rows:
@@ -311,7 +334,12 @@ class Trainer:
         save_tensors(self.folder / name, self.model.state_dict(), self._description())
 
     def _description(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict(), "data": self.dataset.name, "classes": list(self.dataset.classes)}
+        return {
+            "config": self.config.to_dict(),
+            "data": self.dataset.name,
+            "data_sha256": self.dataset.digest,
+            "classes": list(self.dataset.classes),
+        }
 
     # --- telling, checking, stopping -----------------------------------------------------------------------------
 
@@ -342,8 +370,9 @@ class Trainer:
             self._resources.callback(logger.close)
 
     def _log_status(self, lr: float) -> None:
-        self._add_train_time()
-        status = self._status(*self.step.metrics(), lr)
+        metrics = self.step.metrics()
+        self._add_time(training=True)
+        status = self._status(*metrics, lr)
         for logger in self._loggers:
             logger.status(status)
 
@@ -360,19 +389,22 @@ class Trainer:
             eta_s=(self.total_steps - progress.step) * seconds_per_step,
         )
 
-    def _add_train_time(self) -> None:
+    def _add_time(self, *, training: bool) -> None:
+        """Book the time since the last call."""
         now = time.perf_counter()
-        if self.progress.step > self._marked_step:
+        self.progress.total_seconds += now - self._mark
+        if training:
             self.progress.train_seconds += now - self._mark
-        self._mark, self._marked_step = now, self.progress.step
+        self._mark = now
 
     def _check_loss(self) -> None:
         if (step := self.step.failed_at()) is not None:
             saved = (self.folder / "last.ckpt").exists()
             kept = "last.ckpt holds the last good state" if saved else "no checkpoint had been written yet"
             raise RunError(
-                f"the loss was not finite at step {step} (epoch {step // len(self.pipeline) + 1}); the weights were "
-                f"not updated with it, and {kept} ({self.folder}). Try a lower --lr, or --precision fp32."
+                f"the loss was not finite at step {step + 1} (epoch {step // len(self.pipeline) + 1}); the weights "
+                f"were not updated with it, and {kept} ({self.folder}). Try a lower --lr with another --out, or "
+                "--precision fp32."
             )
 
     def _stop_if_asked(self) -> None:
@@ -415,20 +447,6 @@ class _StopSignals:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def _explained_out_of_memory(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-    else:
-        return
-    raise RunError(f"out of memory with --batch-size {batch_size}. Try --batch-size {max(batch_size // 2, 1)}.")
 
 
 def _training_flops(model: nn.Module) -> int:

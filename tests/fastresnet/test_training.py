@@ -2,13 +2,16 @@
 
 import csv
 import json
+import shutil
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastresnet.checkpoint import load_tensors, take_prefix
+from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
 from fastresnet.training.step import TrainStep
 
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 64, "--precision", "fp32")
@@ -117,6 +120,90 @@ def test_resuming_with_other_settings_is_refused_and_names_them(finished, run):
     assert f"--config {folder / 'config.toml'}" in err
 
 
+def test_resuming_on_other_data_is_refused(finished, run, tmp_path):
+    folder, _ = finished
+    run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 331, "--test-images", 91)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    code, _, err = run("train", *SMALL, "--epochs", 2, "--root", tmp_path, "--out", folder, "--resume")
+    assert code == 3
+    assert "another data set" in err
+    assert str(tmp_path / "shapes10") in err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_the_same_data_elsewhere_is_no_reason_to_refuse(finished, run, tmp_path, dataset):
+    folder, out = finished
+    shutil.copytree(dataset.folder, tmp_path / "shapes10")
+    elsewhere = [*SMALL[:2], tmp_path / "shapes10", *SMALL[3:]]
+    code, again, _ = run("train", *elsewhere, "--epochs", 2, "--out", folder, "--resume")
+    assert code == 0
+    assert again == out[out.index("result") :]
+
+
+@pytest.mark.parametrize("place", ["root", "folder", "relative folder"])
+def test_config_toml_remembers_where_the_data_lie(run, tmp_path, monkeypatch, dataset, place):
+    shutil.copytree(dataset.folder, tmp_path / "elsewhere" / "shapes10")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTRESNET_DATA")
+    data = {
+        "root": ["shapes10", "--root", "elsewhere"],
+        "folder": [tmp_path / "elsewhere" / "shapes10"],
+        "relative folder": ["elsewhere/shapes10"],
+    }[place]
+    code, *_ = run("train", "smoke", "--data", *data, *SMALL[3:], "--iterations", 1, "--out", tmp_path / "run")
+    assert code == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setenv("FASTRESNET_DATA", str(tmp_path / "empty"))
+    code, _, err = run("train", "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again")
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_may_be_started_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainStep, "__call__", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    assert run("train", *SMALL, "--out", tmp_path / "run")[0] == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTRESNET_RUNS", str(tmp_path))
+    code, *_ = run("train", *SMALL, "--iterations", 1, "--out", tmp_path / "run")
+    assert code == 0
+
+
+def test_without_tensorboard_the_extra_is_named_and_nothing_is_left(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, err = run("train", *SMALL, "--tensorboard", "--out", tmp_path / "run")
+    assert code == 2
+    assert "fastresnet[tensorboard]" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_may_go_on_in_another_precision_and_says_so(run, tmp_path, precision):
+    small = [*SMALL[:5], "--iterations", 4, "--out", tmp_path / "run"]
+    run("train", *small, "--precision", "fp32", "--checkpoint-steps", 2)
+    (tmp_path / "run" / "summary.json").unlink()
+    code, out, _ = run("train", *small, "--precision", precision, "--resume")
+    assert code == 0
+    assert "precision differ from the run's" in out
+
+
+def test_writing_checkpoints_is_no_training_time(run, tmp_path, monkeypatch):
+    from fastresnet.training import trainer
+
+    slept = []
+
+    def slow(*arguments):
+        slept.append(0.1)
+        time.sleep(0.1)
+        save_tensors(*arguments)
+
+    monkeypatch.setattr(trainer, "save_tensors", slow)
+    run("train", *SMALL, "--epochs", 2, "--checkpoint-steps", 1, "--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(slept) > 10
+    assert summary["total_seconds"] - summary["train_seconds"] >= sum(slept)
+
+
 def test_iterations_end_a_run_within_an_epoch_and_it_is_evaluated(run, tmp_path):
     code, *_ = run("train", *SMALL, "--epochs", 9, "--iterations", 7, "--out", tmp_path / "run")
     assert code == 0
@@ -188,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     code, _, err = run("train", *SMALL, "--epochs", 3, "--out", tmp_path / "run")
     assert code == 1
-    assert "not finite at step 7 (epoch 2)" in err
+    assert "not finite at step 8 (epoch 2)" in err  # counted from 1, as everywhere that a user looks
     tensors, description = load_tensors(tmp_path / "run" / "last.ckpt")
     assert description["progress"]["step"] == 5
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -202,9 +289,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
         MemoryError(),
     ],
-    ids=["cuda", "cpu", "numpy"],
+    ids=["cuda", "cpu", "cudnn", "driver", "numpy"],
 )
 def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, monkeypatch, error):
     def exhausted(*_, **__):
@@ -215,6 +304,19 @@ def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, mo
     assert code == 1
     assert "--batch-size 64" in err
     assert "--batch-size 32" in err
+
+
+def test_a_failed_compilation_says_what_it_needs(run, tmp_path, monkeypatch):
+    from torch._inductor import config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        code, _, err = run("train", *SMALL, "--compile", "on", "--out", tmp_path / "run")
+    assert code == 1
+    assert err.startswith("fastresnet: torch.compile failed: ")
+    assert "g++" in err
+    assert "--compile off" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(run, tmp_path, monkeypatch):
