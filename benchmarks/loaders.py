@@ -65,7 +65,7 @@ def measure_loaders(options: LoadersOptions) -> None:
         for contestant in contestants.values():
             contestant.take_turn(options.seconds)
     for contestant in contestants.values():
-        contestant.pipeline.close()
+        contestant.close()
     report = _report(contestants, limits, options, device, precision)
     _print_report(report, dataset.name)
     if options.json is not None:
@@ -103,6 +103,11 @@ class _Contestant:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Let go of what the pipeline holds, worker processes above all."""
+        self._batches.close()
+        self.pipeline.close()
 
     def take_turn(self, seconds: float) -> None:
         """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was prefetched."""

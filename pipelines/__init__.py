@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import UsageError, check_choice
+from .errors import check_choice
 from .sampling import Augmentation, Sampler
 
 if TYPE_CHECKING:
@@ -73,12 +73,6 @@ def open_pipeline(
         from .torchvision import TorchvisionPipeline
 
         return TorchvisionPipeline(dataset, split, sampler, augmentation, device, dtype)
-    if device.type == "cpu":
-        from .resident import ResidentCpuPipeline
+    from .resident import ResidentPipeline
 
-        return ResidentCpuPipeline(dataset, split, sampler, augmentation, dtype)
-    if device.type == "cuda":
-        from .resident import ResidentCudaPipeline
-
-        return ResidentCudaPipeline(dataset, split, sampler, augmentation, device, dtype)
-    raise UsageError(f"the resident pipeline runs on cpu and cuda, not on {device.type}.")
+    return ResidentPipeline(dataset, split, sampler, augmentation, device, dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sampling import Augmentation, Draws
+from .sampling import Array, Augmentation, Draws
 from .store import Dataset
 
 
@@ -40,6 +40,27 @@ class Normalization:
 def fill_color(dataset: Dataset) -> Tensor:
     """Colour of cutout squares, uint8 [3]: the data set's mean, so that they are close to zero once normalised."""
     return (torch.tensor(dataset.mean, dtype=torch.float64) * 255).round().to(torch.uint8)
+
+
+class Augment:
+    """Crop, flip, cutout and normalisation by PyTorch's own operators, on any device: the reference."""
+
+    def __init__(self, dataset: Dataset, augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> None:
+        self._augmentation, self._device, self._dtype = augmentation, device, dtype
+        self._normalization = Normalization.of(augmentation.normalization, dataset, device)
+        self._fill = fill_color(dataset).to(device)
+
+    def __call__(self, images: Array, rows: Array, draws: Draws) -> Tensor:
+        """Augmented and normalised copies of `images[rows]`: `dtype` [B, 3, 32, 32] channels_last.
+
+        `images` is uint8 [N, 32, 32, 3], `rows` int64 [B]; both, like `draws`, are tensors on the device or, for the
+        CPU, NumPy arrays.
+        """
+        chosen = torch.as_tensor(images[rows], device=self._device)
+        if self._augmentation.changes_pixels:
+            draws = draws.map(lambda column: torch.as_tensor(column, device=self._device))
+            chosen = crop_flip_cutout(chosen, draws, self._augmentation, self._fill)
+        return normalize(chosen, self._normalization, self._dtype)
 
 
 def crop_flip_cutout(images: Tensor, draws: Draws, augmentation: Augmentation, fill: Tensor) -> Tensor:

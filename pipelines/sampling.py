@@ -10,7 +10,8 @@ right arithmetically. This module therefore imports neither torch nor anything e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -67,10 +68,15 @@ class Augmentation:
         if not 0 <= self.cutout <= IMAGE_SIZE:
             raise UsageError(f"cutout {self.cutout} is not in 0..{IMAGE_SIZE}.")
 
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether anything but the normalisation happens."""
+        return self.crop_padding > 0 or self.flip != "none" or self.cutout > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Augmentation parameters of the samples of a batch: arrays or tensors [B], int64."""
+    """Augmentation parameters of the samples of a batch [B] or an epoch [steps, B]: arrays or tensors, int64."""
 
     top: Array
     """First row of the crop in the padded image, 0..2 * crop_padding."""
@@ -82,6 +88,14 @@ class Draws:
     """First row of the cutout square in the finished crop; may lie outside, the square is clipped."""
     cutout_left: Array
     """First column of the cutout square in the finished crop."""
+
+    def map(self, change: Callable[[Array], Array]) -> Draws:
+        """The draws with every array put through `change`."""
+        return Draws(*(change(getattr(self, field.name)) for field in fields(self)))
+
+    def of(self, step: int) -> Draws:
+        """The draws of one batch, where these are of an epoch [steps, B]."""
+        return self.map(lambda column: column[step])
 
 
 def _signed(value: int) -> int:
@@ -136,7 +150,7 @@ def permutation(key: int, ids: Array) -> Array:
 
 
 def draw(seed: int, epoch: int, ids: Array, augmentation: Augmentation) -> Draws:
-    """Augmentation parameters of the samples `ids` [B] in `epoch`."""
+    """Augmentation parameters of the samples `ids` (any shape) in `epoch`."""
     top, left = pair_below(hash64(stream_key(seed, epoch, Purpose.CROP), ids), 2 * augmentation.crop_padding + 1)
     center_y, center_x = pair_below(hash64(stream_key(seed, epoch, Purpose.CUTOUT), ids), IMAGE_SIZE)
     half = augmentation.cutout // 2

@@ -18,6 +18,9 @@ from .augment import Normalization, fill_color, normalize
 from .sampling import IMAGE_SIZE, Augmentation, Sampler, draw
 from .store import Dataset, Split
 
+_GRACE_S = 20
+"""How long a worker lives after SIGTERM."""
+
 
 class _Sample(NamedTuple):
     """What a worker is asked for: a row of the store and how to augment it. Nothing is random in a worker."""
@@ -63,10 +66,10 @@ class _Plan:
         return len(self.batches)
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the workers must outlive the parent's saving."""
+def _outlive_stop_signals(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too, who must live on until the parent has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
 class TorchvisionPipeline:
@@ -92,7 +95,7 @@ class TorchvisionPipeline:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_outlive_stop_signals,
         )
 
     def __len__(self) -> int:

@@ -1,0 +1,110 @@
+"""`augment.c`, compiled on first use for the machine at hand, and the choice between it and plain PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import Augment, Normalization, fill_color
+from .errors import Note
+from .sampling import IMAGE_SIZE, Augmentation, Draws
+from .store import Dataset
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("images", "rows", "top", "left", "flip", "cutout_top", "cutout_left")),
+        *((name, ctypes.c_void_p) for name in ("mean", "scale", "out")),
+        *((name, ctypes.c_int64) for name in ("padding", "reflect", "cutout")),
+        ("fill", ctypes.c_uint8 * 3),
+    )
+
+
+class NativeAugment:
+    """What `Augment` does, bit for bit, on a CPU: one pass over the pixels, without Python's global lock."""
+
+    def __init__(self, dataset: Dataset, augmentation: Augmentation, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+        self._kernel = getattr(library, f"augment_{str(dtype).removeprefix('torch.')}")
+        self._dtype, self._augmentation = dtype, augmentation
+        normalization = Normalization.of(augmentation.normalization, dataset)
+        self._mean = normalization.mean.expand(IMAGE_SIZE, IMAGE_SIZE, 3).contiguous()
+        self._scale = normalization.scale.expand(IMAGE_SIZE, IMAGE_SIZE, 3).contiguous()
+        self._fill = (ctypes.c_uint8 * 3)(*fill_color(dataset).tolist())
+
+    def __call__(self, images: np.ndarray, rows: np.ndarray, draws: Draws) -> Tensor:
+        """Augmented and normalised copies of `images[rows]`, uint8 [N, 32, 32, 3] C-contiguous; see `Augment`."""
+        count = len(rows)
+        out = torch.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=self._dtype)
+        columns = [
+            np.ascontiguousarray(column, np.int64)
+            for column in (rows, draws.top, draws.left, draws.flip, draws.cutout_top, draws.cutout_left)
+        ]
+        batch = _Batch(
+            images.ctypes.data,
+            *(column.ctypes.data for column in columns),
+            self._mean.data_ptr(),
+            self._scale.data_ptr(),
+            out.data_ptr(),
+            self._augmentation.crop_padding,
+            self._augmentation.padding_mode == "reflect",
+            self._augmentation.cutout,
+            self._fill,
+        )
+        self._kernel(ctypes.byref(batch), count)
+        return out.permute(0, 3, 1, 2)
+
+
+def create_augment(
+    dataset: Dataset, augmentation: Augmentation, device: torch.device, dtype: torch.dtype
+) -> Augment | NativeAugment:
+    """The fastest augmentation for `device`; a `Note` says so where it is not the native one on a CPU."""
+    if device.type == "cpu" and (library := _load()) is not None:
+        return NativeAugment(dataset, augmentation, dtype, library)
+    return Augment(dataset, augmentation, device, dtype)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    """`augment.c`, compiled (in 0.2 s) and loaded; None, and a `Note`, where that is impossible.
+
+    Compiled anew by every process that needs it: there is no cache that could be stale, damaged or written by others.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    source = Path(__file__).with_name("augment.c")
+    if shutil.which(compiler[0]) is None:
+        return _fall_back(f"there is no C compiler {compiler[0]!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "augment.so"
+        # Contraction to fused multiply-adds would round once where the reference rounds twice.
+        options = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-o", str(library), str(source)]
+        done = subprocess.run([*compiler, *options], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+            return _fall_back(f"{shlex.join(compiler)} cannot compile {source.name} ({reason})")
+        try:
+            loaded = ctypes.CDLL(str(library))
+            kernels = [getattr(loaded, f"augment_{name}") for name in ("uint8", "float32", "bfloat16", "float16")]
+        except (OSError, AttributeError) as error:
+            return _fall_back(f"{source.name} cannot be loaded ({error})")
+    for kernel in kernels:
+        kernel.argtypes, kernel.restype = (ctypes.POINTER(_Batch), ctypes.c_int64), None
+    return loaded
+
+
+def _fall_back(reason: str) -> None:
+    warnings.warn(
+        f"images are augmented by PyTorch, at a tenth of the speed: {reason}; gcc 12 or newer would do.",
+        Note,
+        stacklevel=4,
+    )

@@ -1,0 +1,88 @@
+"""The compiled augmentation against the PyTorch operators it replaces, and what happens without a compiler."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import Augmentation, native, open_pipeline
+from pipelines.augment import Augment
+from pipelines.errors import Note
+from pipelines.native import NativeAugment, create_augment
+from pipelines.sampling import draw
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fresh():
+    """Compile anew within the test, and leave nothing of it to the others."""
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        {"crop_padding": 0, "flip": "none"},
+        {"crop_padding": 4},
+        {"crop_padding": 31, "cutout": 32},
+        {"crop_padding": 31, "padding_mode": "reflect", "flip": "alternating", "cutout": 1},
+        {"crop_padding": 4, "padding_mode": "reflect", "cutout": 16},
+    ],
+    ids=lambda pixels: " ".join(f"{name}={value}" for name, value in pixels.items()),
+)
+def test_it_agrees_with_the_reference_to_the_bit(dataset, dtype, normalization, pixels):
+    augmentation = Augmentation(normalization=normalization, **pixels)
+    compiled = create_augment(dataset, augmentation, CPU, dtype)
+    assert isinstance(compiled, NativeAugment)
+    reference = Augment(dataset, augmentation, CPU, dtype)
+    images = np.asarray(dataset.train.images)
+    rows = np.random.default_rng(0).integers(0, len(images), 200)
+    draws = draw(3, 1, rows, augmentation)
+    out, expected = compiled(images, rows, draws), reference(images, rows, draws)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, expected)
+
+
+def test_every_byte_is_rounded_like_the_reference(dataset):
+    """All 256 values in all places: images that a drawing need not contain."""
+    images = (np.arange(256)[:, None, None, None] + np.arange(3072).reshape(32, 32, 3)).astype(np.uint8)
+    rows = np.arange(256)
+    for normalization in ("half", "channel", "pixel"):
+        augmentation = Augmentation(crop_padding=0, flip="none", normalization=normalization)
+        draws = draw(0, 0, rows, augmentation)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            compiled = create_augment(dataset, augmentation, CPU, dtype)(images, rows, draws)
+            assert torch.equal(compiled, Augment(dataset, augmentation, CPU, dtype)(images, rows, draws))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no C compiler 'no-such-compiler'"), ("false", "cannot compile augment.c")],
+)
+def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(
+    dataset, monkeypatch, fresh, compiler, reason
+):
+    settings = {
+        "train": True, "batch_size": 64, "device": CPU, "dtype": torch.float32, "seed": 0,
+        "augmentation": Augmentation(cutout=8),
+    }  # fmt: skip
+    with_compiler = open_pipeline("resident", dataset, **settings)
+    native._load.cache_clear()
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(Note, match=reason):
+        without = open_pipeline("resident", dataset, **settings)
+    assert isinstance(without._augment, Augment)
+    for a, b in zip(with_compiler.epoch(1), without.epoch(1), strict=True):
+        assert torch.equal(a.images, b.images)
+    with_compiler.close()
+    without.close()
+
+
+def test_the_compiler_may_be_named_with_options(dataset, monkeypatch, fresh):
+    monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
+    assert isinstance(create_augment(dataset, Augmentation(), CPU, torch.float32), NativeAugment)
