@@ -46,6 +46,12 @@ class PrepareOptions:
     """How many training images of shapes10 to draw."""
     test_images: int = 10_000
     """How many test images of shapes10 to draw."""
+    formats: str = "raw"
+    """What to make beside the store itself (raw), with commas between: beton (for FFCV), jpeg (for DALI's decoder)."""
+    jpeg_quality: int = 95
+    """Quality of the JPEG files, 1..100."""
+    jpeg_subsampling: str = "4:4:4"
+    """Resolution of their colours: 4:4:4 (full), 4:2:2 or 4:2:0."""
 
     def __post_init__(self) -> None:
         for name in ("train_images", "test_images"):
@@ -143,7 +149,10 @@ def _parse(options: Any, command: str, arguments: list[str], **settings: Any) ->
 def _prepare(arguments: list[str]) -> int:
     options: PrepareOptions = _parse(PrepareOptions, "prepare", arguments)
     from pipelines.convert import SHAPES10, data_root, prepare
+    from pipelines.derived import read_manifest
+    from pipelines.shards import JpegSettings, facts_text
 
+    formats = [name.strip() for name in options.formats.split(",")]
     with _progress_line() as report:
         dataset, made = prepare(
             options.data,
@@ -152,9 +161,15 @@ def _prepare(arguments: list[str]) -> int:
             source=options.source,
             train_images=options.train_images,
             test_images=options.test_images,
+            formats=formats,
+            jpeg=JpegSettings(quality=options.jpeg_quality, subsampling=options.jpeg_subsampling),
         )
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes"
     print(f"{dataset.name}: {counts}, {'prepared' if made else 'already there,'} and verified in {dataset.folder}")
+    if "jpeg" in formats:
+        print(
+            f"JPEG against the original training images: {facts_text(read_manifest(dataset, 'jpeg')['facts']['train'])}"
+        )
     asked = (options.train_images, options.test_images)
     resized = dataset.name == SHAPES10 and asked != (len(dataset.train), len(dataset.test))
     if not made and (options.source is not None or resized):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import check_choice
+from .errors import UsageError, check_choice
 from .sampling import Augmentation, Sampler
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-PIPELINES = ("resident", "torchvision")
+PIPELINES = ("resident", "dali", "ffcv", "torchvision")
+DECODERS = ("raw", "jpeg")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,22 +58,32 @@ def open_pipeline(
     augmentation: Augmentation,
     rank: int = 0,
     world_size: int = 1,
+    decode: str = "raw",
 ) -> Pipeline:
     """Open pipeline `name` on the training or test split of `dataset`.
 
     `batch_size` counts the images of a step over all ranks. `dtype` is that of the images; `torch.uint8` delivers the
     augmented pixels without normalisation. Evaluation (`train=False`) is in order, without crop, flip and cutout, and
-    needs no seed. Raises `UsageError` where the arguments are impossible.
+    needs no seed. With `decode="jpeg"`, `dali` reads the JPEG shards in place of the pixels. Raises `UsageError` where
+    the arguments are impossible or a library is missing, `DataError` where a file that the pipeline reads is missing,
+    damaged or of another data set.
     """
     check_choice("pipeline", name, PIPELINES)
+    check_choice("decoder", decode, DECODERS)
+    if decode == "jpeg" and name != "dali":
+        raise UsageError(f"--decode jpeg is for --pipeline dali; {name} reads raw pixels.")
     if not train:
         augmentation = dataclasses.replace(augmentation, crop_padding=0, flip="none", cutout=0)
     split = dataset.train if train else dataset.test
     sampler = Sampler(size=len(split), batch_size=batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
-    if name == "torchvision":
-        from .torchvision import TorchvisionPipeline
+    if name == "dali":
+        from .dali import DaliPipeline
 
-        return TorchvisionPipeline(dataset, split, sampler, augmentation, device, dtype)
-    from .resident import ResidentPipeline
-
-    return ResidentPipeline(dataset, split, sampler, augmentation, device, dtype)
+        return DaliPipeline(dataset, split, sampler, augmentation, device, dtype, decode)
+    if name == "ffcv":
+        from .ffcv import FfcvPipeline as Chosen
+    elif name == "torchvision":
+        from .torchvision import TorchvisionPipeline as Chosen
+    else:
+        from .resident import ResidentPipeline as Chosen
+    return Chosen(dataset, split, sampler, augmentation, device, dtype)

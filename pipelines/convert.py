@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from . import __version__
-from .errors import DataError, Note, UsageError
+from .derived import open_derived, read_manifest, write_derived
+from .errors import DataError, Note, UsageError, check_choice
 from .shapes10 import draw_shapes10
+from .shards import JpegSettings, write_shard
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
-from .store import STORE_FILES, Dataset, RawData, open_store, write_store
+from .store import DERIVED_FILES, STORE_FILES, Dataset, RawData, Split, open_store, write_store
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
+FORMATS = ("raw", *DERIVED_FILES)
+DEFAULT_JPEG = JpegSettings()
 
 
 def data_root(root: Path | None) -> Path:
@@ -30,27 +37,69 @@ def prepare(
     source: Path | None = None,
     train_images: int = 50_000,
     test_images: int = 10_000,
+    formats: Sequence[str] = ("raw",),
+    jpeg: JpegSettings = DEFAULT_JPEG,
 ) -> tuple[Dataset, bool]:
     """Make the store `root`/`name` unless it is there and verified; returns it and whether it had to be made.
 
-    `source` None: `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images. A second
-    process that prepares the same store waits for the first. Raises `DataError` where a source or what lies in the
-    place of the store is unfit, `UsageError` on a name that cannot be used.
+    `source` None: `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images. `formats`
+    beside `raw`, the store itself, are made from it where they are not there and whole. A second process that prepares
+    the same store waits for the first. Raises `DataError` where a source or what lies in the place of the store is
+    unfit, `UsageError` on a name that cannot be used and where the library of a format is missing.
     """
+    for kind in formats:
+        check_choice("format", kind, FORMATS)
+    if "beton" in formats:
+        from . import ffcv  # noqa: F401  before the work, not after it: it may be missing
     if not name or name != Path(name).name or name.startswith("."):
         raise UsageError(f"{name!r} is no name for a data set: use letters, digits and dashes.")
     folder = root / name
-    if (existing := _existing(folder)) is not None:
+    derived = [kind for kind in formats if kind != "raw"]
+    if (existing := _existing(folder)) is not None and not derived:
         return existing, False
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{name}.lock"):
-        if (existing := _existing(folder)) is not None:  # made by another process while this one waited
-            return existing, False
-        data, origin = _read(name, root, source, report, train_images, test_images)
-        report("writing", 0, 1)
-        write_store(folder, data, source=origin, version=__version__)
-        report("writing", 1, 1)
-        return open_store(folder), True
+        dataset = _existing(folder)  # another process may have made it while this one waited
+        if made := dataset is None:
+            data, origin = _read(name, root, source, report, train_images, test_images)
+            report("writing", 0, 1)
+            write_store(folder, data, source=origin, version=__version__)
+            report("writing", 1, 1)
+            dataset = open_store(folder)
+        for kind in derived:
+            made |= _derive(dataset, kind, jpeg, report)
+        return dataset, made
+
+
+def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> bool:
+    """Make the files of format `kind` unless they are there and whole; returns whether they had to be made."""
+    settings = dataclasses.asdict(jpeg) if kind == "jpeg" else {}
+    try:
+        for split in ("train", "test"):
+            open_derived(dataset, kind, split)
+        if read_manifest(dataset, kind)["settings"] == settings:
+            return False
+    except DataError:
+        pass  # missing or not whole: made anew
+
+    def write(paths: dict[str, Path]) -> dict[str, Any]:
+        facts = {}
+        for split in (dataset.train, dataset.test):
+
+            def show(done: int, split: Split = split) -> None:
+                report(f"{kind} ({split.name})", done, len(split))
+
+            if kind == "beton":
+                from .ffcv import write_beton
+
+                write_beton(split, paths[f"{split.name}.beton"], show)
+            else:
+                tar, index = paths[f"{split.name}.tar"], paths[f"{split.name}.idx"]
+                facts[split.name] = write_shard(split, tar, index, jpeg, show)
+        return facts
+
+    write_derived(dataset, kind, settings, write)
+    return True
 
 
 def _existing(folder: Path) -> Dataset | None:

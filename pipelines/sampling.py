@@ -202,6 +202,11 @@ class Sampler:
             self.batch_size * self.rank // self.world_size, self.batch_size * (self.rank + 1) // self.world_size
         )
 
+    @property
+    def rows_per_batch(self) -> int:
+        """Images of a batch on this rank."""
+        return self._rows.stop - self._rows.start
+
     def positions(self, epoch: int, ids: Array) -> Array:
         """Positions into the split [batches, rows of this rank] for its sample ids [size], of the same array type."""
         if self.train:

@@ -35,8 +35,19 @@ _ARRAYS = {
     "pixel_mean": np.dtype(np.float32),
 }
 
-STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS)})
-"""Everything that a store consists of."""
+DERIVED_FILES = {
+    "beton": ("train.beton", "test.beton"),
+    "jpeg": ("train.tar", "train.idx", "test.tar", "test.idx"),
+}
+"""The files of each format that is made from a store (`derived.py`)."""
+
+STORE_FILES = frozenset(
+    {
+        *("meta.json", *(f"{key}.npy" for key in _ARRAYS)),
+        *(name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)),
+    }
+)
+"""Everything that may lie in the folder of a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,9 @@ class RawData:
 @dataclass(frozen=True, slots=True)
 class Split:
     """Samples of a store; `ids` are their row numbers in it and select a part of the rows."""
+
+    name: str
+    """`train` or `test`: the files that the rows are in."""
 
     images: np.ndarray
     """uint8 [rows of the store, 32, 32, 3], a read-only memory map."""
@@ -195,8 +209,8 @@ def open_store(folder: Path) -> Dataset:
     return Dataset(
         name=meta["name"],
         classes=tuple(meta["classes"]),
-        train=_whole_split(arrays["train_images"], arrays["train_labels"]),
-        test=_whole_split(arrays["test_images"], arrays["test_labels"]),
+        train=_whole_split("train", arrays),
+        test=_whole_split("test", arrays),
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         pixel_mean=arrays["pixel_mean"],
@@ -211,8 +225,9 @@ def prepare_command(folder: Path) -> str:
     return shlex.join(["fastresnet", "prepare", "--data", folder.name, "--root", str(folder.parent)])
 
 
-def _whole_split(images: np.ndarray, labels: np.ndarray) -> Split:
-    return Split(images, labels, np.arange(len(labels), dtype=np.int64))
+def _whole_split(name: str, arrays: dict[str, np.ndarray]) -> Split:
+    labels = arrays[f"{name}_labels"]
+    return Split(name, arrays[f"{name}_images"], labels, np.arange(len(labels), dtype=np.int64))
 
 
 def _remedy(folder: Path) -> str:

@@ -1,0 +1,205 @@
+"""NVIDIA DALI: order and augmentation parameters go in, and its operators decode, crop, flip, cut out and normalise.
+
+On a GPU they run there (`device="gpu"`, JPEG through nvJPEG), elsewhere on the CPU. The epoch's plan is an external
+source, so there is no reader with an order or an epoch of its own.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Batch
+from .augment import Normalization, fill_color
+from .derived import open_derived
+from .errors import UsageError
+from .sampling import IMAGE_SIZE, Augmentation, Draws, Sampler, draw
+from .shards import open_shard
+from .store import Dataset, Split
+
+try:
+    from nvidia.dali import Pipeline as DaliGraph
+    from nvidia.dali import fn, types
+    from nvidia.dali.data_node import DataNode
+except (ImportError, OSError) as error:  # a shared library that is missing is an OSError
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise UsageError(
+            f"DALI does not run on {platform.system()} {platform.machine()}: it is made for Linux on x86_64 and aarch64"
+            "; on Windows, use WSL. Choose another --pipeline."
+        ) from None
+    raise UsageError(
+        f"DALI is not installed ({error}): pip install 'fastresnet[dali]', or 'fastresnet[dali-cu13]' for a driver of "
+        "CUDA 13"
+    ) from None
+
+_AHEAD = 2
+"""Batches that DALI works on before they are asked for."""
+
+
+class DaliPipeline:
+    """`decode` says what DALI reads: `raw` pixels of the store, or its `jpeg` shard."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        sampler: Sampler,
+        augmentation: Augmentation,
+        device: torch.device,
+        dtype: torch.dtype,
+        decode: str,
+    ) -> None:
+        self._split, self._sampler, self._augmentation = split, sampler, augmentation
+        self._device, self._dtype = device, dtype
+        self._images = np.asarray(split.images)
+        self._labels = torch.tensor(split.labels)
+        self._shard = open_shard(*open_derived(dataset, "jpeg", split.name)) if decode == "jpeg" else None
+        uses = {"start": augmentation.crop_padding, "flip": augmentation.flip != "none", "cutout": augmentation.cutout}
+        self._inputs = ["images", *(name for name, used in uses.items() if used)]
+        self._planned: Iterator[tuple] = iter(())
+        self._in_use: deque[tuple] = deque()
+        self._graph = self._build(dataset)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._drop_what_is_left()
+        rows = self._split.ids[self._sampler.positions(epoch, self._split.ids)]
+        draws = draw(self._sampler.seed, epoch, rows, self._augmentation)
+        self._planned = (self._feed(rows[step], draws.of(step)) for step in range(start, len(self)))
+        self._graph.reset()
+        self._graph.schedule_run()  # fills the queue
+        for step in range(start, len(self)):
+            images = self._take()
+            self._graph.schedule_run()
+            labels = self._labels[rows[step]].to(self._device, non_blocking=True)
+            yield Batch(images, labels, self._sampler.valid(step))
+
+    def _take(self) -> Tensor:
+        """The next finished batch, without a copy unless its type is unknown to DALI."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        (output,) = self._graph.share_outputs(stream)
+        images = torch.from_dlpack(output.as_tensor())
+        self._graph.release_outputs()
+        self._in_use.popleft()
+        return images.to(self._dtype).permute(0, 3, 1, 2)
+
+    def _drop_what_is_left(self) -> None:
+        """Bring DALI to the end of an epoch that was abandoned, so that it can be reset."""
+        self._planned = iter(())
+        self._graph.schedule_run()
+        while not self._graph.empty():
+            self._graph.share_outputs()
+            self._graph.release_outputs()
+        self._in_use.clear()
+
+    # --- what goes in --------------------------------------------------------------------------------------------
+
+    def _feed(self, rows: np.ndarray, draws: Draws) -> tuple:
+        """The inputs of a batch, in the order of `self._inputs`."""
+        side, padding = self._augmentation.cutout, self._augmentation.crop_padding
+        # Reflected images are padded by the graph, which moves the origin; zeros are added by the slice itself.
+        origin = padding if self._augmentation.padding_mode == "zeros" else 0
+        left = np.where(draws.flip == 1, IMAGE_SIZE - side - draws.cutout_left, draws.cutout_left)
+        every = {
+            "images": self._images[rows] if self._shard is None else [self._shard.encoded(row) for row in rows],
+            "start": np.stack([draws.top - origin, draws.left - origin], axis=1).astype(np.int32),
+            "flip": draws.flip.astype(np.int32),
+            "cutout": np.stack([draws.cutout_top, left], axis=1).astype(np.float32),
+        }
+        return tuple(every[name] for name in self._inputs)
+
+    def _next(self) -> tuple:
+        """What DALI asks for when it begins with a batch; `StopIteration` ends its epoch."""
+        inputs = next(self._planned)
+        self._in_use.append(inputs)  # DALI reads these arrays where they lie, until the batch is done
+        return inputs
+
+    # --- what is done with it ------------------------------------------------------------------------------------
+
+    def _build(self, dataset: Dataset) -> DaliGraph:
+        on_gpu = self._device.type == "cuda"
+        graph = DaliGraph(
+            batch_size=self._sampler.rows_per_batch,
+            num_threads=torch.get_num_threads(),
+            device_id=(self._device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=_AHEAD,
+            exec_dynamic=True,  # outputs own their memory: they outlive the batches that follow
+        )
+        with graph:
+            layouts = ["" if self._shard or name != "images" else "HWC" for name in self._inputs]
+            sources = fn.external_source(
+                source=self._next, num_outputs=len(layouts), batch=True, no_copy=True, layout=layouts
+            )
+            given = dict(zip(self._inputs, sources, strict=True))
+            images = given["images"]
+            if self._shard:
+                images = fn.decoders.image(images, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+            elif on_gpu:
+                images = images.gpu()
+            if "start" in given:
+                images = self._crop(images, given["start"])
+            if side := self._augmentation.cutout:
+                images = fn.erase(
+                    images,
+                    anchor=given["cutout"],
+                    shape=[side, side],
+                    axis_names="HW",
+                    fill_value=fill_color(dataset).tolist(),
+                )
+            graph.set_outputs(self._flip_and_normalize(images, given.get("flip", 0), dataset))
+        graph.build()
+        return graph
+
+    def _crop(self, images: DataNode, start: DataNode) -> DataNode:
+        if self._augmentation.padding_mode == "reflect":
+            images = _reflect_pad(images, self._augmentation.crop_padding)
+        return fn.slice(
+            images,
+            start=start,
+            shape=[IMAGE_SIZE, IMAGE_SIZE],
+            axes=(0, 1),
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
+
+    def _flip_and_normalize(self, images: DataNode, flip: DataNode | int, dataset: Dataset) -> DataNode:
+        if self._dtype == torch.uint8:
+            return fn.flip(images, horizontal=flip)
+        # DALI knows no bf16: it leaves that to torch.
+        dtype = types.FLOAT16 if self._dtype == torch.float16 else types.FLOAT
+        normalization = Normalization.of(self._augmentation.normalization, dataset)
+        if self._augmentation.normalization == "pixel":
+            device = "gpu" if self._device.type == "cuda" else "cpu"
+            mean = types.Constant(normalization.mean.numpy(), device=device)
+            images = fn.cast(fn.flip(images, horizontal=flip), dtype=types.FLOAT)
+            return fn.cast((images - mean) * float(normalization.scale[0]), dtype=dtype)
+        return fn.crop_mirror_normalize(
+            images,
+            mirror=flip,
+            mean=normalization.mean.tolist(),
+            std=(1 / normalization.scale.double()).tolist(),
+            dtype=dtype,
+            output_layout="HWC",
+        )
+
+    def close(self) -> None:
+        del self._graph
+
+
+def _reflect_pad(images: DataNode, padding: int) -> DataNode:
+    """DALI pads with constants only: the mirrored edges are cut out, turned round and put back on."""
+    last = IMAGE_SIZE - 1
+    top = fn.flip(images[1 : 1 + padding], vertical=1, horizontal=0)
+    bottom = fn.flip(images[last - padding : last], vertical=1, horizontal=0)
+    images = fn.cat(top, images, bottom, axis=0)
+    left = fn.flip(images[:, 1 : 1 + padding])
+    right = fn.flip(images[:, last - padding : last])
+    return fn.cat(left, images, right, axis=1)

@@ -1,0 +1,206 @@
+"""FFCV: its own `.beton` files, read and copied to the device by its `Loader`, in our order and augmented by us.
+
+FFCV's augmentations draw from generators that no seed reaches, one for each thread. So it delivers the bare pixels, and
+`augment` does the rest on the device.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import Batch
+from .derived import open_derived
+from .errors import RunError, UsageError
+from .native import create_augment
+from .sampling import Augmentation, Sampler, draw
+from .store import Dataset, Split
+
+_threads = torch.get_num_threads()
+try:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import IS_CUDA, EpochIterator
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.transforms import ToDevice, ToTensor
+    from ffcv.traversal_order.base import TraversalOrder
+    from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
+except (ImportError, OSError) as error:  # a shared library that is missing is an OSError
+    raise UsageError(
+        f"FFCV is not installed ({error}). It is built on the spot: apt-get install libopencv-dev libturbojpeg0-dev "
+        "pkg-config g++, then pip install 'fastresnet[ffcv]'"
+    ) from None
+finally:
+    torch.set_num_threads(_threads)  # importing FFCV sets it to 1
+
+TIMEOUT_S = 300.0
+"""How long to wait for a batch. The first one takes half a minute, while numba compiles."""
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_beton(split: Split, path: Path, report: Callable[[int], None]) -> None:
+    """Write the samples of `split`, in their order and uncompressed, to `path`. Raises `OSError`."""
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+    _Writer(str(path), fields, page_size=4 * MIN_PAGE_SIZE, num_workers=1).write(split, report)
+
+
+class _Writer(DatasetWriter):
+    """FFCV's writer in this process: its worker processes, when one fails, leave the parent waiting for ever."""
+
+    def write(self, split: Split, report: Callable[[int], None]) -> None:
+        self.num_samples = len(split.labels)
+        self.prepare()
+        try:
+            allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+            metadata = np.frombuffer(self.metadata_sm.buf, dtype=self.metadata_type)
+            with allocator:
+                for row, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+                    sample = (np.asarray(image), int(label))
+                    handle_sample(sample, row, metadata.dtype.names, metadata, allocator, self.fields)
+                    if row % 1000 == 999:
+                        report(row + 1)
+            del metadata  # a view of the shared memory, which must not be closed before it is gone
+            self.finalize(allocator.allocations)
+            # FFCV takes no notice of a write that a full disk cut short.
+            if self.header["alloc_table_ptr"] != allocator.offset + allocator.next_page_written.value * self.page_size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.fname)
+        finally:
+            self.metadata_sm.close()
+            self.metadata_sm.unlink()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class FfcvPipeline:
+    """FFCV's threads read ahead; augmentation happens where the batch is going."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        sampler: Sampler,
+        augmentation: Augmentation,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        (path,) = open_derived(dataset, "beton", split.name)
+        self._ids, self._sampler, self._augmentation, self._device = split.ids, sampler, augmentation, device
+        self._order = _Order(self._rows(0))  # FFCV looks at one when it is built
+        move = [ToTensor(), ToDevice(device)] if device.type == "cuda" else [ToTensor()]
+        self._loader = _Loader(
+            str(path),
+            batch_size=sampler.rows_per_batch,
+            num_workers=min(torch.get_num_threads(), os.cpu_count() or 1),  # FFCV imposes this number on torch too
+            order=self._order,
+            drop_last=False,
+            pipelines={"image": [SimpleRGBImageDecoder(), *move], "label": [IntDecoder(), *move]},
+        )
+        self._augment = create_augment(dataset, augmentation, device, dtype)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def _rows(self, epoch: int) -> np.ndarray:
+        """Rows of the store, int64 [steps, B]."""
+        return self._ids[self._sampler.positions(epoch, self._ids)]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._order.rows = rows = self._rows(epoch)[start:]
+        if not len(rows):
+            return
+        place = _as_it_is if self._device.type == "cpu" else self._to_device
+        draws = draw(self._sampler.seed, epoch, rows, self._augmentation).map(place)
+        everything = place(np.arange(rows.shape[1]))
+        batches = iter(self._loader)
+        try:
+            for step, (images, labels) in enumerate(batches):
+                source = images.numpy() if self._device.type == "cpu" else images
+                # The slots of `images` and `labels` are FFCV's and will be overwritten: neither may leave this line.
+                augmented, labels = self._augment(source, everything, draws.of(step)), labels.flatten().clone()
+                yield Batch(augmented, labels, self._sampler.valid(start + step))
+        finally:
+            batches.stop()
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def close(self) -> None:
+        del self._loader
+
+
+def _as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+class _Order(TraversalOrder):
+    """The order that our sampler decides, in place of FFCV's own."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    def __call__(self, _: Loader) -> _Order:
+        return self  # FFCV takes a class or, as here, an object that it calls like one
+
+    def sample_order(self, _: int) -> np.ndarray:
+        return self.rows.reshape(-1).astype(np.uint64)
+
+
+class _Loader(Loader):
+    def __iter__(self) -> _EpochIterator:
+        Compiler.set_num_threads(self.num_workers)
+        return _EpochIterator(self, self.next_traversal_order())
+
+
+class _EpochIterator(EpochIterator):
+    """FFCV's iterator, that tells its thread's error instead of waiting for ever, and lets the thread end."""
+
+    def __init__(self, loader: Loader, order: np.ndarray) -> None:
+        self._error: BaseException | None = None
+        self._taken: int | None = None
+        super().__init__(loader, order)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # noqa: BLE001  told to the consumer, in the other thread
+            self._error = error
+            self.output_queue.put(None)
+
+    def __next__(self) -> tuple[Tensor, ...]:
+        if IS_CUDA and self._taken is not None:
+            # Taking the next batch lets FFCV overwrite the pinned memory of this one, which it guards by the order on
+            # the GPU alone: a copy that still waits there would transfer the wrong images.
+            self.cuda_streams[self._taken].synchronize()
+        try:
+            result = self.output_queue.get(timeout=TIMEOUT_S)
+        except Empty:
+            raise RunError(f"FFCV has delivered nothing for {TIMEOUT_S:.0f} s.") from None
+        if result is None:
+            if self._error is not None:
+                raise RunError(f"FFCV's loader failed: {self._error!r}") from self._error
+            raise StopIteration
+        self._taken, batch = result
+        if IS_CUDA:
+            self.current_stream.wait_stream(self.cuda_streams[self._taken])
+        return batch
+
+    def stop(self) -> None:
+        """End the thread, which may be waiting for room in the queue."""
+        self.terminate_event.set()
+        while self.is_alive():
+            while not self.output_queue.empty():
+                self.output_queue.get_nowait()
+            self.join(timeout=0.01)
+        self.close()
