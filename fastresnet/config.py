@@ -12,7 +12,7 @@ import tomli_w
 from tyro.conf import Suppress
 
 from fastresnet.models import SHORTCUTS, list_models
-from pipelines import PIPELINES, Augmentation
+from pipelines import DECODERS, PIPELINES, Augmentation
 from pipelines.errors import UsageError, check_choice
 from pipelines.sampling import IMAGE_SIZE
 
@@ -46,7 +46,9 @@ class TrainConfig:
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     pipeline: str = "auto"
-    """auto, resident or torchvision."""
+    """auto (resident where the data set fits in memory), resident, dali, ffcv or torchvision."""
+    decode: str = "raw"
+    """raw, or jpeg: train on the JPEG shards of `prepare --formats jpeg`, decoded by the dali pipeline."""
     val_split: int = 0
     """Training images held out to choose the best checkpoint by; the paper holds out 5000."""
 
@@ -100,6 +102,9 @@ class TrainConfig:
         check_choice("model", self.model, list_models())
         check_choice("shortcut", self.shortcut, SHORTCUTS)
         check_choice("pipeline", self.pipeline, ("auto", *PIPELINES))
+        check_choice("decoder", self.decode, DECODERS)
+        if self.decode == "jpeg" and self.pipeline not in ("auto", "dali"):
+            raise UsageError(f"--decode jpeg needs --pipeline dali, not {self.pipeline}.")
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, SWITCHES)

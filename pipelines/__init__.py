@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import UsageError, check_choice
@@ -44,6 +48,42 @@ class Pipeline(Protocol):
 
     def close(self) -> None:
         """Let go of memory and worker processes."""
+
+
+def choose_pipeline(dataset: Dataset, device: torch.device) -> tuple[str, str]:
+    """The pipeline that `auto` means for `dataset` on `device`, and why.
+
+    `resident` where the images take at most half of the free memory, which leaves the rest to the network; otherwise
+    the first of `dali`, `ffcv` (if its files are there) and `torchvision` that is installed.
+    """
+    needed, free = dataset.train.images.nbytes + dataset.test.images.nbytes, free_memory(device)
+    sizes = f"{needed / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of memory free"
+    if needed <= free / 2:
+        return "resident", sizes
+    if _installed("nvidia.dali"):
+        return "dali", f"{sizes}; DALI is installed"
+    if _installed("ffcv") and (dataset.folder / "beton.json").exists():
+        return "ffcv", f"{sizes}; FFCV is installed, DALI is not"
+    return "torchvision", f"{sizes}; neither DALI nor FFCV with its files is there"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that `device` has left."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration):  # Linux counts what its caches would give back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of its name is no package
+        return False
 
 
 def open_pipeline(

@@ -36,7 +36,7 @@ from fastresnet.training.loggers import Logger, Row, Status, create_loggers
 from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
 from fastresnet.training.schedule import learning_rate
 from fastresnet.training.step import TrainStep
-from pipelines import Pipeline, open_pipeline
+from pipelines import Pipeline, choose_pipeline, open_pipeline
 from pipelines.errors import DataError, RunError, UsageError, UserError
 from pipelines.files import write_bytes
 from pipelines.store import Dataset
@@ -106,7 +106,7 @@ class Trainer:
             device=self.device.type,
             precision=resolve_precision(config.precision, self.device),
             compile="on" if resolve_compile(config.compile, self.device) else "off",
-            pipeline="resident" if config.pipeline == "auto" else config.pipeline,
+            pipeline=self._choose_pipeline(config, dataset),
         )
         self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
         if not config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
@@ -127,6 +127,7 @@ class Trainer:
                 dtype=DTYPES[config.precision],
                 seed=config.seed,
                 augmentation=config.augmentation,
+                decode=config.decode,
             )
             resources.callback(self.pipeline.close)
             self._evaluated = self._open_evaluation(evaluated)
@@ -147,6 +148,17 @@ class Trainer:
         )
         self.progress = Progress()
         self._loggers: list[Logger] = []
+
+    def _choose_pipeline(self, config: TrainConfig, dataset: Dataset) -> str:
+        """What `auto` stands for; `self.pipeline_reason` tells why it was chosen."""
+        self.pipeline_reason = ""
+        if config.pipeline != "auto":
+            return config.pipeline
+        if config.decode == "jpeg":
+            return "dali"
+        name, reason = choose_pipeline(dataset, self.device)
+        self.pipeline_reason = f" ({reason})"
+        return name
 
     def _open_evaluation(self, dataset: Dataset) -> Pipeline:
         return open_evaluation(
@@ -349,9 +361,9 @@ class Trainer:
         shortcut = f", shortcut {config.shortcut}" if config.model.startswith("resnet") else ""
         self.console.print(
             f"{config.model} ({parameters:,} parameters{shortcut}) on {self.dataset.name}, recipe {config.recipe}: "
-            f"{self.total_steps:,} steps of {config.batch_size} images; {config.pipeline} pipeline, "
-            f"{config.precision} on {config.device}{', compiled' if config.compile == 'on' else ''}; "
-            f"run folder {self.folder}",
+            f"{self.total_steps:,} steps of {config.batch_size} images; "
+            f"{config.pipeline} pipeline{self.pipeline_reason}, {config.precision} on {config.device}"
+            f"{', compiled' if config.compile == 'on' else ''}; run folder {self.folder}",
             highlight=False,
             soft_wrap=True,
         )
