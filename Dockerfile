@@ -12,7 +12,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY fastresnet fastresnet
 COPY pipelines pipelines
 COPY benchmarks benchmarks
-RUN pip install --no-cache-dir '.[tensorboard]'
+RUN pip install --no-cache-dir '.[dali,tensorboard]'
 
 RUN useradd --create-home fastresnet && install -d -o fastresnet -g fastresnet /data /runs
 USER fastresnet

@@ -26,6 +26,7 @@ commands:
   prepare   make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
   train     train a network by a recipe: paper, baseline (the default) or smoke
   eval      measure weights: this program's, or another repository's state dict
+  bench     measure the speed of this program and of what people would use instead
 
 fastresnet COMMAND --help tells the options of a command.
 """
@@ -123,7 +124,12 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"prepare": _prepare, "train": _train, "eval": _eval}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "prepare": _prepare,
+        "train": _train,
+        "eval": _eval,
+        "bench": _bench,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_OVERVIEW, end="")
         return 0 if arguments else 2
@@ -134,7 +140,7 @@ def _dispatch(arguments: list[str]) -> int:
     return commands[arguments[0]](arguments[1:])
 
 
-def _parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
+def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
     """`options` (a dataclass) filled from the command line; tyro exits with 2 on unknown flags and unfit values."""
     import tyro
 
@@ -147,7 +153,7 @@ def _parse(options: Any, command: str, arguments: list[str], **settings: Any) ->
 
 
 def _prepare(arguments: list[str]) -> int:
-    options: PrepareOptions = _parse(PrepareOptions, "prepare", arguments)
+    options: PrepareOptions = parse(PrepareOptions, "prepare", arguments)
     from pipelines.convert import SHAPES10, data_root, prepare
     from pipelines.derived import read_manifest
     from pipelines.shards import JpegSettings, facts_text
@@ -227,7 +233,7 @@ def _train(arguments: list[str]) -> int:
         check_choice("recipe", recipe, RECIPES)
         model, _ = _take_option(arguments, "--model")
         base = RECIPES[recipe](model) if model else RECIPES[recipe]()
-    config: TrainConfig = _parse(
+    config: TrainConfig = parse(
         TrainConfig,
         "train [RECIPE]",
         arguments,
@@ -259,7 +265,7 @@ def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]
 
 
 def _eval(arguments: list[str]) -> int:
-    options: EvalOptions = _parse(EvalOptions, "eval", arguments)
+    options: EvalOptions = parse(EvalOptions, "eval", arguments)
     from fastresnet.config import DEVICES, PRECISIONS
 
     check_choice("device", options.device, DEVICES)
@@ -321,6 +327,15 @@ def _eval(arguments: list[str]) -> int:
         }
         write_bytes(options.json, json.dumps(figures, indent=2).encode())
     return 0
+
+
+# --- bench -------------------------------------------------------------------------------------------------------
+
+
+def _bench(arguments: list[str]) -> int:
+    from benchmarks.__main__ import main  # builds on this package, which names it nowhere else
+
+    return main(arguments)
 
 
 # --- what people see ---------------------------------------------------------------------------------------------

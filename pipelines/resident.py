@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,29 @@ class ResidentPipeline:
         self._threads = torch.get_num_threads()
         # A GPU's queue is filled by this thread; a CPU's batches are made ahead of time, one by each thread.
         self._pool = ThreadPoolExecutor(self._threads, "resident") if device.type == "cpu" else None
+        self._planned: tuple[int, Future] = (-1, Future())
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        rows = self._ids[self._sampler.positions(epoch, self._ids)]
-        draws = draw(self._sampler.seed, epoch, rows, self._augmentation)
-        labels = torch.as_tensor(self._labels[rows])
+        rows, draws, labels = self._plan(epoch) if self._pool is None else self._plan_ahead(epoch, self._pool)
         jobs = (
             functools.partial(self._batch, rows[step], draws.of(step), labels[step], self._sampler.valid(step))
             for step in range(start, len(self))
         )
         return (job() for job in jobs) if self._pool is None else _ahead(jobs, self._pool, self._threads + 1)
+
+    def _plan(self, epoch: int) -> tuple[Array, Draws, Tensor]:
+        """Rows, draws and labels of all batches, [steps, B]."""
+        rows = self._ids[self._sampler.positions(epoch, self._ids)]
+        return rows, draw(self._sampler.seed, epoch, rows, self._augmentation), torch.as_tensor(self._labels[rows])
+
+    def _plan_ahead(self, epoch: int, pool: ThreadPoolExecutor) -> tuple[Array, Draws, Tensor]:
+        """`_plan`, begun when the epoch before began: its 5 ms are the time of 7,000 images."""
+        planned_epoch, plan = self._planned
+        self._planned = epoch + 1, pool.submit(self._plan, epoch + 1)
+        return plan.result() if planned_epoch == epoch else self._plan(epoch)
 
     def _batch(self, rows: Array, draws: Draws, labels: Tensor, valid: int) -> Batch:
         return Batch(self._augment(self._images, rows, draws), labels, valid)

@@ -1,42 +1,60 @@
+"""The loader benchmark, whole and small: every contestant runs, and the figures agree with one another."""
+
 import json
 
 import pytest
+from PIL import Image
 
 from benchmarks.__main__ import main
+from benchmarks.contestant import Contestant, Loader, Work
+from benchmarks.measurement import ratio, spread
 from fastresnet import cli
+from pipelines.errors import RunError
+
+OURS = ["resident", "dali", "ffcv", "torchvision"]
+PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
 
 
-@pytest.fixture
-def report(data_root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
-    arguments = [
-        "--data",
-        "shapes10",
-        "--batch-size",
-        "64",
-        "--rounds",
-        "3",
-        "--seconds",
-        "0.05",
-        "--precision",
-        "fp32",
-    ]
-    assert cli.guarded(main, ["loaders", *arguments, "--json", str(tmp_path / "report.json")]) == 0
-    return json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+@pytest.fixture(scope="module")
+def report(data_root, tmp_path_factory):
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("ffcv")
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTRESNET_DATA", str(data_root))
+        small = ["--data", "shapes10", "--batch-size", "64", "--rounds", "3", "--seconds", "0.05"]
+        files = ["--json", str(folder / "report.json"), "--chart", str(folder / "chart.png")]
+        assert cli.guarded(main, ["loaders", *small, "--precision", "fp32", *files]) == 0
+    return json.loads((folder / "report.json").read_text()), folder / "chart.png"
 
 
-def test_the_report_has_every_pipeline_and_its_provenance(report):
-    figures, out = report
+def test_every_pipeline_and_every_peer_takes_part(report):
+    figures, _ = report
     assert (figures["schema"], figures["benchmark"]) == (1, "loaders")
-    assert [row["name"] for row in figures["rows"]] == ["resident", "torchvision"]
+    assert [row["name"] for row in figures["rows"]] == OURS + PEERS
     for row in figures["rows"]:
-        assert row["kind"] == "ours"
+        assert row["kind"] == ("ours" if row["name"] in OURS else "peer")
         assert row["rounds"] == 3
         assert 0 < row["images_per_s_low"] <= row["images_per_s"] <= row["images_per_s_high"]
         assert row["first_batch_s"] > 0
-        assert row["name"] in out
+        assert row["peak_memory_mb"] > 0
+        assert ("compile_s" in row) == ("ffcv" in row["name"])
     assert {"device", "threads", "versions", "commit", "command", "started"} <= figures["environment"].keys()
-    assert "shapes10" in out
+    assert {"ffcv", "torch", "numpy"} <= figures["environment"]["versions"].keys()
+    assert figures["environment"]["data"] == "shapes10"
+
+
+def test_processes_and_threads_are_those_of_the_loader(report):
+    """A `DataLoader` without workers is one process; with one for each core, as many more."""
+    rows = {row["name"]: row for row in report[0]["rows"]}
+    assert rows["peer:torchvision-w0"]["processes"] == 1
+    assert rows["peer:torchvision-wN"]["processes"] > 1
+    assert all(row["threads"] >= row["processes"] for row in rows.values())
+
+
+def test_the_compilation_is_a_part_of_the_time_to_the_first_batch(report):
+    for row in report[0]["rows"]:
+        assert row.get("compile_s", 0) <= row["first_batch_s"]
 
 
 def test_the_limit_counts_the_bytes_a_batch_must_move(report):
@@ -48,13 +66,35 @@ def test_the_limit_counts_the_bytes_a_batch_must_move(report):
         assert row["percent_of_limit"] == pytest.approx(100 * row["images_per_s"] / limits["images_per_s"])
 
 
-def test_the_ratio_lies_between_the_extremes_of_the_rounds(report):
+def test_each_pipeline_is_compared_with_each_peer(report):
     figures, _ = report
-    (ratio,) = figures["ratios"]
-    ours, other = figures["rows"]
-    assert (ratio["name"], ratio["over"]) == ("resident", "torchvision")
-    assert ours["images_per_s_low"] / other["images_per_s_high"] <= ratio["low"] <= ratio["median"]
-    assert ratio["median"] <= ratio["high"] <= ours["images_per_s_high"] / other["images_per_s_low"]
+    assert [(each["name"], each["over"]) for each in figures["ratios"]] == [(a, b) for a in OURS for b in PEERS]
+    assert all(0 < each["low"] <= each["median"] <= each["high"] for each in figures["ratios"])
+
+
+def test_the_chart_is_a_readable_picture(report):
+    with Image.open(report[1]) as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 1000
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine that is ten times slower in the second round changes neither contestant's merit."""
+    assert ratio("a", [20.0, 2.0, 30.0], "b", [10.0, 1.0, 10.0]) == {
+        "name": "a",
+        "over": "b",
+        "median": 2.0,
+        "low": 2.0,
+        "high": 3.0,
+    }
+    assert spread([3.0, 1.0, 2.0], "x") == {"x": 2.0, "x_low": 1.0, "x_high": 3.0}
+
+
+def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
+    with pytest.raises(RunError, match=r"broken failed:\n(.*\n)*.*no_such_peer"):
+        Contestant(Loader(name="broken", kind="peer", module="no_such_peer"), work)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +104,13 @@ def test_the_ratio_lies_between_the_extremes_of_the_rounds(report):
         (["loaders", "--precision", "bf61"], "did you mean 'bf16'?"),
         (["loaders", "--data", "shapes10", "--batch-size", "999"], "batch size 999"),
         (["loaders", "--data", "shapes10", "--rounds", "0"], "--rounds 0"),
+        (["loaders", "--json", "no/such/folder/f.json"], "there is no folder no/such/folder"),
+        (["loaders", "--chart", "chart.doc"], "unknown kind of chart '.doc'"),
     ],
 )
-def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, arguments, message):
+@pytest.mark.parametrize("command", ["fastresnet bench", "python -m benchmarks"])
+def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, command, arguments, message):
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
-    assert cli.guarded(main, arguments) == 2
+    code = cli.main(["bench", *arguments]) if command == "fastresnet bench" else cli.guarded(main, arguments)
+    assert code == 2
     assert message in capsys.readouterr().err

@@ -1,0 +1,35 @@
+"""What all benchmarks share: spread, ratios, and the limit that the hardware sets."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def spread(values: Sequence[float], name: str) -> dict[str, float]:
+    """Median, lowest and highest of `values` as `name`, `name_low` and `name_high`."""
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+
+
+def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]) -> dict[str, Any]:
+    """How many times `others`' figure each of `values` is, round by round: machines drift, ratios less so."""
+    ratios = [value / other for value, other in zip(values, others, strict=True)]
+    return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
+    """Bytes a second that a large copy reads and writes together on `device`; the best of 5."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # pages never written would all be one cached page
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size / best

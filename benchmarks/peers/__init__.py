@@ -1,0 +1,6 @@
+"""What users would pick instead, written as its users write it: the yardsticks.
+
+Each module has `open_loader(dataset, *, batch_size, device, dtype, workers)`, which returns something to iterate over
+once per epoch, that yields `(images, labels)` on the device: images [B, 3, 32, 32] channels_last of `dtype`, randomly
+cropped with 4 pixels of padding, randomly flipped and normalised with mean = std = 0.5; ragged last batches dropped.
+"""

@@ -1,0 +1,62 @@
+"""torchvision's random transforms on PIL images, one by one, in a `DataLoader`: what most CIFAR repositories do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from pipelines.store import Dataset, Split
+
+
+class _Images(torch.utils.data.Dataset):
+    """Like `torchvision.datasets.CIFAR10`, from the store's arrays."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5] * 3, [0.5] * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._split.images[index])), int(self._split.labels[index])
+
+
+class _OnDevice:
+    def __init__(self, loader: DataLoader, device: torch.device, dtype: torch.dtype) -> None:
+        self._loader, self._device, self._dtype = loader, device, dtype
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._loader:
+            yield (
+                images.to(self._device, self._dtype, non_blocking=True, memory_format=torch.channels_last),
+                labels.to(self._device, non_blocking=True),
+            )
+
+
+def open_loader(
+    dataset: Dataset, *, batch_size: int, device: torch.device, dtype: torch.dtype, workers: int
+) -> _OnDevice:
+    """See `benchmarks.peers`; `workers` 0 loads in this process."""
+    loader = DataLoader(
+        _Images(dataset.train),
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+    return _OnDevice(loader, device, dtype)
