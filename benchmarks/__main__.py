@@ -1,4 +1,4 @@
-"""usage: fastresnet bench loaders [OPTIONS], or python -m benchmarks loaders [OPTIONS]
+"""usage: fastresnet bench COMMAND [OPTIONS], or python -m benchmarks COMMAND [OPTIONS]
 
 Measure this program and what people would use instead of it, in turns, on this machine.
 

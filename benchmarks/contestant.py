@@ -1,4 +1,4 @@
-"""One loader in a process of its own, measured from within: its speed, its memory, its threads, its start.
+"""One contestant in a process of its own, measured from within: its speed, its memory, its threads, its start.
 
 In one process the contestants would share memory, thread pools and imported libraries, and none could be told what it
 costs. The parent gives them turns; one that has no turn waits, with its read-ahead full.
@@ -33,17 +33,20 @@ class Work:
     """Name of a torch type."""
 
 
+Epochs = Callable[[int], Iterable[Any]]
+"""Begins an epoch: its items are units of work, a batch delivered or a step taken."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Loader:
-    """A contestant."""
+class Entry:
+    """Who takes part."""
 
     name: str
     kind: str
     """`ours` or `peer`."""
-    module: str
-    """Pipeline of ours, or module of `benchmarks.peers`."""
-    workers: int = 0
-    """Processes or threads that a peer is told to use."""
+    opener: str
+    """`module:function`, called with the `Work` and the options; returns `Epochs`."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
     """Whether the first batch waits for a compiler, which is then told apart."""
 
@@ -51,11 +54,11 @@ class Loader:
 class Contestant:
     """The parent's end: starts the process and gives it turns. Raises `RunError` where the process fails."""
 
-    def __init__(self, loader: Loader, work: Work) -> None:
-        self.loader = loader
+    def __init__(self, entry: Entry, work: Work) -> None:
+        self.entry = entry
         self.images_per_s: list[float] = []
         self._connection, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, loader, work))
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, entry, work))
         self._process.start()
         theirs.close()
         self.start: dict[str, float] = self._receive()
@@ -81,19 +84,19 @@ class Contestant:
             answer = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RunError(f"{self.loader.name} died with exit code {self._process.exitcode}.") from None
+            raise RunError(f"{self.entry.name} died with exit code {self._process.exitcode}.") from None
         if isinstance(answer, str):
-            raise RunError(f"{self.loader.name} failed:\n{answer}")
+            raise RunError(f"{self.entry.name} failed:\n{answer}")
         return answer
 
 
-def _serve(connection: Connection, loader: Loader, work: Work) -> None:
+def _serve(connection: Connection, entry: Entry, work: Work) -> None:
     try:
         import torch  # before the clock starts: every contestant needs it
 
         multiprocessing.set_start_method(None, force=True)  # that of a program by itself, for the loaders' own workers
         torch.zeros(1, device=work.device)  # so is the GPU's context
-        turns = _Turns(loader, work)
+        turns = _Turns(entry, work)
         connection.send(turns.start)
         while (seconds := connection.recv()) is not None:
             turns.deliver(seconds / 3)
@@ -107,16 +110,17 @@ def _serve(connection: Connection, loader: Loader, work: Work) -> None:
 
 
 class _Turns:
-    def __init__(self, loader: Loader, work: Work) -> None:
+    def __init__(self, entry: Entry, work: Work) -> None:
         self._work = work
         self._baseline = _memory()
         started = time.perf_counter()
-        start_epoch = _open(loader, work)
+        module, _, function = entry.opener.partition(":")
+        start_epoch: Epochs = getattr(importlib.import_module(module), function)(work, **entry.options)
         self._batches = _endless(start_epoch)
         self.deliver(0)
         self.start = {"first_batch_s": time.perf_counter() - started}
         self._peak = _memory()
-        if loader.compiles:
+        if entry.compiles:
             started = time.perf_counter()
             self._batches = _endless(start_epoch)
             self.deliver(0)
@@ -146,33 +150,7 @@ class _Turns:
         }
 
 
-def _open(loader: Loader, work: Work) -> Callable[[int], Iterable[Any]]:
-    """Open the contestant; returns what begins an epoch."""
-    import torch
-
-    from pipelines import Augmentation, open_pipeline
-    from pipelines.store import open_store
-
-    dataset, device, dtype = open_store(work.folder), torch.device(work.device), getattr(torch, work.dtype)
-    if loader.kind == "peer":
-        peer = importlib.import_module(f"benchmarks.peers.{loader.module}").open_loader(
-            dataset, batch_size=work.batch_size, device=device, dtype=dtype, workers=loader.workers
-        )
-        return lambda _: peer
-    pipeline = open_pipeline(
-        loader.module,
-        dataset,
-        train=True,
-        batch_size=work.batch_size,
-        device=device,
-        dtype=dtype,
-        seed=0,
-        augmentation=Augmentation(),
-    )
-    return pipeline.epoch
-
-
-def _endless(start_epoch: Callable[[int], Iterable[Any]]) -> Iterator[Any]:
+def _endless(start_epoch: Epochs) -> Iterator[Any]:
     for epoch in itertools.count():
         yield from start_epoch(epoch)
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import statistics
 import warnings
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestant import Contestant, Loader, Work
+from benchmarks.contestant import Contestant, Entry, Epochs, Work
 from benchmarks.report import SCHEMA, draw_chart, print_report
 from fastresnet import cli
 from fastresnet.config import DEVICES, PRECISIONS
+from pipelines import PIPELINES, is_installed
+from pipelines.convert import prepare
 from pipelines.errors import Note, UsageError, check_choice
 from pipelines.files import write_bytes
 from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
+LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+"""Optional ones, and the modules that they bring."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +80,7 @@ def measure_loaders(options: LoadersOptions) -> None:
     dataset = cli.find_dataset(options.data, options.root)
     if options.batch_size > len(dataset.train):
         raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
-    loaders = _available(dataset)
+    entries = _available(dataset)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
     work = Work(
         folder=dataset.folder.absolute(),
@@ -86,8 +91,8 @@ def measure_loaders(options: LoadersOptions) -> None:
     limits: list[float] = []
     with contextlib.ExitStack() as stack:
         contestants = []
-        for loader in loaders:
-            contestants.append(Contestant(loader, work))
+        for entry in entries:
+            contestants.append(Contestant(entry, work))
             stack.callback(contestants[-1].kill)
         for _ in range(rounds):
             limits.append(copy_bandwidth(device))
@@ -104,32 +109,73 @@ def measure_loaders(options: LoadersOptions) -> None:
         draw_chart(report, options.chart)
 
 
-def _available(dataset: Dataset) -> list[Loader]:
+def open_ours(work: Work, *, pipeline: str) -> Epochs:
+    """A pipeline of this program."""
+    import torch
+
+    from pipelines import Augmentation, open_pipeline
+    from pipelines.store import open_store
+
+    opened = open_pipeline(
+        pipeline,
+        open_store(work.folder),
+        train=True,
+        batch_size=work.batch_size,
+        device=torch.device(work.device),
+        dtype=getattr(torch, work.dtype),
+        seed=0,
+        augmentation=Augmentation(),
+    )
+    return opened.epoch
+
+
+def open_peer(work: Work, *, module: str, workers: int) -> Epochs:
+    """A loader of `benchmarks.peers`; `workers` is how many processes or threads it is told to use."""
+    import torch
+
+    from pipelines.store import open_store
+
+    loader = importlib.import_module(f"benchmarks.peers.{module}").open_loader(
+        open_store(work.folder),
+        batch_size=work.batch_size,
+        device=torch.device(work.device),
+        dtype=getattr(torch, work.dtype),
+        workers=workers,
+    )
+    return lambda _: loader
+
+
+def _available(dataset: Dataset) -> list[Entry]:
     """All contestants whose libraries are installed; a `Note` names the others."""
     cores = os.cpu_count() or 1
-    loaders = [
-        Loader(name="resident", kind="ours", module="resident"),
-        Loader(name="dali", kind="ours", module="dali"),
-        Loader(name="ffcv", kind="ours", module="ffcv", compiles=True),
-        Loader(name="torchvision", kind="ours", module="torchvision"),
-        Loader(name="peer:torchvision-w0", kind="peer", module="torchvision_dataloader"),
-        Loader(name="peer:torchvision-wN", kind="peer", module="torchvision_dataloader", workers=cores),
-        Loader(name="peer:dali", kind="peer", module="dali_example", workers=cores),
-        Loader(name="peer:ffcv", kind="peer", module="ffcv_example", workers=cores, compiles=True),
+    entries = [
+        *(_ours(name) for name in PIPELINES),
+        _peer("torchvision-w0", "torchvision_dataloader", 0),
+        _peer("torchvision-wN", "torchvision_dataloader", cores),
+        _peer("dali", "dali_example", cores),
+        _peer("ffcv", "ffcv_example", cores),
     ]
-    missing = {library for library in ("dali", "ffcv") if not _installed(library)}
+    missing = {library for library, module in LIBRARIES.items() if not is_installed(module)}
     for library in sorted(missing):
         warnings.warn(f"{library} is not installed and takes no part.", Note, stacklevel=2)
     if "ffcv" not in missing:
-        from pipelines.convert import prepare
-
         prepare(dataset.folder.name, dataset.folder.parent, lambda *_: None, formats=("raw", "beton"))
-    return [loader for loader in loaders if loader.name.removeprefix("peer:") not in missing]
+    return [entry for entry in entries if entry.name.removeprefix("peer:") not in missing]
 
 
-def _installed(library: str) -> bool:
-    return util.find_spec("nvidia" if library == "dali" else library) is not None and (
-        library != "dali" or util.find_spec("nvidia.dali") is not None
+def _ours(name: str) -> Entry:
+    options = {"pipeline": name}
+    return Entry(name=name, kind="ours", opener=f"{__name__}:open_ours", options=options, compiles=name == "ffcv")
+
+
+def _peer(name: str, module: str, workers: int) -> Entry:
+    options = {"module": module, "workers": workers}
+    return Entry(
+        name=f"peer:{name}",
+        kind="peer",
+        opener=f"{__name__}:open_peer",
+        options=options,
+        compiles=name == "ffcv",
     )
 
 
@@ -150,8 +196,8 @@ def _report(
     roof = bandwidth / (PIXELS * (1 + DTYPES[precision].itemsize))
     rows = [
         {
-            "name": contestant.loader.name,
-            "kind": contestant.loader.kind,
+            "name": contestant.entry.name,
+            "kind": contestant.entry.kind,
             **spread(contestant.images_per_s, "images_per_s"),
             "rounds": len(contestant.images_per_s),
             "percent_of_limit": 100 * statistics.median(contestant.images_per_s) / roof,
@@ -160,8 +206,8 @@ def _report(
         }
         for contestant, usage in zip(contestants, used, strict=True)
     ]
-    ours, peers = ([c for c in contestants if c.loader.kind == kind] for kind in ("ours", "peer"))
-    ratios = [ratio(a.loader.name, a.images_per_s, b.loader.name, b.images_per_s) for a in ours for b in peers]
+    ours, peers = ([c for c in contestants if c.entry.kind == kind] for kind in ("ours", "peer"))
+    ratios = [ratio(a.entry.name, a.images_per_s, b.entry.name, b.images_per_s) for a in ours for b in peers]
     surroundings = environment(device)
     for library in ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -60,9 +60,9 @@ def choose_pipeline(dataset: Dataset, device: torch.device) -> tuple[str, str]:
     sizes = f"{needed / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of memory free"
     if needed <= free / 2:
         return "resident", sizes
-    if _installed("nvidia.dali"):
+    if is_installed("nvidia.dali"):
         return "dali", f"{sizes}; DALI is installed"
-    if _installed("ffcv") and (dataset.folder / "beton.json").exists():
+    if is_installed("ffcv") and (dataset.folder / "beton.json").exists():
         return "ffcv", f"{sizes}; FFCV is installed, DALI is not"
     return "torchvision", f"{sizes}; neither DALI nor FFCV with its files is there"
 
@@ -79,7 +79,8 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether `module` could be imported, without doing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a part of its name is no package

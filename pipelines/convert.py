@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -82,21 +81,19 @@ def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> 
     except DataError:
         pass  # missing or not whole: made anew
 
-    def write(paths: dict[str, Path]) -> dict[str, Any]:
-        facts = {}
-        for split in (dataset.train, dataset.test):
+    def write(paths: dict[str, Path]) -> dict[str, dict[str, float]]:
+        return {split.name: write_split(split, paths) for split in (dataset.train, dataset.test)}
 
-            def show(done: int, split: Split = split) -> None:
-                report(f"{kind} ({split.name})", done, len(split))
+    def write_split(split: Split, paths: dict[str, Path]) -> dict[str, float]:
+        def show(done: int) -> None:
+            report(f"{kind} ({split.name})", done, len(split))
 
-            if kind == "beton":
-                from .ffcv import write_beton
+        if kind == "jpeg":
+            return write_shard(split, paths[f"{split.name}.tar"], paths[f"{split.name}.idx"], jpeg, show)
+        from .ffcv import write_beton
 
-                write_beton(split, paths[f"{split.name}.beton"], show)
-            else:
-                tar, index = paths[f"{split.name}.tar"], paths[f"{split.name}.idx"]
-                facts[split.name] = write_shard(split, tar, index, jpeg, show)
-        return facts
+        write_beton(split, paths[f"{split.name}.beton"], show)
+        return {}
 
     write_derived(dataset, kind, settings, write)
     return True

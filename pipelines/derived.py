@@ -21,8 +21,11 @@ from .store import DERIVED_FILES, Dataset, prepare_command
 
 SCHEMA = 1
 
-WriteFiles = Callable[[dict[str, Path]], dict[str, Any]]
-"""Writes the files of a format under the given paths, by name; returns what is worth telling about them."""
+FACTS: dict[str, set[str]] = {"beton": set(), "jpeg": {"psnr_db", "exact_pixels"}}
+"""What a manifest tells of each split, as numbers."""
+
+WriteFiles = Callable[[dict[str, Path]], dict[str, dict[str, float]]]
+"""Writes the files of a format under the given paths, by name; returns the `FACTS` of each split."""
 
 
 def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: WriteFiles) -> None:
@@ -49,8 +52,13 @@ def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         expected = {name: manifest["files"][name] for name in DERIVED_FILES[kind]}
-        sound = manifest["schema"] == SCHEMA and all({"bytes", "sha256"} <= entry.keys() for entry in expected.values())
-        origin, _ = manifest["data_sha256"], (manifest["settings"], manifest["facts"])
+        facts = [manifest["facts"][split] for split in ("train", "test")]
+        sound = (
+            manifest["schema"] == SCHEMA
+            and all({"bytes", "sha256"} <= entry.keys() for entry in expected.values())
+            and all(isinstance(entry[name], float) for entry in facts for name in FACTS[kind])
+        )
+        origin, _ = manifest["data_sha256"], manifest["settings"]
     except FileNotFoundError:
         raise DataError(f"{dataset.folder} has no {kind} files. {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -61,23 +62,21 @@ class _Writer(DatasetWriter):
     def write(self, split: Split, report: Callable[[int], None]) -> None:
         self.num_samples = len(split.labels)
         self.prepare()
-        try:
-            allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-            metadata = np.frombuffer(self.metadata_sm.buf, dtype=self.metadata_type)
-            with allocator:
-                for row, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-                    sample = (np.asarray(image), int(label))
-                    handle_sample(sample, row, metadata.dtype.names, metadata, allocator, self.fields)
-                    if row % 1000 == 999:
-                        report(row + 1)
-            del metadata  # a view of the shared memory, which must not be closed before it is gone
-            self.finalize(allocator.allocations)
-            # FFCV takes no notice of a write that a full disk cut short.
-            if self.header["alloc_table_ptr"] != allocator.offset + allocator.next_page_written.value * self.page_size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.fname)
-        finally:
-            self.metadata_sm.close()
-            self.metadata_sm.unlink()
+        self.metadata_sm.close()
+        self.metadata_sm.unlink()
+        metadata = np.zeros(self.num_samples, dtype=self.metadata_type)
+        self.metadata_sm = SimpleNamespace(buf=metadata)  # one process needs no shared memory
+        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+        with allocator:
+            for row, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+                sample = (np.asarray(image), int(label))
+                handle_sample(sample, row, metadata.dtype.names, metadata, allocator, self.fields)
+                if row % 1000 == 999:
+                    report(row + 1)
+        self.finalize(allocator.allocations)
+        # FFCV takes no notice of a write that a full disk cut short.
+        if self.header["alloc_table_ptr"] != allocator.offset + allocator.next_page_written.value * self.page_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.fname)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

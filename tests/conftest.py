@@ -1,5 +1,6 @@
 """What all tests share: a small drawn data set, the command line in-process, and no silent skips in CI."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 
 from fastresnet import cli
 from pipelines.convert import prepare
+
+LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+"""The libraries that pipelines need beside PyTorch."""
 
 
 def pytest_collection_modifyitems(items):
@@ -37,10 +41,28 @@ def quiet(*_):
 
 
 @pytest.fixture(scope="session")
+def need():
+    """`need("dali")` skips the test, visibly, where the library of that pipeline is not installed."""
+
+    def need_library(pipeline: str) -> str:
+        if pipeline in LIBRARIES:
+            threads = torch.get_num_threads()
+            pytest.importorskip(LIBRARIES[pipeline])
+            torch.set_num_threads(threads)  # importing FFCV sets it to 1
+        return pipeline
+
+    return need_library
+
+
+@pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
-    """A data root with a small shapes10: 331 training and 90 test images, so that no batch size divides them."""
+    """A data root with a small shapes10: 331 training and 90 test images, so that no batch size divides them.
+
+    In every format that can be written here.
+    """
     root = tmp_path_factory.mktemp("data")
-    prepare("shapes10", root, quiet, train_images=331, test_images=90)
+    formats = ("raw", "beton", "jpeg") if importlib.util.find_spec("ffcv") else ("raw", "jpeg")
+    prepare("shapes10", root, quiet, train_images=331, test_images=90, formats=formats)
     return root
 
 

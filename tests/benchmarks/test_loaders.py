@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.__main__ import main
-from benchmarks.contestant import Contestant, Loader, Work
+from benchmarks.contestant import Contestant, Entry, Work
 from benchmarks.measurement import ratio, spread
 from fastresnet import cli
 from pipelines.errors import RunError
@@ -94,7 +94,7 @@ def test_ratios_are_taken_round_by_round():
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
     with pytest.raises(RunError, match=r"broken failed:\n(.*\n)*.*no_such_peer"):
-        Contestant(Loader(name="broken", kind="peer", module="no_such_peer"), work)
+        Contestant(Entry(name="broken", kind="peer", opener="benchmarks.peers.no_such_peer:open"), work)
 
 
 @pytest.mark.parametrize(

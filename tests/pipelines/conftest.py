@@ -1,4 +1,5 @@
-"""Fake CIFAR-10s with random pixels in every official packing, and the real one where its archive is at hand."""
+"""Fake CIFAR-10s with random pixels in every official packing, the real one where its archive is at hand, and what a
+pipeline must deliver, computed image by image in NumPy."""
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from pipelines import Augmentation, Pipeline, open_pipeline
+from pipelines.sampling import Purpose, draw, permutation, stream_key
+from pipelines.store import Dataset
 
 ROWS, TEST_ROWS = 7, 6
 
@@ -126,14 +132,60 @@ def pack(folder: Path, packing: str, members: dict[str, bytes]) -> Path:
     return make_tar(folder / f"fake.{packing}", inside, f"w:{packing.removeprefix('tar').lstrip('.')}")
 
 
+def open_small(name: str, dataset: Dataset, **changes: Any) -> Pipeline:
+    """Pipeline `name`: bare pixels of the training split, in batches of 48, unless `changes` say otherwise."""
+    arguments = {
+        "train": True,
+        "batch_size": 48,
+        "device": torch.device("cpu"),
+        "dtype": torch.uint8,
+        "seed": 11,
+        "augmentation": Augmentation(),
+    }
+    return open_pipeline(name, dataset, **{**arguments, **changes})
+
+
+def expected_epoch(
+    dataset: Dataset, epoch: int, augmentation: Augmentation, *, seed: int = 11, batch_size: int = 48
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images [N, 32, 32, 3] and labels of a training epoch."""
+    ids = dataset.train.ids
+    ids = ids[permutation(stream_key(seed, epoch, Purpose.ORDER), ids)]
+    ids = ids[: len(ids) // batch_size * batch_size]
+    draws = draw(seed, epoch, ids, augmentation)
+    fill = np.round(np.array(dataset.mean) * 255).astype(np.uint8)
+    padding = augmentation.crop_padding
+    mode = {"zeros": "constant", "reflect": "reflect"}[augmentation.padding_mode]
+    out = []
+    for i, sample in enumerate(ids):
+        image = np.pad(dataset.train.images[sample], ((padding, padding), (padding, padding), (0, 0)), mode=mode)
+        image = image[draws.top[i] : draws.top[i] + 32, draws.left[i] : draws.left[i] + 32]
+        image = (image[:, ::-1] if draws.flip[i] else image).copy()
+        y, x = np.arange(32) - draws.cutout_top[i], np.arange(32) - draws.cutout_left[i]
+        hidden = ((y >= 0) & (y < augmentation.cutout))[:, None] & ((x >= 0) & (x < augmentation.cutout))
+        image[hidden] = fill
+        out.append(image)
+    return np.stack(out), dataset.train.labels[ids]
+
+
+def collect(pipeline: Pipeline, epoch: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, 32, 32, 3] and labels of the epoch from batch `start` on."""
+    batches = list(pipeline.epoch(epoch, start))
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1)
+    return images.cpu().numpy(), torch.cat([batch.labels for batch in batches]).cpu().numpy()
+
+
 class Helpers:
-    """The builders above, for test modules, which cannot import this one."""
+    """The functions above, for test modules, which cannot import this one."""
 
     FakeCifar = FakeCifar
     pack = staticmethod(pack)
     make_tar = staticmethod(make_tar)
     make_zip = staticmethod(make_zip)
     make_folder = staticmethod(make_folder)
+    open_small = staticmethod(open_small)
+    expected_epoch = staticmethod(expected_epoch)
+    collect = staticmethod(collect)
     pickle_like_python3 = staticmethod(lambda value: pickle.dumps(value, protocol=4))
 
     @staticmethod

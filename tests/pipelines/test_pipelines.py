@@ -1,187 +1,341 @@
 """The contract that all pipelines share, checked against images augmented one by one in NumPy."""
 
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from pipelines import PIPELINES, Augmentation, open_pipeline
+import pipelines
+from pipelines import PIPELINES, Augmentation, choose_pipeline, free_memory
 from pipelines.errors import UsageError
-from pipelines.sampling import Purpose, draw, permutation, stream_key
 
 CPU = torch.device("cpu")
-AUGMENTATIONS = [
-    Augmentation(),
-    Augmentation(padding_mode="reflect", flip="alternating", cutout=8, normalization="channel"),
-]
+EVERYTHING = Augmentation(padding_mode="reflect", flip="alternating", cutout=8, normalization="channel")
+AUGMENTATIONS = [Augmentation(), EVERYTHING]
 
 
-@pytest.fixture(params=PIPELINES)
-def name(request):
-    return request.param
+@pytest.fixture(params=PIPELINES, scope="module")
+def name(request, need):
+    return need(request.param)
 
 
-def open_small(name, dataset, **changes):
-    arguments = {
-        "train": True,
-        "batch_size": 48,
-        "device": CPU,
-        "dtype": torch.uint8,
-        "seed": 11,
-        "augmentation": Augmentation(),
-    }
-    return open_pipeline(name, dataset, **{**arguments, **changes})
+@pytest.fixture(scope="module")
+def opened(name, dataset, helpers):
+    """`helpers.open_small` on `dataset` that opens every pipeline once: FFCV compiles each for seconds."""
+    cache = {}
+
+    def open_once(pipeline, **changes):
+        key = (pipeline, *sorted(changes.items()))
+        if key not in cache:
+            cache[key] = helpers.open_small(pipeline, dataset, **changes)
+        return cache[key]
+
+    yield open_once
+    for pipeline in cache.values():
+        pipeline.close()
 
 
-def expected_epoch(dataset, epoch, augmentation, *, seed=11, batch_size=48):
-    """uint8 images [N, 32, 32, 3] and labels of a training epoch."""
-    ids = dataset.train.ids
-    ids = ids[permutation(stream_key(seed, epoch, Purpose.ORDER), ids)]
-    ids = ids[: len(ids) // batch_size * batch_size]
-    draws = draw(seed, epoch, ids, augmentation)
-    fill = np.round(np.array(dataset.mean) * 255).astype(np.uint8)
-    padding = augmentation.crop_padding
-    mode = {"zeros": "constant", "reflect": "reflect"}[augmentation.padding_mode]
-    out = []
-    for i, sample in enumerate(ids):
-        image = np.pad(dataset.train.images[sample], ((padding, padding), (padding, padding), (0, 0)), mode=mode)
-        image = image[draws.top[i] : draws.top[i] + 32, draws.left[i] : draws.left[i] + 32]
-        image = (image[:, ::-1] if draws.flip[i] else image).copy()
-        y, x = np.arange(32) - draws.cutout_top[i], np.arange(32) - draws.cutout_left[i]
-        hidden = ((y >= 0) & (y < augmentation.cutout))[:, None] & ((x >= 0) & (x < augmentation.cutout))
-        image[hidden] = fill
-        out.append(image)
-    return np.stack(out), dataset.train.labels[ids]
-
-
-def collect(pipeline, epoch, start=0):
-    batches = list(pipeline.epoch(epoch, start))
-    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1)
-    return images.numpy(), torch.cat([batch.labels for batch in batches]).numpy()
+# --- pixels and labels -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=["default", "everything"])
-def test_pixels_and_labels_equal_the_definition_over_two_epochs(name, dataset, augmentation):
-    pipeline = open_small(name, dataset, augmentation=augmentation)
+def test_pixels_and_labels_equal_the_definition_over_two_epochs(name, opened, dataset, helpers, augmentation):
+    pipeline = opened(name, augmentation=augmentation)
     for epoch in (0, 1):
-        images, labels = collect(pipeline, epoch)
-        expected_images, expected_labels = expected_epoch(dataset, epoch, augmentation)
+        images, labels = helpers.collect(pipeline, epoch)
+        expected_images, expected_labels = helpers.expected_epoch(dataset, epoch, augmentation)
         assert np.array_equal(images, expected_images)
         assert np.array_equal(labels, expected_labels)
-    pipeline.close()
 
 
 @pytest.mark.parametrize("start", [1, 3, 5, 6])
-def test_starting_in_the_middle_gives_the_rest_of_the_epoch(name, dataset, start):
-    pipeline = open_small(name, dataset)
+def test_starting_in_the_middle_gives_the_rest_of_the_epoch(name, opened, dataset, helpers, start):
+    pipeline = opened(name)
     assert len(pipeline) == 6
-    expected_images, expected_labels = expected_epoch(dataset, 1, Augmentation())
+    expected_images, expected_labels = helpers.expected_epoch(dataset, 1, Augmentation())
     batches = list(pipeline.epoch(1, start))
     assert len(batches) == 6 - start
     for i, batch in enumerate(batches, start):
         assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected_images[48 * i : 48 * i + 48])
         assert np.array_equal(batch.labels.numpy(), expected_labels[48 * i : 48 * i + 48])
-    pipeline.close()
 
 
-def test_an_abandoned_epoch_leaves_no_trace_in_the_next(name, dataset):
-    pipeline = open_small(name, dataset)
+@pytest.mark.parametrize("taken", [0, 1, 2, 6])
+def test_an_abandoned_epoch_leaves_no_trace_in_the_next(name, opened, dataset, helpers, taken):
+    pipeline = opened(name)
     iterator = pipeline.epoch(0)
-    next(iterator)
-    next(iterator)
+    for _ in range(taken):
+        next(iterator)
     del iterator
-    assert np.array_equal(collect(pipeline, 1)[0], expected_epoch(dataset, 1, Augmentation())[0])
-    pipeline.close()
+    images, labels = helpers.collect(pipeline, 1)
+    expected_images, expected_labels = helpers.expected_epoch(dataset, 1, Augmentation())
+    assert np.array_equal(images, expected_images)
+    assert np.array_equal(labels, expected_labels)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("train", [True, False])
-def test_ranks_joined_are_the_single_process(name, dataset, world_size, train):
-    single = open_small(name, dataset, train=train)
-    ranks = [open_small(name, dataset, train=train, rank=r, world_size=world_size) for r in range(world_size)]
-    for whole, *parts in zip(single.epoch(2), *(rank.epoch(2) for rank in ranks), strict=True):
-        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
-        assert whole.valid == sum(part.valid for part in parts)
-    for pipeline in (single, *ranks):
-        pipeline.close()
+def test_ranks_joined_are_the_single_process(name, opened, world_size, train):
+    single = opened(name, train=train)
+    ranks = [opened(name, train=train, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for epoch in (0, 2):
+        for whole, *parts in zip(single.epoch(epoch), *(rank.epoch(epoch) for rank in ranks), strict=True):
+            assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+            assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+            assert whole.valid == sum(part.valid for part in parts)
 
 
-def test_evaluation_gives_every_test_image_once_in_order_unaugmented(name, dataset):
-    pipeline = open_small(name, dataset, train=False, augmentation=AUGMENTATIONS[1])
-    batches = list(pipeline.epoch(0))
+def test_evaluation_gives_every_test_image_once_in_order_unaugmented(name, opened, dataset):
+    batches = list(opened(name, train=False, augmentation=EVERYTHING).epoch(0))
     assert {len(batch.images) for batch in batches} == {48}
     images = torch.cat([batch.images[: batch.valid] for batch in batches]).permute(0, 2, 3, 1)
     labels = torch.cat([batch.labels[: batch.valid] for batch in batches])
     assert np.array_equal(images.numpy(), dataset.test.images)
     assert np.array_equal(labels.numpy(), dataset.test.labels)
-    pipeline.close()
 
 
-def test_a_held_out_part_is_never_trained_on(name, dataset):
+def test_a_held_out_part_is_never_trained_on_and_evaluated_whole(name, dataset, helpers):
     training, validation = dataset.hold_out(100)
-    pipeline = open_small(name, training, augmentation=Augmentation(crop_padding=0, flip="none"), batch_size=33)
-    trained = {image.tobytes() for epoch in range(3) for image in collect(pipeline, epoch)[0]}
+    plain = Augmentation(crop_padding=0, flip="none")
+    pipeline = helpers.open_small(name, training, augmentation=plain, batch_size=33)
+    trained = {image.tobytes() for epoch in range(3) for image in helpers.collect(pipeline, epoch)[0]}
+    pipeline.close()
     held = {dataset.train.images[i].tobytes() for i in validation.test.ids}
     assert len(held) == 100
     assert len(trained) == 231
     assert not held & trained
+    pipeline = helpers.open_small(name, validation, train=False, batch_size=50)
+    images, labels = helpers.collect(pipeline, 0)
     pipeline.close()
+    assert np.array_equal(images, dataset.train.images[validation.test.ids])
+    assert np.array_equal(labels, dataset.train.labels[validation.test.ids])
+
+
+def test_batches_stay_valid_after_the_pipeline_moves_on(name, opened):
+    pipeline = opened(name)
+    kept = list(pipeline.epoch(0))
+    copies = [(batch.images.clone(), batch.labels.clone()) for batch in kept]
+    list(pipeline.epoch(1))
+    for batch, (images, labels) in zip(kept, copies, strict=True):
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.labels, labels)
+
+
+def test_impossible_arguments_are_refused(dataset, helpers):
+    with pytest.raises(UsageError, match="did you mean 'resident'"):
+        helpers.open_small("residnet", dataset)
+    with pytest.raises(UsageError, match="unknown decoder 'jpg': did you mean 'jpeg'"):
+        helpers.open_small("dali", dataset, decode="jpg")
+    with pytest.raises(UsageError, match="batch size 400 is larger than the training set, 331"):
+        helpers.open_small("resident", dataset, batch_size=400)
+
+
+# --- normalised values -------------------------------------------------------------------------------------------
+
+# Type, normalisation, split, rank and world size: every pair of settings occurs.
+NORMALISED = [
+    (torch.float32, "half", True, 0, 1),
+    (torch.float32, "channel", False, 1, 2),
+    (torch.float32, "pixel", True, 0, 2),
+    (torch.bfloat16, "half", False, 0, 2),
+    (torch.bfloat16, "channel", True, 0, 1),
+    (torch.bfloat16, "pixel", False, 0, 1),
+    (torch.float16, "half", False, 1, 2),
+    (torch.float16, "channel", False, 0, 1),
+    (torch.float16, "pixel", True, 1, 2),
+]
+
+
+def ulps(a, b):
+    """How many values of their type lie between `a` and `b`, element by element, and one for `b` itself."""
+    assert a.dtype == b.dtype
+    integers = {2: torch.int16, 4: torch.int32}[a.element_size()]
+
+    def rank(values):
+        bits = values.contiguous().view(integers).long()
+        return torch.where(bits < 0, torch.iinfo(integers).min - bits, bits)
+
+    return (rank(a) - rank(b)).abs()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])
-def test_normalised_batches_follow_the_formula_within_one_rounding(name, dataset, dtype, normalization):
-    pipeline = open_small(name, dataset, dtype=dtype, augmentation=Augmentation(normalization=normalization))
-    batch = next(iter(pipeline.epoch(0)))
-    pixels = expected_epoch(dataset, 0, Augmentation())[0][:48] / 255
+def test_ulps_count_the_representable_values(dtype):
+    one, zero, inf = (torch.tensor([value], dtype=dtype) for value in (1.0, 0.0, torch.inf))
+    up, down, tiny = torch.nextafter(one, inf), torch.nextafter(one, -inf), torch.nextafter(zero, inf)
+    assert ulps(one, one) == ulps(zero, -zero) == 0
+    assert ulps(one, up) == ulps(down, one) == ulps(-up, -one) == ulps(tiny, zero) == ulps(-zero, -tiny) == 1
+    assert ulps(up, down) == ulps(tiny, -tiny) == 2
+    assert ulps(one, 2 * one) == 1 / torch.finfo(dtype).eps
+
+
+def formula(dataset, pixels, normalization):
+    """float64 values of uint8 `pixels` [N, 32, 32, 3], as [N, 3, 32, 32]; and the scale of a pixel [3]."""
     mean, std = {
         "half": (0.5, 0.5),
         "channel": (np.array(dataset.mean), np.array(dataset.std)),
         "pixel": (dataset.train.images.astype(np.float64).mean(axis=0) / 255, 1.0),
     }[normalization]
-    expected = torch.from_numpy(((pixels - mean) / std).transpose(0, 3, 1, 2))
-    assert batch.images.dtype == dtype
-    assert batch.labels.dtype == torch.int64
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    rounding = torch.finfo(dtype).eps / 2 * expected.abs()
-    assert ((batch.images.double() - expected).abs() <= rounding + 1e-6).all()
-    pipeline.close()
+    scale = torch.from_numpy(np.broadcast_to(1 / (255 * np.asarray(std, np.float64)), 3).copy())
+    return torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)), scale
 
 
-def test_all_pipelines_agree_to_the_bit_after_normalisation(dataset):
-    pipelines = [open_small(name, dataset, dtype=torch.bfloat16, augmentation=AUGMENTATIONS[1]) for name in PIPELINES]
-    for first, *others in zip(*(pipeline.epoch(0) for pipeline in pipelines), strict=True):
-        for other in others:
-            assert torch.equal(first.images, other.images)
-    for pipeline in pipelines:
-        pipeline.close()
+@pytest.mark.parametrize(("dtype", "normalization", "train", "rank", "world_size"), NORMALISED)
+def test_normalised_values_follow_the_formula_and_are_those_of_resident(
+    name, opened, dataset, helpers, dtype, normalization, train, rank, world_size
+):
+    augmentation = Augmentation(normalization=normalization, flip="alternating", cutout=8)
+    settings = {
+        "dtype": dtype, "augmentation": augmentation, "train": train, "rank": rank, "world_size": world_size,
+    }  # fmt: skip
+    pipeline, resident = opened(name, **settings), opened("resident", **settings)
+    rows = slice(48 * rank // world_size, 48 * (rank + 1) // world_size)
+    for epoch, start in ((0, 0), (1, 1), (1, 0)):
+        if train:
+            pixels = helpers.expected_epoch(dataset, epoch, augmentation)[0]
+        else:
+            pixels = dataset.test.images[np.minimum(np.arange(96), 89)]
+        batches = zip(pipeline.epoch(epoch, start), resident.epoch(epoch, start), strict=True)
+        for step, (batch, reference) in enumerate(batches, start):
+            assert batch.images.dtype == dtype
+            assert batch.labels.dtype == torch.int64
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.valid == reference.valid
+            assert torch.equal(batch.labels, reference.labels)
+            assert ulps(batch.images, reference.images).max() <= 1
+            expected, scale = formula(dataset, pixels[48 * step : 48 * step + 48][rows], normalization)
+            # Arithmetic is in float32: the mean, under 256, is rounded twice (2**-17 each time); difference, scale and
+            # product once each. Then comes the rounding to the type, which for small values of fp16 is subnormal.
+            limits, single = torch.finfo(dtype), torch.finfo(torch.float32).eps
+            arithmetic = 2**-16 * scale[:, None, None] + 1.5 * single * expected.abs()
+            rounding = limits.eps / 2 * torch.clamp(expected.abs() + arithmetic, min=limits.tiny)
+            assert ((batch.images.double() - expected).abs() <= arithmetic + rounding).all()
+        assert step == len(pipeline) - 1
 
 
-def test_batches_stay_valid_after_the_pipeline_moves_on(name, dataset):
-    pipeline = open_small(name, dataset)
-    kept = list(pipeline.epoch(0))
-    copies = [batch.images.clone() for batch in kept]
-    list(pipeline.epoch(1))
-    assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies, strict=True))
-    pipeline.close()
+# --- in the long run ---------------------------------------------------------------------------------------------
 
 
-def test_impossible_arguments_are_refused(dataset):
-    with pytest.raises(UsageError, match="did you mean 'resident'"):
-        open_small("residnet", dataset)
-    with pytest.raises(UsageError, match="batch size 400 is larger than the training set, 331"):
-        open_small("resident", dataset, batch_size=400)
+def resources():
+    """Threads, open files and resident bytes of this process."""
+    counts = []
+    for _ in range(30):  # a thread that was joined may take a moment to disappear from /proc
+        counts.append(len(os.listdir("/proc/self/task")))
+        time.sleep(0.01)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return min(counts), len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("batches", [6, 1], ids=["whole", "abandoned after one batch"])
+def test_fifty_epochs_leave_threads_files_and_memory_as_they_were(name, opened, batches):
+    pipeline = opened(name)
+
+    def run_epochs(count):
+        for epoch in range(count):
+            iterator = pipeline.epoch(epoch)
+            for _ in range(batches):
+                next(iterator)
+            del iterator
+        for _ in pipeline.epoch(count):  # to the end: nothing is in the making when the counting begins
+            pass
+
+    run_epochs(10)
+    threads, files, memory = resources()
+    run_epochs(50)
+    threads_after, files_after, memory_after = resources()
+    assert threads_after == threads
+    assert files_after <= files  # fewer, where rubbish of earlier tests was collected meanwhile
+    # A leak of a single batch of uint8 images in every epoch, the least that could be kept, would take twice as much.
+    assert memory_after - memory < 50 * 48 * 3072 / 2
+
+
+# --- auto --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "installed", "beton", "expected", "reason"),
+    [
+        (4.0, {"nvidia.dali", "ffcv"}, True, "resident", "2.0 GB of images, 4.0 GB of memory free"),
+        (3.9, {"nvidia.dali", "ffcv"}, True, "dali", "2.0 GB of images, 3.9 GB of memory free; DALI is installed"),
+        (3.9, {"ffcv"}, True, "ffcv", "3.9 GB of memory free; FFCV is installed"),
+        (3.9, {"ffcv"}, False, "torchvision", "3.9 GB of memory free; neither DALI nor FFCV"),
+        (3.9, set(), True, "torchvision", "3.9 GB of memory free; neither DALI nor FFCV"),
+    ],
+)
+def test_auto_takes_resident_where_it_fits_and_then_the_fastest_that_is_there(
+    store_of_2_gb, monkeypatch, free, installed, beton, expected, reason
+):
+    monkeypatch.setattr(pipelines, "free_memory", lambda _: int(free * 1e9))
+    monkeypatch.setattr(pipelines, "is_installed", lambda module: module in installed)
+    if beton:
+        (store_of_2_gb.folder / "beton.json").write_text("{}")
+    chosen, why = choose_pipeline(store_of_2_gb, CPU)
+    assert chosen == expected
+    assert reason in why
+
+
+@pytest.fixture
+def store_of_2_gb(dataset, tmp_path):
+    """A data set of 2.0 GB, none of which exists."""
+
+    def images(count):
+        return np.broadcast_to(np.zeros((), np.uint8), (count, 32, 32, 3))
+
+    train, test = replace(dataset.train, images=images(500_000)), replace(dataset.test, images=images(151_041))
+    return replace(dataset, train=train, test=test, folder=tmp_path)
+
+
+def test_installed_libraries_are_told_from_missing_ones():
+    assert pipelines.is_installed("torch")
+    assert not pipelines.is_installed("no_such_module")
+    assert not pipelines.is_installed("no_such_package.module")
+
+
+def test_the_free_memory_of_a_cpu_is_a_part_of_what_it_has():
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total = 1024 * int(lines["MemTotal"].split()[0])
+    assert 0 < free_memory(CPU) <= total
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=["default", "everything"])
-def test_pipelines_on_the_gpu_give_the_same_bits(name, dataset, augmentation):
-    pipeline = open_small(name, dataset, device=torch.device("cuda"), augmentation=augmentation)
+def test_pipelines_on_the_gpu_give_the_same_bits(name, opened, dataset, helpers, augmentation):
+    pipeline = opened(name, device=torch.device("cuda"), augmentation=augmentation)
     for epoch in (0, 1):
-        expected_images, expected_labels = expected_epoch(dataset, epoch, augmentation)
+        expected_images, expected_labels = helpers.expected_epoch(dataset, epoch, augmentation)
         batches = list(pipeline.epoch(epoch))
         images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).cpu()
         assert batches[0].images.is_cuda
         assert np.array_equal(images.numpy(), expected_images)
         assert np.array_equal(torch.cat([batch.labels for batch in batches]).cpu().numpy(), expected_labels)
-    pipeline.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "normalization", "train", "rank", "world_size"), NORMALISED)
+def test_normalised_values_on_the_gpu_are_those_of_resident_on_the_cpu(
+    name, opened, dtype, normalization, train, rank, world_size
+):
+    settings = {
+        "dtype": dtype, "augmentation": Augmentation(normalization=normalization, flip="alternating", cutout=8),
+        "train": train, "rank": rank, "world_size": world_size,
+    }  # fmt: skip
+    pipeline, resident = opened(name, device=torch.device("cuda"), **settings), opened("resident", **settings)
+    for epoch, start in ((0, 0), (1, 1)):
+        for batch, reference in zip(pipeline.epoch(epoch, start), resident.epoch(epoch, start), strict=True):
+            assert batch.images.is_cuda
+            assert batch.labels.is_cuda
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert ulps(batch.images.cpu(), reference.images).max() <= 1
+            assert torch.equal(batch.labels.cpu(), reference.labels)
+
+
+@pytest.mark.gpu
+def test_the_free_memory_of_a_gpu_is_a_part_of_what_it_has():
+    device = torch.device("cuda")
+    assert 0 < free_memory(device) <= torch.cuda.get_device_properties(device).total_memory
