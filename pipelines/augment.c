@@ -10,8 +10,9 @@ typedef struct {
     const uint8_t *images;                                       /* [N][SIZE][SIZE][CHANNELS] */
     const int64_t *rows;                                         /* [B] which images */
     const int64_t *top, *left, *flip, *cutout_top, *cutout_left; /* [B] as in sampling.Draws */
-    const float *mean, *scale;                                   /* [SIZE][ROW] and [ROW] */
+    const float *mean, *scale;                                   /* [SIZE][mean_stride] or [ROW], and [ROW] */
     void *out;                                                   /* [B][SIZE][SIZE][CHANNELS] */
+    int64_t mean_stride;                                         /* ROW, or 0 where all rows share one mean */
     int64_t padding, reflect, cutout;
     uint8_t fill[CHANNELS]; /* colour of cutout squares */
 } Batch;
@@ -88,7 +89,8 @@ static inline uint16_t to_bf16(float value) /* to nearest, ties to even; `value`
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-/* Images lie all over the memory. The next one is asked for row by row while this one is converted, a quarter faster than
+/* One row's mean and scale stay in the first-level cache, a quarter faster than a mean for every pixel where it is the
+   same. Images lie all over the memory. The next one is asked for row by row while this one is converted, a quarter faster than
    all at once, which fills the processor's queue of pending loads. */
 #define DEFINE_AUGMENT(NAME, VALUE, CONVERT)                                                                           \
     void NAME(const Batch *batch, int64_t count)                                                                       \
@@ -98,11 +100,12 @@ static inline uint16_t to_bf16(float value) /* to nearest, ties to even; `value`
         for (int64_t i = 0; i < count; i++, out += IMAGE) {                                                            \
             const uint8_t *image = augment(buffers, batch, i);                                                         \
             const uint8_t *next = batch->images + batch->rows[i + 1 < count ? i + 1 : i] * IMAGE;                      \
-            for (int row = 0; row < IMAGE; row += ROW) {                                                               \
+            for (int y = 0; y < SIZE; y++) {                                                                           \
+                const int row = y * ROW;                                                                               \
                 __builtin_prefetch(next + row);                                                                        \
                 __builtin_prefetch(next + row + 64);                                                                   \
-                for (int k = row; k < row + ROW; k++)                                                                  \
-                    out[k] = CONVERT(image[k], batch->mean[k], batch->scale[k]);                                       \
+                for (int k = 0; k < ROW; k++)                                                                          \
+                    out[row + k] = CONVERT(image[row + k], batch->mean[y * batch->mean_stride + k], batch->scale[k]);  \
             }                                                                                                          \
         }                                                                                                              \
     }

@@ -86,3 +86,20 @@ def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(
 def test_the_compiler_may_be_named_with_options(dataset, monkeypatch, fresh):
     monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
     assert isinstance(create_augment(dataset, Augmentation(), CPU, torch.float32), NativeAugment)
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it():
+    buffers = native._Buffers()
+    batch = buffers.take(6000)
+    part, address = batch.view(torch.bfloat16)[10:20], batch.data_ptr()
+    del batch
+    assert buffers.take(6000).data_ptr() != address
+    del part
+    assert buffers.take(6000).data_ptr() == address
+
+
+def test_memory_of_another_size_is_not_used_again():
+    buffers = native._Buffers()
+    buffers.take(6000)
+    batch = buffers.take(8000)
+    assert batch.shape == (8000,)
