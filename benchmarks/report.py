@@ -56,7 +56,7 @@ def markdown_table(report: dict[str, Any]) -> str:
     lines = [
         [
             f"`{row['name']}`",
-            f"{row['images_per_s']:,.0f} ({row['images_per_s_low']:,.0f}–{row['images_per_s_high']:,.0f})",
+            f"{_grouped(row['images_per_s'])} ({_grouped(row['images_per_s_low'])}–{_grouped(row['images_per_s_high'])})",
             f"{row['percent_of_limit']:.1f} %",
             f"{row['first_batch_s']:.2f} s" + (f", {row['compile_s']:.1f} s of it numba" if "compile_s" in row else ""),
             f"{row['peak_memory_mb']:,.0f} MB",
@@ -147,6 +147,11 @@ def _short(value: float, digits: int) -> str:
     return f"{value:.{max(digits - 1 - math.floor(math.log10(value)), 0)}f}"
 
 
+def _grouped(value: float) -> str:
+    """Three significant digits, with thousands set off."""
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
 def draw_chart(report: dict[str, Any], path: Path) -> None:
     """Bars of images/s on a logarithmic scale, with their spread and the copy limit."""
     import matplotlib
@@ -163,7 +168,7 @@ def draw_chart(report: dict[str, Any], path: Path) -> None:
     colors = ["tab:blue" if row["kind"] == "ours" else "tab:gray" for row in rows]
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
     bars = axes.barh([row["name"] for row in rows], medians, xerr=errors, color=colors, ecolor="black", capsize=3)
-    axes.bar_label(bars, labels=[f"{median:,.0f}" for median in medians], label_type="center", color="white")
+    axes.bar_label(bars, labels=[_grouped(median) for median in medians], label_type="center", color="white")
     axes.bar(0, 0, color="tab:blue", label="this program")
     axes.bar(0, 0, color="tab:gray", label="as the libraries' users write it")
     axes.axvline(report["limits"]["images_per_s"], color="tab:red", linestyle="--", label="copy limit of the machine")
