@@ -56,7 +56,7 @@ def markdown_table(report: dict[str, Any]) -> str:
     lines = [
         [
             f"`{row['name']}`",
-            f"{_grouped(row['images_per_s'])} ({_grouped(row['images_per_s_low'])}–{_grouped(row['images_per_s_high'])})",
+            "{} ({}–{})".format(*(_grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
             f"{row['percent_of_limit']:.1f} %",
             f"{row['first_batch_s']:.2f} s" + (f", {row['compile_s']:.1f} s of it numba" if "compile_s" in row else ""),
             f"{row['peak_memory_mb']:,.0f} MB",

@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import pipelines
 from fastresnet import cli
 from pipelines.convert import prepare
 
@@ -52,6 +55,37 @@ def need():
         return pipeline
 
     return need_library
+
+
+@pytest.fixture
+def break_import(monkeypatch):
+    """`break_import("dali", error)`: importing the library of that pipeline raises `error`.
+
+    Whatever was imported of it, our own module included, is forgotten until the test is over.
+    """
+
+    def break_library(pipeline: str, error: Exception) -> None:
+        library, ours = LIBRARIES[pipeline], f"pipelines.{pipeline}"
+        for name in [name for name in sys.modules if name == ours or f"{name}.".startswith(f"{library}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(pipelines, pipeline, raising=False)
+
+        class Broken:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == library:
+                    torch.set_num_threads(1)  # as importing FFCV does
+                    raise error
+
+        parent = types.ModuleType(library.partition(".")[0])  # of nvidia.dali
+        parent.__path__ = []
+        if parent.__name__ != library:
+            monkeypatch.setitem(sys.modules, parent.__name__, parent)
+        monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+
+    threads = torch.get_num_threads()
+    yield break_library
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

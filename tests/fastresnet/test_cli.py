@@ -3,8 +3,11 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 def one_or_two_lines(err):
@@ -18,7 +21,8 @@ def test_help_answers_without_loading_torch():
         "try: cli.main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'torchvision', 'matplotlib'} & sys.modules.keys()"
     )
-    for arguments in (["--help"], ["--version"], ["prepare", "--help"], ["train", "--help"], ["eval", "--help"]):
+    helps = [[command, "--help"] for command in ("prepare", "train", "eval", "bench")]
+    for arguments in (["--help"], ["--version"], *helps, ["bench", "loaders", "--help"]):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout
@@ -27,8 +31,15 @@ def test_help_answers_without_loading_torch():
 def test_the_overview_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f"\n  {command} " in out for command in ("prepare", "train", "eval"))
+    assert all(f"\n  {command} " in out for command in ("prepare", "train", "eval", "bench"))
     assert run()[0] == 2
+
+
+def test_the_help_of_bench_names_every_benchmark(run):
+    code, out, _ = run("bench", "--help")
+    assert code == 0
+    assert all(f"\n  {benchmark} " in out for benchmark in ("loaders", "show"))
+    assert run("bench")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -63,6 +74,16 @@ def test_the_overview_names_every_command(run):
         (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "nan", "1", "1"], ["nan", "in 0..1"]),
         (["eval", "--weights", "x", "--json", "no/such/folder/f.json"], ["there is no folder no/such/folder"]),
         (["prepare", "--data", "shapes10", "--test-images", "1000001"], ["--test-images 1000001", "1..1000000"]),
+        (["prepare", "--data", "shapes10", "--formats", "rwa"], ["unknown format 'rwa'", "did you mean 'raw'?"]),
+        (["prepare", "--data", "shapes10", "--formats", "raw,jpg"], ["unknown format 'jpg'", "raw, beton, jpeg"]),
+        (["prepare", "--data", "shapes10", "--formats", ""], ["unknown format ''", "raw, beton, jpeg"]),
+        (["prepare", "--data", "shapes10", "--jpeg-quality", "0"], ["JPEG quality 0 is not in 1..100"]),
+        (["prepare", "--data", "shapes10", "--jpeg-subsampling", "420"], ["did you mean '4:2:0'?"]),
+        (["train", "--decode", "jpg"], ["unknown decoder 'jpg'", "did you mean 'jpeg'?"]),
+        (["train", "--decode", "jpeg", "--pipeline", "ffcv"], ["--decode jpeg needs --pipeline dali, not ffcv"]),
+        (["bench", "nonsense"], ["unknown benchmark 'nonsense'", "loaders, show"]),
+        (["bench", "loader"], ["did you mean 'loaders'?"]),
+        (["bench", "loaders", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -73,6 +94,20 @@ def test_wrong_arguments_exit_with_2_and_name_the_nearest_right_one(run, tmp_pat
     assert one_or_two_lines(err)
     for message in messages:
         assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "smoke"], ["eval", "--weights", "x"], ["bench", "loaders"]], ids=" ".join
+)
+def test_a_gpu_that_is_not_there_is_no_argument(run, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("FASTRESNET_RUNS", str(tmp_path / "runs"))
+    code, _, err = run(*command, "--data", "shapes10", "--device", "cuda")
+    assert code == 2
+    assert one_or_two_lines(err)
+    assert "--device cuda" in err
+    assert "--device cpu" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -173,6 +208,43 @@ def test_prepare_tells_what_it_made_and_that_it_is_already_there(run, tmp_path):
     assert code == 0
     assert "30 training" in out
     assert f"nothing was read or drawn; remove {tmp_path / 'shapes10'}" in err
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "kind", "arguments"), [("ffcv", "beton", []), ("dali", "jpeg", ["--decode", "jpeg"])]
+)
+def test_files_that_a_pipeline_lacks_are_made_by_the_command_that_is_named(
+    run, need, tmp_path, pipeline, kind, arguments
+):
+    need(pipeline)
+    run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 64, "--test-images", 20)
+    train = (
+        "train", "smoke", "--data", "shapes10", "--root", tmp_path, "--pipeline", pipeline, *arguments,
+        "--iterations", 1, "--batch-size", 32, "--out", tmp_path / "run",
+    )  # fmt: skip
+    code, _, err = run(*train)
+    assert code == 3
+    assert one_or_two_lines(err)
+    remedy = f"fastresnet prepare --data shapes10 --root {tmp_path} --formats {kind}"
+    assert f"{tmp_path / 'shapes10'} has no {kind} files. Make them: {remedy}\n" in err
+    assert not (tmp_path / "run").exists()
+    assert run(*remedy.split()[1:])[0] == 0
+    code, _, err = run(*train)
+    assert (code, err) == (0, "")
+
+
+def test_prepare_tells_what_jpeg_costs(run, tmp_path):
+    sizes = ("--train-images", 30, "--test-images", 20)
+    arguments = ("--data", "shapes10", "--root", tmp_path, *sizes, "--formats", "jpeg", "--jpeg-quality", 80)
+    code, out, err = run("prepare", *arguments)
+    assert (code, err) == (0, "")
+    with tarfile.open(tmp_path / "shapes10" / "train.tar") as archive:
+        files = [archive.extractfile(member) for member in archive if member.name.endswith(".jpg")]
+        decoded = np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.float64)
+    error = decoded - np.load(tmp_path / "shapes10" / "train_images.npy")
+    psnr, exact = 10 * np.log10(255**2 / np.mean(error**2)), 100 * np.mean((error == 0).all(axis=-1))
+    assert f"PSNR {psnr:.1f} dB, {exact:.1f} % of the pixels exact" in out
+    assert run("prepare", *arguments)[1] == out.replace("prepared and", "already there, and")
 
 
 def test_train_draws_missing_shapes10_by_itself(run, tmp_path, monkeypatch):

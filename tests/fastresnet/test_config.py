@@ -183,6 +183,7 @@ def test_a_value_at_its_limit_is_accepted(name, value):
         ("model", "resnet2O", "resnet20"),
         ("shortcut", "BB", "B"),
         ("pipeline", "residnt", "resident"),
+        ("decode", "jpg", "jpeg"),
         ("device", "cdua", "cuda"),
         ("precision", "bf-16", "bf16"),
         ("compile", "onn", "on"),
@@ -194,7 +195,16 @@ def test_a_value_at_its_limit_is_accepted(name, value):
 def test_an_unknown_choice_is_refused_with_the_nearest_valid_one(name, value, nearest):
     with pytest.raises(UsageError) as caught:
         TrainConfig(**{name: value})
-    assert f"{name.replace('_', ' ')} {value!r}: did you mean {nearest!r}? Valid: " in str(caught.value)
+    what = {"decode": "decoder"}.get(name, name.replace("_", " "))
+    assert f"unknown {what} {value!r}: did you mean {nearest!r}? Valid: " in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "ffcv", "torchvision"])
+def test_only_dali_decodes(pipeline):
+    assert {TrainConfig(pipeline=name, decode="jpeg").decode for name in ("auto", "dali")} == {"jpeg"}
+    with pytest.raises(UsageError, match=f"--decode jpeg needs --pipeline dali, not {pipeline}") as caught:
+        TrainConfig(pipeline=pipeline, decode="jpeg")
     assert caught.value.exit_code == 2
 
 
@@ -219,7 +229,8 @@ CHANGED = {
     "model": "plain32",
     "shortcut": "A",
     "data": 'my "data" \\ é',
-    "pipeline": "torchvision",
+    "pipeline": "dali",
+    "decode": "jpeg",
     "val_split": 5000,
     "epochs": 3,
     "iterations": 17,
@@ -397,7 +408,8 @@ VALID = {
     "shortcut": st.sampled_from(["A", "B"]),
     "data": st.text(min_size=1),
     "root": paths(),
-    "pipeline": st.sampled_from(["auto", "resident", "torchvision"]),
+    "pipeline": st.sampled_from(["auto", "resident", "dali", "ffcv", "torchvision"]),
+    "decode": st.sampled_from(["raw", "jpeg"]),
     "val_split": st.integers(0, 2**62),
     "epochs": st.integers(1, 1_000_000),
     "iterations": st.none() | st.integers(1, 2**62),
@@ -423,6 +435,13 @@ VALID = {
 }
 
 
+def configs():
+    possible = st.fixed_dictionaries(VALID).filter(
+        lambda values: values["decode"] == "raw" or values["pipeline"] in ("auto", "dali")
+    )
+    return possible.map(lambda values: TrainConfig(**values))
+
+
 def test_the_property_varies_every_field():
     assert set(VALID) == FIELDS
 
@@ -433,7 +452,7 @@ def folder(tmp_path_factory):
 
 
 @settings(deadline=None)
-@given(config=st.builds(TrainConfig, **VALID))
+@given(config=configs())
 def test_any_config_survives_its_dict_and_its_toml_file(folder, config):
     expected = dataclasses.replace(config, **NOT_PART_OF_THE_RESULT)
     assert from_dict(config.to_dict(), "a test") == expected
@@ -441,7 +460,7 @@ def test_any_config_survives_its_dict_and_its_toml_file(folder, config):
 
 
 @settings(deadline=None)
-@given(config=st.builds(TrainConfig, **VALID), total=st.integers(1, 2**40), data=st.data())
+@given(config=configs(), total=st.integers(1, 2**40), data=st.data())
 def test_after_warm_up_the_learning_rate_never_grows(config, total, data):
     steps = st.integers(min(config.warmup_iterations, total), total)
     early, late = sorted([data.draw(steps), data.draw(steps)])

@@ -85,14 +85,57 @@ def test_another_seed_gives_another_network(finished, run, tmp_path):
     assert not torch.equal(first["conv1.weight"], second["conv1.weight"])
 
 
-def test_both_pipelines_train_the_same_network(finished, run, tmp_path):
-    code, *_ = run("train", *SMALL, "--epochs", 2, "--pipeline", "torchvision", "--out", tmp_path / "plain")
-    assert code == 0
-    first, second = (
-        load_file(finished[0] / "model.safetensors"),
-        load_file(tmp_path / "plain" / "model.safetensors"),
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def losses(folder):
+    """Training and test losses of all epochs."""
+    return [float(row[name]) for row in read_csv(folder / "metrics.csv") for name in ("train_loss", "test_loss")]
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv", "torchvision"])
+def test_every_pipeline_gives_the_same_loss_curve(finished, run, tmp_path, need, pipeline):
+    code, _, err = run("train", *SMALL, "--epochs", 2, "--pipeline", need(pipeline), "--out", tmp_path / "other")
+    assert (code, err) == (0, "")
+    assert losses(tmp_path / "other") == pytest.approx(losses(finished[0]), rel=1e-6)
+
+
+def test_decoded_shards_train_a_network_that_differs_a_little(finished, run, tmp_path, need):
+    need("dali")
+    code, out, err = run("train", *SMALL, "--epochs", 2, "--decode", "jpeg", "--out", tmp_path / "jpeg")
+    assert (code, err) == (0, "")
+    assert "dali pipeline" in out
+    lossy, exact = losses(tmp_path / "jpeg"), losses(finished[0])
+    assert all(a != b for a, b in zip(lossy, exact, strict=True))
+    assert lossy[0] == pytest.approx(exact[0], rel=0.02)
+
+
+@pytest.mark.parametrize(("first", "second"), [("resident", "dali"), ("ffcv", "resident"), ("dali", "torchvision")])
+def test_a_run_may_go_on_with_another_pipeline_on_the_same_curve(
+    finished, run, tmp_path, need, monkeypatch, first, second
+):
+    """Stopped by an error in the middle of the second epoch, after a checkpoint."""
+    arguments = (*SMALL, "--epochs", 2, "--checkpoint-steps", 7, "--out", tmp_path / "run")
+    original = TrainStep.__call__
+
+    def broken(self, images, labels, *, lr, step):
+        if step == 8:
+            raise MemoryError
+        original(self, images, labels, lr=lr, step=step)
+
+    monkeypatch.setattr(TrainStep, "__call__", broken)
+    assert run("train", *arguments, "--pipeline", need(first))[0] == 1
+    monkeypatch.setattr(TrainStep, "__call__", original)
+    code, out, err = run("train", *arguments, "--pipeline", need(second), "--resume")
+    assert (code, err) == (0, "")
+    assert "Note: pipeline differ from the run's" in out
+    assert "resuming after step 7" in out
+    assert f"{second} pipeline" in out
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-6)
+
+
+def test_a_run_does_not_go_on_with_other_pixels(finished, run, need):
+    need("dali")
+    code, _, err = run("train", *SMALL, "--epochs", 2, "--decode", "jpeg", "--out", finished[0], "--resume")
+    assert code == 2
+    assert "other settings: decode" in err
 
 
 def test_a_run_is_never_overwritten(finished, run):
