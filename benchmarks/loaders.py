@@ -88,6 +88,7 @@ def measure_loaders(options: LoadersOptions) -> None:
         device=device.type,
         dtype=str(DTYPES[precision]).removeprefix("torch."),
     )
+    surroundings = _surroundings(device)
     limits: list[float] = []
     with contextlib.ExitStack() as stack:
         contestants = []
@@ -101,7 +102,7 @@ def measure_loaders(options: LoadersOptions) -> None:
         used = [contestant.finish() for contestant in contestants]
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    report = _report(contestants, used, limits, options, device, precision, dataset)
+    report = _report(contestants, used, limits, options, surroundings, precision, dataset)
     print_report(report)
     if options.json is not None:
         write_bytes(options.json, json.dumps(report, indent=2).encode())
@@ -179,17 +180,28 @@ def _peer(name: str, module: str, workers: int) -> Entry:
     )
 
 
+def _surroundings(device: Any) -> dict[str, Any]:
+    """What every figure carries, with the versions of the optional libraries."""
+    from fastresnet.device import environment
+
+    surroundings = environment(device)
+    for library in ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            surroundings["versions"][library] = metadata.version(library)
+    return surroundings
+
+
 def _report(
     contestants: list[Contestant],
     used: list[dict[str, Any]],
     limits: list[float],
     options: LoadersOptions,
-    device: Any,
+    surroundings: dict[str, Any],
     precision: str,
     dataset: Dataset,
 ) -> dict[str, Any]:
     from benchmarks.measurement import ratio, spread
-    from fastresnet.device import DTYPES, environment
+    from fastresnet.device import DTYPES
 
     bandwidth = statistics.median(limits)
     # Each pixel must be read as a byte and written in the output's type once.
@@ -208,10 +220,6 @@ def _report(
     ]
     ours, peers = ([c for c in contestants if c.entry.kind == kind] for kind in ("ours", "peer"))
     ratios = [ratio(a.entry.name, a.images_per_s, b.entry.name, b.images_per_s) for a in ours for b in peers]
-    surroundings = environment(device)
-    for library in ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            surroundings["versions"][library] = metadata.version(library)
     return {
         "schema": SCHEMA,
         "benchmark": "loaders",

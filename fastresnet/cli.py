@@ -301,6 +301,7 @@ def _eval(arguments: list[str]) -> int:
         warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
     model = weights.model.to(device, memory_format=torch.channels_last)
+    surroundings = environment(device)
     with explained_failures("try --device cpu"):
         result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device)
     _print_table(
@@ -323,7 +324,7 @@ def _eval(arguments: list[str]) -> int:
             "loss": result.loss,
             "per_class": result.per_class,
             "images_per_s": result.images_per_s,
-            "environment": environment(device),
+            "environment": surroundings,
         }
         write_bytes(options.json, json.dumps(figures, indent=2).encode())
     return 0

@@ -26,6 +26,7 @@ from .store import Dataset, Split
 
 _threads = torch.get_num_threads()
 try:
+    import numba
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader
@@ -101,12 +102,14 @@ class FfcvPipeline:
         self._loader = _Loader(
             str(path),
             batch_size=sampler.rows_per_batch,
-            num_workers=min(torch.get_num_threads(), os.cpu_count() or 1),  # FFCV imposes this number on torch too
+            # FFCV imposes this number on torch too, and numba takes no more than it has
+            num_workers=min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS),
             order=self._order,
             drop_last=False,
             pipelines={"image": [SimpleRGBImageDecoder(), *move], "label": [IntDecoder(), *move]},
         )
         self._augment = create_augment(dataset, augmentation, device, dtype)
+        self._batches: _EpochIterator | None = None
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -122,7 +125,7 @@ class FfcvPipeline:
         place = _as_it_is if self._device.type == "cpu" else self._to_device
         draws = draw(self._sampler.seed, epoch, rows, self._augmentation).map(place)
         everything = place(np.arange(rows.shape[1]))
-        batches = iter(self._loader)
+        batches = self._batches = iter(self._loader)
         try:
             for step, (images, labels) in enumerate(batches):
                 source = images.numpy() if self._device.type == "cpu" else images
@@ -136,7 +139,9 @@ class FfcvPipeline:
         return torch.from_numpy(array).to(self._device)
 
     def close(self) -> None:
-        del self._loader
+        if self._batches is not None:
+            self._batches.stop()  # somebody may hold on to the epoch, as a traceback does
+        del self._loader, self._batches
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:
@@ -168,6 +173,7 @@ class _EpochIterator(EpochIterator):
     def __init__(self, loader: Loader, order: np.ndarray) -> None:
         self._error: BaseException | None = None
         self._taken: int | None = None
+        self._hangs = False
         super().__init__(loader, order)
 
     def run(self) -> None:
@@ -185,6 +191,7 @@ class _EpochIterator(EpochIterator):
         try:
             result = self.output_queue.get(timeout=TIMEOUT_S)
         except Empty:
+            self._hangs = True
             raise RunError(f"FFCV has delivered nothing for {TIMEOUT_S:.0f} s.") from None
         if result is None:
             if self._error is not None:
@@ -196,9 +203,9 @@ class _EpochIterator(EpochIterator):
         return batch
 
     def stop(self) -> None:
-        """End the thread, which may be waiting for room in the queue."""
+        """End the thread, which may be waiting for room in the queue; one that hangs is left alone."""
         self.terminate_event.set()
-        while self.is_alive():
+        while self.is_alive() and not self._hangs:
             while not self.output_queue.empty():
                 self.output_queue.get_nowait()
             self.join(timeout=0.01)

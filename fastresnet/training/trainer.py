@@ -108,6 +108,7 @@ class Trainer:
             compile="on" if resolve_compile(config.compile, self.device) else "off",
             pipeline=self._choose_pipeline(config, dataset),
         )
+        self._environment = environment(self.device)
         self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
         if not config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
             raise UsageError(
@@ -277,7 +278,7 @@ class Trainer:
             "train_seconds": progress.train_seconds,
             "total_seconds": progress.total_seconds,
             "flops": _training_flops(self.model) * config.batch_size * progress.step,
-            "environment": environment(self.device),
+            "environment": self._environment,
         }
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
