@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -222,6 +223,7 @@ def _progress_line() -> Iterator[Report]:
 
 
 def _train(arguments: list[str]) -> int:
+    began = time.perf_counter()
     from fastresnet.config import TrainConfig, from_toml
     from fastresnet.recipes import DEFAULT_RECIPE, RECIPES
 
@@ -246,7 +248,10 @@ def _train(arguments: list[str]) -> int:
 
     from fastresnet.training.trainer import train
 
-    summary = train(config, find_dataset(config.data, config.root), Console())
+    imported = time.perf_counter()
+    dataset = find_dataset(config.data, config.root)
+    cold_start = {"import": imported - began, "data": time.perf_counter() - imported}
+    summary = train(config, dataset, Console(), cold_start)
     _print_table("result", _summary_lines(summary))
     return 0
 

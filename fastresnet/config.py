@@ -23,7 +23,8 @@ else:
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
-SWITCHES = ("auto", "on", "off")
+COMPILE = {"off": "eager", "on": "compile", "graph": "graph"}
+"""Values of --compile, and the backends that they stand for."""
 
 # What may differ between a run and its resumption, because it does not decide the result: the checkpoint knows the data
 # by its digest, not by where it lies.
@@ -68,6 +69,10 @@ class TrainConfig:
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """L2 penalty on all parameters."""
+    clip_norm: float = 0.0
+    """Largest norm of all gradients together; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then evaluated and saved; 0: none."""
 
     crop_padding: int = 4
     """Pixels of padding for the random crop; 0: no crop."""
@@ -87,7 +92,8 @@ class TrainConfig:
     precision: str = "auto"
     """auto, fp32, bf16 or fp16 (with a gradient scaler)."""
     compile: str = "auto"
-    """torch.compile: auto (on a GPU), on or off."""
+    """torch.compile: off, on, graph (with the whole step one CUDA graph) or auto: graph on a GPU; on a CPU whichever
+    measures faster, if the run is long enough to pay for compilation."""
 
     out: Path | None = None
     """Run folder. Without it: $FASTRESNET_RUNS or ./runs, and a name made of recipe, model, data and seed."""
@@ -107,7 +113,7 @@ class TrainConfig:
             raise UsageError(f"--decode jpeg needs --pipeline dali, not {self.pipeline}.")
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
-        check_choice("compile", self.compile, SWITCHES)
+        check_choice("compile", self.compile, ("auto", *COMPILE))
         for name, low, high in (
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1 << 20),
@@ -119,6 +125,8 @@ class TrainConfig:
             ("lr", 0, 1e6),
             ("momentum", 0, 1),
             ("weight_decay", 0, 1),
+            ("clip_norm", 0, 1e6),
+            ("ema_decay", 0, 1 - 1e-9),
             ("crop_padding", 0, IMAGE_SIZE - 1),
             ("cutout", 0, IMAGE_SIZE),
         ):

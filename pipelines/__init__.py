@@ -125,6 +125,8 @@ def open_pipeline(
         from .ffcv import FfcvPipeline as Chosen
     elif name == "torchvision":
         from .torchvision import TorchvisionPipeline as Chosen
+    elif device.type == "cpu":
+        from .resident import HostPipeline as Chosen
     else:
-        from .resident import ResidentPipeline as Chosen
+        from .resident import DevicePipeline as Chosen
     return Chosen(dataset, split, sampler, augmentation, device, dtype)

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
-from fastresnet.config import TrainConfig, differences
+from fastresnet.config import COMPILE, TrainConfig, differences
 from fastresnet.device import (
     DTYPES,
     environment,
@@ -32,6 +32,7 @@ from fastresnet.device import (
 )
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
+from fastresnet.training.engine import Engine, faster_backend
 from fastresnet.training.loggers import Logger, Row, Status, create_loggers
 from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
 from fastresnet.training.schedule import learning_rate
@@ -42,7 +43,8 @@ from pipelines.files import write_bytes
 from pipelines.store import Dataset
 
 # Reading the metrics waits for a GPU, which then idles; on a CPU it costs nothing.
-_STATUS_EVERY = {"cpu": 1, "cuda": 100}
+STATUS_EVERY = {"cpu": 1, "cuda": 100}
+"""Steps between readings of the metrics."""
 
 # A resumed run may change these, at the price of the last bits.
 _INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
@@ -77,15 +79,18 @@ class Progress:
     """All time, over all sessions."""
 
 
-def train(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, Any]:
+def train(
+    config: TrainConfig, dataset: Dataset, console: Console, cold_start: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
+    `cold_start` is what it took to come here, in seconds: `import` and `data`. Both are told with what follows.
     Raises `StoppedError` after a signal, `RunError` where the loss is not finite or memory runs out, `UsageError` where
     the config does not fit the machine or the run folder.
     """
     batch_size = f"--batch-size {max(config.batch_size // 2, 1)} (and another --out, if the run has begun)"
     remedy = f"--batch-size {config.batch_size} is too much; try {batch_size}"
-    with explained_failures(remedy), contextlib.closing(Trainer(config, dataset, console)) as trainer:
+    with explained_failures(remedy), contextlib.closing(Trainer(config, dataset, console, cold_start)) as trainer:
         return trainer.run()
 
 
@@ -98,14 +103,18 @@ def run_folder(config: TrainConfig, dataset: Dataset) -> Path:
 class Trainer:
     """One run. `run` does everything; `close` lets go of files and processes."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, console: Console, cold_start: dict[str, float] | None = None
+    ) -> None:
         self._mark = time.perf_counter()
+        self.cold_start = {"import": 0.0, "data": 0.0, **(cold_start or {})}
+        """Seconds up to the end of the first step, by cause."""
         self.device = resolve_device(config.device)
         self.config = config = dataclasses.replace(
             config,
             device=self.device.type,
             precision=resolve_precision(config.precision, self.device),
-            compile="on" if resolve_compile(config.compile, self.device) else "off",
+            compile=resolve_compile(config.compile, self.device),
             pipeline=self._choose_pipeline(config, dataset),
         )
         self._environment = environment(self.device)
@@ -143,9 +152,11 @@ class Trainer:
         self.step = TrainStep(
             self.model,
             self.optimizer,
+            [learning_rate(config, step, self.total_steps) for step in range(self.total_steps)],
             precision=config.precision,
             device=self.device,
-            compile_model=config.compile == "on",
+            clip_norm=config.clip_norm,
+            ema_decay=config.ema_decay,
         )
         self.progress = Progress()
         self._loggers: list[Logger] = []
@@ -180,6 +191,7 @@ class Trainer:
         if finished := self._take_up():
             return finished
         self._announce()
+        self._prepare_engine()
         self._open_loggers()
         self._write_config()
         with _StopSignals() as self._signals:
@@ -192,27 +204,30 @@ class Trainer:
         """The rest of the current epoch, up to the end of the run."""
         self._add_time(training=False)
         self.model.train()
-        first_step = self.progress.epoch * len(self.pipeline)
-        status_every, checkpoint_every = _STATUS_EVERY[self.device.type], self.config.checkpoint_steps
-        for batch in self.pipeline.epoch(self.progress.epoch, self.progress.step - first_step):
-            if self.progress.step == self.total_steps:
-                break
-            lr = learning_rate(self.config, self.progress.step, self.total_steps)
-            self.step(batch.images, batch.labels, lr=lr, step=self.progress.step)
-            self.progress.step += 1
-            if self.progress.step % status_every == 0:
+        progress, start = self.progress, self._batches_taken()
+        count = min(len(self.pipeline) - start, self.total_steps - progress.step)
+        status_every, checkpoint_every = STATUS_EVERY[self.device.type], self.config.checkpoint_steps
+        for _ in self._engine.steps(progress.epoch, start, count):
+            progress.step += 1
+            if "first_step" not in self.cold_start:
+                self._tell_cold_start()
+            if progress.step % status_every == 0:
                 self._check_loss()
-                self._log_status(lr)
-            if checkpoint_every and self.progress.step % checkpoint_every == 0:
+                self._log_status()
+            if checkpoint_every and progress.step % checkpoint_every == 0:
                 self._save()
             self._stop_if_asked()
         self._check_loss()
         self._add_time(training=True)
 
+    def _batches_taken(self) -> int:
+        """Steps of the current epoch that are done."""
+        return self.progress.step - self.progress.epoch * len(self.pipeline)
+
     def _finish_epoch(self) -> None:
         """Evaluate, record, and save."""
         progress = self.progress
-        result = self._evaluate(self.model, self._evaluated)
+        result = self._evaluate(self._best_weights, self._evaluated)
         loss, accuracy = self.step.metrics()
         lr = learning_rate(self.config, progress.step - 1, self.total_steps)
         row = {
@@ -234,6 +249,11 @@ class Trainer:
         self._write_metrics()
         for logger in self._loggers:
             logger.epoch(row, self._status(loss, accuracy, lr))
+
+    @property
+    def _best_weights(self) -> nn.Module:
+        """The network to evaluate and to save: the average where one is kept."""
+        return self.model if self.step.averaged is None else self.step.averaged
 
     def _evaluate(self, model: nn.Module, pipeline: Pipeline) -> Evaluation:
         return evaluate(
@@ -257,10 +277,10 @@ class Trainer:
         if self.evaluated_on == "test":
             test_accuracy, best_accuracy = progress.rows[-1]["test_accuracy"], progress.best_accuracy
         else:  # the test set is looked at once, when all is decided
-            best = copy.deepcopy(self.model)
+            best = copy.deepcopy(self._best_weights)
             best.load_state_dict(load_tensors(self.folder / "best.ckpt")[0])
             with contextlib.closing(self._open_evaluation(self.dataset)) as pipeline:
-                test_accuracy = self._evaluate(self.model, pipeline).accuracy
+                test_accuracy = self._evaluate(self._best_weights, pipeline).accuracy
                 best_accuracy = self._evaluate(best, pipeline).accuracy
         self._add_time(training=False)
         return {
@@ -277,6 +297,7 @@ class Trainer:
             "images_per_s": progress.step * config.batch_size / progress.train_seconds,
             "train_seconds": progress.train_seconds,
             "total_seconds": progress.total_seconds,
+            "cold_start": self.cold_start,
             "flops": _training_flops(self.model) * config.batch_size * progress.step,
             "environment": self._environment,
         }
@@ -310,6 +331,8 @@ class Trainer:
                 f"{self.folder} was trained on another data set {description['data']!r} than the one in "
                 f"{self.dataset.folder}. Point --data or --root to that one, or give another folder with --out."
             )
+        if self.config.compile == "auto" and (compile_ := description["config"]["compile"]) != "graph":
+            self.config = dataclasses.replace(self.config, compile=compile_)  # as measured then, for the same bits
         changed = [name for name in differences(self.config.to_dict(), description["config"]) if name != "data"]
         if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
             raise UsageError(
@@ -320,10 +343,13 @@ class Trainer:
             self.console.print(f"Note: {', '.join(changed)} differ from the run's; the last bits will too.")
         self.model.load_state_dict(take_prefix("model", tensors))
         load_optimizer_state(self.optimizer, self.model, take_prefix("optimizer", tensors))
+        if self.step.averaged is not None:
+            self.step.averaged.load_state_dict(take_prefix("averaged", tensors))
         self.step.totals.copy_(tensors["totals"])
         if self.step.scaler.is_enabled() and description["scaler"]:  # empty where the run was not in fp16 so far
             self.step.scaler.load_state_dict(description["scaler"])
         self.progress = Progress(**description["progress"])
+        self.step.count.fill_(self.progress.step)
         self._write_metrics()  # a kill may have come between the checkpoint and this
 
     def _save(self) -> None:
@@ -335,6 +361,8 @@ class Trainer:
             **with_prefix("optimizer", optimizer_state(self.optimizer, self.model)),
             "totals": self.step.totals,
         }
+        if self.step.averaged is not None:
+            tensors |= with_prefix("averaged", self.step.averaged.state_dict())
         description = {"progress": dataclasses.asdict(self.progress), "scaler": self.step.scaler.state_dict()}
         save_tensors(self.folder / "last.ckpt", tensors, {**self._description(), **description})
         self._add_time(training=False)
@@ -344,7 +372,7 @@ class Trainer:
             write_bytes(self.folder / "metrics.csv", _csv(self.progress.rows))
 
     def _save_weights(self, name: str) -> None:
-        save_tensors(self.folder / name, self.model.state_dict(), self._description())
+        save_tensors(self.folder / name, self._best_weights.state_dict(), self._description())
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -363,13 +391,36 @@ class Trainer:
         self.console.print(
             f"{config.model} ({parameters:,} parameters{shortcut}) on {self.dataset.name}, recipe {config.recipe}: "
             f"{self.total_steps:,} steps of {config.batch_size} images; "
-            f"{config.pipeline} pipeline{self.pipeline_reason}, {config.precision} on {config.device}"
-            f"{', compiled' if config.compile == 'on' else ''}; run folder {self.folder}",
+            f"{config.pipeline} pipeline{self.pipeline_reason}, {config.precision} on {config.device}; "
+            f"run folder {self.folder}",
             highlight=False,
             soft_wrap=True,
         )
         if self.progress.step:
             self.console.print(f"resuming after step {self.progress.step:,}", highlight=False)
+
+    def _prepare_engine(self) -> None:
+        """Settle how steps are executed, and compile."""
+        self.model.train()
+        batch = next(self.pipeline.epoch(self.progress.epoch))
+        self.cold_start["data"] += time.perf_counter() - self._mark
+        began, reason = time.perf_counter(), ""
+        if self.config.compile == "auto":
+            backend, reason = faster_backend(self.step, batch, self.total_steps - self.progress.step)
+            compile_ = {backend: value for value, backend in COMPILE.items()}[backend]
+            self.config = dataclasses.replace(self.config, compile=compile_)
+            reason = f": {reason}"
+        self._engine = Engine(self.step, self.pipeline, COMPILE[self.config.compile])
+        self._engine.prepare(batch)
+        self.cold_start["compile"] = time.perf_counter() - began
+        self.console.print(f"backend {self._engine.backend}{reason}", highlight=False, soft_wrap=True)
+
+    def _tell_cold_start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.cold_start["first_step"] = time.perf_counter() - self._mark
+        parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in self.cold_start.items())
+        self.console.print(f"cold start: {parts}", highlight=False)
 
     def _open_loggers(self) -> None:
         self._loggers = create_loggers(
@@ -382,7 +433,8 @@ class Trainer:
         for logger in self._loggers:
             self._resources.callback(logger.close)
 
-    def _log_status(self, lr: float) -> None:
+    def _log_status(self) -> None:
+        lr = learning_rate(self.config, self.progress.step - 1, self.total_steps)
         metrics = self.step.metrics()
         self._add_time(training=True)
         status = self._status(*metrics, lr)

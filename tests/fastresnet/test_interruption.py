@@ -23,10 +23,10 @@ import fastresnet.training.trainer as trainer
 from fastresnet import cli
 from fastresnet.training.step import TrainStep
 original = TrainStep.__call__
-def armed(self, images, labels, *, lr, step):
-    if step == {step}:
+def armed(self, images, labels):
+    if int(self.count) == {step}:
         {fault}
-    original(self, images, labels, lr=lr, step=step)
+    original(self, images, labels)
 TrainStep.__call__ = armed
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -1,4 +1,7 @@
+import contextlib
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,23 +25,31 @@ def small_batches(count, size=16):
         yield images, torch.randint(0, 10, (size,), generator=generator)
 
 
-def make_step(precision="fp32", model="resnet20", device=CPU, compile_model=False, dtype=torch.float32, **settings):
+def make_step(
+    precision="fp32",
+    model="resnet20",
+    device=CPU,
+    dtype=torch.float32,
+    rates=(0.05,) * 20,
+    step_settings=(),
+    **settings,
+):
     torch.manual_seed(0)
     network = create_model(model).to(device, dtype, memory_format=torch.channels_last)
     optimizer = create_optimizer(network, TrainConfig(**settings))
-    step = TrainStep(network, optimizer, precision=precision, device=device, compile_model=compile_model)
+    step = TrainStep(network, optimizer, rates, precision=precision, device=device, **dict(step_settings))
     return network, step
 
 
 def test_steps_equal_the_textbook_loop():
     """Contiguous layout and PyTorch's unfused SGD; in float64, where roundings stay too small to grow."""
-    network, step = make_step(dtype=torch.float64)
+    network, step = make_step(dtype=torch.float64, rates=[1e-3] * 4)
     reference = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=False)
     losses, correct = [], 0
-    for i, (images, labels) in enumerate(small_batches(4)):
+    for images, labels in small_batches(4):
         images = images.double()
-        step(images, labels, lr=1e-3, step=i)
+        step(images, labels)
         logits = reference(images.contiguous())
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -55,11 +66,11 @@ def test_steps_equal_the_textbook_loop():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns_a_batch_by_heart(precision):
-    _, step = make_step(precision)
+    _, step = make_step(precision, rates=[0.02] * 12)
     ((images, labels),) = small_batches(1)
     for i in range(12):
         step.reset()
-        step(images, labels, lr=0.02, step=i)
+        step(images, labels)
         if i == 0:
             first, _ = step.metrics()
     last, accuracy = step.metrics()
@@ -70,16 +81,17 @@ def test_every_precision_learns_a_batch_by_heart(precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_non_finite_loss_leaves_the_weights_untouched_for_good_and_names_its_step(precision):
-    network, step = make_step(precision)
+    network, step = make_step(precision, rates=[0.05] * 50)
+    step.count.fill_(40)
     batches = list(small_batches(3))
-    step(*batches[0], lr=0.05, step=40)
+    step(*batches[0])
     assert step.failed_at() is None
     before = [parameter.detach().clone() for parameter in network.parameters()]
     momentum = {name: value.clone() for name, value in optimizer_state(step.optimizer, network).items()}
     images, labels = batches[1]
     images[3, 1, 5, 5] = torch.nan
-    step(images, labels, lr=0.05, step=41)
-    step(*batches[2], lr=0.05, step=42)
+    step(images, labels)
+    step(*batches[2])
     assert step.failed_at() == 41
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     after = optimizer_state(step.optimizer, network)
@@ -92,7 +104,7 @@ def test_a_first_update_that_overflows_leaves_no_momentum():
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     ((images, labels),) = small_batches(1)
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    step(images, labels, lr=0.1, step=0)
+    step(images, labels)
     assert step.scaler.get_scale() < 2.0**60
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     momentum = optimizer_state(step.optimizer, network)
@@ -100,13 +112,13 @@ def test_a_first_update_that_overflows_leaves_no_momentum():
     assert not any(value.any() for value in momentum.values())
 
 
-def test_the_learning_rate_of_each_step_is_the_one_given():
-    network, step = make_step(momentum=0.0, weight_decay=0.0)
+def test_each_step_takes_its_own_learning_rate():
+    network, step = make_step(momentum=0.0, weight_decay=0.0, rates=[0.0, 0.1])
     before = [parameter.detach().clone() for parameter in network.parameters()]
     ((images, labels),) = small_batches(1)
-    step(images, labels, lr=0.0, step=0)
+    step(images, labels)
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    step(images, labels, lr=0.1, step=1)
+    step(images, labels)
     assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
@@ -115,15 +127,15 @@ def test_optimizer_state_survives_the_way_through_contiguous_tensors():
     batches = list(small_batches(4))
     network, step = make_step()
     for i in (0, 1):
-        step(*batches[i], lr=0.05, step=i)
+        step(*batches[i])
     weights = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
     state = {name: v.contiguous().clone() for name, v in optimizer_state(step.optimizer, network).items()}
     other, other_step = make_step()
     other.load_state_dict(weights)
     load_optimizer_state(other_step.optimizer, other, state)
     for i in (2, 3):
-        step(*batches[i], lr=0.05, step=i)
-        other_step(*batches[i], lr=0.05, step=i)
+        step(*batches[i])
+        other_step(*batches[i])
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
@@ -134,6 +146,25 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch):
     assert resolve_device("auto") == CPU
 
 
+def test_on_a_cpu_the_memory_of_one_step_is_kept_for_the_next():
+    """20 tensors of 4 MB in every round have 20,480 pages; glibc by itself asks for most of them again."""
+    program = """
+import resource, torch
+from fastresnet.device import resolve_device
+resolve_device("cpu")
+def work():
+    kept = [torch.ones(1 << 20) for _ in range(20)]
+for _ in range(3):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2000
+
+
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_precision_is_bf16_where_the_cpu_computes_it(monkeypatch, supported, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
@@ -142,24 +173,80 @@ def test_auto_precision_is_bf16_where_the_cpu_computes_it(monkeypatch, supported
     assert resolve_precision("fp16", CPU) == "fp16"
 
 
+def test_clipping_equals_the_textbook_loop():
+    network, step = make_step(dtype=torch.float64, rates=[1e-2] * 4, step_settings={"clip_norm": 0.5})
+    reference = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4, foreach=False)
+    clipped = 0
+    for images, labels in small_batches(4):
+        step(images.double(), labels)
+        optimizer.zero_grad()
+        F.cross_entropy(reference(images.double()), labels).backward()
+        norm = torch.stack([parameter.grad.norm() for parameter in reference.parameters()]).norm()
+        for parameter in reference.parameters():
+            parameter.grad *= min(1.0, 0.5 / norm.item())
+        clipped += int(norm > 0.5)
+        optimizer.step()
+    assert clipped > 0
+    for a, b in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_the_average_is_the_exponential_moving_one_of_weights_and_statistics():
+    network, step = make_step(dtype=torch.float64, step_settings={"ema_decay": 0.8})
+    expected = {name: value.clone() for name, value in network.state_dict().items()}
+    for images, labels in small_batches(3):
+        step(images.double(), labels)
+        for name, value in network.state_dict().items():
+            moving = 0.8 * expected[name] + 0.2 * value if value.is_floating_point() else value.clone()
+            expected[name] = moving
+    averaged = step.averaged.state_dict()
+    assert averaged.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_trial_step_leaves_no_trace(precision):
+    """Nor in the steps that follow."""
+    batches = list(small_batches(3))
+    settings = {"step_settings": {"ema_decay": 0.9, "clip_norm": 1.0}}
+    (network, step), (other, disturbed) = make_step(precision, **settings), make_step(precision, **settings)
+    for images, labels in batches:
+        with contextlib.suppress(RuntimeError), disturbed.undone():
+            disturbed(torch.full_like(images, torch.nan), labels)
+            disturbed(images, labels)
+            raise RuntimeError("a trial may fail")
+        step(images, labels)
+        disturbed(images, labels)
+    assert step.failed_at() is None
+    assert disturbed.failed_at() is None
+    assert disturbed.metrics() == step.metrics()
+    assert int(disturbed.count) == 3
+    assert disturbed.scaler.state_dict() == step.scaler.state_dict()
+    for a, b in ((network, other), (step.averaged, disturbed.averaged)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("compile_model", [False, True])
-def test_steps_on_the_gpu_agree_with_the_cpu_and_never_wait_for_it(precision, compile_model):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_steps_on_the_gpu_agree_with_the_cpu_and_never_wait_for_it(precision, compiled):
     device = torch.device("cuda")
-    _, on_cpu = make_step()
-    _, on_gpu = make_step(precision, device=device, compile_model=compile_model)
-    batches = [(i, images, labels) for i, (images, labels) in enumerate(small_batches(4))]
-    moved = [(i, images.to(device), labels.to(device)) for i, images, labels in batches]
-    for i, images, labels in batches[:2]:
-        on_cpu(images, labels, lr=0.01, step=i)
-    for i, images, labels in moved[:2]:
-        on_gpu(images, labels, lr=0.01, step=i)
+    settings = {"rates": [0.01] * 4, "step_settings": {"ema_decay": 0.9, "clip_norm": 5.0}}
+    _, on_cpu = make_step(**settings)
+    _, on_gpu = make_step(precision, device=device, **settings)
+    on_gpu.compiled = compiled
+    batches = list(small_batches(4))
+    moved = [(images.to(device), labels.to(device)) for images, labels in batches]
+    for a, b in zip(batches[:2], moved[:2], strict=True):
+        on_cpu(*a)
+        on_gpu(*b)
     assert on_gpu.metrics()[0] == pytest.approx(on_cpu.metrics()[0], rel=0.02 if precision != "fp32" else 2e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for i, images, labels in moved[2:]:
-            on_gpu(images, labels, lr=0.01, step=i)
+        for batch in moved[2:]:
+            on_gpu(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert on_gpu.failed_at() is None

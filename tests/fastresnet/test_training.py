@@ -144,10 +144,10 @@ def test_a_run_may_go_on_with_another_pipeline_and_says_so(
     """The first one ends within the second epoch, a step after a checkpoint."""
     original = TrainStep.__call__
 
-    def broken(self, images, labels, *, lr, step):
-        if step == 5:
+    def broken(self, images, labels):
+        if int(self.count) == 5:
             raise MemoryError
-        original(self, images, labels, lr=lr, step=step)
+        original(self, images, labels)
 
     monkeypatch.setattr(TrainStep, "__call__", broken)
     arguments = (*tiny, "--checkpoint-steps", 4, "--out", tmp_path)
@@ -351,8 +351,8 @@ def test_tensorboard_holds_the_same_figures(run, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     original = TrainStep.__call__
 
-    def poisoned(self, images, labels, *, lr, step):
-        original(self, images * torch.inf if step == 7 else images, labels, lr=lr, step=step)
+    def poisoned(self, images, labels):
+        original(self, images * torch.inf if int(self.count) == 7 else images, labels)
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     code, _, err = run("train", *SMALL, "--epochs", 3, "--out", tmp_path / "run")

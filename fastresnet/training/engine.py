@@ -1,0 +1,121 @@
+"""Takes a pipeline's batches through training steps in one of three ways: eager, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastresnet.device import explained_failures
+from fastresnet.training.step import TrainStep
+from pipelines import Batch, Pipeline
+from pipelines.errors import RunError
+from pipelines.resident import DevicePipeline
+
+BACKENDS = ("eager", "compile", "graph")
+
+PAYS_AFTER_STEPS = 5000
+"""How many steps a run on a CPU must have for `auto` to try compilation, which takes as long as 300 eager steps of
+ResNet-20 (50 s on 2 cores)."""
+
+
+class Engine:
+    """Runs steps of `step` on batches of `pipeline`; `backend` is one of `BACKENDS`.
+
+    `graph` records the compiled step once, from gathering the batch to counting the hits, and replays it: at batch 128
+    a GPU takes less time for a step than the host for launching its kernels one by one.
+    """
+
+    def __init__(self, step: TrainStep, pipeline: Pipeline, backend: str) -> None:
+        self.backend = backend
+        self.wait_seconds = 0.0
+        """Time that the host spent waiting for batches."""
+        self._step, self._pipeline = step, pipeline
+        step.compiled = backend != "eager"
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._images = self._labels = torch.empty(0)  # where a recorded step finds its batch, if it does not gather it
+
+    def prepare(self, batch: Batch) -> None:
+        """Compile and record, with a batch for a trial step that leaves no trace. Without it, the first step would."""
+        if self.backend == "eager":
+            return
+        with self._step.undone():
+            self._step(batch.images, batch.labels)
+        if self.backend == "graph":
+            self._record(batch)
+
+    def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
+        """Take `count` steps from batch `start` of `epoch` on; yields after each, which a GPU may not have finished."""
+        if self._graph is not None and isinstance(self._pipeline, DevicePipeline):
+            self._pipeline.load(epoch)
+            for _ in range(count):
+                self._graph.replay()
+                yield
+            return
+        batches = itertools.islice(self._pipeline.epoch(epoch, start), count)
+        while (batch := self._next(batches)) is not None:
+            if self._graph is None:
+                self._step(batch.images, batch.labels)
+            else:
+                self._images.copy_(batch.images, non_blocking=True)
+                self._labels.copy_(batch.labels, non_blocking=True)
+                self._graph.replay()
+            yield
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        self.wait_seconds += time.perf_counter() - started
+        return batch
+
+    def _record(self, batch: Batch) -> None:
+        """Record the graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
+        self._images, self._labels = batch.images.clone(), batch.labels.clone()
+        step_once = functools.partial(self._step, self._images, self._labels)
+        if isinstance(self._pipeline, DevicePipeline):
+            step_once = self._gathering_step(self._pipeline)
+        stream = torch.cuda.Stream()
+        for _ in range(3):
+            with self._step.undone():
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    step_once()
+                torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those of DALI and FFCV, go on using the GPU.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step_once()
+        self._graph = graph
+
+    def _gathering_step(self, pipeline: DevicePipeline) -> Callable[[], None]:
+        gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
+        return lambda: self._step(*gather(self._step.count % len(pipeline)))
+
+
+def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
+    """Of `eager` and `compile` the one that a CPU is done with `steps` more steps with earlier; and why.
+
+    Measured in trial steps, which leave no trace.
+    """
+
+    def seconds(*, compiled: bool) -> float:
+        step.compiled = compiled
+        with step.undone():
+            started = time.perf_counter()
+            step(batch.images, batch.labels)
+            return time.perf_counter() - started
+
+    if steps < PAYS_AFTER_STEPS:
+        return "eager", "too short a run to pay for compilation"
+    try:
+        with explained_failures("no memory to compile in"):
+            seconds(compiled=False), seconds(compiled=True)  # a first step sets up more than those that follow
+    except RunError as error:
+        return "eager", str(error)
+    pairs = [(seconds(compiled=False), seconds(compiled=True)) for _ in range(5)]
+    ratio = statistics.median(compiled / eager for eager, compiled in pairs)
+    return ("compile" if ratio < 1 else "eager"), f"a compiled step takes {ratio:.2f} of the time of an eager one"

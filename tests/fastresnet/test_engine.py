@@ -1,0 +1,143 @@
+"""The backends take the same steps."""
+
+import contextlib
+
+import pytest
+import torch
+
+from fastresnet.config import TrainConfig
+from fastresnet.models import create_model
+from fastresnet.training import engine
+from fastresnet.training.engine import Engine, faster_backend
+from fastresnet.training.optimizer import create_optimizer
+from fastresnet.training.step import TrainStep
+from pipelines import Augmentation, Batch, open_pipeline
+from pipelines.errors import RunError
+
+CPU = torch.device("cpu")
+
+
+def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    opened = open_pipeline(
+        pipeline,
+        dataset,
+        train=True,
+        batch_size=48,
+        device=device,
+        dtype=dtype,
+        seed=3,
+        augmentation=Augmentation(cutout=8),
+    )
+    torch.manual_seed(0)
+    network = create_model("resnet20").to(device, memory_format=torch.channels_last).train()
+    optimizer = create_optimizer(network, TrainConfig())
+    step = TrainStep(network, optimizer, [1e-3] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
+    made = Engine(step, opened, backend)
+    if prepare:
+        made.prepare(next(opened.epoch(0)))
+    return made, step
+
+
+def losses(made, step):
+    """Of every step of two epochs, beginning with the third step of the first."""
+    seen = []
+    for epoch, start in ((0, 2), (1, 0)):
+        for _ in made.steps(epoch, start, 6 - start):
+            seen.append(step.metrics()[0])
+            step.reset()
+    return seen
+
+
+def test_compiled_steps_equal_eager_ones_without_a_break_or_a_second_compilation(dataset):
+    """A graph break is an error by `fullgraph`. The first losses differ in the seventh digit; training makes that grow,
+    at this low learning rate to the fifth."""
+    eager = losses(*make_engine(dataset, "eager"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = losses(*make_engine(dataset, "compile"))
+    assert len(eager) == 10
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-6)
+    assert compiled == pytest.approx(eager, rel=2e-4)
+    assert len(set(eager)) == 10
+
+
+class FakePipeline:
+    def __len__(self):
+        return 5
+
+    def epoch(self, epoch, start=0):
+        for step in range(start, 5):
+            yield Batch(torch.tensor([epoch]), torch.tensor([step]), 1)
+
+
+class FakeStep:
+    """Takes `cost[compiled]` seconds by a clock of its own."""
+
+    def __init__(self, cost=None, error=None):
+        self.compiled, self.taken, self.now, self._cost, self._error = False, [], 0.0, cost, error
+
+    def __call__(self, images, labels):
+        if self.compiled and self._error:
+            raise self._error
+        self.taken.append((int(images), int(labels)))
+        self.now += self._cost[self.compiled] if self._cost else 0
+
+    def undone(self):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 5), (2, 3), (1, 2), (0, 0)])
+def test_an_engine_takes_the_batches_that_were_asked_for_and_no_more(start, count):
+    step = FakeStep()
+    for _ in Engine(step, FakePipeline(), "eager").steps(7, start, count):
+        pass
+    assert step.taken == [(7, number) for number in range(start, start + count)]
+
+
+@pytest.mark.parametrize(
+    ("cost", "steps", "backend", "reason"),
+    [
+        ({False: 1.0, True: 0.5}, 4999, "eager", "too short"),
+        ({False: 1.0, True: 0.5}, 5000, "compile", "takes 0.50 of the time"),
+        ({False: 1.0, True: 1.25}, 5000, "eager", "takes 1.25 of the time"),
+    ],
+)
+def test_auto_on_a_cpu_takes_what_measures_faster_where_compilation_can_pay(monkeypatch, cost, steps, backend, reason):
+    step = FakeStep(cost)
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: step.now)
+    chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), steps)
+    assert chosen == backend
+    assert reason in why
+
+
+def test_auto_on_a_cpu_does_without_a_compiler():
+    step = FakeStep(error=RunError("torch.compile failed: no compiler"))
+    chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), 10_000)
+    assert (chosen, why) == ("eager", "torch.compile failed: no compiler")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("pipeline", ["resident", "torchvision"])
+def test_the_backends_agree_on_the_gpu(dataset, precision, pipeline):
+    settings = {"device": torch.device("cuda"), "precision": precision, "pipeline": pipeline}
+    eager = losses(*make_engine(dataset, "eager", **settings))
+    tolerance = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}[precision]
+    for backend in ("compile", "graph"):
+        assert losses(*make_engine(dataset, backend, **settings)) == pytest.approx(eager, rel=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", engine.BACKENDS)
+def test_the_steady_loop_never_waits_for_the_gpu(dataset, backend):
+    made, step = make_engine(dataset, backend, device=torch.device("cuda"), precision="bf16")
+    for _ in made.steps(0, 0, 6):
+        pass
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in made.steps(1, 0, 6):
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.failed_at() is None
+    assert int(step.count) == 12

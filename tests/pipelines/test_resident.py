@@ -1,0 +1,55 @@
+"""The GPU's way of gathering batches, whose tensors can lie on a CPU as well."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import Augmentation
+from pipelines.resident import DevicePipeline
+from pipelines.sampling import Sampler
+
+AUGMENTATIONS = [Augmentation(), Augmentation(padding_mode="reflect", flip="alternating", cutout=8)]
+
+
+@pytest.fixture(params=AUGMENTATIONS, ids=["default", "everything"])
+def augmentation(request):
+    return request.param
+
+
+@pytest.fixture
+def pipeline(dataset, augmentation):
+    sampler = Sampler(size=len(dataset.train), batch_size=48, train=True, seed=11)
+    return DevicePipeline(dataset, dataset.train, sampler, augmentation, torch.device("cpu"), torch.uint8)
+
+
+def test_tensors_give_the_pixels_of_the_definition(pipeline, dataset, helpers, augmentation):
+    for epoch in (0, 1):
+        images, labels = helpers.collect(pipeline, epoch)
+        expected_images, expected_labels = helpers.expected_epoch(dataset, epoch, augmentation)
+        assert np.array_equal(images, expected_images)
+        assert np.array_equal(labels, expected_labels)
+
+
+def test_gathering_by_a_step_in_a_tensor_gives_the_same_batches_in_the_memory_of_the_first_plan(
+    pipeline, dataset, helpers, augmentation
+):
+    addresses = [tensor.data_ptr() for tensor in pipeline._loaded.tensors()]
+    for epoch in (1, 4):
+        pipeline.load(epoch)
+        expected_images, expected_labels = helpers.expected_epoch(dataset, epoch, augmentation)
+        for step in (0, 3, 5):
+            images, labels = pipeline.gather(torch.tensor([step]))
+            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected_images[48 * step : 48 * step + 48])
+            assert np.array_equal(labels.numpy(), expected_labels[48 * step : 48 * step + 48])
+    assert [tensor.data_ptr() for tensor in pipeline._loaded.tensors()] == addresses
+
+
+def test_gathering_compiles_as_one_graph(pipeline):
+    compiled = torch.compile(pipeline.gather, fullgraph=True, dynamic=False, backend="aot_eager")
+    pipeline.load(2)
+    for step in (1, 4):
+        images, labels = compiled(torch.tensor([step]))
+        expected_images, expected_labels = pipeline.gather(torch.tensor([step]))
+        assert torch.equal(images, expected_images)
+        assert torch.equal(labels, expected_labels)
+        assert images.stride() == expected_images.stride()
