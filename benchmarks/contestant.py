@@ -6,6 +6,7 @@ costs. The parent gives them turns; one that has no turn waits, with its read-ah
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -13,7 +14,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,26 @@ Epochs = Callable[[int], Iterable[Any]]
 """Begins an epoch: its items are units of work, a batch delivered or a step taken."""
 
 
+class WaitTimer:
+    """Measures how long a loop waits for its batches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, timed."""
+        iterator = iter(batches)
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield batch
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """Who takes part."""
@@ -45,10 +66,26 @@ class Entry:
     kind: str
     """`ours` or `peer`."""
     opener: str
-    """`module:function`, called with the `Work` and the options; returns `Epochs`."""
+    """`module:function`, called with the `Work`, a `WaitTimer` to use or not, and the options; returns `Epochs`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
     """Whether the first batch waits for a compiler, which is then told apart."""
+
+
+def race(entries: Sequence[Entry], work: Work, *, rounds: int, seconds: float) -> Iterator[list[Contestant]]:
+    """Start all contestants and give them turns of about `seconds`; yields them after every round.
+
+    Raises `RunError` where one fails.
+    """
+    with contextlib.ExitStack() as stack:
+        contestants = []
+        for entry in entries:
+            contestants.append(Contestant(entry, work))
+            stack.callback(contestants[-1].stop)
+        for _ in range(rounds):
+            for contestant in contestants:
+                contestant.take_turn(seconds)
+            yield contestants
 
 
 class Contestant:
@@ -57,6 +94,9 @@ class Contestant:
     def __init__(self, entry: Entry, work: Work) -> None:
         self.entry = entry
         self.images_per_s: list[float] = []
+        """Of every turn."""
+        self.used: dict[str, int | float] = {}
+        """Memory, processes, threads and share of waiting, so far."""
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, entry, work))
         self._process.start()
@@ -66,17 +106,13 @@ class Contestant:
     def take_turn(self, seconds: float) -> None:
         """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was read ahead."""
         self._connection.send(seconds)
-        self.images_per_s.append(self._receive())
+        images_per_s, self.used = self._receive()
+        self.images_per_s.append(images_per_s)
 
-    def finish(self) -> dict[str, int | float]:
-        """End the process; returns what it used."""
-        self._connection.send(None)
-        used = self._receive()
-        self._process.join()
-        return used
-
-    def kill(self) -> None:
-        """End the process at once, if it still runs."""
+    def stop(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(5)
         self._process.kill()
 
     def _receive(self) -> Any:
@@ -98,10 +134,8 @@ def _serve(connection: Connection, entry: Entry, work: Work) -> None:
         torch.zeros(1, device=work.device)  # so is the GPU's context
         turns = _Turns(entry, work)
         connection.send(turns.start)
-        while (seconds := connection.recv()) is not None:
-            turns.deliver(seconds / 3)
-            connection.send(turns.deliver(seconds))
-        connection.send(turns.used())
+        for seconds in _messages(connection):
+            connection.send(turns.take(seconds))
     except Exception:  # noqa: BLE001  told to the parent, who ends the run with it
         connection.send(traceback.format_exc())
     finally:
@@ -109,22 +143,39 @@ def _serve(connection: Connection, entry: Entry, work: Work) -> None:
     os._exit(0)  # the libraries' threads and processes have nothing left to save
 
 
+def _messages(connection: Connection) -> Iterator[Any]:
+    """What arrives until the other end is closed."""
+    while True:
+        try:
+            yield connection.recv()
+        except EOFError:
+            return
+
+
 class _Turns:
     def __init__(self, entry: Entry, work: Work) -> None:
-        self._work = work
-        self._baseline = _memory()
+        self._work, self._timer, self._waited, self._worked = work, WaitTimer(), 0.0, 0.0
+        self._baseline = self._peak = _memory()
         started = time.perf_counter()
         module, _, function = entry.opener.partition(":")
-        start_epoch: Epochs = getattr(importlib.import_module(module), function)(work, **entry.options)
+        start_epoch: Epochs = getattr(importlib.import_module(module), function)(work, self._timer, **entry.options)
         self._batches = _endless(start_epoch)
         self.deliver(0)
         self.start = {"first_batch_s": time.perf_counter() - started}
-        self._peak = _memory()
         if entry.compiles:
             started = time.perf_counter()
             self._batches = _endless(start_epoch)
             self.deliver(0)
             self.start["compile_s"] = self.start["first_batch_s"] - (time.perf_counter() - started)
+
+    def take(self, seconds: float) -> tuple[float, dict[str, int | float]]:
+        """A turn: images per second, and what has been used so far."""
+        self.deliver(seconds / 3)
+        waited, started = self._timer.seconds, time.perf_counter()
+        images_per_s = self.deliver(seconds)
+        self._waited += self._timer.seconds - waited
+        self._worked += time.perf_counter() - started
+        return images_per_s, self._used()
 
     def deliver(self, seconds: float) -> float:
         """Images per second over at least `seconds` and one batch."""
@@ -137,13 +188,14 @@ class _Turns:
         if self._work.device == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
-        self._peak = max(getattr(self, "_peak", 0), _memory())
+        self._peak = max(self._peak, _memory())
         return batches * self._work.batch_size / elapsed
 
-    def used(self) -> dict[str, int | float]:
-        """Memory beyond PyTorch's own at its highest, processes and threads now."""
+    def _used(self) -> dict[str, int | float]:
+        """Memory beyond PyTorch's own at its highest, processes and threads now, share of the turns spent waiting."""
         processes = _process_tree()
-        return {
+        waiting = {"waiting_percent": 100 * self._waited / self._worked} if self._timer.seconds else {}
+        return waiting | {
             "peak_memory_mb": (self._peak - self._baseline) / 1e6,
             "processes": len(processes),
             "threads": sum(len(os.listdir(f"/proc/{process}/task")) for process in processes),

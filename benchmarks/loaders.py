@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import json
+import math
 import os
 import statistics
 import warnings
@@ -13,14 +13,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestant import Contestant, Entry, Epochs, Work
-from benchmarks.report import SCHEMA, draw_chart, print_report
+from rich.table import Table
+
+from benchmarks.contestant import Contestant, Entry, Epochs, WaitTimer, Work, race
+from benchmarks.report import (
+    SCHEMA,
+    Report,
+    draw_bars,
+    figures_table,
+    markdown,
+    print_report,
+    ratios_table,
+    throughput,
+    title,
+    write_report,
+)
 from fastresnet import cli
 from fastresnet.config import DEVICES, PRECISIONS
 from pipelines import PIPELINES, is_installed
 from pipelines.convert import prepare
 from pipelines.errors import Note, UsageError, check_choice
-from pipelines.files import write_bytes
 from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
 
@@ -61,7 +73,7 @@ class LoadersOptions:
         cli.check_output("--chart", self.chart)
         if self.chart is not None:
             check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
-        if self.rounds < 1 or self.seconds <= 0 or self.batch_size < 1:
+        if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
             raise UsageError(
                 f"--rounds {self.rounds} --seconds {self.seconds} --batch-size {self.batch_size}: there is nothing to "
                 "measure."
@@ -70,8 +82,6 @@ class LoadersOptions:
 
 def measure_loaders(options: LoadersOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    import torch
-
     from benchmarks.measurement import copy_bandwidth
     from fastresnet.device import DTYPES, resolve_device, resolve_precision
 
@@ -90,27 +100,16 @@ def measure_loaders(options: LoadersOptions) -> None:
     )
     surroundings = _surroundings(device)
     limits: list[float] = []
-    with contextlib.ExitStack() as stack:
-        contestants = []
-        for entry in entries:
-            contestants.append(Contestant(entry, work))
-            stack.callback(contestants[-1].kill)
-        for _ in range(rounds):
-            limits.append(copy_bandwidth(device))
-            for contestant in contestants:
-                contestant.take_turn(seconds)
-        used = [contestant.finish() for contestant in contestants]
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    report = _report(contestants, used, limits, options, surroundings, precision, dataset)
-    print_report(report)
-    if options.json is not None:
-        write_bytes(options.json, json.dumps(report, indent=2).encode())
+    for contestants in race(entries, work, rounds=rounds, seconds=seconds):
+        limits.append(copy_bandwidth(device))
+        report = _report(contestants, limits, options, surroundings, precision, dataset)
+        write_report(report, options.json)
+    print_report(tables(report), notes(report))
     if options.chart is not None:
         draw_chart(report, options.chart)
 
 
-def open_ours(work: Work, *, pipeline: str) -> Epochs:
+def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
     """A pipeline of this program."""
     import torch
 
@@ -130,7 +129,7 @@ def open_ours(work: Work, *, pipeline: str) -> Epochs:
     return opened.epoch
 
 
-def open_peer(work: Work, *, module: str, workers: int) -> Epochs:
+def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
     """A loader of `benchmarks.peers`; `workers` is how many processes or threads it is told to use."""
     import torch
 
@@ -193,7 +192,6 @@ def _surroundings(device: Any) -> dict[str, Any]:
 
 def _report(
     contestants: list[Contestant],
-    used: list[dict[str, Any]],
     limits: list[float],
     options: LoadersOptions,
     surroundings: dict[str, Any],
@@ -214,9 +212,9 @@ def _report(
             "rounds": len(contestant.images_per_s),
             "percent_of_limit": 100 * statistics.median(contestant.images_per_s) / roof,
             **contestant.start,
-            **usage,
+            **contestant.used,
         }
-        for contestant, usage in zip(contestants, used, strict=True)
+        for contestant in contestants
     ]
     ours, peers = ([c for c in contestants if c.entry.kind == kind] for kind in ("ours", "peer"))
     ratios = [ratio(a.entry.name, a.images_per_s, b.entry.name, b.images_per_s) for a in ours for b in peers]
@@ -234,3 +232,52 @@ def _report(
         "rows": rows,
         "ratios": ratios,
     }
+
+
+def tables(report: Report) -> list[Table]:
+    """Figures, and ratios to the peers."""
+    columns = [
+        ("loader", lambda row: row["name"]),
+        ("1000 images/s", throughput),
+        ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
+        ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
+        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
+    ]
+    return [figures_table(report, f"Loaders: {title(report)}", columns), ratios_table(report)]
+
+
+def notes(report: Report) -> list[str]:
+    """What the tables do not say."""
+    limits = report["limits"]
+    return [
+        *(
+            f"{row['name']}: {row['compile_s']:.1f} s of the {row['first_batch_s']:.1f} s to the first batch are "
+            "numba's compilation"
+            for row in report["rows"]
+            if "compile_s" in row
+        ),
+        f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
+        f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
+    ]
+
+
+def markdown_table(report: Report) -> str:
+    """Figures and ratios for a README."""
+    columns = [
+        ("loader", lambda row: row["name"]),
+        ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
+        ("first batch", _first_batch),
+        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+    ]
+    return markdown(report, columns)
+
+
+def _first_batch(row: dict[str, Any]) -> str:
+    compilation = f", {row['compile_s']:.1f} s of it numba" if "compile_s" in row else ""
+    return f"{row['first_batch_s']:.2f} s{compilation}"
+
+
+def draw_chart(report: Report, path: Path) -> None:
+    """Bars of images/s, and the copy limit."""
+    draw_bars(report, path, "Loaders", (report["limits"]["images_per_s"], "copy limit of the machine"))

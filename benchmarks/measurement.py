@@ -33,3 +33,25 @@ def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * size / best
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05, largest: int = 8192) -> float:
+    """Floating-point operations a second of a large square matrix product, a multiply-add counted as 2.
+
+    The best of all sizes from 256 on, doubled until one product takes `seconds`: what fills a GPU would keep a CPU busy
+    for minutes, above all in a type that it has to emulate.
+    """
+    best, size, shortest = 0.0, 256, 0.0
+    while shortest < seconds and size <= largest:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out, shortest = torch.empty_like(a), float("inf")
+        for _ in range(4):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            shortest = min(shortest, time.perf_counter() - started)
+        best, size = max(best, 2 * size**3 / shortest), 2 * size
+    return best

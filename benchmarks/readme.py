@@ -5,12 +5,12 @@ Write the tables of `benchmarks/results` into FILE, each between `<!-- results: 
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
-from benchmarks.report import markdown_table
+from benchmarks.report import read_report
+from benchmarks.show import as_markdown
 from pipelines.files import write_bytes
 
 RESULTS = Path(__file__).with_name("results")
@@ -21,8 +21,8 @@ def with_tables(text: str) -> str:
     """`text` with every table made anew from its result."""
 
     def table(match: re.Match[str]) -> str:
-        report = json.loads((RESULTS / match[2]).read_bytes())
-        return f"{match[1]}\n{markdown_table(report)}\n{_provenance(report)}\n{match[3]}"
+        report = read_report(RESULTS / match[2])
+        return f"{match[1]}\n{as_markdown(report)}\n{_provenance(report)}\n{match[3]}"
 
     return _TABLE.sub(table, text)
 

@@ -1,159 +1,133 @@
-"""Results as people see them: tables on a terminal and for a README, and a chart."""
+"""Results as people see them: what the tables and charts of all benchmarks share."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
 
-from pipelines.errors import DataError
-from pipelines.files import replacing
+from pipelines.errors import UsageError
+from pipelines.files import replacing, write_bytes
 
 SCHEMA = 1
+BENCHMARKS = ("loaders", "step", "train")
+
+Report = dict[str, Any]
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+"""A heading, and what stands under it for a row."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ShowOptions:
-    """Show the tables of a result again."""
-
-    result: Positional[Path]
-    """A file that was written with --json."""
-    markdown: bool = False
-    """As a table for a README."""
-
-
-def show(options: ShowOptions) -> None:
-    """Print a stored result. Raises `DataError` where the file is none."""
+def read_report(path: Path) -> Report:
+    """A result that was written with --json. Raises `UsageError` where the file is none."""
     try:
-        report = json.loads(options.result.read_bytes())
-        known = (report["schema"], report["benchmark"]) == (SCHEMA, "loaders")
+        report = json.loads(path.read_bytes())
+        known = report["schema"] == SCHEMA and report["benchmark"] in BENCHMARKS
+        known = known and {"environment", "limits", "rows", "ratios"} <= report.keys()
     except OSError as error:
-        raise DataError(f"cannot read {options.result}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
-        raise DataError(
-            f"{options.result} is no result of this benchmark. Write one: fastresnet bench loaders --json FILE"
-        )
-    if options.markdown:
-        print(markdown_table(report), end="")
-    else:
-        print_report(report)
+        raise UsageError(f"{path} is no result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
+    return report
 
 
-def markdown_table(report: dict[str, Any]) -> str:
-    """Figures and, for our own, the ratios to the peers: Markdown."""
-    peers = [row["name"] for row in report["rows"] if row["kind"] == "peer"]
-    ratios = {(each["name"], each["over"]): each for each in report["ratios"]}
-    headings = ["loader", "images/s (lowest–highest)", "of the limit", "first batch", "memory"]
-    lines = [
-        [
-            f"`{row['name']}`",
-            "{} ({}–{})".format(*(_grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
-            f"{row['percent_of_limit']:.1f} %",
-            f"{row['first_batch_s']:.2f} s" + (f", {row['compile_s']:.1f} s of it numba" if "compile_s" in row else ""),
-            f"{row['peak_memory_mb']:,.0f} MB",
-            *(
-                _short(ratios[row["name"], peer]["median"], 2) if (row["name"], peer) in ratios else ""
-                for peer in peers
-            ),
-        ]
-        for row in report["rows"]
-    ]
-    table = [[*headings, *(f"/ `{peer}`" for peer in peers)], ["---"] * (len(headings) + len(peers)), *lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+def write_report(report: Report, path: Path | None) -> None:
+    """Write a result to `path`, if there is one: after every round, for an interruption to leave the finished ones."""
+    if path is not None:
+        write_bytes(path, json.dumps(report, indent=2).encode())
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """Tables of the figures and of the ratios, and what they are measured against."""
-    console, limits = Console(), report["limits"]
-    console.print(_figures_table(report), "")
-    for row in report["rows"]:
-        if "compile_s" in row:
-            console.print(
-                f"{row['name']}: {row['compile_s']:.1f} s of the {row['first_batch_s']:.1f} s to the first batch are "
-                "numba's compilation",
-                highlight=False,
-            )
-    console.print("", _ratios_table(report), "")
-    console.print(
-        f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
-        f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
-        highlight=False,
-        soft_wrap=True,
-    )
+def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
+    """Tables, and lines under them."""
+    console = Console()
+    for table in tables:
+        console.print(table, "")
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
 
 
-def _title(report: dict[str, Any]) -> str:
+def title(report: Report) -> str:
+    """On what a report was measured."""
     environment = report["environment"]
     return (
-        f"{environment['data']}, batches of {environment['batch_size']}, {environment['precision']}, "
-        f"{environment['device']}"
+        f"{environment['data']}, batch {environment['batch_size']}, {environment['precision']}, {environment['device']}"
     )
 
 
-def _figures_table(report: dict[str, Any]) -> Table:
-    table = _table(f"Loaders: {_title(report)}")
-    table.add_column("loader", no_wrap=True)
-    for heading in ("1000 images/s", "of limit", "1st batch", "memory", "proc/thr"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def table(heading: str, *columns: str) -> Table:
+    """An empty table: names to the left, folded where they are too long for the terminal, figures to the right."""
+    made = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    return made
+
+
+def figures_table(report: Report, heading: str, columns: Sequence[Column]) -> Table:
+    """A line for each row of `report`."""
+    made = table(heading, *(name for name, _ in columns))
     for row in report["rows"]:
-        median, low, high = (row[f"images_per_s{end}"] / 1000 for end in ("", "_low", "_high"))
-        table.add_row(
-            row["name"],
-            f"{_short(median, 3)} ({_short(low, 3)}–{_short(high, 3)})",
-            f"{row['percent_of_limit']:.1f} %",
-            f"{row['first_batch_s']:.2f} s",
-            f"{row['peak_memory_mb']:,.0f} MB",
-            f"{row['processes']}/{row['threads']}",
-        )
-    return table
+        made.add_row(*(text(row) for _, text in columns))
+    return made
 
 
-def _ratios_table(report: dict[str, Any]) -> Table:
-    """Ours down, peers across: median and extremes of the rounds."""
-    table = _table("Times as fast as a peer: median (lowest–highest round)")
+def throughput(row: dict[str, Any]) -> str:
+    """Median and extremes, in 1000 images/s."""
+    median, low, high = (short(row[f"images_per_s{end}"] / 1000, 3) for end in ("", "_low", "_high"))
+    return f"{median} ({low}–{high})"
+
+
+def ratios_table(report: Report) -> Table:
+    """Ours down, what they are compared with across: median and extremes of the rounds."""
     cells = {
-        (
-            each["name"],
-            each["over"],
-        ): f"{_short(each['median'], 2)} ({_short(each['low'], 2)}–{_short(each['high'], 2)})"
+        (each["name"], each["over"]): f"{short(each['median'], 2)} ({short(each['low'], 2)}–{short(each['high'], 2)})"
         for each in report["ratios"]
     }
-    peers = [row["name"] for row in report["rows"] if row["kind"] == "peer"]
-    table.add_column("", no_wrap=True)
-    for peer in peers:
-        table.add_column(peer.removeprefix("peer:"), justify="right", no_wrap=True)
-    for row in report["rows"]:
-        if row["kind"] == "ours":
-            table.add_row(row["name"], *(cells[row["name"], peer] for peer in peers))
-    return table
+    names, others = (list(dict.fromkeys(each[key] for each in report["ratios"])) for key in ("name", "over"))
+    made = table(
+        "Times as fast as another: median (lowest–highest round)", "", *(each.removeprefix("peer:") for each in others)
+    )
+    for name in names:
+        made.add_row(name, *(cells.get((name, other), "") for other in others))
+    return made
 
 
-def _table(title: str) -> Table:
-    """A table that fits into 80 columns."""
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+def markdown(report: Report, columns: Sequence[Column]) -> str:
+    """A line for each row of `report`, with the median ratios to all others at its end: Markdown."""
+    others = list(dict.fromkeys(each["over"] for each in report["ratios"]))
+    ratios = {(each["name"], each["over"]): short(each["median"], 2) for each in report["ratios"]}
+    throughputs: Column = (
+        "images/s (lowest–highest)",
+        lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
+    )
+    (name, name_text), *rest = columns
+    every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest]
+    every += [(f"/ `{other}`", lambda row, other=other: ratios.get((row["name"], other), "")) for other in others]
+    lines = [[heading for heading, _ in every], ["---"] * len(every)]
+    lines += [[text(row) for _, text in every] for row in report["rows"]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _short(value: float, digits: int) -> str:
+def short(value: float, digits: int) -> str:
     """`digits` significant digits, or all before the point; no exponent."""
+    if not value > 0:
+        return "0"
     return f"{value:.{max(digits - 1 - math.floor(math.log10(value)), 0)}f}"
 
 
-def _grouped(value: float) -> str:
+def grouped(value: float) -> str:
     """Three significant digits, with thousands set off."""
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
-def draw_chart(report: dict[str, Any], path: Path) -> None:
-    """Bars of images/s on a logarithmic scale, with their spread and the copy limit."""
+def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
+    """Bars of images/s with their spread, on a logarithmic scale, and the `limit` with its name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,15 +142,23 @@ def draw_chart(report: dict[str, Any], path: Path) -> None:
     colors = ["tab:blue" if row["kind"] == "ours" else "tab:gray" for row in rows]
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
     bars = axes.barh([row["name"] for row in rows], medians, xerr=errors, color=colors, ecolor="black", capsize=3)
-    axes.bar_label(bars, labels=[_grouped(median) for median in medians], label_type="center", color="white")
+    axes.bar_label(bars, labels=[grouped(median) for median in medians], label_type="center", color="white")
     axes.bar(0, 0, color="tab:blue", label="this program")
-    axes.bar(0, 0, color="tab:gray", label="as the libraries' users write it")
-    axes.axvline(report["limits"]["images_per_s"], color="tab:red", linestyle="--", label="copy limit of the machine")
+    axes.bar(0, 0, color="tab:gray", label="as other libraries' users write it")
+    if limit is not None:
+        axes.axvline(limit[0], color="tab:red", linestyle="--", label=limit[1])
     axes.set_xscale("log")
-    axes.set_xlim(min(medians) / 4, report["limits"]["images_per_s"] * 1.5)
+    axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
     axes.set_xlabel("images/s (median of the rounds; whiskers: lowest and highest)")
-    figure.suptitle(f"Loaders: {_title(report)}", fontsize=10)
+    figure.suptitle(f"{heading}: {title(report)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure in the format that the name of `path` ends with."""
+    from matplotlib import pyplot as plt
+
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=120)
     plt.close(figure)

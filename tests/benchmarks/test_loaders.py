@@ -104,6 +104,7 @@ def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
         (["loaders", "--precision", "bf61"], "did you mean 'bf16'?"),
         (["loaders", "--data", "shapes10", "--batch-size", "999"], "batch size 999"),
         (["loaders", "--data", "shapes10", "--rounds", "0"], "--rounds 0"),
+        (["loaders", "--data", "shapes10", "--seconds", "nan"], "--seconds nan"),
         (["loaders", "--json", "no/such/folder/f.json"], "there is no folder no/such/folder"),
         (["loaders", "--chart", "chart.doc"], "unknown kind of chart '.doc'"),
     ],

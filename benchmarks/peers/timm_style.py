@@ -1,0 +1,73 @@
+"""The training loop in the manner of timm's `train.py`: uint8 batches normalised on the device, bf16 autocast,
+channels-last, no compilation, the loss read now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from pipelines.store import Dataset, Split
+
+LOG_INTERVAL = 50
+
+
+class _Images(torch.utils.data.Dataset):
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._transform = transforms.Compose(
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+        )
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._split.images[index])), int(self._split.labels[index])
+
+
+def open_training(
+    dataset: Dataset,
+    model: nn.Module,
+    watch: Callable[[Iterable], Iterator],
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+) -> Callable[[int], Iterator[None]]:
+    """See `benchmarks.peers`."""
+    loader = DataLoader(
+        _Images(dataset.train),
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+    model = model.to(device, memory_format=torch.channels_last)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    mean, std = (torch.full((1, 3, 1, 1), 127.5, device=device) for _ in range(2))
+
+    def epoch(_: int) -> Iterator[None]:
+        model.train()
+        losses = []
+        for step, (images, labels) in enumerate(watch(loader)):
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = images.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = criterion(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % LOG_INTERVAL == 0:
+                losses.append(loss.item())
+            yield
+
+    return epoch

@@ -1,0 +1,285 @@
+"""Cases of the step benchmark at work: a network on one batch, over and over, and how long its steps take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
+from fastresnet.config import TrainConfig
+from fastresnet.device import DTYPES, autocast
+from fastresnet.models import create_model
+from fastresnet.training.engine import Engine
+from fastresnet.training.optimizer import create_optimizer
+from fastresnet.training.step import TrainStep
+from pipelines import Batch, free_memory
+from pipelines.files import replacing
+from pipelines.sampling import IMAGE_SIZE
+
+MOST_STEPS = 100_000
+"""Steps of one turn; as many learning rates are laid out."""
+
+Steps = Callable[[int], None]
+"""Takes so many steps; a GPU may not have finished them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One thing to measure."""
+
+    mode: str
+    """`train` or `inference`."""
+    model: str
+    batch_size: int
+    precision: str
+    memory_format: str
+    """`channels_last` or `contiguous`."""
+    backend: str
+    """`eager`, `compile` or `graph`."""
+
+    @property
+    def name(self) -> str:
+        values = dataclasses.asdict(self) | {"batch_size": f"b{self.batch_size}"}
+        return "/".join(values.values())
+
+
+class Contender:
+    """A case that is ready to take turns. Raises `MemoryError` where it would not fit, and whatever PyTorch does."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self._device = case, device
+        self.images_per_s: list[float] = []
+        """Of every turn."""
+        _check_memory(case, device)
+        self.flops_per_image, self.bytes_per_image = _count(dataclasses.replace(case, backend="eager"), device)
+        began = time.perf_counter()
+        self._steps = (_training if case.mode == "train" else _inference)(case, device)
+        self._seconds_per_step = math.inf  # of the latest steps
+        self._take(0)  # the first one sets up more than those that follow
+        self.prepare_s = time.perf_counter() - began
+        """Compilation, recording and the first step."""
+        self._take(0)
+
+    def take_turn(self, seconds: float) -> None:
+        """Take steps for about `seconds`, after a third of that untimed."""
+        self._take(seconds / 3)
+        self._take(seconds)
+        self.images_per_s.append(self.case.batch_size / self._seconds_per_step)
+
+    def profile(self, path: Path, steps: int = 3) -> list[tuple[str, float, float]]:
+        """Write a Chrome trace of `steps` steps to `path`; returns operators, their own ms and their calls a step."""
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+        with profile(activities=kinds) as profiler:
+            self._steps(steps)
+            _synchronize(self._device)
+        with replacing(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+        own = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        operators = [
+            (each.key, getattr(each, own) / 1000 / steps, each.count / steps) for each in profiler.key_averages()
+        ]
+        return sorted(operators, key=lambda operator: -operator[1])
+
+    def _take(self, seconds: float) -> None:
+        # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
+        count = min(max(round(seconds / self._seconds_per_step), 1), MOST_STEPS)
+        _synchronize(self._device)
+        begin = _stamp(self._device)
+        self._steps(count)
+        self._seconds_per_step = _seconds_between(begin, _stamp(self._device)) / count
+
+
+class SplitContender:
+    """An eager training step of which each part is timed: forward pass, backward pass and update."""
+
+    PARTS = ("forward", "backward", "optimizer")
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self._device = case, device
+        self.ms: dict[str, list[float]] = {part: [] for part in self.PARTS}
+        """Milliseconds a step of every turn, by part."""
+        self._batch, self._model = _random_batch(case, device), _network(case, device).train()
+        self._optimizer = create_optimizer(self._model, TrainConfig())
+        self._seconds_per_step = math.inf
+        self._take(0), self._take(0)
+
+    def take_turn(self, seconds: float) -> None:
+        """Take steps for about `seconds`, after a third of that untimed."""
+        self._take(seconds / 3)
+        for part, ms in zip(self.PARTS, self._take(seconds), strict=True):
+            self.ms[part].append(ms)
+
+    def _take(self, seconds: float) -> list[float]:
+        """Milliseconds of the parts."""
+        count = min(max(round(seconds / self._seconds_per_step), 1), MOST_STEPS)
+        _synchronize(self._device)
+        stamps = [self._stamped_step() for _ in range(count)]
+        _synchronize(self._device)
+        totals = [
+            sum(_seconds_between(*pair) for pair in pairs)
+            for pairs in zip(*(itertools.pairwise(step) for step in stamps), strict=True)
+        ]
+        self._seconds_per_step = sum(totals) / count
+        return [1000 * total / count for total in totals]
+
+    def _stamped_step(self) -> list[Any]:
+        stamps = [_stamp(self._device)]
+        with autocast(self.case.precision, self._device):
+            logits = self._model(self._batch.images).float()
+            loss = F.cross_entropy(logits, self._batch.labels)
+        stamps.append(_stamp(self._device))
+        loss.backward()
+        stamps.append(_stamp(self._device))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return [*stamps, _stamp(self._device)]
+
+
+def _training(case: Case, device: torch.device) -> Steps:
+    step, batch = _train_step(case, device), _random_batch(case, device)
+    engine = Engine(step, _SameBatch(batch), case.backend)
+    engine.prepare(batch)
+
+    def take(count: int) -> None:
+        step.count.zero_()  # the learning rates begin anew
+        for _ in engine.steps(0, 0, count):
+            pass
+
+    return take
+
+
+def _inference(case: Case, device: torch.device) -> Steps:
+    model, images = _network(case, device).eval(), _random_batch(case, device).images
+    compiled = model if case.backend == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
+
+    @torch.inference_mode()
+    def predict() -> None:
+        with autocast(case.precision, device):
+            compiled(images)
+
+    predict()
+    once = _recorded(predict) if case.backend == "graph" else predict
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            once()
+
+    return take
+
+
+def _recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph.replay
+
+
+class _SameBatch:
+    """A pipeline that costs nothing."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return MOST_STEPS
+
+    def epoch(self, _: int, start: int = 0) -> Iterator[Batch]:
+        return itertools.repeat(self._batch, MOST_STEPS - start)
+
+    def close(self) -> None:
+        pass
+
+
+def _network(case: Case, device: torch.device) -> nn.Module:
+    return create_model(case.model).to(device, memory_format=_memory_format(case))
+
+
+def _random_batch(case: Case, device: torch.device) -> Batch:
+    images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    images = images.to(DTYPES[case.precision], memory_format=_memory_format(case))
+    return Batch(images, torch.randint(10, (case.batch_size,), device=device), case.batch_size)
+
+
+def _memory_format(case: Case) -> torch.memory_format:
+    return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+
+
+def _train_step(case: Case, device: torch.device) -> TrainStep:
+    model = _network(case, device).train()
+    # With learning rates of 0 every step computes the same: learning one batch by heart ends in gradients so small
+    # that a CPU takes longer for them.
+    learning_rates = [0.0] * MOST_STEPS
+    optimizer = create_optimizer(model, TrainConfig())
+    return TrainStep(model, optimizer, learning_rates, precision=case.precision, device=device)
+
+
+def _check_memory(case: Case, device: torch.device) -> None:
+    """Raise `MemoryError` beforehand where main memory is short: Linux would sooner end the program than refuse it."""
+    if device.type == "cuda":
+        return
+    itemsize = DTYPES[case.precision].itemsize
+    needed = case.batch_size * _memory_per_image(case.model, itemsize, training=case.mode == "train")
+    if needed > free_memory(device):
+        raise MemoryError
+
+
+@functools.cache
+def _memory_per_image(model: str, itemsize: int, *, training: bool) -> int:
+    return memory_per_image(create_model(model), itemsize, training=training)
+
+
+@functools.cache
+def _count(case: Case, device: torch.device) -> tuple[int, float]:
+    """FLOPs, and bytes that a step of the eager `case` reads and writes, for one image."""
+    batch = _random_batch(case, device)
+    if case.mode == "train":
+        step = _train_step(case, device)
+        with ByteCounter() as counter:
+            step(batch.images, batch.labels)
+        flops = flops_per_image(step.model, training=True)
+    else:
+        model = _network(case, device).eval()
+        # Not in inference mode, which hides from a counter what an operator is made of.
+        with ByteCounter() as counter, torch.no_grad(), autocast(case.precision, device):
+            model(batch.images)
+        flops = flops_per_image(model, training=False)
+    return flops, counter.bytes / case.batch_size
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _stamp(device: torch.device) -> Any:
+    """Now; on a GPU, when it comes to this point of its work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(begin: Any, end: Any) -> float:
+    """Waits for the second stamp."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000

@@ -1,0 +1,491 @@
+"""How fast the training step and inference are by themselves, without data, and how near to what the hardware allows.
+
+Starting from one base case, one thing at a time is varied: network, batch size, precision, memory format, backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.report import (
+    SCHEMA,
+    Column,
+    Report,
+    grouped,
+    print_report,
+    save_figure,
+    short,
+    table,
+    throughput,
+    write_report,
+)
+from fastresnet import cli
+from fastresnet.config import COMPILE, DEVICES, PRECISIONS
+from fastresnet.models import list_models
+from pipelines.errors import UsageError, check_choice
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.stepping import Case, Contender, SplitContender
+
+Value = TypeVar("Value")
+
+MODELS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+BATCH_SIZES = {"cpu": (32, 64, 128, 256, 512), "cuda": (128, 256, 512, 1024, 2048, 4096)}
+BACKENDS = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "graph")}
+
+QUICK_MODELS = ("resnet20", "resnet56")
+QUICK_BATCH_SIZES = {"cpu": (32, 128, 512), "cuda": (128, 1024)}
+QUICK_BACKENDS = {"cpu": ("eager",), "cuda": ("eager", "graph")}
+
+MEMORY_FORMATS = {"channels_last": "NHWC", "contiguous": "NCHW"}
+"""And how tables call them."""
+
+_BOUNDS = {"compute": "FLOPs", "memory": "bytes"}
+
+_COMPARISONS = (
+    ("precision", "bf16", "fp32"),
+    ("precision", "fp16", "fp32"),
+    ("memory_format", "channels_last", "contiguous"),
+    ("backend", "compile", "eager"),
+    ("backend", "graph", "eager"),
+)
+"""What is compared with what: cases that differ in nothing else."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """Measure the optimisation step and inference alone, on random images that lie on the device.
+
+    One thing at a time is varied from a base: training resnet20 on batches of 128 in the best precision,
+    channels_last, eager on a CPU and as a CUDA graph on a GPU.
+    """
+
+    models: tuple[str, ...] = ()
+    """Networks to train. Without it: resnet20, 32, 44, 56 and 110."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images per step, in training and inference. Without it: 32 to 512 on a CPU, 128 to 4096 on a GPU."""
+    precisions: tuple[str, ...] = ()
+    """fp32, bf16 or fp16. Without it: fp32 and bf16, and fp16 on a GPU."""
+    backends: tuple[str, ...] = ()
+    """eager, compile or graph. Without it: all that the device has (compiling takes a minute on 2 CPU cores)."""
+    rounds: int = 7
+    """Turns that each case gets."""
+    seconds: float = 1.0
+    """Length of a turn."""
+    quick: bool = False
+    """Few cases in 3 rounds of 0.4 seconds, for a first look; compiles nothing on a CPU."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    json: Path | None = None
+    """Write the figures to this file, after every round."""
+    chart: Path | None = None
+    """Draw them in this file (.png, .svg or .pdf)."""
+    profile: Path | None = None
+    """Write a trace of a few steps of the base case to this file (.json), for chrome://tracing or ui.perfetto.dev."""
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            check_choice("model", model, list_models())
+        for precision in self.precisions:
+            check_choice("precision", precision, PRECISIONS[1:])
+        for backend in self.backends:
+            check_choice("backend", backend, COMPILE.values())
+        check_choice("device", self.device, DEVICES)
+        cli.check_output("--json", self.json)
+        cli.check_output("--chart", self.chart)
+        cli.check_output("--profile", self.profile)
+        if self.chart is not None:
+            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
+        if self.profile is not None:
+            check_choice("kind of trace", self.profile.suffix, (".json",))
+        if self.rounds < 1 or not 0 < self.seconds < math.inf or min(self.batch_sizes, default=1) < 1:
+            sizes = "".join(f" {size}" for size in self.batch_sizes)
+            raise UsageError(
+                f"--rounds {self.rounds} --seconds {self.seconds}{' --batch-sizes' if sizes else ''}{sizes}: there is "
+                "nothing to measure."
+            )
+
+
+def measure_steps(options: StepOptions) -> None:
+    """Run the benchmark, print tables, write the JSON and draw the chart."""
+    import torch._dynamo
+
+    from benchmarks.stepping import Contender, SplitContender
+    from fastresnet.device import environment, resolve_device
+
+    device = resolve_device(options.device)
+    cases = _sweep(options, device)
+    base = cases[0]
+    surroundings = {**environment(device), **{key: value for key, value in _parts(base) if key != "mode"}}
+    rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
+    split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
+    split_cases.insert(0, dataclasses.replace(base, backend="eager"))
+    limits = _Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
+    total = (1 + rounds) * (len(cases) + len(split_cases))
+    # Every case compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
+    many = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+    with many, _progress(total) as tell:
+        contenders = [_prepared(Contender, case, device, tell) for case in cases]
+        splits = [_prepared(SplitContender, case, device, tell) for case in split_cases]
+        for number in range(rounds):
+            limits.measure()
+            for contender in (*contenders, *splits):
+                tell(f"round {number + 1} of {rounds}: {contender.case.name}")
+                with _explained(contender.case):
+                    contender.take_turn(seconds)
+            report = _report(contenders, splits, limits, surroundings)
+            write_report(report, options.json)
+    shown = tables(report)
+    if options.profile is not None:
+        shown.append(_operators_table(base, contenders[0].profile(options.profile)))
+    print_report(shown, notes(report))
+    if options.chart is not None:
+        draw_chart(report, options.chart)
+
+
+# --- what is measured --------------------------------------------------------------------------------------------
+
+
+def _sweep(options: StepOptions, device: torch.device) -> list[Case]:
+    """The cases, each once: first the base, then what differs from it in one thing, or is inference."""
+    from benchmarks.stepping import Case
+    from fastresnet.device import resolve_precision, supports
+
+    quick, kind = options.quick, device.type
+    models = options.models or (QUICK_MODELS if quick else MODELS)
+    batch_sizes = options.batch_sizes or (QUICK_BATCH_SIZES if quick else BATCH_SIZES)[kind]
+    backends = options.backends or (QUICK_BACKENDS if quick else BACKENDS)[kind]
+    if "graph" in backends and kind != "cuda":
+        raise UsageError("--backends graph records a CUDA graph, which needs a GPU. Use --backends compile.")
+    usual = ("fp32", "bf16", "fp16") if kind == "cuda" else ("fp32", "bf16")
+    precisions = options.precisions or [precision for precision in usual if supports(precision, device)]
+    for precision in precisions:
+        resolve_precision(precision, device)  # refuses what the device lacks
+    base = Case(
+        mode="train",
+        model=_preferred("resnet20", models),
+        batch_size=_preferred(128, batch_sizes),
+        precision=_preferred(resolve_precision("auto", device), precisions),
+        memory_format="channels_last",
+        backend=_preferred("graph" if kind == "cuda" else "eager", backends),
+    )
+    variants: list[dict[str, Any]] = [
+        {},
+        *({"model": model} for model in models),
+        *({"batch_size": size} for size in batch_sizes),
+        *({"mode": "inference", "batch_size": size} for size in batch_sizes),
+        *({"precision": precision} for precision in precisions),
+        *({"memory_format": memory_format} for memory_format in MEMORY_FORMATS),
+        *({"backend": backend} for backend in backends),
+    ]
+    return list(dict.fromkeys(dataclasses.replace(base, **variant) for variant in variants))
+
+
+def _preferred(value: Value, among: Sequence[Value]) -> Value:
+    return value if value in among else among[0]
+
+
+class _Limits:
+    """What the machine achieves at the two things that a step is made of, measured in every round."""
+
+    def __init__(self, device: torch.device, precisions: Sequence[str]) -> None:
+        self._device = device
+        self._copy: list[float] = []
+        self._matmul: dict[str, list[float]] = {precision: [] for precision in precisions}
+
+    def measure(self) -> None:
+        from benchmarks.measurement import copy_bandwidth, matmul_rate
+        from fastresnet.device import DTYPES
+
+        self._copy.append(copy_bandwidth(self._device))
+        for precision, rates in self._matmul.items():
+            rates.append(matmul_rate(self._device, DTYPES[precision]))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "copy_gb_per_s": statistics.median(self._copy) / 1e9,
+            "matmul_tflops": {name: statistics.median(rates) / 1e12 for name, rates in self._matmul.items()},
+        }
+
+
+def _prepared(
+    kind: Callable[[Case, torch.device], Any], case: Case, device: torch.device, tell: Callable[[str], None]
+) -> Any:
+    tell(f"preparing {case.name}")
+    with _explained(case):
+        return kind(case, device)
+
+
+@contextmanager
+def _explained(case: Case) -> Iterator[None]:
+    from fastresnet.device import explained_failures
+
+    with explained_failures(f"{case.name} does not fit; give smaller --batch-sizes"):
+        yield
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, drawn only between turns: a thread that draws would take part in what is measured."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda what: progress.update(task, description=what, advance=1, refresh=True)
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
+def _report(
+    contenders: list[Contender], splits: list[SplitContender], limits: _Limits, surroundings: dict[str, Any]
+) -> Report:
+    from benchmarks.measurement import spread
+
+    measured = limits.to_dict()
+    return {
+        "schema": SCHEMA,
+        "benchmark": "step",
+        "environment": surroundings,
+        "limits": measured,
+        "rows": [_row(contender, measured) for contender in contenders],
+        "splits": [
+            {
+                "model": split.case.model,
+                **{key: value for part, ms in split.ms.items() for key, value in spread(ms, f"{part}_ms").items()},
+            }
+            for split in splits
+        ],
+        "ratios": _ratios(contenders),
+    }
+
+
+def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
+    from benchmarks.measurement import spread
+
+    case = contender.case
+    row = {
+        "name": case.name,
+        "kind": "ours",
+        **spread(contender.images_per_s, "images_per_s"),
+        "rounds": len(contender.images_per_s),
+        **dict(_parts(case)),
+        "ms_per_step": 1000 * case.batch_size / statistics.median(contender.images_per_s),
+        "prepare_s": contender.prepare_s,
+        "flops_per_image": contender.flops_per_image,
+        "bytes_per_image": contender.bytes_per_image,
+    }
+    roof, bound = _roof(row, limits)
+    return {**row, "percent_of_roof": 100 * row["images_per_s"] / roof, "bound": bound}
+
+
+def _roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
+    """Images/s at which computing or moving what was counted takes all of the time, and which of the two it is."""
+    compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
+    memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
+    return (compute, "compute") if compute < memory else (memory, "memory")
+
+
+def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
+    from benchmarks.measurement import ratio
+
+    by_case = {contender.case: contender for contender in contenders}
+    ratios = []
+    for field, value, over in _COMPARISONS:
+        for case, contender in by_case.items():
+            other = by_case.get(dataclasses.replace(case, **{field: over}))
+            if getattr(case, field) == value and other is not None:
+                ratios.append(ratio(case.name, contender.images_per_s, other.case.name, other.images_per_s))
+    return ratios
+
+
+def _parts(case: Case) -> Iterator[tuple[str, Any]]:
+    yield from dataclasses.asdict(case).items()
+
+
+# --- tables and chart --------------------------------------------------------------------------------------------
+
+
+def tables(report: Report) -> list[Table]:
+    """Training, inference, the parts of a training step, and the ratios."""
+    made = [_figures_table(report, "Training step", "train"), _figures_table(report, "Inference", "inference")]
+    return [*made, _splits_table(report), _ratios_table(report)]
+
+
+def notes(report: Report) -> list[str]:
+    """What the tables are measured against."""
+    limits = report["limits"]
+    rates = ", ".join(f"{short(rate, 3)} TFLOP/s in {name}" for name, rate in limits["matmul_tflops"].items())
+    lines = [
+        f"limits: {limits['copy_gb_per_s']:.1f} GB/s copied, read and written; matrix products at {rates}",
+        "roof: the images/s at which the FLOPs counted at that rate, or the bytes that eager operators read and write "
+        "at that speed, take all of the time, whichever takes longer (it stands beside the percentage)",
+    ]
+    if beaten := [row["name"] for row in report["rows"] if row["percent_of_roof"] > 100]:
+        lines.append(
+            f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
+            "write what passes between them"
+        )
+    return lines
+
+
+def _base(report: Report) -> str:
+    environment = report["environment"]
+    return (
+        f"{environment['model']}, batches of {environment['batch_size']}, {environment['precision']}, "
+        f"{environment['memory_format']}, {environment['backend']}"
+    )
+
+
+def _figures_table(report: Report, heading: str, mode: str) -> Table:
+    columns: list[Column] = [
+        ("", _short_name),
+        ("1000 images/s", throughput),
+        ("ms/step", lambda row: short(row["ms_per_step"], 3)),
+        ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
+    ]
+    made = table(f"{heading}: {report['environment']['device']}", *(name for name, _ in columns))
+    for row in report["rows"]:
+        if row["mode"] == mode:
+            made.add_row(*(text(row) for _, text in columns))
+    return made
+
+
+def _short_name(row: dict[str, Any]) -> str:
+    memory_format = MEMORY_FORMATS[row["memory_format"]]
+    return f"{row['model']} b{row['batch_size']} {row['precision']} {memory_format} {row['backend']}"
+
+
+def _splits_table(report: Report) -> Table:
+    environment = report["environment"]
+    where = f"batches of {environment['batch_size']}, {environment['precision']}, {environment['memory_format']}"
+    made = table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "together")
+    for split in report["splits"]:
+        parts = _split_ms(split)
+        cells = (f"{short(ms, 3)} ms ({100 * ms / sum(parts):.0f} %)" for ms in parts)
+        made.add_row(split["model"], *cells, f"{short(sum(parts), 3)} ms")
+    return made
+
+
+def _split_ms(split: dict[str, Any]) -> list[float]:
+    return [split[f"{part}_ms"] for part in ("forward", "backward", "optimizer")]
+
+
+def _ratios_table(report: Report) -> Table:
+    """Only what sets the two cases apart is named; the rest is the base's."""
+    made = table("Times as fast, round by round", "", "over", "median", "lowest–highest")
+    for each in report["ratios"]:
+        ours, others = each["name"].split("/"), each["over"].split("/")
+        ((name, over),) = [pair for pair in zip(ours, others, strict=True) if len(set(pair)) == 2]
+        made.add_row(name, over, short(each["median"], 3), f"{short(each['low'], 3)}–{short(each['high'], 3)}")
+    return made
+
+
+def _operators_table(case: Case, operators: list[tuple[str, float, float]]) -> Table:
+    """The ten costliest, by the time that they take themselves."""
+    made = table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
+    everything = sum(ms for _, ms, _ in operators)
+    for name, ms, calls in operators[:10]:
+        made.add_row(name[:50], short(ms, 3), f"{100 * ms / everything:.1f} %", f"{calls:.0f}")
+    return made
+
+
+def markdown_table(report: Report) -> str:
+    """Figures, and what each case is as fast as, for a README."""
+    others = {(each["name"], each["over"]): each["median"] for each in report["ratios"]}
+
+    def compared(row: dict[str, Any]) -> str:
+        found = [(over, median) for (name, over), median in others.items() if name == row["name"]]
+        parts = [set(over.split("/")) - set(row["name"].split("/")) for over, _ in found]
+        return ", ".join(f"{short(median, 3)}× {part.pop()}" for (_, median), part in zip(found, parts, strict=True))
+
+    columns: list[Column] = [
+        ("case", lambda row: f"`{row['name']}`"),
+        (
+            "images/s (lowest–highest)",
+            lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
+        ),
+        ("step", lambda row: f"{short(row['ms_per_step'], 3)} ms"),
+        ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
+        ("times as fast as", compared),
+    ]
+    lines = [[heading for heading, _ in columns], ["---"] * len(columns)]
+    lines += [[text(row) for _, text in columns] for row in report["rows"]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def draw_chart(report: Report, path: Path) -> None:
+    """Left: images/s by batch size, with the roofs. Right: of what a training step consists, by network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    _draw_throughput(report, left)
+    _draw_splits(report, right)
+    figure.suptitle(f"Steps: {_base(report)}; {report['environment']['device']}", fontsize=10)
+    save_figure(figure, path)
+
+
+def _draw_throughput(report: Report, axes: Any) -> None:
+    environment, limits = report["environment"], report["limits"]
+    fixed = ("model", "precision", "memory_format", "backend")
+    rows = [row for row in report["rows"] if all(row[key] == environment[key] for key in fixed)]
+    for mode, what, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
+        line = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
+        sizes, medians = [row["batch_size"] for row in line], [row["images_per_s"] for row in line]
+        lows = [row["images_per_s"] - row["images_per_s_low"] for row in line]
+        highs = [row["images_per_s_high"] - row["images_per_s"] for row in line]
+        axes.errorbar(sizes, medians, [lows, highs], color=color, marker="o", capsize=3, label=what)
+        roofs = [_roof(row, limits)[0] for row in line]
+        axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {what}")
+        for row in line:
+            axes.annotate(
+                grouped(row["images_per_s"]),
+                (row["batch_size"], row["images_per_s"]),
+                (7, -11),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    sizes = sorted({row["batch_size"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else "")
+    axes.margins(x=0.15, y=0.12)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("images/s")
+    axes.set_title("throughput (median of the rounds; whiskers: lowest and highest)", fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+
+
+def _draw_splits(report: Report, axes: Any) -> None:
+    models = [split["model"] for split in report["splits"]]
+    parts = list(zip(*map(_split_ms, report["splits"]), strict=True))
+    bottom = [0.0] * len(models)
+    colors = ("tab:blue", "tab:cyan", "tab:red")
+    for part, values, color in zip(("forward", "backward", "optimizer"), parts, colors, strict=True):
+        axes.bar(models, values, bottom=bottom, width=0.6, color=color, label=part)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    for model, total in zip(models, bottom, strict=True):
+        axes.annotate(f"{short(total, 3)} ms", (model, total), (0, 4), textcoords="offset points", ha="center")
+    axes.margins(y=0.1)
+    axes.set_ylabel("ms per step")
+    axes.set_title(f"parts of an eager training step of {report['environment']['batch_size']} images", fontsize=10)
+    axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

@@ -1,0 +1,272 @@
+"""How many images a second training goes through from end to end, against the same network in other people's loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.contestant import Contestant, Entry, Epochs, WaitTimer, Work, race
+from benchmarks.report import (
+    SCHEMA,
+    Report,
+    draw_bars,
+    figures_table,
+    markdown,
+    print_report,
+    ratios_table,
+    throughput,
+    title,
+    write_report,
+)
+from fastresnet import cli
+from fastresnet.config import COMPILE, DEVICES, PRECISIONS
+from fastresnet.models import list_models
+from pipelines.errors import UsageError, check_choice
+
+STEPS = 1_000_000
+"""More than any contestant takes: as many learning rates are laid out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """Measure training from end to end: batches, steps and metrics, without evaluation."""
+
+    data: str = "cifar10"
+    """Name or folder of the data set."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    model: str = "resnet20"
+    """Network that all contestants train."""
+    batch_size: int = 128
+    """Images per step."""
+    rounds: int = 7
+    """Turns that each contestant gets."""
+    seconds: float = 8.0
+    """Length of a turn."""
+    quick: bool = False
+    """3 rounds of 3 seconds, for a first look."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """Of this program: auto, fp32, bf16 or fp16. The plain loop computes in fp32, the timm-style one in bf16."""
+    compile: str = "auto"
+    """Of this program: off, on, graph or auto, which is graph on a GPU and off on a CPU."""
+    json: Path | None = None
+    """Write the figures to this file, after every round."""
+    chart: Path | None = None
+    """Draw them in this file (.png, .svg or .pdf)."""
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, list_models())
+        check_choice("device", self.device, DEVICES)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("compile", self.compile, ("auto", *COMPILE))
+        cli.check_output("--json", self.json)
+        cli.check_output("--chart", self.chart)
+        if self.chart is not None:
+            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
+        if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
+            raise UsageError(
+                f"--rounds {self.rounds} --seconds {self.seconds} --batch-size {self.batch_size}: there is nothing to "
+                "measure."
+            )
+
+
+def measure_training(options: TrainingOptions) -> None:
+    """Run the benchmark, print a table, write the JSON and draw the chart."""
+    from fastresnet.device import DTYPES, environment, resolve_compile, resolve_device, resolve_precision
+
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    compile_ = resolve_compile(options.compile, device)
+    backend = COMPILE["off" if compile_ == "auto" else compile_]
+    dataset = cli.find_dataset(options.data, options.root)
+    if options.batch_size > len(dataset.train):
+        raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
+    work = Work(
+        folder=dataset.folder.absolute(),
+        batch_size=options.batch_size,
+        device=device.type,
+        dtype=str(DTYPES[precision]).removeprefix("torch."),
+    )
+    surroundings = {
+        **environment(device),
+        "precision": precision,
+        "batch_size": options.batch_size,
+        "data": dataset.name,
+        "model": options.model,
+        "backend": backend,
+    }
+    ours = {"model": options.model, "precision": precision, "backend": backend}
+    peers = {"model": options.model, "workers": os.cpu_count() or 1}
+    entries = [
+        Entry(name="resident", kind="ours", opener=f"{__name__}:open_ours", options=ours | {"data": True}),
+        Entry(name="step-only", kind="ours", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
+        Entry(
+            name="peer:plain-torch",
+            kind="peer",
+            opener=f"{__name__}:open_peer",
+            options=peers | {"module": "plain_torch"},
+        ),
+        Entry(
+            name="peer:timm-style",
+            kind="peer",
+            opener=f"{__name__}:open_peer",
+            options=peers | {"module": "timm_style"},
+        ),
+    ]
+    rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
+    for contestants in race(entries, work, rounds=rounds, seconds=seconds):
+        report = _report(contestants, surroundings)
+        write_report(report, options.json)
+    print_report(tables(report), notes(report))
+    if options.chart is not None:
+        draw_chart(report, options.chart)
+
+
+def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backend: str, data: bool) -> Epochs:
+    """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
+    import torch
+
+    from fastresnet.config import TrainConfig
+    from fastresnet.device import resolve_device
+    from fastresnet.models import create_model
+    from fastresnet.training.engine import Engine
+    from fastresnet.training.optimizer import create_optimizer
+    from fastresnet.training.step import TrainStep
+    from fastresnet.training.trainer import STATUS_EVERY
+    from pipelines import Augmentation, open_pipeline
+    from pipelines.store import open_store
+
+    device = resolve_device(work.device)
+    pipeline = open_pipeline(
+        "resident",
+        open_store(work.folder),
+        train=True,
+        batch_size=work.batch_size,
+        device=device,
+        dtype=getattr(torch, work.dtype),
+        seed=0,
+        augmentation=Augmentation(),
+    )
+    batch = next(pipeline.epoch(0))
+    if not data:
+        pipeline = _OneBatch(batch, len(pipeline))
+    network = create_model(model).to(device, memory_format=torch.channels_last).train()
+    optimizer = create_optimizer(network, TrainConfig(model=model))
+    step = TrainStep(network, optimizer, [0.1] * STEPS, precision=precision, device=device)
+    engine = Engine(step, pipeline, backend)
+    engine.prepare(batch)
+
+    def epoch(number: int) -> Iterator[None]:
+        for taken, _ in enumerate(engine.steps(number, 0, len(pipeline))):
+            if taken % STATUS_EVERY[device.type] == 0:
+                step.failed_at()
+                step.metrics()
+            timer.seconds = engine.wait_seconds
+            yield
+
+    return epoch
+
+
+class _OneBatch:
+    """A pipeline that costs nothing."""
+
+    def __init__(self, batch: Any, length: int) -> None:
+        self._batch, self._length = batch, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def epoch(self, _: int, start: int = 0) -> Iterator[Any]:
+        return itertools.repeat(self._batch, self._length - start)
+
+
+def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers: int) -> Epochs:
+    """A loop of `benchmarks.peers` on the same network."""
+    import torch
+
+    from fastresnet.models import create_model
+    from pipelines.store import open_store
+
+    return importlib.import_module(f"benchmarks.peers.{module}").open_training(
+        open_store(work.folder),
+        create_model(model),
+        timer,
+        batch_size=work.batch_size,
+        device=torch.device(work.device),
+        workers=workers,
+    )
+
+
+def _report(contestants: list[Contestant], surroundings: dict[str, Any]) -> Report:
+    from benchmarks.measurement import ratio, spread
+
+    rows = [
+        {
+            "name": contestant.entry.name,
+            "kind": contestant.entry.kind,
+            **spread(contestant.images_per_s, "images_per_s"),
+            "rounds": len(contestant.images_per_s),
+            "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(contestant.images_per_s),
+            **contestant.start,
+            "waiting_percent": 0.0,
+            **contestant.used,
+        }
+        for contestant in contestants
+    ]
+    resident, *others = contestants
+    compare = functools.partial(ratio, resident.entry.name, resident.images_per_s)
+    return {
+        "schema": SCHEMA,
+        "benchmark": "train",
+        "environment": surroundings,
+        "limits": {"step_only_images_per_s": rows[1]["images_per_s"]},
+        "rows": rows,
+        "ratios": [compare(other.entry.name, other.images_per_s) for other in others],
+    }
+
+
+def tables(report: Report) -> list[Table]:
+    """Figures, and ratios of this program to the others."""
+    columns = [
+        ("loop", lambda row: row["name"]),
+        ("1000 images/s", throughput),
+        ("per step", lambda row: f"{row['ms_per_step']:.1f} ms"),
+        ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
+        ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
+        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+    ]
+    environment = report["environment"]
+    heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
+    return [figures_table(report, heading, columns), ratios_table(report)]
+
+
+def notes(_: Report) -> list[str]:
+    """What the tables do not say."""
+    return ["waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own"]
+
+
+def markdown_table(report: Report) -> str:
+    """Figures and ratios for a README."""
+    columns = [
+        ("loop", lambda row: row["name"]),
+        ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
+        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+    ]
+    return markdown(report, columns)
+
+
+def draw_chart(report: Report, path: Path) -> None:
+    """Bars of images/s."""
+    draw_bars(report, path, f"Training {report['environment']['model']}")

@@ -1,0 +1,89 @@
+"""Results compared with one another, and files that are none."""
+
+import json
+
+import pytest
+
+ENVIRONMENT = {"device": "a CPU", "threads": 2, "data": "shapes10", "batch_size": 8, "precision": "fp32"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_report(name, benchmark="train", environment=(), **rows):
+        """`rows` are (lowest, median, highest) by name."""
+        report = {
+            "schema": 1,
+            "benchmark": benchmark,
+            "environment": ENVIRONMENT | dict(environment),
+            "limits": {},
+            "rows": [
+                {"name": row, "images_per_s_low": low, "images_per_s": median, "images_per_s_high": high}
+                for row, (low, median, high) in rows.items()
+            ],
+            "ratios": [],
+        }
+        (tmp_path / name).write_text(json.dumps(report))
+        return tmp_path / name
+
+    return write_report
+
+
+def test_only_what_lies_beyond_the_spread_is_slower_or_faster(write, run):
+    before = write("a.json", worse=(90, 100, 110), same=(90, 100, 110), better=(90, 100, 110))
+    after = write("b.json", worse=(70, 80, 89), same=(80, 85, 90), better=(111, 150, 160))
+    code, out, err = run("bench", "compare", before, after)
+    assert (code, err) == (0, "")
+    words = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert words["worse"] == ["100", "80", "0.800", "SLOWER"]
+    assert words["same"] == ["100", "85", "0.850", "within", "the", "spread"]
+    assert words["better"] == ["100", "150", "1.50", "faster"]
+    assert "1 of 3 slower beyond the spread" in out
+
+
+def test_what_cannot_be_compared_is_told(write, run):
+    before = write("a.json", both=(1, 2, 3), old=(1, 2, 3))
+    after = write("b.json", environment={"device": "another CPU"}, both=(1, 2, 3), new=(1, 2, 3))
+    code, out, _ = run("bench", "compare", before, after)
+    assert code == 0
+    assert "nothing slower" in out
+    assert "not the same device: a CPU, another CPU" in out
+    assert "in one of the two only: new, old" in out
+
+
+def test_results_of_different_benchmarks_are_refused(write, run):
+    code, _, err = run("bench", "compare", write("a.json", x=(1, 2, 3)), write("b.json", "loaders", x=(1, 2, 3)))
+    assert code == 2
+    assert "bench train" in err
+    assert "bench loaders" in err
+    code, _, err = run("bench", "compare", write("a.json", x=(1, 2, 3)), write("b.json", y=(1, 2, 3)))
+    assert code == 2
+    assert "no row in common" in err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"\xff\x00",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{}",
+        b'{"schema": 2, "benchmark": "train", "environment": {}, "limits": {}, "rows": [], "ratios": []}',
+        b'{"schema": 1, "benchmark": "other", "environment": {}, "limits": {}, "rows": [], "ratios": []}',
+        b'{"schema": 1, "benchmark": ["train"], "environment": {}, "limits": {}, "rows": [], "ratios": []}',
+        b'{"schema": 1, "benchmark": "train", "rows": []}',
+        b"[" * 200_000,
+    ],
+)
+@pytest.mark.parametrize("command", ["show", "compare"])
+def test_what_is_no_result_is_refused_in_one_line(tmp_path, write, run, command, content):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_bytes(content)
+    good = [write("good.json", x=(1, 2, 3))] if command == "compare" else []
+    code, _, err = run("bench", command, *good, path)
+    assert code == 2
+    assert str(path) in err
+    assert len(err.splitlines()) == 1

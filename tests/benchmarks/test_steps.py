@@ -1,0 +1,307 @@
+"""The step benchmark: its counts are those made by hand, and its figures agree with one another and survive a stop."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from benchmarks import stepping, steps
+from benchmarks.__main__ import main
+from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
+from benchmarks.measurement import matmul_rate
+from benchmarks.stepping import Case
+from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, tables
+from fastresnet import cli
+from fastresnet.models import create_model
+from pipelines.errors import RunError
+
+SMALL = {"models": ("resnet20",), "batch_sizes": (4,), "backends": ("eager",), "seconds": 0.001, "device": "cpu"}
+BASE = "train/resnet20/b4/fp32/channels_last/eager"
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch):
+    """Small copies and products: what they are worth is not tested."""
+    from benchmarks import measurement
+
+    copy, product = measurement.copy_bandwidth, measurement.matmul_rate
+    monkeypatch.setattr(measurement, "copy_bandwidth", lambda device: copy(device, 1 << 20))
+    monkeypatch.setattr(measurement, "matmul_rate", lambda device, dtype: product(device, dtype, largest=256))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("steps")
+    files = {"json": folder / "steps.json", "chart": folder / "steps.png", "profile": folder / "trace.json"}
+    small = SMALL | {"batch_sizes": (4, 2), "precisions": ("fp32", "bf16")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepping, "MOST_STEPS", 100)
+        patch.setattr("fastresnet.device._computes_bf16", lambda _: False)  # so that the base is the same everywhere
+        measure_steps(StepOptions(**small, **files, rounds=2))
+    return json.loads(files["json"].read_text()), folder
+
+
+# --- counts ------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(work) -> int:
+    with ByteCounter() as counter:
+        work()
+    return counter.bytes
+
+
+def test_flops_of_a_convolution():
+    """8 output channels, each pixel 3 x 3 x 3 multiply-adds, on 32 x 32 pixels; padding counts as if computed."""
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False))
+    forward = 2 * 8 * 27 * 1024
+    assert flops_per_image(convolution, training=False) == forward
+    # The images need no gradient, so that the backward pass has only that of the weights.
+    assert flops_per_image(convolution, training=True) == 2 * forward
+
+
+def test_flops_of_resnet20():
+    """40.81 million multiply-adds with shortcut B; for training 3 times as many, less the gradient of the images."""
+    model = create_model("resnet20")
+    first_layer = 16 * 27 * 1024
+    stages = [
+        6 * 16 * 16 * 9 * 1024,
+        (16 * 32 + 5 * 32 * 32) * 9 * 256 + 16 * 32 * 256,
+        (32 * 64 + 5 * 64 * 64) * 9 * 64 + 32 * 64 * 64,
+    ]
+    macs = first_layer + sum(stages) + 640
+    assert round(macs / 1e6, 2) == 40.81
+    assert flops_per_image(model, training=False) == 2 * macs
+    assert flops_per_image(model, training=True) == 2 * (3 * macs - first_layer)
+
+
+@pytest.mark.parametrize(
+    ("work", "moved"),
+    [
+        (lambda x: x + x.t(), 4 * 3 * 100),
+        (lambda x: x.add_(1), 4 * 2 * 100),
+        (lambda x: torch.empty(10, 10).copy_(x), 4 * 2 * 100),  # what is overwritten is not read
+        (lambda x: x.zero_(), 4 * 100),
+        (lambda x: x.bfloat16(), (4 + 2) * 100),
+        (lambda x: x[0].expand(50, 10) * 2, 4 * (10 + 500)),  # ten values lie in memory
+        (lambda x: (x.t(), x.view(-1)[3:], x.detach(), torch.empty_like(x)), 0),
+        (lambda x: F.relu(x), 4 * 2 * 100),
+    ],
+)
+def test_bytes_of_operators(work, moved):
+    x = torch.ones(10, 10)
+    assert bytes_of(lambda: work(x)) == moved
+
+
+def test_bytes_of_a_linear_layer_and_its_backward_pass():
+    layer, x = nn.Linear(20, 5), torch.ones(8, 20, requires_grad=True)
+    weight, bias, into, out = 100, 5, 160, 40
+    forward = into + weight + bias + out
+    # Three products or sums, each of which reads the gradient of the output: of the input, the weights and the bias.
+    backward = (out + weight + into) + (out + into + weight) + (out + bias)
+    gradient = torch.ones(8, 5)
+    assert bytes_of(lambda: layer(x)) == 4 * forward
+    assert bytes_of(lambda: layer(x).backward(gradient)) == 4 * (forward + backward)
+
+
+def test_bytes_of_an_update():
+    """Parameter and momentum are read and written; so is the gradient, by what PyTorch declares."""
+    parameter = nn.Parameter(torch.ones(1000))
+    parameter.grad = torch.ones(1000)
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+    optimizer.step()
+    assert bytes_of(optimizer.step) == pytest.approx(4 * 6 * 1000, abs=100)
+
+
+def test_memory_of_a_training_step_is_what_the_backward_pass_needs():
+    """Input, output of the convolution and of the relu, each kept once."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    largest = 8 * 1024
+    kept = 3 * 1024 + 2 * largest + 2 * 8  # and mean and deviation of each channel
+    assert memory_per_image(model, 2, training=True) == pytest.approx(2 * kept, abs=4 * 4 * 8)
+    assert memory_per_image(model, 2, training=False) == 2 * 3 * largest
+
+
+def test_the_rate_of_matrix_products_is_positive():
+    assert matmul_rate(torch.device("cpu"), torch.float32, largest=256) > 0
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------
+
+
+def test_every_case_is_measured_in_every_round(result):
+    report, _ = result
+    assert (report["schema"], report["benchmark"]) == (1, "step")
+    assert [row["name"] for row in report["rows"]] == [
+        BASE,
+        "train/resnet20/b2/fp32/channels_last/eager",
+        "inference/resnet20/b4/fp32/channels_last/eager",
+        "inference/resnet20/b2/fp32/channels_last/eager",
+        "train/resnet20/b4/bf16/channels_last/eager",
+        "train/resnet20/b4/fp32/contiguous/eager",
+    ]
+    for row in report["rows"]:
+        fields = ("mode", "model", "batch_size", "precision", "memory_format", "backend")
+        parts = [f"b{row[field]}" if field == "batch_size" else row[field] for field in fields]
+        assert "/".join(parts) == row["name"]
+        assert (row["kind"], row["rounds"]) == ("ours", 2)
+        assert 0 < row["images_per_s_low"] <= row["images_per_s"] <= row["images_per_s_high"]
+        assert row["ms_per_step"] == pytest.approx(1000 * row["batch_size"] / row["images_per_s"])
+    (split,) = report["splits"]
+    assert split["model"] == "resnet20"
+    assert all(split[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer"))
+
+
+def test_the_report_tells_where_it_was_measured(result):
+    environment = result[0]["environment"]
+    assert {"device", "threads", "versions", "commit", "command", "started"} <= environment.keys()
+    assert (environment["precision"], environment["batch_size"], environment["backend"]) == ("fp32", 4, "eager")
+
+
+def test_the_roof_follows_from_the_limits_and_the_counts(result):
+    report, _ = result
+    for row in report["rows"]:
+        computing = row["flops_per_image"] / (report["limits"]["matmul_tflops"][row["precision"]] * 1e12)
+        moving = row["bytes_per_image"] / (report["limits"]["copy_gb_per_s"] * 1e9)
+        assert row["percent_of_roof"] == pytest.approx(100 * row["images_per_s"] * max(computing, moving))
+        assert row["bound"] == ("compute" if computing > moving else "memory")
+
+
+def test_counts_of_a_case(result):
+    rows = {row["name"]: row for row in result[0]["rows"]}
+    base, inference = rows[BASE], rows[BASE.replace("train", "inference")]
+    assert base["flops_per_image"] == 2 * (3 * 40_813_184 - 442_368)
+    assert inference["flops_per_image"] == 2 * 40_813_184
+    # Inference reads and writes each of the 19 large convolutions' outputs at least 3 times (convolution, batch norm,
+    # relu), and every parameter once in a batch.
+    activations = 7 * 16 * 1024 + 6 * 32 * 256 + 6 * 64 * 64
+    assert inference["bytes_per_image"] > 4 * (5 * activations + 272_474 / 4)
+    assert inference["bytes_per_image"] < 4 * (9 * activations + 272_474)
+    assert base["bytes_per_image"] > 2 * inference["bytes_per_image"]
+    smaller = rows[BASE.replace("b4", "b2")]
+    # Parameters, gradients and momentum are moved once a step, and so twice as often for an image in half the batch.
+    assert smaller["bytes_per_image"] > base["bytes_per_image"]
+
+
+def test_ratios_are_between_cases_that_differ_in_one_thing(result):
+    assert [(each["name"], each["over"]) for each in result[0]["ratios"]] == [
+        (BASE.replace("fp32", "bf16"), BASE),
+        (BASE, BASE.replace("channels_last", "contiguous")),
+    ]
+
+
+def test_tables_fit_into_80_columns(result, capsys, monkeypatch):
+    from benchmarks.report import print_report
+
+    monkeypatch.setenv("COLUMNS", "80")
+    report = json.loads(json.dumps(result[0]))
+    longest = {"model": "resnet110", "batch_size": 4096, "backend": "compile", "percent_of_roof": 123.4}
+    figures = {"images_per_s": 525_400.0, "images_per_s_low": 501_234.0, "images_per_s_high": 531_234.0}
+    report["rows"][0] |= longest | figures
+    print_report(tables(report), [])
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert "resnet110 b4096 fp32 NHWC compile 525 (501–531)" in " ".join(out.split())
+    assert any("GB/s" in note for note in notes(result[0]))
+    lines = markdown_table(result[0]).splitlines()
+    assert len(lines) == 2 + len(result[0]["rows"])
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_case_above_its_roof_is_explained(result):
+    report = json.loads(json.dumps(result[0]))
+    for row in report["rows"]:
+        row["percent_of_roof"] = 50.0
+    assert not any("faster than its roof" in note for note in notes(report))
+    report["rows"][1]["percent_of_roof"] = 120.0
+    assert any("faster than its roof" in note and report["rows"][1]["name"] in note for note in notes(report))
+
+
+def test_chart_and_trace_are_files_of_their_kinds(result):
+    _, folder = result
+    with Image.open(folder / "steps.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 1000
+    trace = json.loads((folder / "trace.json").read_text())
+    assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
+
+
+def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
+    turns = []
+    take_turn = stepping.Contender.take_turn
+
+    def stopped_in_the_second_round(self, seconds):
+        turns.append(self.case.name)
+        if turns.count(self.case.name) == 2:
+            raise KeyboardInterrupt
+        take_turn(self, seconds)
+
+    monkeypatch.setattr(stepping.Contender, "take_turn", stopped_in_the_second_round)
+    path = tmp_path / "steps.json"
+    arguments = ["--models", "resnet20", "--batch-sizes", "2", "--backends", "eager", "--precisions", "fp32"]
+    arguments += ["--seconds", "0.001", "--device", "cpu", "--json", str(path)]
+    assert cli.guarded(main, ["step", *arguments]) == 130
+    report = json.loads(path.read_text())
+    assert {row["rounds"] for row in report["rows"]} == {1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "resnet2"], "did you mean 'resnet20'?"),
+        (["--precisions", "bf61"], "did you mean 'bf16'?"),
+        (["--precisions", "auto"], "unknown precision 'auto'"),
+        (["--backends", "compiled"], "did you mean 'compile'?"),
+        (["--backends", "graph", "--device", "cpu"], "--backends graph"),
+        (["--batch-sizes", "128", "0"], "--batch-sizes 128 0"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--seconds", "nan"], "--seconds nan"),
+        (["--json", "no/such/folder/f.json"], "there is no folder no/such/folder"),
+        (["--profile", "no/such/folder/f.json"], "there is no folder no/such/folder"),
+        (["--chart", "chart.doc"], "unknown kind of chart '.doc'"),
+        (["--profile", "trace.gz"], "unknown kind of trace '.gz'"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(capsys, arguments, message):
+    assert cli.guarded(main, ["step", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr("fastresnet.device._computes_bf16", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
+    with pytest.raises(steps.UsageError, match="an old GPU lacks it"):
+        steps._sweep(StepOptions(precisions=("bf16",)), torch.device("cuda"))
+
+
+def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
+    monkeypatch.setattr("fastresnet.device._computes_bf16", lambda _: True)
+    base, *others = steps._sweep(StepOptions(), torch.device("cuda"))
+    assert base.name == "train/resnet20/b128/bf16/channels_last/graph"
+    assert len(set(others)) == len(others)
+    varied = ("model", "batch_size", "precision", "memory_format", "backend")
+    assert all(sum(getattr(base, key) != getattr(case, key) for key in varied) <= 1 for case in others)
+    assert {"eager", "compile", "fp16", "contiguous", "resnet110", "b4096"} <= {
+        part for case in others for part in case.name.split("/")
+    }
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
+    monkeypatch.setattr(stepping, "free_memory", lambda _: 10 << 20)
+    case = Case(
+        mode=mode,
+        model="resnet20",
+        batch_size=1 << 16,
+        precision="fp32",
+        memory_format="channels_last",
+        backend="eager",
+    )
+    with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
+        steps._prepared(stepping.Contender, case, torch.device("cpu"), lambda _: None)

@@ -1,0 +1,133 @@
+"""The training benchmark, whole and small, and its peers against the textbook."""
+
+import json
+from contextlib import closing
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.__main__ import main
+from benchmarks.contestant import WaitTimer
+from benchmarks.peers import plain_torch, timm_style
+from fastresnet import cli
+from fastresnet.models import create_model
+
+NAMES = ["resident", "step-only", "peer:plain-torch", "peer:timm-style"]
+SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def report(data_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTRESNET_DATA", str(data_root))
+        files = ["--json", str(folder / "train.json"), "--chart", str(folder / "train.png")]
+        assert cli.guarded(main, ["train", *SMALL, *files]) == 0
+    return folder / "train.json"
+
+
+def test_every_loop_takes_part_and_says_how_long_it_waited(report):
+    figures = json.loads(report.read_text())
+    assert (figures["schema"], figures["benchmark"]) == (1, "train")
+    assert [row["name"] for row in figures["rows"]] == NAMES
+    for row in figures["rows"]:
+        assert row["rounds"] == 2
+        assert 0 < row["images_per_s_low"] <= row["images_per_s"] <= row["images_per_s_high"]
+        assert row["ms_per_step"] == pytest.approx(16_000 / row["images_per_s"])
+        assert 0 <= row["waiting_percent"] < 100
+    assert [(each["name"], each["over"]) for each in figures["ratios"]] == [("resident", name) for name in NAMES[1:]]
+    assert figures["environment"]["model"] == "resnet20"
+    with Image.open(report.with_suffix(".png")) as picture:
+        assert picture.width >= 1000
+
+
+def test_a_result_can_be_shown_again(report, run):
+    code, out, err = run("bench", "show", report)
+    assert (code, err) == (0, "")
+    assert all(name.removeprefix("peer:") in out for name in NAMES)
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("waiting:"))
+    code, out, _ = run("bench", "show", report, "--markdown")
+    assert code == 0
+    assert out.count("\n") == 2 + len(NAMES)
+    assert len({line.count("|") for line in out.splitlines()}) == 1
+
+
+def test_an_interrupted_run_leaves_the_rounds_that_are_finished(data_root, tmp_path, monkeypatch):
+    from benchmarks import contestant
+
+    monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
+    turns = []
+    original = contestant.Contestant.take_turn
+
+    def interrupted(self, seconds):
+        turns.append(self)
+        if len(turns) > 4:
+            raise KeyboardInterrupt
+        original(self, seconds)
+
+    monkeypatch.setattr(contestant.Contestant, "take_turn", interrupted)
+    assert cli.guarded(main, ["train", *SMALL, "--json", str(tmp_path / "train.json")]) == 130
+    assert {row["rounds"] for row in json.loads((tmp_path / "train.json").read_text())["rows"]} == {1}
+    assert not any(each._process.is_alive() for each in turns)
+
+
+@pytest.mark.parametrize("peer", [plain_torch, timm_style])
+def test_a_peer_trains_the_network_through_every_batch(peer, dataset):
+    torch.manual_seed(0)
+    network = create_model("resnet20")
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    timer, seen = WaitTimer(), []
+
+    def watch(batches):
+        for batch in timer(batches):
+            seen.append(batch)
+            yield batch
+
+    epoch = peer.open_training(dataset, network, watch, batch_size=100, device=torch.device("cpu"), workers=0)
+    with closing(epoch(0)) as steps:
+        assert len(list(steps)) == 3  # of 331 images
+    assert all(len(labels) == 100 for _, labels in seen)
+    assert timer.seconds > 0
+    assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_the_peers_see_images_of_the_same_range(dataset):
+    """mean = std = 0.5: values in -1..1, both ends occurring; the timm-style loop normalises on the device."""
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, images):
+            self.seen.append(images)
+            return self.weight * images.mean(dim=(1, 2, 3))[:, None].expand(-1, 10)
+
+    for peer in (plain_torch, timm_style):
+        spy = Spy()
+        epoch = peer.open_training(dataset, spy, iter, batch_size=100, device=torch.device("cpu"), workers=0)
+        list(epoch(0))
+        values = torch.cat(spy.seen)
+        assert values.shape == (300, 3, 32, 32)
+        assert (values.min(), values.max()) == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet21"], "did you mean 'resnet20'"),
+        (["--batch-size", "999"], "batch size 999 is larger than the training set"),
+        (["--compile", "graph"], "needs a GPU"),
+        (["--seconds", "0"], "nothing to measure"),
+        (["--seconds", "inf"], "nothing to measure"),
+        (["--device", "cuda"], "sees no CUDA device"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("bench", "train", "--data", "shapes10", *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
