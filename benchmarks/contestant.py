@@ -12,6 +12,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import RunError
+from pipelines.errors import RunError, UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +121,11 @@ class Contestant:
             answer = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RunError(f"{self.entry.name} died with exit code {self._process.exitcode}.") from None
+            code = self._process.exitcode
+            reason = ": perhaps memory ran out; give a smaller --batch-size" if code == -signal.SIGKILL else ""
+            raise RunError(f"{self.entry.name} died with exit code {code}{reason}.") from None
         if isinstance(answer, str):
-            raise RunError(f"{self.entry.name} failed:\n{answer}")
+            raise RunError(f"{self.entry.name} failed: {answer}")
         return answer
 
 
@@ -130,14 +133,19 @@ def _serve(connection: Connection, entry: Entry, work: Work) -> None:
     try:
         import torch  # before the clock starts: every contestant needs it
 
+        from fastresnet.device import explained_failures
+
         multiprocessing.set_start_method(None, force=True)  # that of a program by itself, for the loaders' own workers
         torch.zeros(1, device=work.device)  # so is the GPU's context
-        turns = _Turns(entry, work)
-        connection.send(turns.start)
-        for seconds in _messages(connection):
-            connection.send(turns.take(seconds))
+        with explained_failures("give a smaller --batch-size"):
+            turns = _Turns(entry, work)
+            connection.send(turns.start)
+            for seconds in _messages(connection):
+                connection.send(turns.take(seconds))
+    except UserError as error:
+        connection.send(str(error))
     except Exception:  # noqa: BLE001  told to the parent, who ends the run with it
-        connection.send(traceback.format_exc())
+        connection.send(f"\n{traceback.format_exc()}")
     finally:
         connection.close()
     os._exit(0)  # the libraries' threads and processes have nothing left to save

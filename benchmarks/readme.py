@@ -1,6 +1,6 @@
-"""usage: python -m benchmarks.readme FILE
+"""usage: python -m benchmarks.readme FILE...
 
-Write the tables of `benchmarks/results` into FILE, each between `<!-- results: NAME -->` and `<!-- end -->`.
+Write the tables of `benchmarks/results` into each FILE, between `<!-- results: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _provenance(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    path = Path(sys.argv[1])
-    write_bytes(path, with_tables(path.read_text()).encode())
+    for path in map(Path, sys.argv[1:]):
+        write_bytes(path, with_tables(path.read_text()).encode())

@@ -127,7 +127,7 @@ def grouped(value: float) -> str:
 
 
 def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
-    """Bars of images/s with their spread, on a logarithmic scale, and the `limit` with its name."""
+    """Bars of images/s with their spread, and the `limit` with its name; on a logarithmic scale if they differ widely."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,8 +147,9 @@ def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str]
     axes.bar(0, 0, color="tab:gray", label="as other libraries' users write it")
     if limit is not None:
         axes.axvline(limit[0], color="tab:red", linestyle="--", label=limit[1])
-    axes.set_xscale("log")
-    axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
+    if max(medians) > 20 * min(medians):
+        axes.set_xscale("log")
+        axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
     axes.set_xlabel("images/s (median of the rounds; whiskers: lowest and highest)")
     figure.suptitle(f"{heading}: {title(report)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

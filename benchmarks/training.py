@@ -54,13 +54,13 @@ class TrainingOptions:
     seconds: float = 8.0
     """Length of a turn."""
     quick: bool = False
-    """3 rounds of 3 seconds, for a first look."""
+    """3 rounds of 3 seconds, for a first look; compiles nothing on a CPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
     """Of this program: auto, fp32, bf16 or fp16. The plain loop computes in fp32, the timm-style one in bf16."""
     compile: str = "auto"
-    """Of this program: off, on, graph or auto, which is graph on a GPU and off on a CPU."""
+    """Of this program: off, on, graph or auto, which is graph on a GPU; on a CPU whichever measures faster."""
     json: Path | None = None
     """Write the figures to this file, after every round."""
     chart: Path | None = None
@@ -84,12 +84,10 @@ class TrainingOptions:
 
 def measure_training(options: TrainingOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    from fastresnet.device import DTYPES, environment, resolve_compile, resolve_device, resolve_precision
+    from fastresnet.device import DTYPES, environment, resolve_device, resolve_precision
 
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    compile_ = resolve_compile(options.compile, device)
-    backend = COMPILE["off" if compile_ == "auto" else compile_]
     dataset = cli.find_dataset(options.data, options.root)
     if options.batch_size > len(dataset.train):
         raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
@@ -99,6 +97,7 @@ def measure_training(options: TrainingOptions) -> None:
         device=device.type,
         dtype=str(DTYPES[precision]).removeprefix("torch."),
     )
+    backend = _backend(options, work, precision)
     surroundings = {
         **environment(device),
         "precision": precision,
@@ -134,37 +133,34 @@ def measure_training(options: TrainingOptions) -> None:
         draw_chart(report, options.chart)
 
 
-def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backend: str, data: bool) -> Epochs:
-    """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
-    import torch
-
-    from fastresnet.config import TrainConfig
-    from fastresnet.device import resolve_device
-    from fastresnet.models import create_model
-    from fastresnet.training.engine import Engine
-    from fastresnet.training.optimizer import create_optimizer
-    from fastresnet.training.step import TrainStep
-    from fastresnet.training.trainer import STATUS_EVERY
-    from pipelines import Augmentation, open_pipeline
-    from pipelines.store import open_store
+def _backend(options: TrainingOptions, work: Work, precision: str) -> str:
+    """What `fastresnet train` would choose for a long run."""
+    from fastresnet.device import explained_failures, resolve_compile, resolve_device
+    from fastresnet.training.engine import faster_backend
 
     device = resolve_device(work.device)
-    pipeline = open_pipeline(
-        "resident",
-        open_store(work.folder),
-        train=True,
-        batch_size=work.batch_size,
-        device=device,
-        dtype=getattr(torch, work.dtype),
-        seed=0,
-        augmentation=Augmentation(),
-    )
+    compile_ = resolve_compile(options.compile, device)
+    if compile_ != "auto":
+        return COMPILE[compile_]
+    if options.quick:
+        return "eager"
+    with explained_failures("give a smaller --batch-size"):
+        batch = next(_open_pipeline(work, device).epoch(0))
+        return faster_backend(_create_step(options.model, precision, device), batch, STEPS)[0]
+
+
+def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backend: str, data: bool) -> Epochs:
+    """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
+    from fastresnet.device import resolve_device
+    from fastresnet.training.engine import Engine
+    from fastresnet.training.trainer import STATUS_EVERY
+
+    device = resolve_device(work.device)
+    pipeline = _open_pipeline(work, device)
     batch = next(pipeline.epoch(0))
     if not data:
         pipeline = _OneBatch(batch, len(pipeline))
-    network = create_model(model).to(device, memory_format=torch.channels_last).train()
-    optimizer = create_optimizer(network, TrainConfig(model=model))
-    step = TrainStep(network, optimizer, [0.1] * STEPS, precision=precision, device=device)
+    step = _create_step(model, precision, device)
     engine = Engine(step, pipeline, backend)
     engine.prepare(batch)
 
@@ -177,6 +173,37 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backe
             yield
 
     return epoch
+
+
+def _open_pipeline(work: Work, device: Any) -> Any:
+    import torch
+
+    from pipelines import Augmentation, open_pipeline
+    from pipelines.store import open_store
+
+    return open_pipeline(
+        "resident",
+        open_store(work.folder),
+        train=True,
+        batch_size=work.batch_size,
+        device=device,
+        dtype=getattr(torch, work.dtype),
+        seed=0,
+        augmentation=Augmentation(),
+    )
+
+
+def _create_step(model: str, precision: str, device: Any) -> Any:
+    import torch
+
+    from fastresnet.config import TrainConfig
+    from fastresnet.models import create_model
+    from fastresnet.training.optimizer import create_optimizer
+    from fastresnet.training.step import TrainStep
+
+    network = create_model(model).to(device, memory_format=torch.channels_last).train()
+    optimizer = create_optimizer(network, TrainConfig(model=model))
+    return TrainStep(network, optimizer, [0.1] * STEPS, precision=precision, device=device)
 
 
 class _OneBatch:

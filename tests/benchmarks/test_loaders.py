@@ -1,6 +1,9 @@
 """The loader benchmark, whole and small: every contestant runs, and the figures agree with one another."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -93,7 +96,7 @@ def test_ratios_are_taken_round_by_round():
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
-    with pytest.raises(RunError, match=r"broken failed:\n(.*\n)*.*no_such_peer"):
+    with pytest.raises(RunError, match=r"broken failed: \n(.*\n)*.*no_such_peer"):
         Contestant(Entry(name="broken", kind="peer", opener="benchmarks.peers.no_such_peer:open"), work)
 
 
@@ -115,3 +118,24 @@ def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, command, ar
     code = cli.main(["bench", *arguments]) if command == "fastresnet bench" else cli.guarded(main, arguments)
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def out_of_memory(*_):
+    raise MemoryError
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("opener", "message"),
+    [("out_of_memory", "broken failed: out of memory: give a smaller"), ("killed", "broken died with exit code -9")],
+)
+def test_a_contestant_without_memory_is_told_in_one_line(dataset, monkeypatch, opener, message):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
+    with pytest.raises(RunError, match=message) as caught:
+        Contestant(Entry(name="broken", kind="peer", opener=f"test_loaders:{opener}"), work)
+    assert len(str(caught.value).splitlines()) == 1

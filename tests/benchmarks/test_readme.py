@@ -7,12 +7,14 @@ import pytest
 
 from benchmarks.readme import RESULTS, with_tables
 
-README = Path(__file__).parents[2] / "README.md"
+PROJECT = Path(__file__).parents[2]
 
 
-def test_the_readme_is_up_to_date():
-    text = README.read_text()
-    assert with_tables(text) == text, "run: python -m benchmarks.readme README.md"
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_every_table_is_up_to_date(name):
+    text = (PROJECT / name).read_text()
+    assert "<!-- results: " in text
+    assert with_tables(text) == text, "run: python -m benchmarks.readme README.md benchmarks/README.md"
 
 
 def test_a_table_is_replaced_and_nothing_else():
