@@ -127,7 +127,7 @@ def grouped(value: float) -> str:
 
 
 def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
-    """Bars of images/s with their spread, and the `limit` with its name; on a logarithmic scale if they differ widely."""
+    """Bars of images/s with their spread, and the `limit` with its name; logarithmic where they differ widely."""
     import matplotlib
 
     matplotlib.use("Agg")
