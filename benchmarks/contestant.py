@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -18,9 +19,15 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import RunError, UserError
+from fastresnet import cli
+from fastresnet.config import DEVICES, PRECISIONS
+from pipelines.errors import RunError, UsageError, UserError, check_choice
+from pipelines.store import Dataset
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +40,66 @@ class Work:
     device: str
     dtype: str
     """Name of a torch type."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RaceOptions:
+    """What every race can be told. Raises `UsageError` on impossible values."""
+
+    data: str = "cifar10"
+    """Name or folder of the data set."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    batch_size: int = 128
+    """Images per batch."""
+    rounds: int = 7
+    """Turns that each contestant gets."""
+    seconds: float = 2.0
+    """Length of a turn."""
+    quick: bool = False
+    """3 short rounds, for a first look; compiles nothing on a CPU."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """Of this program: auto, fp32, bf16 or fp16."""
+    json: Path | None = None
+    """Write the figures to this file, after every round."""
+    chart: Path | None = None
+    """Draw them in this file (.png, .svg or .pdf)."""
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, DEVICES)
+        check_choice("precision", self.precision, PRECISIONS)
+        cli.check_output("--json", self.json)
+        cli.check_output("--chart", self.chart)
+        if self.chart is not None:
+            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
+        if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
+            raise UsageError(
+                f"--rounds {self.rounds} --seconds {self.seconds} --batch-size {self.batch_size}: there is nothing to "
+                "measure."
+            )
+
+
+def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, str, Work]:
+    """Data set, device and precision that `options` stand for, and the work they make.
+
+    Raises `UsageError` and `DataError` where they do not exist or do not fit together.
+    """
+    from fastresnet.device import DTYPES, resolve_device, resolve_precision
+
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    dataset = cli.find_dataset(options.data, options.root)
+    if options.batch_size > len(dataset.train):
+        raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
+    work = Work(
+        folder=dataset.folder.absolute(),
+        batch_size=options.batch_size,
+        device=device.type,
+        dtype=str(DTYPES[precision]).removeprefix("torch."),
+    )
+    return dataset, device, precision, work
 
 
 Epochs = Callable[[int], Iterable[Any]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import math
 import os
 import statistics
 import warnings
@@ -15,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.contestant import Contestant, Entry, Epochs, WaitTimer, Work, race
+from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
 from benchmarks.report import (
     SCHEMA,
     Report,
@@ -28,11 +27,9 @@ from benchmarks.report import (
     title,
     write_report,
 )
-from fastresnet import cli
-from fastresnet.config import DEVICES, PRECISIONS
 from pipelines import PIPELINES, is_installed
 from pipelines.convert import prepare
-from pipelines.errors import Note, UsageError, check_choice
+from pipelines.errors import Note
 from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
 
@@ -42,62 +39,20 @@ LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoadersOptions:
+class LoadersOptions(RaceOptions):
     """Measure every loader on the same work: crop with padding 4, flip and normalise, in random order."""
 
-    data: str = "cifar10"
-    """Name or folder of the data set."""
-    root: Path | None = None
-    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     batch_size: int = 512
     """Images per batch."""
-    rounds: int = 7
-    """Turns that each loader gets."""
-    seconds: float = 2.0
-    """Length of a turn."""
-    quick: bool = False
-    """3 rounds of half a second, for a first look."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: str = "auto"
-    """Data type of the images: auto, fp32, bf16 or fp16."""
-    json: Path | None = None
-    """Write the figures to this file."""
-    chart: Path | None = None
-    """Draw them in this file (.png, .svg or .pdf)."""
-
-    def __post_init__(self) -> None:
-        check_choice("device", self.device, DEVICES)
-        check_choice("precision", self.precision, PRECISIONS)
-        cli.check_output("--json", self.json)
-        cli.check_output("--chart", self.chart)
-        if self.chart is not None:
-            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
-        if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
-            raise UsageError(
-                f"--rounds {self.rounds} --seconds {self.seconds} --batch-size {self.batch_size}: there is nothing to "
-                "measure."
-            )
 
 
 def measure_loaders(options: LoadersOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
     from benchmarks.measurement import copy_bandwidth
-    from fastresnet.device import DTYPES, resolve_device, resolve_precision
 
-    device = resolve_device(options.device)
-    precision = resolve_precision(options.precision, device)
-    dataset = cli.find_dataset(options.data, options.root)
-    if options.batch_size > len(dataset.train):
-        raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
+    dataset, device, precision, work = describe_work(options)
     entries = _available(dataset)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
-    work = Work(
-        folder=dataset.folder.absolute(),
-        batch_size=options.batch_size,
-        device=device.type,
-        dtype=str(DTYPES[precision]).removeprefix("torch."),
-    )
     surroundings = _surroundings(device)
     limits: list[float] = []
     for contestants in race(entries, work, rounds=rounds, seconds=seconds):

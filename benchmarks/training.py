@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import math
 import os
 import statistics
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.contestant import Contestant, Entry, Epochs, WaitTimer, Work, race
+from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
 from benchmarks.report import (
     SCHEMA,
     Report,
@@ -28,75 +27,39 @@ from benchmarks.report import (
     title,
     write_report,
 )
-from fastresnet import cli
-from fastresnet.config import COMPILE, DEVICES, PRECISIONS
+from fastresnet.config import COMPILE
 from fastresnet.models import list_models
-from pipelines.errors import UsageError, check_choice
+from pipelines.errors import check_choice
 
 STEPS = 1_000_000
 """More than any contestant takes: as many learning rates are laid out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingOptions:
-    """Measure training from end to end: batches, steps and metrics, without evaluation."""
+class TrainingOptions(RaceOptions):
+    """Measure training from end to end: batches, steps and metrics, without evaluation.
 
-    data: str = "cifar10"
-    """Name or folder of the data set."""
-    root: Path | None = None
-    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    The plain loop computes in fp32, the timm-style one in bf16, whatever --precision says.
+    """
+
     model: str = "resnet20"
     """Network that all contestants train."""
-    batch_size: int = 128
-    """Images per step."""
-    rounds: int = 7
-    """Turns that each contestant gets."""
     seconds: float = 8.0
     """Length of a turn."""
-    quick: bool = False
-    """3 rounds of 3 seconds, for a first look; compiles nothing on a CPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: str = "auto"
-    """Of this program: auto, fp32, bf16 or fp16. The plain loop computes in fp32, the timm-style one in bf16."""
     compile: str = "auto"
     """Of this program: off, on, graph or auto, which is graph on a GPU; on a CPU whichever measures faster."""
-    json: Path | None = None
-    """Write the figures to this file, after every round."""
-    chart: Path | None = None
-    """Draw them in this file (.png, .svg or .pdf)."""
 
     def __post_init__(self) -> None:
+        RaceOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
         check_choice("model", self.model, list_models())
-        check_choice("device", self.device, DEVICES)
-        check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, ("auto", *COMPILE))
-        cli.check_output("--json", self.json)
-        cli.check_output("--chart", self.chart)
-        if self.chart is not None:
-            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
-        if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
-            raise UsageError(
-                f"--rounds {self.rounds} --seconds {self.seconds} --batch-size {self.batch_size}: there is nothing to "
-                "measure."
-            )
 
 
 def measure_training(options: TrainingOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    from fastresnet.device import DTYPES, environment, resolve_device, resolve_precision
+    from fastresnet.device import environment
 
-    device = resolve_device(options.device)
-    precision = resolve_precision(options.precision, device)
-    dataset = cli.find_dataset(options.data, options.root)
-    if options.batch_size > len(dataset.train):
-        raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
-    work = Work(
-        folder=dataset.folder.absolute(),
-        batch_size=options.batch_size,
-        device=device.type,
-        dtype=str(DTYPES[precision]).removeprefix("torch."),
-    )
+    dataset, device, precision, work = describe_work(options)
     backend = _backend(options, work, precision)
     surroundings = {
         **environment(device),
