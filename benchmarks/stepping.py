@@ -20,6 +20,7 @@ from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
+from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.training.engine import Engine
 from fastresnet.training.optimizer import create_optimizer
 from fastresnet.training.step import TrainStep
@@ -247,10 +248,11 @@ def _memory_per_image(model: str, itemsize: int, *, training: bool) -> int:
 
 @functools.cache
 def _count(case: Case, device: torch.device) -> tuple[int, float]:
-    """FLOPs, and bytes that a step of the eager `case` reads and writes, for one image."""
+    """FLOPs, and bytes that PyTorch's operators read and write in a step of the eager `case`, for one image."""
     batch = _random_batch(case, device)
     if case.mode == "train":
         step = _train_step(case, device)
+        fuse_batch_norms(step.model, False)
         with ByteCounter() as counter:
             step(batch.images, batch.labels)
         flops = flops_per_image(step.model, training=True)

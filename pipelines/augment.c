@@ -118,6 +118,4 @@ static inline uint16_t to_bf16(float value) /* to nearest, ties to even; `value`
 DEFINE_AUGMENT(augment_uint8, uint8_t, BYTE)
 DEFINE_AUGMENT(augment_float32, float, FP32)
 DEFINE_AUGMENT(augment_bfloat16, uint16_t, BF16)
-#ifdef __FLT16_MANT_DIG__
 DEFINE_AUGMENT(augment_float16, _Float16, FP16)
-#endif

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import warnings
 import weakref
 from collections import deque
@@ -19,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augment, Normalization, fill_color
+from .compiler import CompilerError, compile_c
 from .errors import Note
 from .sampling import IMAGE_SIZE, Augmentation, Draws
 from .store import Dataset
@@ -106,35 +102,14 @@ def create_augment(
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    """`augment.c`, compiled (in 0.2 s) and loaded; None, and a `Note`, where that is impossible.
-
-    Compiled anew by every process that needs it: there is no cache that could be stale, damaged or written by others.
-    """
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    source = Path(__file__).with_name("augment.c")
-    if shutil.which(compiler[0]) is None:
-        return _fall_back(f"there is no C compiler {compiler[0]!r}")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "augment.so"
+    """`augment.c`, ready to be called; None, and a `Note`, where that is impossible."""
+    try:
         # Contraction to fused multiply-adds would round once where the reference rounds twice.
-        options = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-o", str(library), str(source)]
-        done = subprocess.run([*compiler, *options], capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
-            return _fall_back(f"{shlex.join(compiler)} cannot compile {source.name} ({reason})")
-        try:
-            loaded = ctypes.CDLL(str(library))
-            kernels = [getattr(loaded, f"augment_{name}") for name in ("uint8", "float32", "bfloat16", "float16")]
-        except (OSError, AttributeError) as error:
-            return _fall_back(f"{source.name} cannot be loaded ({error})")
-    for kernel in kernels:
+        library = compile_c(Path(__file__).with_name("augment.c"), "-ffp-contract=off")
+    except CompilerError as error:
+        warnings.warn(f"images are augmented by PyTorch, at a tenth of the speed: {error}.", Note, stacklevel=3)
+        return None
+    for name in ("uint8", "float32", "bfloat16", "float16"):
+        kernel = getattr(library, f"augment_{name}")
         kernel.argtypes, kernel.restype = (ctypes.POINTER(_Batch), ctypes.c_int64), None
-    return loaded
-
-
-def _fall_back(reason: str) -> None:
-    warnings.warn(
-        f"images are augmented by PyTorch, at a tenth of the speed: {reason}; gcc 12 or newer would do.",
-        Note,
-        stacklevel=4,
-    )
+    return library

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastresnet.device import autocast
+from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.training.optimizer import optimizer_state
 
 
@@ -39,6 +40,8 @@ class TrainStep:
         ema_decay: float = 0.0,
     ) -> None:
         """`learning_rates` has one for each step of the run. 0 turns off `clip_norm` and `ema_decay`."""
+        if device.type == "cpu":
+            fuse_batch_norms(model)
         self.model, self.optimizer = model, optimizer
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
