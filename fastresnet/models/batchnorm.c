@@ -1,5 +1,5 @@
-/* Batch norm in a training step on a CPU, with the shortcut's addition and ReLU on the way. Activations lie in memory as
-   [rows][channels] (channels-last), with a multiple of LANES channels.
+/* Batch norm in a training step on a CPU, with the shortcut's addition and ReLU on the way. Activations lie in memory
+   channels-last, as rows of channels, of which there are a multiple of LANES.
 
    Every tile of rows is summed up by itself and the tiles are put together in their order, so that the result does not
    depend on the number of threads. Compiled for OpenMP and linked without it: its functions come from the copy that
@@ -17,14 +17,16 @@ typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 typedef struct {
-    const void *x, *shortcut;          /* [rows][channels] of float, or of bfloat16 where `bf16`; shortcut may be null */
-    void *y;                           /* [rows][channels], what the forward pass returns; null in a backward pass without shortcut */
-    const void *grad_y;                /* [rows][channels], what the backward pass is given */
-    void *grad_x, *grad_shortcut;      /* [rows][channels], what it returns; grad_shortcut may be null */
-    const float *weight, *bias;        /* [channels] */
-    float *running_mean, *running_var; /* [channels], updated by the forward pass */
-    float *mean, *inverse_std;         /* [channels] of this batch, which the forward leaves to the backward pass */
-    float *grad_weight, *grad_bias;    /* [channels] */
+    /* Activations and their gradients: [rows][channels] of float, or of bfloat16 where `bf16` is set. */
+    const void *x, *shortcut;     /* shortcut: or null */
+    void *y;                      /* written forward; read backward, or null where there was no shortcut */
+    const void *grad_y;           /* read backward */
+    void *grad_x, *grad_shortcut; /* written backward; grad_shortcut: or null */
+    /* [channels] */
+    const float *weight, *bias;
+    float *running_mean, *running_var; /* updated forward */
+    float *mean, *inverse_std;         /* of this batch: written forward, read backward */
+    float *grad_weight, *grad_bias;    /* written backward */
     int64_t rows, channels, relu, bf16;
     double momentum, epsilon;
 } Norm;
@@ -181,9 +183,9 @@ static void finish_gradients(const Norm *norm, int64_t c, const float *partial, 
         float *partial = partials + row / tile * 2 * norm->channels;                                                   \
         for (int64_t c = 0; c < norm->channels; c += LANES)                                                            \
             if (norm->bf16)                                                                                            \
-                function(*norm, row, count, c, partial, 1);                                                             \
+                function(*norm, row, count, c, partial, 1);                                                            \
             else                                                                                                       \
-                function(*norm, row, count, c, partial, 0);                                                             \
+                function(*norm, row, count, c, partial, 0);                                                            \
     }
 
 /* 0, or 1 where there is no memory. */
