@@ -40,6 +40,9 @@ class Purpose(IntEnum):
     HOLD_OUT = 4
     SHAPE = 5
     NOISE = 6
+    DROP_PATH = 7
+    MIX = 8
+    MIX_BOX = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,16 @@ def _below(bits: Array, bound: int) -> Array:
 def pair_below(hashes: Array, bound: int) -> tuple[Array, Array]:
     """Two independent uniform integers in 0..bound-1 from each 64-bit hash."""
     return _below(_shift_right(hashes, 32), bound), _below(hashes & _LOW_32_BITS, bound)
+
+
+def step_counters(step: Array, rows: Array) -> Array:
+    """A counter of its own for each of `rows` (below 2**20) of a batch, in every step of a run."""
+    return (step << 20) + rows
+
+
+def uniform(hashes: Array) -> Array:
+    """Uniform numbers in [0, 1), multiples of 2**-24: exact in single precision, to which torch rounds."""
+    return _shift_right(hashes, 40) / (1 << 24)
 
 
 def permutation(key: int, ids: Array) -> Array:

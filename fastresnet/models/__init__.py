@@ -2,39 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
-from pipelines.errors import check_choice
+from pipelines.errors import UsageError, check_choice
 
 if TYPE_CHECKING:
     from torch import nn
 
 DEPTHS = (20, 32, 44, 56, 110, 1202)
 SHORTCUTS = ("A", "B")
-_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
-_PLAINS = {f"plain{depth}": depth for depth in DEPTHS}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Model:
+    family: str
+    depth: int
+    options: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What the family's `create_` function takes besides."""
+    shortcuts: tuple[str, ...] = SHORTCUTS
+
+    @property
+    def is_plain(self) -> bool:
+        return "plain" in self.options
+
+
+_MODELS = {
+    **{f"resnet{depth}": _Model("resnet", depth) for depth in DEPTHS},
+    **{f"plain{depth}": _Model("resnet", depth, {"plain": True}) for depth in DEPTHS},
+    **{f"se-resnet{depth}": _Model("resnet", depth, {"squeeze_excitation": True}) for depth in (20, 56)},
+    **{f"preresnet{depth}": _Model("preresnet", depth) for depth in (20, 56, 110)},
+    "preresnet164": _Model("preresnet", 164, {"bottleneck": True}, ("B",)),
+    **{
+        f"wrn{depth}-{k}": _Model("preresnet", depth, {"widening": k}, ("B",))
+        for depth, k in ((16, 2), (16, 8), (28, 10))
+    },
+    **{
+        f"resnext29-{cardinality}x{width}d": _Model("resnext", 29, {"cardinality": cardinality, "width": width}, ("B",))
+        for cardinality, width in ((2, 16), (4, 64), (8, 64))
+    },
+}
 
 
 def list_models() -> list[str]:
     """All names that `create_model` takes."""
-    return [*_RESNETS, *_PLAINS]
+    return list(_MODELS)
 
 
 def model_depth(name: str) -> int:
-    """Weighted layers of model `name`."""
-    check_choice("model", name, list_models())
-    return {**_RESNETS, **_PLAINS}[name]
+    """Weighted layers of model `name`, as its paper counts them."""
+    check_choice("model", name, _MODELS)
+    return _MODELS[name].depth
 
 
-def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B") -> nn.Module:
+def model_shortcuts(name: str) -> tuple[str, ...]:
+    """The shortcut options that are defined for model `name`."""
+    check_choice("model", name, _MODELS)
+    return _MODELS[name].shortcuts
+
+
+def check_model(name: str, shortcut: str, drop_path: float) -> None:
+    """Raise `UsageError`, which says why, where `create_model` cannot build that."""
+    check_choice("model", name, _MODELS)
+    check_choice("shortcut", shortcut, SHORTCUTS)
+    model = _MODELS[name]
+    if shortcut not in model.shortcuts:
+        raise UsageError(
+            f"shortcut {shortcut} is not defined for {name}: He et al. 2015 pad basic blocks where the resolution "
+            f"halves, but {name} widens in its first stage too. Use shortcut B."
+        )
+    if not 0 <= drop_path < 1:
+        raise UsageError(f"drop path rate {drop_path} is not in 0..1 (1 excluded).")
+    if drop_path and model.is_plain:
+        raise UsageError(f"drop path rate {drop_path}: {name} has no shortcuts to bridge a block left out. Use 0.")
+
+
+def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B", drop_path: float = 0.0) -> nn.Module:
     """Build network `name` with freshly initialised weights from torch's global generator.
 
     `shortcut` says how a residual network bridges a change of width: `A` (identity, subsampled and padded with zero
-    channels) or `B` (1x1 convolution and batch norm). Plain networks have no shortcuts and take no notice of it.
-    Images go in as [N, 3, 32, 32], logits come out as [N, num_classes]. Raises `UsageError` on an unknown name.
+    channels) or `B` (1x1 convolution, and batch norm unless the network is a pre-activation one). Plain networks have
+    no shortcuts and take no notice of it. `drop_path` is the rate of stochastic depth in the last block, for whose
+    randomness see `stochastic_depth.seed_stochastic_depth`. Images go in as [N, 3, 32, 32], logits come out as
+    [N, num_classes]. Raises `UsageError` as `check_model` does.
     """
-    depth = model_depth(name)
-    check_choice("shortcut", shortcut, SHORTCUTS)
-    from .resnet import CifarResNet
+    check_model(name, shortcut, drop_path)
+    from .preresnet import create_preresnet
+    from .resnet import create_resnet
+    from .resnext import create_resnext
 
-    return CifarResNet(depth, num_classes=num_classes, shortcut=shortcut if name in _RESNETS else None)
+    model = _MODELS[name]
+    create = {"resnet": create_resnet, "preresnet": create_preresnet, "resnext": create_resnext}[model.family]
+    return create(model.depth, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path, **model.options)

@@ -2,15 +2,24 @@
 
 6n + 2 weighted layers: a 3x3 convolution, three stages of n blocks with two 3x3 convolutions each (16, 32 and 64
 channels on 32x32, 16x16 and 8x8 pixels), global average pooling and a linear layer. Parameters are named as in
-torchvision (`layer1.0.conv1`, `downsample.0`, `fc`).
+torchvision (`layer1.0.conv1`, `downsample.0`, `fc`). Squeeze and excitation, which blocks may have besides, is from
+Hu, Shen & Sun, "Squeeze-and-Excitation Networks", 2018. The networks in the other files are made of the same parts.
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batchnorm import BatchNorm2d
+from .stochastic_depth import StochasticDepth, linear_decay
+
+Block = Callable[[int, int, int, StochasticDepth | None], nn.Module]
+"""Makes a block from its input channels, output channels, stride and stochastic depth."""
 
 
 class PaddedIdentity(nn.Module):
@@ -28,45 +37,91 @@ class PaddedIdentity(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
 
 
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a number from 0 to 1 that two linear layers make of the means of all channels.
+
+    The reduction ratio between them is 16, as in the paper.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // 16)
+        self.fc2 = nn.Linear(channels // 16, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [N, C, H, W] to the same."""
+        scale = self.fc2(F.relu(self.fc1(x.mean(dim=(2, 3))))).sigmoid()
+        return x * scale[:, :, None, None]
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, around which the shortcut leads; `shortcut` None makes it a plain block."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str | None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        drop_path: StochasticDepth | None,
+        *,
+        shortcut: str | None,
+        squeeze_excitation: bool,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = BatchNorm2d(channels, relu=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm2d(channels, relu=True)
-        self.downsample = _shortcut(in_channels, channels, stride, shortcut)
+        self.bn2 = BatchNorm2d(channels, relu=not (squeeze_excitation or drop_path))
+        self.downsample = create_shortcut(in_channels, channels, stride, shortcut) if shortcut else None
+        self.se = SqueezeExcitation(channels) if squeeze_excitation else nn.Identity()
+        self.drop_path = drop_path or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.bn1(self.conv1(x)))
-        return self.bn2(out, None if self.downsample is None else self.downsample(x))
+        shortcut = None if self.downsample is None else self.downsample(x)
+        if self.bn2.relu:  # nothing stands between batch norm and the addition
+            return self.bn2(out, shortcut)
+        return F.relu(self.drop_path(self.se(self.bn2(out))) + shortcut, inplace=True)
 
 
-def _shortcut(in_channels: int, channels: int, stride: int, option: str | None) -> nn.Module | None:
-    if option is None:
-        return None
+def create_shortcut(in_channels: int, channels: int, stride: int, option: str, *, norm: bool = True) -> nn.Module:
+    """Identity, or where a block changes the shape, shortcut `option` A or B; `norm` False: B without batch norm."""
     if in_channels == channels and stride == 1:
         return nn.Identity()
     if option == "A":
         return PaddedIdentity(channels - in_channels)
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), BatchNorm2d(channels, relu=False))
+    projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+    return nn.Sequential(projection, BatchNorm2d(channels, relu=False)) if norm else nn.Sequential(projection)
+
+
+def create_stages(block: Block, widths: Sequence[int], blocks: int, drop_path: float) -> Iterator[nn.Sequential]:
+    """Stages of `blocks` blocks each. The first of `widths` is the channels of their input, the others are those of
+    the stages; from the second on they start with stride 2.
+    """
+    stages = len(widths) - 1
+    for stage, (in_channels, channels) in enumerate(itertools.pairwise(widths)):
+        shapes = [(in_channels, channels, 2 if stage else 1), *[(channels, channels, 1)] * (blocks - 1)]
+        yield nn.Sequential(
+            *(
+                block(*shape, linear_decay(drop_path, number, stages * blocks))
+                for number, shape in enumerate(shapes, stage * blocks)
+            )
+        )
 
 
 class CifarResNet(nn.Module):
-    """`shortcut`: `A`, `B`, or None for the plain network without shortcuts."""
+    """A 3x3 convolution, three stages of blocks, global average pooling and a linear layer."""
 
-    def __init__(self, depth: int, *, num_classes: int, shortcut: str | None) -> None:
+    def __init__(
+        self, block: Block, widths: tuple[int, int, int, int], blocks: int, *, num_classes: int, drop_path: float
+    ) -> None:
+        """`widths`: channels of the convolution and of the stages; `blocks`: in each stage."""
         super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = BatchNorm2d(16, relu=True)
-        self.layer1 = _stage(16, 16, 1, blocks, shortcut)
-        self.layer2 = _stage(16, 32, 2, blocks, shortcut)
-        self.layer3 = _stage(32, 64, 2, blocks, shortcut)
-        self.fc = nn.Linear(64, num_classes)
-        self.apply(_initialize)
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = BatchNorm2d(widths[0], relu=True)
+        self.layer1, self.layer2, self.layer3 = create_stages(block, widths, blocks, drop_path)
+        self.fc = nn.Linear(widths[3], num_classes)
+        self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, 32, 32] to logits [N, num_classes]."""
@@ -75,15 +130,24 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def _stage(in_channels: int, channels: int, stride: int, blocks: int, shortcut: str | None) -> nn.Sequential:
-    first = BasicBlock(in_channels, channels, stride, shortcut)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1, shortcut) for _ in range(blocks - 1)))
-
-
-def _initialize(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """He, Zhang, Ren & Sun, "Delving Deep into Rectifiers", 2015; convolutions by fan-out, as in the authors' code."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         nn.init.zeros_(module.bias)
+
+
+def create_resnet(
+    depth: int,
+    *,
+    num_classes: int,
+    shortcut: str,
+    drop_path: float,
+    plain: bool = False,
+    squeeze_excitation: bool = False,
+) -> CifarResNet:
+    """ResNet-`depth`, or with `plain` the same network without shortcuts."""
+    block = functools.partial(BasicBlock, shortcut=None if plain else shortcut, squeeze_excitation=squeeze_excitation)
+    return CifarResNet(block, (16, 16, 32, 64), (depth - 2) // 6, num_classes=num_classes, drop_path=drop_path)
