@@ -22,7 +22,7 @@ from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.training.engine import Engine
-from fastresnet.training.optimizer import create_optimizer
+from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Batch, free_memory
 from pipelines.files import replacing
@@ -111,7 +111,7 @@ class SplitContender:
         self.ms: dict[str, list[float]] = {part: [] for part in self.PARTS}
         """Milliseconds a step of every turn, by part."""
         self._batch, self._model = _random_batch(case, device), _network(case, device).train()
-        self._optimizer = create_optimizer(self._model, TrainConfig())
+        (self._optimizer,) = create_optimizers(self._model, TrainConfig())
         self._seconds_per_step = math.inf
         self._take(0), self._take(0)
 
@@ -226,9 +226,9 @@ def _train_step(case: Case, device: torch.device) -> TrainStep:
     model = _network(case, device).train()
     # With learning rates of 0 every step computes the same: learning one batch by heart ends in gradients so small
     # that a CPU takes longer for them.
-    learning_rates = [0.0] * MOST_STEPS
-    optimizer = create_optimizer(model, TrainConfig())
-    return TrainStep(model, optimizer, learning_rates, precision=case.precision, device=device)
+    lr_factors = [0.0] * MOST_STEPS
+    optimizers = create_optimizers(model, TrainConfig())
+    return TrainStep(model, optimizers, lr_factors, precision=case.precision, device=device)
 
 
 def _check_memory(case: Case, device: torch.device) -> None:

@@ -161,12 +161,12 @@ def _create_step(model: str, precision: str, device: Any) -> Any:
 
     from fastresnet.config import TrainConfig
     from fastresnet.models import create_model
-    from fastresnet.training.optimizer import create_optimizer
+    from fastresnet.training.optimizer import create_optimizers
     from fastresnet.training.step import TrainStep
 
     network = create_model(model).to(device, memory_format=torch.channels_last).train()
-    optimizer = create_optimizer(network, TrainConfig(model=model))
-    return TrainStep(network, optimizer, [0.1] * STEPS, precision=precision, device=device)
+    optimizers = create_optimizers(network, TrainConfig(model=model))
+    return TrainStep(network, optimizers, [1.0] * STEPS, precision=precision, device=device)
 
 
 class _OneBatch:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import tomli_w
 from tyro.conf import Suppress
 
-from fastresnet.models import SHORTCUTS, list_models
+from fastresnet.models import check_model
 from pipelines import DECODERS, PIPELINES, Augmentation
 from pipelines.errors import UsageError, check_choice
 from pipelines.sampling import IMAGE_SIZE
@@ -23,6 +23,8 @@ else:
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+OPTIMIZERS = ("sgd", "adamw", "muon")
+SCHEDULES = ("step", "cosine", "linear")
 COMPILE = {"off": "eager", "on": "compile", "graph": "graph"}
 """Values of --compile, and the backends that they stand for."""
 
@@ -38,7 +40,7 @@ class TrainConfig:
     recipe: Suppress[str] = "baseline"
 
     model: str = "resnet20"
-    """Network: resnet20, 32, 44, 56, 110 or 1202, and plain20 ... plain1202 without shortcuts."""
+    """Network: resnet20, 32, 44, 56, 110, 1202, plain20 ... without shortcuts, se-resnet, preresnet, wrn, resnext."""
     shortcut: str = "B"
     """Where the width changes: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 
@@ -59,16 +61,26 @@ class TrainConfig:
     """Stop after this many optimisation steps, even within an epoch. Without it, the epochs decide."""
     batch_size: int = 128
     """Images per optimisation step."""
+    optimizer: str = "sgd"
+    """sgd, adamw, or muon (for convolutions; SGD with --sgd-lr for the rest)."""
     lr: float = 0.1
-    """Peak learning rate."""
+    """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
+    sgd_lr: float = 0.1
+    """Peak learning rate of what muon leaves to SGD: norms, biases, the linear layer."""
+    schedule: str = "step"
+    """step (divided by 10 at each milestone), cosine or linear (both to 0)."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Fractions of the run after which the learning rate is divided by 10."""
-    warmup_iterations: int = 0
-    """First steps, taken with a learning rate of a tenth of --lr."""
+    """Fractions of the run after which --schedule step divides the learning rate by 10."""
+    warmup: float = 0.0
+    """Fraction of the run in which the learning rate grows linearly to its peak; with step, stays at a tenth of it."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and muon."""
+    nesterov: bool = False
+    """Nesterov's momentum for SGD."""
     weight_decay: float = 1e-4
-    """L2 penalty on all parameters."""
+    """L2 penalty (sgd), or decay relative to the learning rate (adamw); muon scales weights to a fixed norm instead."""
+    decay_norms: bool = True
+    """Weight decay on norms and biases too."""
     clip_norm: float = 0.0
     """Largest norm of all gradients together; 0: no clipping."""
     ema_decay: float = 0.0
@@ -82,6 +94,14 @@ class TrainConfig:
     """none, random, or alternating (turned over every epoch)."""
     cutout: int = 0
     """Side of the square blanked out in each training image, in pixels."""
+    mixup: float = 0.0
+    """Alpha of mixup, which averages neighbours in a batch (1 in the paper); 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, which exchanges a box between them (1 in the paper); 0: none. With both, each pair takes one."""
+    label_smoothing: float = 0.0
+    """Share of the label that is spread evenly over all classes."""
+    drop_path: float = 0.0
+    """Stochastic depth: rate at which the last block is left out, falling linearly to the first; 0: none."""
     normalization: str = "half"
     """half (mean = std = 0.5), channel (the data set's mean and std) or pixel (the paper's per-pixel mean)."""
 
@@ -105,12 +125,12 @@ class TrainConfig:
     """Write TensorBoard events into the run folder."""
 
     def __post_init__(self) -> None:
-        check_choice("model", self.model, list_models())
-        check_choice("shortcut", self.shortcut, SHORTCUTS)
         check_choice("pipeline", self.pipeline, ("auto", *PIPELINES))
         check_choice("decoder", self.decode, DECODERS)
         if self.decode == "jpeg" and self.pipeline not in ("auto", "dali"):
             raise UsageError(f"--decode jpeg needs --pipeline dali, not {self.pipeline}.")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, ("auto", *COMPILE))
@@ -119,21 +139,31 @@ class TrainConfig:
             ("batch_size", 1, 1 << 20),
             ("iterations", 1, 1 << 62),
             ("val_split", 0, 1 << 62),
-            ("warmup_iterations", 0, 1 << 62),
             ("checkpoint_steps", 0, 1 << 62),
             ("seed", 0, (1 << 63) - 1),
             ("lr", 0, 1e6),
+            ("sgd_lr", 0, 1e6),
+            ("warmup", 0, 1),
             ("momentum", 0, 1),
             ("weight_decay", 0, 1),
             ("clip_norm", 0, 1e6),
             ("ema_decay", 0, 1 - 1e-9),
             ("crop_padding", 0, IMAGE_SIZE - 1),
             ("cutout", 0, IMAGE_SIZE),
+            ("mixup", 0, 100),
+            ("cutmix", 0, 100),
+            ("label_smoothing", 0, 1),
+            ("drop_path", 0, 1 - 1e-9),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not in {low}..{high}.")
+        check_model(self.model, self.shortcut, self.drop_path)
         _ = self.augmentation  # checks its own fields
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UsageError(f"--batch-size {self.batch_size}: mixup and CutMix mix pairs; give an even number.")
+        if self.nesterov and (self.optimizer == "adamw" or not self.momentum):
+            raise UsageError("--nesterov is for sgd and muon with a momentum.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"--milestones {self.milestones}: give growing fractions of the run between 0 and 1.")
 

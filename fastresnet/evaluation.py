@@ -1,4 +1,4 @@
-"""Accuracy and loss on a split: single view, every image counted once."""
+"""Accuracy and loss on a split: single view, every image counted once; beside it, if asked for, with mirrored views."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Evaluation:
     per_class: dict[str, float]
     """Top-1 of each class, percent; classes without images are left out."""
     images_per_s: float
+    mirror_accuracy: float | None = None
+    """Top-1 of the mean logits of each image and its mirror image (test-time augmentation), percent."""
 
 
 def open_evaluation(
@@ -55,14 +57,18 @@ def evaluate(
     *,
     precision: str,
     device: torch.device,
+    mirror: bool = False,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate `model` on the pipeline's device; sets it to evaluation mode. `after_batch` may raise to stop early."""
+    """Evaluate `model` on the pipeline's device; sets it to evaluation mode.
+
+    `mirror` adds `mirror_accuracy`, for twice the work. `after_batch` may raise to stop early.
+    """
     model.eval()
     started = time.perf_counter()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros(len(classes), dtype=torch.int64, device=device)
-    count = torch.zeros_like(correct)
+    count, mirror_correct = torch.zeros_like(correct), torch.zeros_like(loss)
     for batch in pipeline.epoch(0):
         with autocast(precision, device):
             logits = model(batch.images).float()
@@ -70,6 +76,10 @@ def evaluate(
         loss += (F.cross_entropy(logits, batch.labels, reduction="none") * real).sum()
         correct.index_add_(0, batch.labels, ((logits.argmax(1) == batch.labels) & real).long())
         count.index_add_(0, batch.labels, real.long())
+        if mirror:
+            with autocast(precision, device):
+                logits = logits + model(batch.images.flip(3)).float()
+            mirror_correct += ((logits.argmax(1) == batch.labels) & real).sum()
         after_batch()
     total = int(count.sum())
     return Evaluation(
@@ -81,4 +91,5 @@ def evaluate(
             if of
         },
         images_per_s=total / (time.perf_counter() - started),
+        mirror_accuracy=100 * int(mirror_correct) / total if mirror else None,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from fastresnet.config import TrainConfig
-from fastresnet.models import model_depth
+from fastresnet.config import TrainConfig, differences
+from fastresnet.models import model_depth, model_shortcuts
+from pipelines.errors import check_choice
 
 
 def paper(model: str = "resnet20") -> TrainConfig:
@@ -20,13 +22,13 @@ def paper(model: str = "resnet20") -> TrainConfig:
     return TrainConfig(
         recipe="paper",
         model=model,
-        shortcut="A",
+        shortcut=model_shortcuts(model)[0],  # the paper's A where it is defined
         epochs=1_000_000,  # the iterations end the run, whatever the size of the training set
         iterations=64_000,
         milestones=(0.5, 0.75),  # 32k and 48k
         normalization="pixel",
         # The paper trains ResNet-110 at 0.01 until its training error is below 80 %, about 400 iterations.
-        warmup_iterations=400 if model_depth(model) >= 110 else 0,
+        warmup=400 / 64_000 if model_depth(model) >= 110 else 0.0,
     )
 
 
@@ -42,6 +44,18 @@ def smoke(model: str = "resnet20") -> TrainConfig:
     cores.
     """
     return TrainConfig(recipe="smoke", model=model, epochs=1)
+
+
+# What every run chooses for itself, whatever its recipe.
+_FREE = {"model", "data", "seed", "pipeline", "decode", "device", "precision", "compile"}
+
+
+def changed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings in which `config` departs from its recipe, in plain types. Raises `UsageError` on an unknown one."""
+    check_choice("recipe", config.recipe, RECIPES)
+    recipe = RECIPES[config.recipe](config.model).to_dict()
+    settings = config.to_dict()
+    return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}
 
 
 RECIPES: dict[str, Callable[[str], TrainConfig]] = {"paper": paper, "baseline": baseline, "smoke": smoke}

@@ -1,51 +1,166 @@
-"""Optimisers, and their state as named tensors."""
+"""Optimisers, and their state as named tensors.
+
+An update can be called off on the device (`found_inf`), and learning rates are tensors, so that a captured or compiled
+step sees them change.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastresnet.config import TrainConfig
+from pipelines.errors import UsageError
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay on all parameters, as in the paper.
+def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """What updates the parameters of `model`, every one once. `peak_lr` of each group is what a schedule scales.
 
-    Fused, so that an update can be called off on the device (`found_inf`); the learning rate is a tensor, so that a
-    captured or compiled step sees it change.
+    `sgd` with momentum, as in He et al. 2015; `adamw` (Loshchilov & Hutter 2019); `muon` for convolutions and SGD for
+    what is left, as in Jordan's cifar10-airbench. Weight decay on norms and biases only with `config.decay_norms`.
     """
-    device = next(model.parameters()).device
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    if config.optimizer == "muon":
+        kernels = [parameter for parameter in matrices if parameter.ndim == 4]
+        rest = [parameter for parameter in matrices if parameter.ndim != 4]
+        if not kernels:
+            raise UsageError("--optimizer muon orthogonalises the weights of convolutions, and this network has none.")
+        muon = Muon([_group(kernels, config.lr)], momentum=config.momentum)
+        return [muon, _sgd(_decayed(rest, vectors, config.sgd_lr, config), config)]
+    groups = _decayed(matrices, vectors, config.lr, config)
+    return [_adamw(groups) if config.optimizer == "adamw" else _sgd(groups, config)]
+
+
+def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> dict[str, Any]:
+    device = parameters[0].device
+    return {
+        "params": parameters,
+        "lr": torch.tensor(lr, device=device),
+        "peak_lr": lr,
+        "weight_decay": weight_decay,
+    }
+
+
+def _decayed(
+    matrices: list[nn.Parameter], vectors: list[nn.Parameter], lr: float, config: TrainConfig
+) -> list[dict[str, Any]]:
+    if config.decay_norms:
+        return [_group(matrices + vectors, lr, config.weight_decay)]
+    return [_group(matrices, lr, config.weight_decay), _group(vectors, lr)]
+
+
+# State is made here, filled: left to themselves, the fused updates make it in the first step, where an update that is
+# called off leaves it undefined and a trial step leaves its traces.
+
+
+def _sgd(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=torch.tensor(config.lr, device=device),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        groups, momentum=config.momentum, nesterov=config.nesterov, fused=True, lr=groups[0]["lr"]
     )
     if config.momentum:
-        # Left to itself, the fused update allocates the momentum without filling it, and an update that is called off
-        # then leaves whatever lay in memory there.
-        for parameter in model.parameters():
+        for parameter in _parameters(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def _adamw(groups: list[dict[str, Any]]) -> Optimizer:
+    optimizer = torch.optim.AdamW(groups, fused=True, lr=groups[0]["lr"])
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter] |= {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are orthogonalised (Jordan et al., "Muon: an optimizer for hidden layers", 2024).
+
+    For convolutions, whose weights are taken as [out channels, rest] and scaled to a norm of sqrt(out channels) before
+    each update, as in cifar10-airbench (`airbench94_muon.py`): batch norm takes no notice of their scale, and the
+    learning rate is then the relative change of a step. Nesterov momentum. Weights of one shape go through the
+    iteration together.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
+        super().__init__(groups, {"momentum": momentum})
+        self._step_supports_amp_scaling = True  # what GradScaler asks for before it sets the two below
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        for parameter in _parameters(self):
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters, unless `found_inf` is 1."""
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for parameter in group["params"]:
+                alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group["lr"], group["momentum"])
+
+    def _update(self, parameters: list[nn.Parameter], lr: Tensor, momentum: float) -> None:
+        gradients = _stacked([parameter.grad for parameter in parameters])
+        if self.grad_scale is not None:
+            gradients = gradients / self.grad_scale
+        velocity = _stacked([self.state[parameter]["momentum_buffer"] for parameter in parameters])
+        velocity = momentum * velocity + gradients
+        weights = _stacked(parameters)
+        weights = weights * (weights.shape[1] ** 0.5 / weights.norm(dim=(1, 2), keepdim=True))
+        weights = weights - lr * orthogonalized(gradients + momentum * velocity)
+        for i, parameter in enumerate(parameters):
+            self._assign(parameter, weights[i])
+            self._assign(self.state[parameter]["momentum_buffer"], velocity[i])
+
+    def _assign(self, old: Tensor, new: Tensor) -> None:
+        new = new.view_as(old)
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [rows, ...] of one shape as matrices [n, rows, columns]."""
+    return torch.stack([tensor.reshape(len(tensor), -1) for tensor in tensors])
+
+
+def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
+    """`matrices` [n, rows, columns] with all singular values drawn to about 1, by a Newton-Schulz iteration.
+
+    The quintic of Jordan et al. 2024, whose coefficients give the steepest slope at 0: after 3 steps, as in airbench,
+    all but the smallest singular values lie in 0.7 ... 1.2.
+    """
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
     """Every state tensor as `<parameter name>.<key>`."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
+        for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back what `optimizer_state` returned."""
-    parameters = dict(model.named_parameters())
-    for full_name, value in state.items():
-        name, _, key = full_name.rpartition(".")
-        parameter = parameters[name]
-        # Fused kernels walk parameter and state in memory order, so the state takes on the parameter's strides.
-        like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-        optimizer.state[parameter][key] = like.copy_(value)
+    for name, value in optimizer_state(optimizers, model).items():
+        value.copy_(state[name])

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastresnet.device import autocast
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.training.optimizer import optimizer_state
+from fastresnet.training.regularization import Mixer
 
 
 class TrainStep:
@@ -31,18 +32,22 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        learning_rates: Sequence[float],
+        optimizers: Sequence[torch.optim.Optimizer],
+        lr_factors: Sequence[float],
         *,
         precision: str,
         device: torch.device,
         clip_norm: float = 0.0,
         ema_decay: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixer: Mixer | None = None,
     ) -> None:
-        """`learning_rates` has one for each step of the run. 0 turns off `clip_norm` and `ema_decay`."""
+        """`lr_factors` has one for each step of the run, to multiply the `peak_lr` of each parameter group with; see
+        `TrainConfig` for the others. 0 turns them off.
+        """
         if device.type == "cpu":
             fuse_batch_norms(model)
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizers = model, list(optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         """Steps taken, and so the number of the next: 0 is the first."""
@@ -52,16 +57,20 @@ class TrainStep:
         """Exponential moving average of parameters and buffers, where one is kept."""
         self._average = get_ema_multi_avg_fn(ema_decay)
         self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
-        self._learning_rates = torch.tensor(learning_rates, dtype=torch.float32, device=device)
+        self._learning_rates = [
+            (group["lr"], torch.tensor([group["peak_lr"] * factor for factor in lr_factors], device=device))
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
         self._precision, self._device, self._clip_norm = precision, device, clip_norm
+        self._label_smoothing, self._mixer = label_smoothing, mixer
         self.compiled = False
         """Whether steps run compiled; the first one that does compiles."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on `images` [B, 3, 32, 32] with `labels` [B]."""
-        lr = self._learning_rates[self.count]
-        for group in self.optimizer.param_groups:
-            group["lr"].copy_(lr[0])
+        for lr, of_steps in self._learning_rates:
+            lr.copy_(of_steps[self.count][0])
         with autocast(self._precision, self._device):
             loss, correct = (self._compiled if self.compiled else self._loss_and_hits)(images, labels)
         failed = self._note_failure(loss.detach())
@@ -69,14 +78,17 @@ class TrainStep:
             # The scaler skips an update whose gradients are not finite: a factor of NaN makes them so.
             loss = loss * torch.where(failed, torch.nan, 1.0)
         else:
-            self.optimizer.found_inf = failed.float()
+            for optimizer in self.optimizers:
+                optimizer.found_inf = failed.float()
         self.scaler.scale(loss).backward()
         if self._clip_norm:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm, foreach=True)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self._update_average(self.averaged)
         size = len(labels)
@@ -84,8 +96,20 @@ class TrainStep:
         self.count += 1
 
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images).float()
-        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+        """Mean loss, and how many of `labels` are the likeliest class."""
+        if self._mixer is None:
+            logits = self.model(images).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+        else:
+            images, others, share = self._mixer(images, labels, self.count)
+            logits = self.model(images).float()
+            losses = [
+                F.cross_entropy(logits, target, label_smoothing=self._label_smoothing, reduction="none")
+                for target in (labels, others)
+            ]
+            loss = (share * losses[0] + (1 - share) * losses[1]).mean()
+            labels = torch.where(share < 0.5, others, labels)
+        return loss, (logits.argmax(1) == labels).sum()
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -110,7 +134,7 @@ class TrainStep:
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """What happens inside leaves no trace: for trial steps, which compile and measure. Waits for the device."""
-        tensors = [*self.model.state_dict().values(), *optimizer_state(self.optimizer, self.model).values()]
+        tensors = [*self.model.state_dict().values(), *optimizer_state(self.optimizers, self.model).values()]
         tensors += [self.count, self.totals, self._failed_at]
         if self.averaged is not None:
             tensors += self.averaged.state_dict().values()
@@ -122,7 +146,7 @@ class TrainStep:
                 tensor.copy_(value)
             if scaler:
                 self.scaler.load_state_dict(scaler)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
 
     def failed_at(self) -> int | None:
         """The first step with a non-finite loss, None while all is well. Waits for the device."""

@@ -32,10 +32,13 @@ from fastresnet.device import (
 )
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
+from fastresnet.models.stochastic_depth import seed_stochastic_depth
+from fastresnet.recipes import changed_settings
 from fastresnet.training.engine import Engine, faster_backend
 from fastresnet.training.loggers import Logger, Row, Status, create_loggers
-from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
-from fastresnet.training.schedule import learning_rate
+from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
+from fastresnet.training.regularization import Mixer
+from fastresnet.training.schedule import lr_factor
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, choose_pipeline, open_pipeline
 from pipelines.errors import DataError, RunError, UsageError, UserError
@@ -107,6 +110,7 @@ class Trainer:
         self, config: TrainConfig, dataset: Dataset, console: Console, cold_start: dict[str, float] | None = None
     ) -> None:
         self._mark = time.perf_counter()
+        self._changed_settings = changed_settings(config)
         self.cold_start = {"import": 0.0, "data": 0.0, **(cold_start or {})}
         """Seconds up to the end of the first step, by cause."""
         self.device = resolve_device(config.device)
@@ -146,18 +150,23 @@ class Trainer:
         self.total_steps = config.total_steps(len(self.pipeline))
 
         torch.manual_seed(config.seed)
-        model = create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut)
+        model = create_model(
+            config.model, num_classes=len(dataset.classes), shortcut=config.shortcut, drop_path=config.drop_path
+        )
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = create_optimizer(self.model, config)
+        self.optimizers = create_optimizers(self.model, config)
         self.step = TrainStep(
             self.model,
-            self.optimizer,
-            [learning_rate(config, step, self.total_steps) for step in range(self.total_steps)],
+            self.optimizers,
+            [lr_factor(config, step, self.total_steps) for step in range(self.total_steps)],
             precision=config.precision,
             device=self.device,
             clip_norm=config.clip_norm,
             ema_decay=config.ema_decay,
+            label_smoothing=config.label_smoothing,
+            mixer=self._create_mixer(),
         )
+        seed_stochastic_depth(self.model, config.seed, self.step.count)
         self.progress = Progress()
         self._loggers: list[Logger] = []
 
@@ -171,6 +180,16 @@ class Trainer:
         name, reason = choose_pipeline(dataset, self.device)
         self.pipeline_reason = f" ({reason})"
         return name
+
+    def _create_mixer(self) -> Mixer | None:
+        config = self.config
+        if not config.mixup and not config.cutmix:
+            return None
+        return Mixer(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, device=self.device)
+
+    def _last_lr(self) -> float:
+        """Learning rate of the step before."""
+        return self.config.lr * lr_factor(self.config, self.progress.step - 1, self.total_steps)
 
     def _open_evaluation(self, dataset: Dataset) -> Pipeline:
         return open_evaluation(
@@ -229,7 +248,7 @@ class Trainer:
         progress = self.progress
         result = self._evaluate(self._best_weights, self._evaluated)
         loss, accuracy = self.step.metrics()
-        lr = learning_rate(self.config, progress.step - 1, self.total_steps)
+        lr = self._last_lr()
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -255,13 +274,14 @@ class Trainer:
         """The network to evaluate and to save: the average where one is kept."""
         return self.model if self.step.averaged is None else self.step.averaged
 
-    def _evaluate(self, model: nn.Module, pipeline: Pipeline) -> Evaluation:
+    def _evaluate(self, model: nn.Module, pipeline: Pipeline, *, mirror: bool = False) -> Evaluation:
         return evaluate(
             model,
             pipeline,
             self.dataset.classes,
             precision=self.config.precision,
             device=self.device,
+            mirror=mirror,
             after_batch=self._stop_if_asked,
         )
 
@@ -274,24 +294,25 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         progress, config = self.progress, self.config
-        if self.evaluated_on == "test":
-            test_accuracy, best_accuracy = progress.rows[-1]["test_accuracy"], progress.best_accuracy
-        else:  # the test set is looked at once, when all is decided
-            best = copy.deepcopy(self._best_weights)
-            best.load_state_dict(load_tensors(self.folder / "best.ckpt")[0])
-            with contextlib.closing(self._open_evaluation(self.dataset)) as pipeline:
-                test_accuracy = self._evaluate(self._best_weights, pipeline).accuracy
+        with contextlib.closing(self._open_evaluation(self.dataset)) as pipeline:
+            last = self._evaluate(self._best_weights, pipeline, mirror=True)
+            best_accuracy = progress.best_accuracy
+            if self.evaluated_on != "test":  # the test set is looked at once, when all is decided
+                best = copy.deepcopy(self._best_weights)
+                best.load_state_dict(load_tensors(self.folder / "best.ckpt")[0])
                 best_accuracy = self._evaluate(best, pipeline).accuracy
         self._add_time(training=False)
         return {
             "schema": 1,
             "recipe": config.recipe,
+            "changed_settings": self._changed_settings,
             "model": config.model,
             "data": self.dataset.name,
             "seed": config.seed,
             "epochs": progress.epoch,
             "steps": progress.step,
-            "test_accuracy": test_accuracy,
+            "test_accuracy": last.accuracy,
+            "test_accuracy_mirror": last.mirror_accuracy,
             "best_accuracy": best_accuracy,
             "best_chosen_on": {"val": "validation", "test": "test"}[self.evaluated_on],
             "images_per_s": progress.step * config.batch_size / progress.train_seconds,
@@ -342,7 +363,7 @@ class Trainer:
         if changed:
             self.console.print(f"Note: {', '.join(changed)} differ from the run's; the last bits will too.")
         self.model.load_state_dict(take_prefix("model", tensors))
-        load_optimizer_state(self.optimizer, self.model, take_prefix("optimizer", tensors))
+        load_optimizer_state(self.optimizers, self.model, take_prefix("optimizer", tensors))
         if self.step.averaged is not None:
             self.step.averaged.load_state_dict(take_prefix("averaged", tensors))
         self.step.totals.copy_(tensors["totals"])
@@ -358,7 +379,7 @@ class Trainer:
         self._add_time(training=self.model.training)
         tensors = {
             **with_prefix("model", self.model.state_dict()),
-            **with_prefix("optimizer", optimizer_state(self.optimizer, self.model)),
+            **with_prefix("optimizer", optimizer_state(self.optimizers, self.model)),
             "totals": self.step.totals,
         }
         if self.step.averaged is not None:
@@ -434,7 +455,7 @@ class Trainer:
             self._resources.callback(logger.close)
 
     def _log_status(self) -> None:
-        lr = learning_rate(self.config, self.progress.step - 1, self.total_steps)
+        lr = self._last_lr()
         metrics = self.step.metrics()
         self._add_time(training=True)
         status = self._status(*metrics, lr)

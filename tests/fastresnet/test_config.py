@@ -5,6 +5,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from fastresnet.models import list_models
 from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, paper, smoke
-from fastresnet.training.schedule import learning_rate
+from fastresnet.training.schedule import lr_factor
 from pipelines.errors import UsageError
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -22,7 +23,7 @@ NOT_PART_OF_THE_RESULT = {"root": None, "out": None, "resume": False, "checkpoin
 def rates(config, steps_per_epoch):
     """The learning rates of a run as (rate, how many steps in a row)."""
     total = config.total_steps(steps_per_epoch)
-    steps = itertools.groupby(learning_rate(config, step, total) for step in range(total))
+    steps = itertools.groupby(config.lr * lr_factor(config, step, total) for step in range(total))
     return [(rate, len(list(same))) for rate, same in steps]
 
 
@@ -70,7 +71,7 @@ def test_the_paper_recipe_ends_after_64k_iterations(model, steps_per_epoch):
 )
 @pytest.mark.parametrize("model", ["resnet20", "resnet32", "resnet44", "resnet56", "plain20", "plain56"])
 def test_the_papers_learning_rate(model, step, rate):
-    assert learning_rate(paper(model), step, 64_000) == pytest.approx(rate, rel=1e-12)
+    assert 0.1 * lr_factor(paper(model), step, 64_000) == pytest.approx(rate, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_the_papers_learning_rate(model, step, rate):
 )
 @pytest.mark.parametrize("model", ["resnet110", "plain110"])
 def test_the_papers_learning_rate_with_warm_up(model, step, rate):
-    assert learning_rate(paper(model), step, 64_000) == pytest.approx(rate, rel=1e-12)
+    assert 0.1 * lr_factor(paper(model), step, 64_000) == pytest.approx(rate, rel=1e-12)
 
 
 @pytest.mark.parametrize("steps_per_epoch", [390, 351, 391, 7])
@@ -92,7 +93,8 @@ def test_the_baseline_drops_the_learning_rate_after_epochs_80_and_120_of_160(ste
 def test_the_baseline_has_the_usual_settings():
     config = baseline()
     assert (config.epochs, config.iterations, config.batch_size) == (160, None, 128)
-    assert (config.lr, config.momentum, config.weight_decay, config.warmup_iterations) == (0.1, 0.9, 0.0001, 0)
+    assert (config.lr, config.momentum, config.weight_decay, config.warmup) == (0.1, 0.9, 0.0001, 0)
+    assert (config.optimizer, config.schedule, config.nesterov, config.decay_norms) == ("sgd", "step", False, True)
     assert (config.shortcut, config.normalization) == ("B", "half")
     assert (config.crop_padding, config.padding_mode, config.flip, config.cutout) == (4, "zeros", "random", 0)
 
@@ -109,10 +111,20 @@ def test_a_run_ends_with_its_epochs_or_iterations_whichever_is_first(epochs, ite
 
 
 def test_the_learning_rate_follows_peak_milestones_and_warm_up():
-    config = TrainConfig(lr=8.0, epochs=10, milestones=(0.2, 0.5, 0.9), warmup_iterations=3)
+    config = TrainConfig(lr=8.0, epochs=10, milestones=(0.2, 0.5, 0.9), warmup=0.15)
     found = rates(config, 2)
     assert [steps for _, steps in found] == [3, 1, 6, 8, 2]
     assert [rate for rate, _ in found] == pytest.approx([0.8, 8, 0.8, 0.08, 0.008], rel=1e-12)
+
+
+def test_cosine_and_linear_rise_to_the_peak_and_fall_to_zero():
+    """One-cycle and cosine annealing by their formulas: 40 steps, of which 10 warm up."""
+    falling = np.arange(30) / 30
+    for schedule, after in (("linear", 1 - falling), ("cosine", (1 + np.cos(np.pi * falling)) / 2)):
+        config = TrainConfig(schedule=schedule, warmup=0.25)
+        factors = [lr_factor(config, step, 40) for step in range(40)]
+        assert factors[:10] == pytest.approx(np.arange(1, 11) / 11)
+        assert factors[10:] == pytest.approx(after)
 
 
 def test_without_milestones_the_learning_rate_stays():
@@ -126,7 +138,12 @@ OUT_OF_RANGE = [
     *(("batch_size", value) for value in (0, -128, 2**21)),
     *(("iterations", value) for value in (0, -1, 2**63)),
     *(("val_split", value) for value in (-1, 2**63)),
-    *(("warmup_iterations", value) for value in (-1, 2**63)),
+    *(("warmup", value) for value in (-0.1, 1.1, math.nan)),
+    *(("sgd_lr", value) for value in (-0.1, 1e7, math.nan)),
+    *(("mixup", value) for value in (-0.1, 101.0, math.nan)),
+    *(("cutmix", value) for value in (-0.1, 101.0, math.nan)),
+    *(("label_smoothing", value) for value in (-0.1, 1.1, math.nan)),
+    *(("drop_path", value) for value in (-0.1, 1.0, math.nan)),
     *(("checkpoint_steps", value) for value in (-1, 2**63)),
     *(("seed", value) for value in (-1, 2**63)),
     *(("lr", value) for value in (-0.1, 1e7, math.inf, math.nan)),
@@ -143,7 +160,12 @@ LIMITS = [
     *(("batch_size", value) for value in (1, 2**20)),
     *(("iterations", value) for value in (None, 1, 2**62)),
     *(("val_split", value) for value in (0, 2**62)),
-    *(("warmup_iterations", value) for value in (0, 2**62)),
+    *(("warmup", value) for value in (0.0, 1.0)),
+    *(("sgd_lr", value) for value in (0.0, 1e6)),
+    *(("mixup", value) for value in (0.0, 100.0)),
+    *(("cutmix", value) for value in (0.0, 100.0)),
+    *(("label_smoothing", value) for value in (0.0, 1.0)),
+    *(("drop_path", value) for value in (0.0, 0.9)),
     *(("checkpoint_steps", value) for value in (0, 2**62)),
     *(("seed", value) for value in (0, 2**63 - 1)),
     *(("lr", value) for value in (0.0, 1e6)),
@@ -230,7 +252,7 @@ def test_a_recipe_survives_its_toml_file(tmp_path, recipe, model):
 
 CHANGED = {
     "recipe": "paper",
-    "model": "plain32",
+    "model": "se-resnet56",
     "shortcut": "A",
     "data": 'my "data" \\ é',
     "pipeline": "dali",
@@ -241,7 +263,16 @@ CHANGED = {
     "batch_size": 96,
     "lr": 0.3,
     "milestones": (0.25, 0.5, 0.875),
-    "warmup_iterations": 11,
+    "optimizer": "muon",
+    "sgd_lr": 0.2,
+    "schedule": "cosine",
+    "warmup": 0.25,
+    "nesterov": True,
+    "decay_norms": False,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "drop_path": 0.2,
     "momentum": 0.85,
     "weight_decay": 5e-4,
     "clip_norm": 1.5,
@@ -422,7 +453,16 @@ VALID = {
     "batch_size": st.integers(1, 2**20),
     "lr": st.floats(0, 1e6),
     "milestones": fractions(),
-    "warmup_iterations": st.integers(0, 2**62),
+    "optimizer": st.sampled_from(["sgd", "adamw", "muon"]),
+    "sgd_lr": st.floats(0, 1e6),
+    "schedule": st.sampled_from(["step", "cosine", "linear"]),
+    "warmup": st.floats(0, 1),
+    "nesterov": st.booleans(),
+    "decay_norms": st.booleans(),
+    "mixup": st.floats(0, 100),
+    "cutmix": st.floats(0, 100),
+    "label_smoothing": st.floats(0, 1),
+    "drop_path": st.floats(0, 0.99),
     "momentum": st.floats(0, 1),
     "weight_decay": st.floats(0, 1),
     "clip_norm": st.floats(0, 1e6),
@@ -444,10 +484,21 @@ VALID = {
 
 
 def configs():
-    possible = st.fixed_dictionaries(VALID).filter(
-        lambda values: values["decode"] == "raw" or values["pipeline"] in ("auto", "dali")
-    )
-    return possible.map(lambda values: TrainConfig(**values))
+    return st.fixed_dictionaries(VALID).map(made_possible).map(lambda values: TrainConfig(**values))
+
+
+def made_possible(values):
+    """`values` with those taken back that exclude others."""
+    if values["model"].startswith("plain"):
+        values["drop_path"] = 0.0
+    if not values["model"].startswith(("resnet", "plain", "se-resnet")):
+        values["shortcut"] = "B"
+    if values["pipeline"] not in ("auto", "dali"):
+        values["decode"] = "raw"
+    if values["optimizer"] == "adamw" or not values["momentum"]:
+        values["nesterov"] = False
+    values["batch_size"] += values["batch_size"] % 2
+    return values
 
 
 def test_the_property_varies_every_field():
@@ -470,6 +521,6 @@ def test_any_config_survives_its_dict_and_its_toml_file(folder, config):
 @settings(deadline=None)
 @given(config=configs(), total=st.integers(1, 2**40), data=st.data())
 def test_after_warm_up_the_learning_rate_never_grows(config, total, data):
-    steps = st.integers(min(config.warmup_iterations, total), total)
+    steps = st.integers(min(round(config.warmup * total), total), total)
     early, late = sorted([data.draw(steps), data.draw(steps)])
-    assert config.lr >= learning_rate(config, early, total) >= learning_rate(config, late, total) >= 0
+    assert 1 >= lr_factor(config, early, total) >= lr_factor(config, late, total) >= 0

@@ -9,7 +9,7 @@ from fastresnet.config import TrainConfig
 from fastresnet.models import create_model
 from fastresnet.training import engine
 from fastresnet.training.engine import Engine, faster_backend
-from fastresnet.training.optimizer import create_optimizer
+from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, Batch, open_pipeline
 from pipelines.errors import RunError
@@ -31,8 +31,8 @@ def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="res
     )
     torch.manual_seed(0)
     network = create_model("resnet20").to(device, memory_format=torch.channels_last).train()
-    optimizer = create_optimizer(network, TrainConfig())
-    step = TrainStep(network, optimizer, [1e-3] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
+    optimizers = create_optimizers(network, TrainConfig(lr=1e-3))
+    step = TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
     made = Engine(step, opened, backend)
     if prepare:
         made.prepare(next(opened.epoch(0)))

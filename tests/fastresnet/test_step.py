@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastresnet.config import TrainConfig
 from fastresnet.device import resolve_device, resolve_precision
 from fastresnet.models import create_model
-from fastresnet.training.optimizer import create_optimizer, load_optimizer_state, optimizer_state
+from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
 from fastresnet.training.step import TrainStep
 from pipelines.errors import UsageError
 
@@ -36,8 +36,8 @@ def make_step(
 ):
     torch.manual_seed(0)
     network = create_model(model).to(device, dtype, memory_format=torch.channels_last)
-    optimizer = create_optimizer(network, TrainConfig(**settings))
-    step = TrainStep(network, optimizer, rates, precision=precision, device=device, **dict(step_settings))
+    optimizers = create_optimizers(network, TrainConfig(**{"lr": 1.0, **settings}))
+    step = TrainStep(network, optimizers, rates, precision=precision, device=device, **dict(step_settings))
     return network, step
 
 
@@ -87,14 +87,14 @@ def test_a_non_finite_loss_leaves_the_weights_untouched_for_good_and_names_its_s
     step(*batches[0])
     assert step.failed_at() is None
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    momentum = {name: value.clone() for name, value in optimizer_state(step.optimizer, network).items()}
+    momentum = {name: value.clone() for name, value in optimizer_state(step.optimizers, network).items()}
     images, labels = batches[1]
     images[3, 1, 5, 5] = torch.nan
     step(images, labels)
     step(*batches[2])
     assert step.failed_at() == 41
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    after = optimizer_state(step.optimizer, network)
+    after = optimizer_state(step.optimizers, network)
     assert all(torch.equal(value, after[name]) for name, value in momentum.items())
 
 
@@ -107,7 +107,7 @@ def test_a_first_update_that_overflows_leaves_no_momentum():
     step(images, labels)
     assert step.scaler.get_scale() < 2.0**60
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    momentum = optimizer_state(step.optimizer, network)
+    momentum = optimizer_state(step.optimizers, network)
     assert len(momentum) == len(before)
     assert not any(value.any() for value in momentum.values())
 
@@ -129,10 +129,10 @@ def test_optimizer_state_survives_the_way_through_contiguous_tensors():
     for i in (0, 1):
         step(*batches[i])
     weights = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
-    state = {name: v.contiguous().clone() for name, v in optimizer_state(step.optimizer, network).items()}
+    state = {name: v.contiguous().clone() for name, v in optimizer_state(step.optimizers, network).items()}
     other, other_step = make_step()
     other.load_state_dict(weights)
-    load_optimizer_state(other_step.optimizer, other, state)
+    load_optimizer_state(other_step.optimizers, other, state)
     for i in (2, 3):
         step(*batches[i])
         other_step(*batches[i])
