@@ -1,5 +1,7 @@
 """Train the CIFAR ResNets of He et al. 2015 as fast as the hardware allows, and prove it."""
 
+from fastresnet.models import create_model, list_models
+from fastresnet.pretrained import list_pretrained, load_pretrained
 from pipelines import __version__
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "create_model", "list_models", "list_pretrained", "load_pretrained"]

@@ -66,8 +66,8 @@ class EvalOptions:
     """Measure weights on a test set: top-1 accuracy, loss, accuracy of each class."""
 
     weights: Path
-    """A checkpoint or model.safetensors of this program, or a state dict saved by another (.pt, .th,
-    .safetensors)."""
+    """A checkpoint or model.safetensors of this program, a state dict saved by another (.pt, .th, .safetensors), or
+    pretrained:NAME, such as pretrained:resnet20, for what comes with this program."""
     model: str | None = None
     """Network; without it, what the file says, or what its shapes fit. Plain networks must be named."""
     data: str | None = None
@@ -81,7 +81,9 @@ class EvalOptions:
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
-    """fp32, bf16 or fp16; auto: as in training, fp32 for foreign weights."""
+    """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
+    mirror: bool = False
+    """Beside the single view, average the logits of each image and its mirror image (test-time augmentation)."""
     json: Path | None = None
     """Write the figures to this file."""
 
@@ -280,10 +282,14 @@ def _eval(arguments: list[str]) -> int:
 
     from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
     from fastresnet.evaluation import evaluate, open_evaluation
+    from fastresnet.pretrained import PREFIX, pretrained_file
     from fastresnet.weights import load_weights
 
     device = resolve_device(options.device)
-    weights = load_weights(options.weights, options.model)
+    source, default_precision = options.weights, None
+    if str(source).startswith(PREFIX):
+        source, default_precision = pretrained_file(str(source).removeprefix(PREFIX)), "fp32"
+    weights = load_weights(source, options.model)
     training = weights.training or {}
     dataset = find_dataset(options.data or training.get("data", "cifar10"), options.root)
     if weights.num_classes != len(dataset.classes):
@@ -296,7 +302,7 @@ def _eval(arguments: list[str]) -> int:
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
         print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
-    trained_in = training.get("precision", "fp32")
+    trained_in = default_precision or training.get("precision", "fp32")
     if options.precision != "auto":
         precision = resolve_precision(options.precision, device)
     elif supports(trained_in, device):
@@ -308,11 +314,12 @@ def _eval(arguments: list[str]) -> int:
     model = weights.model.to(device, memory_format=torch.channels_last)
     surroundings = environment(device)
     with explained_failures("try --device cpu"):
-        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device)
+        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)
     _print_table(
         f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
         [
             ("top-1 accuracy", f"{result.accuracy:.2f} %"),
+            *([("  with mirrored views averaged", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
             ("loss", f"{result.loss:.4f}"),
             *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
             ("throughput", f"{result.images_per_s:,.0f} images/s"),
@@ -326,6 +333,7 @@ def _eval(arguments: list[str]) -> int:
             "model": weights.name,
             "data": dataset.name,
             "test_accuracy": result.accuracy,
+            **({"test_accuracy_mirror": result.mirror_accuracy} if options.mirror else {}),
             "loss": result.loss,
             "per_class": result.per_class,
             "images_per_s": result.images_per_s,
@@ -368,6 +376,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", summary["data"]),
         ("model", summary["model"]),
         ("test accuracy, last epoch", f"{summary['test_accuracy']:.2f} %"),
+        ("  the same with mirrored views averaged", f"{summary['test_accuracy_mirror']:.2f} %"),
         (f"test accuracy, best epoch (chosen on {chosen_on})", f"{summary['best_accuracy']:.2f} %"),
         ("epochs / steps", f"{summary['epochs']} / {summary['steps']:,}"),
         ("training throughput", f"{summary['images_per_s']:,.0f} images/s"),

@@ -1,0 +1,139 @@
+"""usage: python -m benchmarks.accuracy add RUN...
+       python -m benchmarks.accuracy publish RUN
+
+`add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`, from which
+`python -m benchmarks.readme` makes the tables of accuracy. `publish` makes the weights of a run those of
+`load_pretrained`, with their card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import DataError
+from pipelines.files import write_bytes
+
+RESULTS = Path(__file__).with_name("results") / "accuracy"
+
+# Test error in percent: Table 6 of He et al. 2015 (the mean of ResNet-110's five runs is 6.61), and what the READMEs of
+# the two implementations that most people use say.
+PUBLISHED = {
+    "resnet20": {"paper": 8.75, "chenyaofo": 7.40, "akamaster": 8.27},
+    "resnet32": {"paper": 7.51, "chenyaofo": 6.47, "akamaster": 7.37},
+    "resnet44": {"paper": 7.17, "chenyaofo": 5.99, "akamaster": 6.90},
+    "resnet56": {"paper": 6.97, "chenyaofo": 5.63, "akamaster": 6.61},
+    "resnet110": {"paper": 6.43, "akamaster": 6.32},
+    "plain20": {},
+    "plain56": {},
+}
+SOURCES = ("paper", "chenyaofo", "akamaster")
+
+
+def read_summaries(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The `summary.json` of every run that counts: on CIFAR-10, with a recipe's own settings."""
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [each for each in summaries if each["data"] == "cifar10" and not each["changed_settings"]]
+
+
+def reproduction_table(summaries: Iterable[dict[str, Any]], recipes: Iterable[str]) -> str:
+    """Test errors as Markdown: a row for each network of the paper, a column for each source and each of `recipes`."""
+    summaries, recipes = list(summaries), list(recipes)
+    lines = [
+        "| network | " + " | ".join([*SOURCES, *(f"`{recipe}`" for recipe in recipes)]) + " |",
+        "| --- " * (1 + len(SOURCES) + len(recipes)) + "|",
+    ]
+    for model, published in PUBLISHED.items():
+        cells = [f"{published[source]:.2f} %" if source in published else "–" for source in SOURCES]
+        for recipe in recipes:
+            runs = [each for each in summaries if (each["model"], each["recipe"]) == (model, recipe)]
+            cells.append(_cell(runs))
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return "not run"
+    errors = [100 - run["test_accuracy"] for run in runs]
+    (epochs,) = {run["epochs"] for run in runs}
+    spread = f" ± {statistics.stdev(errors):.2f}" if len(runs) > 1 else ""
+    seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    return f"{statistics.mean(errors):.2f}{spread} % ({epochs} epochs, {seeds})"
+
+
+def add(runs: Iterable[Path]) -> None:
+    """Copy what is to be kept of finished `runs`. Raises `DataError` where one is not finished."""
+    for run in runs:
+        summary = _summary(run)
+        name = f"{summary['recipe']}-{summary['model']}-seed{summary['seed']}"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_bytes(RESULTS / f"{name}.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_bytes(RESULTS / f"{name}.csv", (run / "metrics.csv").read_bytes())
+        print(f"{name}: {summary['test_accuracy']:.2f} %")
+
+
+def publish(run: Path) -> None:
+    """Make the weights of `run` pretrained ones. Their accuracy is measured anew, in fp32 on the CPU."""
+    import torch
+
+    from fastresnet.cli import find_dataset
+    from fastresnet.evaluation import evaluate, open_evaluation
+    from fastresnet.pretrained import Card
+    from fastresnet.pretrained import __file__ as package
+    from fastresnet.weights import load_weights
+    from pipelines.augment import Normalization
+
+    summary, cpu = _summary(run), torch.device("cpu")
+    weights = load_weights(run / "model.safetensors")
+    dataset = find_dataset("cifar10", None)
+    normalization = weights.training["normalization"]
+    if normalization == "pixel":
+        raise DataError(f"{run} subtracts a mean for each pixel, which a card does not hold. Publish another run.")
+    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision="fp32", device=cpu)
+    result = evaluate(weights.model, pipeline, dataset.classes, precision="fp32", device=cpu, mirror=True)
+    constants = Normalization.of(normalization, dataset)
+    content = (run / "model.safetensors").read_bytes()
+    card = Card(
+        **{name: summary[name] for name in ("model", "recipe", "seed", "epochs")},
+        **{name: summary["environment"][name] for name in ("command", "commit", "device")},
+        test_accuracy=result.accuracy,
+        test_accuracy_mirror=result.mirror_accuracy,
+        mean=tuple((constants.mean / 255).tolist()),
+        std=tuple((1 / constants.scale / 255).tolist()),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    folder = Path(package).parent
+    write_bytes(folder / f"{card.model}.safetensors", content)
+    write_bytes(folder / f"{card.model}.json", (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
+    print(f"{card.model}: {card.test_accuracy:.2f} %")
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{run} is no finished run: it has no summary.json.") from None
+
+
+if __name__ == "__main__":
+    from fastresnet.cli import guarded
+
+    def main(arguments: list[str]) -> int:
+        match arguments:
+            case ["add", *runs] if runs:
+                add(map(Path, runs))
+            case ["publish", run]:
+                publish(Path(run))
+            case _:
+                print(__doc__, file=sys.stderr)
+                return 2
+        return 0
+
+    sys.exit(guarded(main, sys.argv[1:]))
