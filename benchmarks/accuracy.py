@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastresnet.recipes import RECIPES
 from pipelines.errors import DataError
 from pipelines.files import write_bytes
 
@@ -35,37 +36,90 @@ PUBLISHED = {
 }
 SOURCES = ("paper", "chenyaofo", "akamaster")
 
+Summary = dict[str, Any]
 
-def read_summaries(folder: Path = RESULTS) -> list[dict[str, Any]]:
+
+def read_summaries(folder: Path = RESULTS) -> list[Summary]:
     """The `summary.json` of every run that counts: on CIFAR-10, with a recipe's own settings."""
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return [each for each in summaries if each["data"] == "cifar10" and not each["changed_settings"]]
 
 
-def reproduction_table(summaries: Iterable[dict[str, Any]], recipes: Iterable[str]) -> str:
-    """Test errors as Markdown: a row for each network of the paper, a column for each source and each of `recipes`."""
-    summaries, recipes = list(summaries), list(recipes)
-    lines = [
-        "| network | " + " | ".join([*SOURCES, *(f"`{recipe}`" for recipe in recipes)]) + " |",
-        "| --- " * (1 + len(SOURCES) + len(recipes)) + "|",
-    ]
+def reproduction_table(summaries: Iterable[Summary]) -> str:
+    """Test errors as Markdown: a row for each network of the paper, a column for each source and each recipe."""
+    groups = _grouped(summaries)
+    recipes = [recipe for recipe in RECIPES if recipe != "smoke"]
+    head = ["network", *SOURCES, *(f"`{recipe}`" for recipe in recipes)]
+    rows = []
     for model, published in PUBLISHED.items():
         cells = [f"{published[source]:.2f} %" if source in published else "–" for source in SOURCES]
-        for recipe in recipes:
-            runs = [each for each in summaries if (each["model"], each["recipe"]) == (model, recipe)]
-            cells.append(_cell(runs))
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        runs_of_recipes = [groups.get((recipe, model), []) for recipe in recipes]
+        rows.append([model, *cells, *map(_error_cell, runs_of_recipes)])
+    return _markdown(head, rows)
 
 
-def _cell(runs: list[dict[str, Any]]) -> str:
+def runs_table(summaries: Iterable[Summary]) -> str:
+    """What was run, as Markdown: accuracy, and the time and arithmetic it took, for each recipe and network."""
+    head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
+    return _markdown(head, [_run_row(*key, runs) for key, runs in _grouped(summaries).items()])
+
+
+def _run_row(recipe: str, model: str, runs: list[Summary]) -> list[str]:
+    minutes = statistics.median(run["train_seconds"] for run in runs) / 60
+    devices = {f"{run['environment']['device']}, {run['environment']['threads']} used" for run in runs}
+    return [
+        f"`{recipe}`",
+        model,
+        _epochs(runs),
+        ", ".join(str(run["seed"]) for run in runs),
+        f"{_mean_and_spread([run['test_accuracy'] for run in runs])} %",
+        f"{_mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
+        f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
+        f"{minutes:.0f}",
+        "; ".join(sorted(devices)),
+    ]
+
+
+def _error_cell(runs: list[Summary]) -> str:
     if not runs:
         return "not run"
     errors = [100 - run["test_accuracy"] for run in runs]
-    (epochs,) = {run["epochs"] for run in runs}
-    spread = f" ± {statistics.stdev(errors):.2f}" if len(runs) > 1 else ""
     seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
-    return f"{statistics.mean(errors):.2f}{spread} % ({epochs} epochs, {seeds})"
+    return f"{_mean_and_spread(errors)} % ({_epochs(runs)} epochs, {seeds})"
+
+
+def _grouped(summaries: Iterable[Summary]) -> dict[tuple[str, str], list[Summary]]:
+    """By recipe and model, in the order of the registry and the table; seeds in order."""
+    recipes, models = list(RECIPES), list(PUBLISHED)
+
+    def place(run: Summary) -> tuple:
+        model = run["model"]
+        return recipes.index(run["recipe"]), models.index(model) if model in models else len(models), model, run["seed"]
+
+    groups: dict[tuple[str, str], list[Summary]] = {}
+    for run in sorted(summaries, key=place):
+        groups.setdefault((run["recipe"], run["model"]), []).append(run)
+    return groups
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    """Mean and, of more than one, sample standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _epochs(runs: list[Summary]) -> str:
+    (epochs,) = {run["epochs"] for run in runs}  # the recipe's
+    return str(epochs)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+TABLES = {"reproduction": reproduction_table, "runs": runs_table}
+"""The tables, by what a Markdown file calls them."""
 
 
 def add(runs: Iterable[Path]) -> None:
@@ -80,7 +134,10 @@ def add(runs: Iterable[Path]) -> None:
 
 
 def publish(run: Path) -> None:
-    """Make the weights of `run` pretrained ones. Their accuracy is measured anew, in fp32 on the CPU."""
+    """Make the weights of `run` pretrained ones. Their accuracy is measured anew, in fp32 on the CPU.
+
+    Raises `DataError` where the run is not finished, or normalises in a way that a card cannot hold.
+    """
     import torch
 
     from fastresnet.cli import find_dataset
@@ -88,7 +145,6 @@ def publish(run: Path) -> None:
     from fastresnet.pretrained import Card
     from fastresnet.pretrained import __file__ as package
     from fastresnet.weights import load_weights
-    from pipelines.augment import Normalization
 
     summary, cpu = _summary(run), torch.device("cpu")
     weights = load_weights(run / "model.safetensors")
@@ -98,15 +154,15 @@ def publish(run: Path) -> None:
         raise DataError(f"{run} subtracts a mean for each pixel, which a card does not hold. Publish another run.")
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision="fp32", device=cpu)
     result = evaluate(weights.model, pipeline, dataset.classes, precision="fp32", device=cpu, mirror=True)
-    constants = Normalization.of(normalization, dataset)
+    mean, std = (dataset.mean, dataset.std) if normalization == "channel" else ((0.5,) * 3, (0.5,) * 3)
     content = (run / "model.safetensors").read_bytes()
     card = Card(
         **{name: summary[name] for name in ("model", "recipe", "seed", "epochs")},
         **{name: summary["environment"][name] for name in ("command", "commit", "device")},
         test_accuracy=result.accuracy,
         test_accuracy_mirror=result.mirror_accuracy,
-        mean=tuple((constants.mean / 255).tolist()),
-        std=tuple((1 / constants.scale / 255).tolist()),
+        mean=mean,
+        std=std,
         sha256=hashlib.sha256(content).hexdigest(),
     )
     folder = Path(package).parent
@@ -115,7 +171,7 @@ def publish(run: Path) -> None:
     print(f"{card.model}: {card.test_accuracy:.2f} %")
 
 
-def _summary(run: Path) -> dict[str, Any]:
+def _summary(run: Path) -> Summary:
     try:
         return json.loads((run / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """usage: python -m benchmarks.readme FILE...
 
-Write the tables of `benchmarks/results` into each FILE, between `<!-- results: NAME -->` and `<!-- end -->`.
+Write the tables of `benchmarks/results` into each FILE: of a benchmark between `<!-- results: NAME -->` and
+`<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.accuracy import TABLES, read_summaries
 from benchmarks.report import read_report
 from benchmarks.show import as_markdown
 from pipelines.files import write_bytes
 
 RESULTS = Path(__file__).with_name("results")
-_TABLE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (results|accuracy): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
     """`text` with every table made anew from its result."""
 
     def table(match: re.Match[str]) -> str:
-        report = read_report(RESULTS / match[2])
-        return f"{match[1]}\n{as_markdown(report)}\n{_provenance(report)}\n{match[3]}"
+        begin, kind, name, end = match.groups()
+        if kind == "accuracy":
+            return f"{begin}\n{TABLES[name](read_summaries())}\n{end}"
+        report = read_report(RESULTS / name)
+        return f"{begin}\n{as_markdown(report)}\n{_provenance(report)}\n{end}"
 
     return _TABLE.sub(table, text)
 

@@ -25,7 +25,7 @@ Train the CIFAR ResNets of He et al. 2015, fast and reproducibly.
 
 commands:
   prepare   make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
-  train     train a network by a recipe: paper, baseline (the default) or smoke
+  train     train a network by a recipe: fast (the default), best, paper, baseline or smoke
   eval      measure weights: this program's, or another repository's state dict
   bench     measure the speed of this program and of what people would use instead
 

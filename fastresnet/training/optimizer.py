@@ -90,7 +90,8 @@ class Muon(Optimizer):
     For convolutions, whose weights are taken as [out channels, rest] and scaled to a norm of sqrt(out channels) before
     each update, as in cifar10-airbench (`airbench94_muon.py`): batch norm takes no notice of their scale, and the
     learning rate is then the relative change of a step. Nesterov momentum. Weights of one shape go through the
-    iteration together.
+    iteration together. PyTorch's own `torch.optim.Muon` takes matrices only, keeps their scale, and cannot call off an
+    update on the device.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from fastresnet.models import list_models
-from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, paper, smoke
+from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, best, fast, paper, smoke
 from fastresnet.training.schedule import lr_factor
 from pipelines.errors import UsageError
 
@@ -41,8 +41,18 @@ def test_without_a_model_recipes_train_resnet20():
     assert {recipe().model for recipe in RECIPES.values()} == {"resnet20"}
 
 
-def test_the_default_recipe_is_there_and_is_the_default_config():
-    assert RECIPES[DEFAULT_RECIPE]() == TrainConfig()
+def test_the_default_recipe_is_fast_and_the_default_config_the_baseline():
+    assert DEFAULT_RECIPE == "fast"
+    assert DEFAULT_RECIPE in RECIPES
+    assert baseline() == TrainConfig()
+
+
+def test_fast_and_best_stay_within_the_epochs_they_claim():
+    """The paper's 64k iterations are 164 epochs."""
+    assert fast().epochs <= 164 / 8
+    assert best().epochs <= 200
+    for recipe in (fast, best):
+        assert (recipe().val_split, recipe().data, recipe().iterations) == (0, "cifar10", None)
 
 
 def test_an_unknown_model_is_refused_by_every_recipe():

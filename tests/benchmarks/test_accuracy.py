@@ -1,0 +1,88 @@
+"""The tables of accuracy: figures of runs that happened, and nothing else."""
+
+import json
+import statistics
+
+import pytest
+
+from benchmarks import accuracy
+from benchmarks.accuracy import PUBLISHED, RESULTS, read_summaries, reproduction_table, runs_table
+from fastresnet.recipes import RECIPES
+from pipelines.errors import DataError
+
+
+def summary(seed, percent, *, recipe="paper", model="resnet20", **changes):
+    environment = {"device": "a CPU", "threads": 2, "commit": "abc", "command": "fastresnet train"}
+    return {
+        "schema": 1, "recipe": recipe, "changed_settings": {}, "model": model, "data": "cifar10", "seed": seed,
+        "epochs": 165, "test_accuracy": percent, "test_accuracy_mirror": percent + 0.5, "flops": 2e15,
+        "train_seconds": 600.0, "environment": environment, **changes,
+    }  # fmt: skip
+
+
+def cells(table, row):
+    """The cells of the row that starts with these."""
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    (found,) = [line for line in lines if line[: len(row)] == row]
+    return dict(zip(lines[0], found, strict=True))
+
+
+def test_without_runs_the_table_has_the_published_errors_and_not_run():
+    table = reproduction_table([])
+    row = cells(table, ["resnet110"])
+    assert (row["paper"], row["akamaster"], row["chenyaofo"]) == ("6.43 %", "6.32 %", "–")
+    assert {cells(table, [model])[f"`{recipe}`"] for model in PUBLISHED for recipe in ("paper", "fast")} == {"not run"}
+
+
+def test_a_cell_has_mean_and_sample_deviation_of_the_seeds():
+    table = reproduction_table([summary(seed, percent) for seed, percent in enumerate((91.0, 91.2, 91.7))])
+    assert cells(table, ["resnet20"])["`paper`"] == "8.70 ± 0.36 % (165 epochs, 3 seeds)"
+    assert statistics.stdev([9.0, 8.8, 8.3]) == pytest.approx(0.36, abs=0.005)
+    assert cells(reproduction_table([summary(0, 91.0)]), ["resnet20"])["`paper`"] == "9.00 % (165 epochs, 1 seed)"
+
+
+def test_the_table_of_runs_has_a_row_for_each_recipe_and_network():
+    runs = [summary(1, 92.0), summary(0, 91.0), summary(4, 93.0, model="resnet56"), summary(7, 90.0, recipe="fast")]
+    table = runs_table(runs)
+    found = [line.strip("| ").split(" | ")[:2] for line in table.splitlines()[2:]]
+    assert found == [["`fast`", "resnet20"], ["`paper`", "resnet20"], ["`paper`", "resnet56"]]
+    row = cells(table, ["`paper`", "resnet20"])
+    assert (row["seeds"], row["test accuracy"], row["mirrored"]) == ("0, 1", "91.50 ± 0.71 %", "92.00 ± 0.71 %")
+    assert (row["PFLOP"], row["minutes"]) == ("2.00", "10")
+
+
+def test_runs_on_other_data_or_with_other_settings_do_not_count(tmp_path):
+    runs = [
+        summary(0, 91.0),
+        summary(1, 91.0, data="shapes10"),
+        summary(2, 91.0, changed_settings={"epochs": 200}),
+    ]
+    for run in runs:
+        (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
+    assert [run["seed"] for run in read_summaries(tmp_path)] == [0]
+
+
+def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(DataError, match="run is no finished run"):
+        accuracy.add([run])
+    (run / "summary.json").write_text(json.dumps(summary(3, 91.0)))
+    (run / "metrics.csv").write_text("epoch\n1\n")
+    accuracy.add([run])
+    assert json.loads((tmp_path / "results" / "paper-resnet20-seed3.json").read_text()) == summary(3, 91.0)
+    assert (tmp_path / "results" / "paper-resnet20-seed3.csv").read_text() == "epoch\n1\n"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_run_in_the_tables_is_one_of_a_recipe_and_tells_where_it_comes_from(path):
+    run = json.loads(path.read_text())
+    assert run["schema"] == 1
+    assert path.stem == f"{run['recipe']}-{run['model']}-seed{run['seed']}"
+    assert run["recipe"] in RECIPES
+    environment = run["environment"]
+    assert all(environment[key] for key in ("device", "threads", "versions", "commit", "command", "started"))
+    assert not environment["commit"].endswith("+")  # trained with what is in the repository
+    last = path.with_suffix(".csv").read_text().splitlines()[-1].split(",")
+    assert float(last[-1]) == run["test_accuracy"]  # the curve ends in the figure

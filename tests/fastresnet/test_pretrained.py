@@ -1,0 +1,104 @@
+"""The weights that come with the program: what their cards say is so."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastresnet
+from fastresnet import pretrained
+from fastresnet.pretrained import list_pretrained, load_pretrained, pretrained_card, pretrained_file
+from pipelines.errors import DataError, UsageError
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """Weights and cards that may be damaged."""
+    folder = tmp_path / "pretrained"
+    shutil.copytree(pretrained._FOLDER, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(pretrained, "_FOLDER", folder)
+    return folder
+
+
+def test_resnet20_comes_with_the_program():
+    assert "resnet20" in list_pretrained()
+    assert list_pretrained() == fastresnet.list_pretrained()
+
+
+@pytest.mark.parametrize("name", list_pretrained())
+def test_the_card_tells_where_the_weights_come_from(name):
+    card = pretrained_card(name)
+    content = pretrained_file(name).read_bytes()
+    assert card.model == name
+    assert card.sha256 == hashlib.sha256(content).hexdigest()
+    assert f"train {card.recipe}" in card.command
+    assert not card.commit.endswith("+")
+    assert len(content) < 5_000_000  # small enough for a repository
+
+
+@pytest.mark.parametrize("name", list_pretrained())
+def test_the_network_is_ready_for_use(name):
+    network = load_pretrained(name)
+    assert not network.training
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.skipif("FASTRESNET_TEST_SOURCE" not in os.environ, reason="no CIFAR-10 in FASTRESNET_TEST_SOURCE")
+@pytest.mark.parametrize("name", list_pretrained())
+def test_eval_gives_the_figures_of_the_card(run, tmp_path, name):
+    root, figures = str(tmp_path / "data"), tmp_path / "figures.json"
+    assert run("prepare", "--source", os.environ["FASTRESNET_TEST_SOURCE"], "--root", root)[0] == 0
+    weights = ("--weights", f"pretrained:{name}", "--device", "cpu")
+    code, out, err = run("eval", *weights, "--root", root, "--mirror", "--json", str(figures))
+    assert code == 0, err
+    card, found = pretrained_card(name), json.loads(figures.read_text())
+    # Another CPU sums in another order: that may move one image of 10,000 over a boundary.
+    assert found["test_accuracy"] == pytest.approx(card.test_accuracy, abs=0.011)
+    assert found["test_accuracy_mirror"] == pytest.approx(card.test_accuracy_mirror, abs=0.011)
+    assert f"{found['test_accuracy_mirror']:.2f} %" in out
+
+
+@pytest.mark.parametrize("name", ["resnet21", "", "../resnet20", "resnet20.safetensors"])
+def test_an_unknown_name_is_refused_with_those_there_are(run, name):
+    with pytest.raises(UsageError, match=f"unknown pretrained network {name!r}.*resnet20"):
+        load_pretrained(name)
+    code, _, err = run("eval", "--weights", f"pretrained:{name}")
+    assert code == 2
+    assert "resnet20" in err
+
+
+def test_weights_that_are_not_the_cards_are_refused(copies, run):
+    path = copies / "resnet20.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"resnet20\.safetensors is not what its card describes: the SHA-256 differs"):
+        load_pretrained("resnet20")
+    code, _, err = run("eval", "--weights", "pretrained:resnet20")
+    assert code == 3
+    assert "SHA-256" in err
+
+
+@pytest.mark.parametrize("model", ["resnet20", "se_resnet20"])
+def test_torch_hub_builds_networks(model):
+    network = torch.hub.load(str(PROJECT), model, source="local", trust_repo=True, num_classes=7)
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_torch_hub_loads_pretrained_weights():
+    network = torch.hub.load(str(PROJECT), "resnet20", source="local", trust_repo=True, pretrained=True)
+    expected = load_pretrained("resnet20").state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+
+
+def test_torch_hub_lists_every_network():
+    names = torch.hub.list(str(PROJECT), source="local", trust_repo=True)
+    assert {name.replace("-", "_") for name in fastresnet.list_models()} <= set(names)
