@@ -588,6 +588,17 @@ def test_torch_compile_takes_the_network_as_one_graph(name, shortcut):
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
 
 
+@pytest.mark.parametrize(("name", "shortcut"), SMALLEST)
+def test_torch_export_takes_the_network_for_batches_of_every_size(name, shortcut):
+    network = random_network(name, shortcut, **({} if name.startswith("plain") else {"drop_path": 0.1}))
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(network, (random_images(3),), dynamic_shapes={"x": {0: batch}})
+    with torch.no_grad():
+        for count in (1, 5):
+            images = random_images(count)
+            torch.testing.assert_close(exported.module()(images), network(images), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGEST else name for name in list_models()]

@@ -45,7 +45,7 @@ def test_a_run_leaves_all_its_files_and_they_agree(finished):
     ]
     rows = read_csv(folder / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
-    assert [float(row["lr"]) for row in rows] == [0.1, 0.001]
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.1, 0.001], rel=1e-12)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test_accuracy"] == float(rows[-1]["test_accuracy"])
     assert summary["best_accuracy"] == max(float(row["test_accuracy"]) for row in rows)
