@@ -1,16 +1,16 @@
 """Entry points for `torch.hub.load("OWNER/fastresnet", "resnet20", pretrained=True)`: the networks of `fastresnet`."""
 
-import functools
+import functools as _functools
 
-from fastresnet.models import create_model, list_models
-from fastresnet.pretrained import load_pretrained
+import fastresnet as _fastresnet
 
 dependencies = ["torch", "numpy", "safetensors", "tyro", "tomli_w"]
 
 
 def _network(name, *, pretrained=False, **options):
     """`pretrained`: with the weights that come with fastresnet; `options` are those of `fastresnet.create_model`."""
-    return load_pretrained(name) if pretrained else create_model(name, **options)
+    create = _fastresnet.load_pretrained if pretrained else _fastresnet.create_model
+    return create(name, **options)
 
 
-globals().update({name.replace("-", "_"): functools.partial(_network, name) for name in list_models()})
+globals().update({name.replace("-", "_"): _functools.partial(_network, name) for name in _fastresnet.list_models()})

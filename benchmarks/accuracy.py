@@ -1,13 +1,15 @@
 """usage: python -m benchmarks.accuracy add RUN...
+       python -m benchmarks.accuracy chart RECIPE FILE
        python -m benchmarks.accuracy publish RUN
 
 `add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`, from which
-`python -m benchmarks.readme` makes the tables of accuracy. `publish` makes the weights of a run those of
-`load_pretrained`, with their card.
+`python -m benchmarks.readme` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
+`publish` makes the weights of a run those of `load_pretrained`, with their card.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -17,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import markdown_table, save_figure
 from fastresnet.recipes import RECIPES
 from pipelines.errors import DataError
 from pipelines.files import write_bytes
@@ -55,13 +58,13 @@ def reproduction_table(summaries: Iterable[Summary]) -> str:
         cells = [f"{published[source]:.2f} %" if source in published else "–" for source in SOURCES]
         runs_of_recipes = [groups.get((recipe, model), []) for recipe in recipes]
         rows.append([model, *cells, *map(_error_cell, runs_of_recipes)])
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def runs_table(summaries: Iterable[Summary]) -> str:
     """What was run, as Markdown: accuracy, and the time and arithmetic it took, for each recipe and network."""
     head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
-    return _markdown(head, [_run_row(*key, runs) for key, runs in _grouped(summaries).items()])
+    return markdown_table(head, [_run_row(*key, runs) for key, runs in _grouped(summaries).items()])
 
 
 def _run_row(recipe: str, model: str, runs: list[Summary]) -> list[str]:
@@ -113,11 +116,6 @@ def _epochs(runs: list[Summary]) -> str:
     return str(epochs)
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 TABLES = {"reproduction": reproduction_table, "runs": runs_table}
 """The tables, by what a Markdown file calls them."""
 
@@ -126,11 +124,56 @@ def add(runs: Iterable[Path]) -> None:
     """Copy what is to be kept of finished `runs`. Raises `DataError` where one is not finished."""
     for run in runs:
         summary = _summary(run)
-        name = f"{summary['recipe']}-{summary['model']}-seed{summary['seed']}"
+        name = _stem(summary)
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_bytes(RESULTS / f"{name}.json", (json.dumps(summary, indent=2) + "\n").encode())
         write_bytes(RESULTS / f"{name}.csv", (run / "metrics.csv").read_bytes())
         print(f"{name}: {summary['test_accuracy']:.2f} %")
+
+
+def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
+    """Draw errors in training and test over the epochs, of 20 and of 56 layers, as in the paper's figure 6.
+
+    To the left the plain networks, to the right the residual ones; the first seed of each. Raises `DataError` where
+    there is no run of `recipe`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = _grouped(run for run in read_summaries(folder) if run["recipe"] == recipe)
+    if not groups:
+        raise DataError(f"{folder} has no run of recipe {recipe!r}. Add one: python -m benchmarks.accuracy add RUN")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axes, (family, heading) in zip(panels, (("plain", "plain networks"), ("resnet", "ResNets")), strict=True):
+        for model, color in ((f"{family}20", "tab:orange"), (f"{family}56", "tab:blue")):
+            if (recipe, model) in groups:
+                _draw_errors(axes, groups[recipe, model][0], folder, color)
+            else:
+                axes.plot([], [], color=color, label=f"{model}: not run")
+        axes.set(title=heading, xlabel="epoch", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(which="both", alpha=0.25)
+        axes.legend(frameon=False)
+    panels[0].set_ylabel("error (%)")
+    figure.suptitle(f"Degradation: CIFAR-10, recipe {recipe}", fontsize=10)
+    save_figure(figure, path)
+
+
+def _draw_errors(axes: Any, run: Summary, folder: Path, color: str) -> None:
+    with open(folder / f"{_stem(run)}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) for row in rows]
+    for split, style in (("train", "--"), ("test", "-")):
+        errors = [100 - float(row[f"{split}_accuracy"]) for row in rows]
+        axes.plot(epochs, errors, style, color=color, label=f"{run['model']}, {split}: {errors[-1]:.2f} %")
+
+
+def _stem(run: Summary) -> str:
+    """What the files of a run are called in the results."""
+    return f"{run['recipe']}-{run['model']}-seed{run['seed']}"
 
 
 def publish(run: Path) -> None:
@@ -185,6 +228,8 @@ if __name__ == "__main__":
         match arguments:
             case ["add", *runs] if runs:
                 add(map(Path, runs))
+            case ["chart", recipe, path]:
+                chart(recipe, Path(path))
             case ["publish", run]:
                 publish(Path(run))
             case _:

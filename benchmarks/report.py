@@ -109,9 +109,14 @@ def markdown(report: Report, columns: Sequence[Column]) -> str:
     (name, name_text), *rest = columns
     every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest]
     every += [(f"/ `{other}`", lambda row, other=other: ratios.get((row["name"], other), "")) for other in others]
-    lines = [[heading for heading, _ in every], ["---"] * len(every)]
-    lines += [[text(row) for _, text in every] for row in report["rows"]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown_table(
+        [heading for heading, _ in every], [[text(row) for _, text in every] for row in report["rows"]]
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
 def short(value: float, digits: int) -> str:

@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+from matplotlib import pyplot as plt
 
 from benchmarks import accuracy
 from benchmarks.accuracy import PUBLISHED, RESULTS, read_summaries, reproduction_table, runs_table
@@ -73,6 +74,19 @@ def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkey
     accuracy.add([run])
     assert json.loads((tmp_path / "results" / "paper-resnet20-seed3.json").read_text()) == summary(3, 91.0)
     assert (tmp_path / "results" / "paper-resnet20-seed3.csv").read_text() == "epoch\n1\n"
+
+
+def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_path):
+    with pytest.raises(DataError, match="has no run of recipe 'paper'"):
+        accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
+    (tmp_path / "paper-resnet20-seed3.json").write_text(json.dumps(summary(3, 91.0)))
+    curve = "epoch,train_accuracy,test_accuracy\n1,60,55\n2,93.5,91\n"
+    (tmp_path / "paper-resnet20-seed3.csv").write_text(curve)
+    with plt.rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
+    picture = (tmp_path / "chart.svg").read_text()
+    for label in ("resnet20, train: 6.50 %", "resnet20, test: 9.00 %", "resnet56: not run", "plain20: not run"):
+        assert label in picture
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

@@ -100,8 +100,11 @@ def test_torch_hub_loads_pretrained_weights():
     assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
 
 
-def test_torch_hub_has_an_entry_point_for_every_network():
+def test_torch_hub_has_the_networks_for_entry_points_and_nothing_else():
     spec = importlib.util.spec_from_file_location("hubconf", PROJECT / "hubconf.py")
     hubconf = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hubconf)
-    assert all(callable(getattr(hubconf, name.replace("-", "_"))) for name in fastresnet.list_models())
+    found = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
+    assert found == {name.replace("-", "_") for name in fastresnet.list_models()}
+    with pytest.raises(TypeError, match="num_classes"):  # pretrained networks have ten
+        hubconf.resnet20(pretrained=True, num_classes=7)
