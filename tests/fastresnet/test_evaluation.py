@@ -47,6 +47,20 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(
     assert result.per_class == pytest.approx(per_class)
 
 
+@pytest.mark.parametrize("batch_size", [7, BATCH_SIZE])
+def test_mirrored_views_are_counted_beside_the_single_view(network, dataset, monkeypatch, batch_size):
+    monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
+    batches = open_evaluation(dataset, "half", pipeline="resident", precision="fp32", device=CPU)
+    result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, mirror=True)
+    images = torch.from_numpy(dataset.test.images / 127.5 - 1).permute(0, 3, 1, 2).float()
+    mirrored = torch.from_numpy(dataset.test.images[:, :, ::-1] / 127.5 - 1).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        predicted = (network(images) + network(mirrored)).argmax(1)
+    hits = (predicted == torch.from_numpy(dataset.test.labels.copy())).double()
+    assert result.mirror_accuracy == pytest.approx(100 * hits.mean().item())
+    assert result.accuracy == pytest.approx(expected_figures(network, dataset)[0])
+
+
 def test_classes_without_images_are_left_out(network, dataset, monkeypatch):
     kept = np.flatnonzero(dataset.test.labels != 3)
     partial = dataclasses.replace(dataset, test=dataclasses.replace(dataset.test, ids=kept))

@@ -106,6 +106,22 @@ def test_killed_again_and_again(start, unbroken, tmp_path):
     assert_same_run(folder, unbroken)
 
 
+EVERYTHING = [
+    *("--flip", "alternating", "--cutout", "8", "--mixup", "0.4", "--cutmix", "1", "--label-smoothing", "0.1"),
+    *("--drop-path", "0.3", "--ema-decay", "0.9", "--clip-norm", "1", "--schedule", "cosine", "--warmup", "0.2"),
+]
+
+
+@pytest.mark.parametrize("optimizer", [["muon", "--nesterov"], ["adamw"]], ids=["muon", "adamw"])
+def test_a_killed_run_with_everything_switched_on_continues_to_the_same_bits(start, tmp_path, optimizer):
+    arguments = [*EVERYTHING, "--optimizer", *optimizer]
+    start(tmp_path / "unbroken", arguments=arguments, expect=0)
+    kill = {"fault": "os.kill(os.getpid(), signal.SIGKILL)", "expect": -signal.SIGKILL}
+    start(tmp_path / "run", arguments=arguments, step=8, **kill)
+    start(tmp_path / "run", arguments=arguments, resume=True, expect=0)
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("moment", ["checkpoint", "evaluation"])
 def test_killed_while_writing_a_checkpoint_or_evaluating(start, unbroken, tmp_path, moment):
     """The kill comes when half of the new checkpoint is in its temporary file, or after the first evaluation batch."""
