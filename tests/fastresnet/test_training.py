@@ -52,6 +52,7 @@ def test_a_run_leaves_all_its_files_and_they_agree(finished):
     assert summary["best_chosen_on"] == "test"
     assert "chosen on the test set itself" in out
     assert (summary["recipe"], summary["data"], summary["seed"]) == ("smoke", "shapes10", 0)
+    assert summary["changed_settings"] == {"batch_size": 64, "epochs": 2}
     # 40.81 M multiply-adds forward (He et al. 2015 counts them as FLOPs); twice that backward, less the first
     # convolution's gradient with respect to the images (3 * 16 * 9 * 1024).
     per_image = 2 * (3 * 40.8118e6 - 3 * 16 * 9 * 1024)
