@@ -396,10 +396,11 @@ def test_a_failed_compilation_says_what_it_needs(run, tmp_path, monkeypatch):
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
         code, _, err = run("train", *SMALL, "--compile", "on", "--out", tmp_path / "run")
     assert code == 1
-    assert err.startswith("fastresnet: torch.compile failed: ")
-    assert "g++" in err
-    assert "--compile off" in err
-    assert len(err.splitlines()) == 1
+    # In a process that has compiled before, the compiler is missed later, and PyTorch logs that too.
+    (message,) = [line for line in err.splitlines() if line.startswith("fastresnet: ")]
+    assert message.startswith("fastresnet: torch.compile failed: ")
+    assert "g++" in message
+    assert "--compile off" in message
 
 
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(run, tmp_path, monkeypatch):
