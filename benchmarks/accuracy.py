@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import json
 import statistics
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 from benchmarks.report import markdown_table, save_figure
 from fastresnet.recipes import RECIPES
 from pipelines.errors import DataError
-from pipelines.files import write_bytes
+from pipelines.files import sha256, write_bytes
 
 RESULTS = Path(__file__).with_name("results") / "accuracy"
 
@@ -189,8 +188,8 @@ def publish(run: Path) -> None:
     from fastresnet.pretrained import __file__ as package
     from fastresnet.weights import load_weights
 
-    summary, cpu = _summary(run), torch.device("cpu")
-    weights = load_weights(run / "model.safetensors")
+    summary, cpu, file = _summary(run), torch.device("cpu"), run / "model.safetensors"
+    weights = load_weights(file)
     dataset = find_dataset("cifar10", None)
     normalization = weights.training["normalization"]
     if normalization == "pixel":
@@ -198,7 +197,6 @@ def publish(run: Path) -> None:
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision="fp32", device=cpu)
     result = evaluate(weights.model, pipeline, dataset.classes, precision="fp32", device=cpu, mirror=True)
     mean, std = (dataset.mean, dataset.std) if normalization == "channel" else ((0.5,) * 3, (0.5,) * 3)
-    content = (run / "model.safetensors").read_bytes()
     card = Card(
         **{name: summary[name] for name in ("model", "recipe", "seed", "epochs")},
         **{name: summary["environment"][name] for name in ("command", "commit", "device")},
@@ -206,10 +204,10 @@ def publish(run: Path) -> None:
         test_accuracy_mirror=result.mirror_accuracy,
         mean=mean,
         std=std,
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=sha256(file),
     )
     folder = Path(package).parent
-    write_bytes(folder / f"{card.model}.safetensors", content)
+    write_bytes(folder / f"{card.model}.safetensors", file.read_bytes())
     write_bytes(folder / f"{card.model}.json", (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
     print(f"{card.model}: {card.test_accuracy:.2f} %")
 

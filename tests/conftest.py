@@ -1,4 +1,5 @@
-"""What all tests share: a small drawn data set, the command line in-process, and no silent skips in CI."""
+"""What all tests share: a small drawn data set, CIFAR-10 where its archive is at hand, the command line in-process, and
+no silent skips in CI."""
 
 import importlib.util
 import os
@@ -86,6 +87,15 @@ def break_import(monkeypatch):
     threads = torch.get_num_threads()
     yield break_library
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cifar10_archive() -> Path:
+    """The official archive (python version), where $FASTRESNET_TEST_SOURCE names it."""
+    source = os.environ.get("FASTRESNET_TEST_SOURCE")
+    if not source:
+        pytest.skip("FASTRESNET_TEST_SOURCE does not name the CIFAR-10 archive")
+    return Path(source)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ SHA-256 of the weights.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import DataError, check_choice
+from pipelines.files import sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +61,7 @@ def pretrained_card(name: str) -> Card:
 def pretrained_file(name: str) -> Path:
     """The file of its weights. Raises `DataError` where it is not the one that its card describes."""
     card, path = pretrained_card(name), _FOLDER / f"{name}.safetensors"
-    if hashlib.sha256(path.read_bytes()).hexdigest() != card.sha256:
+    if sha256(path) != card.sha256:
         raise DataError(f"{path} is not what its card describes: the SHA-256 differs. Install fastresnet anew.")
     return path
 

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -51,11 +50,10 @@ def test_the_network_is_ready_for_use(name):
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.skipif("FASTRESNET_TEST_SOURCE" not in os.environ, reason="no CIFAR-10 in FASTRESNET_TEST_SOURCE")
 @pytest.mark.parametrize("name", list_pretrained())
-def test_eval_gives_the_figures_of_the_card(run, tmp_path, name):
+def test_eval_gives_the_figures_of_the_card(run, tmp_path, cifar10_archive, name):
     root, figures = str(tmp_path / "data"), tmp_path / "figures.json"
-    assert run("prepare", "--source", os.environ["FASTRESNET_TEST_SOURCE"], "--root", root)[0] == 0
+    assert run("prepare", "--source", cifar10_archive, "--root", root)[0] == 0
     weights = ("--weights", f"pretrained:{name}", "--device", "cpu")
     code, out, err = run("eval", *weights, "--root", root, "--mirror", "--json", str(figures))
     assert code == 0, err

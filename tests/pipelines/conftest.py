@@ -1,10 +1,9 @@
-"""Fake CIFAR-10s with random pixels in every official packing, the real one where its archive is at hand, and what a
-pipeline must deliver, computed image by image in NumPy."""
+"""Fake CIFAR-10s with random pixels in every official packing, and what a pipeline must deliver, computed image by
+image in NumPy."""
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import random
 import tarfile
@@ -219,12 +218,3 @@ def helpers() -> type[Helpers]:
 def fake() -> FakeCifar:
     """A fake CIFAR-10 with three classes."""
     return FakeCifar(("ant", "bee", "cat"))
-
-
-@pytest.fixture(scope="session")
-def cifar10_archive() -> Path:
-    """The official archive (python version), where $FASTRESNET_TEST_SOURCE names it."""
-    source = os.environ.get("FASTRESNET_TEST_SOURCE")
-    if not source:
-        pytest.skip("FASTRESNET_TEST_SOURCE does not name the CIFAR-10 archive")
-    return Path(source)
