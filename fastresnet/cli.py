@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 import warnings
@@ -111,18 +112,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
+    speaker = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
     try:
         with _notes_on_stderr():
             return command(arguments)
     except UserError as error:
-        print(f"fastresnet: {error}", file=sys.stderr)
+        print(f"{speaker}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
-        print(f"fastresnet: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
+        print(f"{speaker}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fastresnet: interrupted.", file=sys.stderr)
+        print(f"{speaker}: interrupted.", file=sys.stderr)
         return 130
 
 
@@ -248,13 +250,16 @@ def _train(arguments: list[str]) -> int:
 
     from rich.console import Console
 
+    from fastresnet.distributed import ranks_of_torchrun
     from fastresnet.training.trainer import train
 
     imported = time.perf_counter()
     dataset = find_dataset(config.data, config.root)
     cold_start = {"import": imported - began, "data": time.perf_counter() - imported}
-    summary = train(config, dataset, Console(), cold_start)
-    _print_table("result", _summary_lines(summary))
+    first = ranks_of_torchrun().first
+    summary = train(config, dataset, Console(quiet=not first), cold_start)
+    if first:
+        _print_table("result", _summary_lines(summary))
     return 0
 
 

@@ -60,13 +60,18 @@ class TrainConfig:
     iterations: int | None = None
     """Stop after this many optimisation steps, even within an epoch. Without it, the epochs decide."""
     batch_size: int = 128
-    """Images per optimisation step."""
+    """Images per optimisation step, over all processes where torchrun starts several."""
+    sync_bn: bool = False
+    """Batch norm over the images of all processes, not of each by itself."""
     optimizer: str = "sgd"
     """sgd, adamw, or muon (for convolutions; SGD with --sgd-lr for the rest)."""
     lr: float = 0.1
     """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
     sgd_lr: float = 0.1
     """Peak learning rate of what muon leaves to SGD: norms, biases, the linear layer."""
+    lr_batch_size: int | None = None
+    """Batch size that the learning rates are meant for: they grow and shrink with --batch-size (the linear scaling rule
+    of Goyal et al. 2017). Without it, they are taken as they are."""
     schedule: str = "step"
     """step (divided by 10 at each milestone), cosine or linear (both to 0)."""
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -137,6 +142,7 @@ class TrainConfig:
         for name, low, high in (
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1 << 20),
+            ("lr_batch_size", 1, 1 << 20),
             ("iterations", 1, 1 << 62),
             ("val_split", 0, 1 << 62),
             ("checkpoint_steps", 0, 1 << 62),
@@ -171,6 +177,11 @@ class TrainConfig:
     def augmentation(self) -> Augmentation:
         """What the pipelines need to know."""
         return Augmentation(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)})
+
+    @property
+    def lr_scale(self) -> float:
+        """What all learning rates are multiplied with."""
+        return self.batch_size / (self.lr_batch_size or self.batch_size)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimisation steps of the whole run."""

@@ -74,11 +74,19 @@ def _computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_compile(name: str, device: torch.device) -> str:
-    """`auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide."""
+def resolve_compile(name: str, device: torch.device, *, alone: bool) -> str:
+    """`auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide. Where there are several ranks, which
+    exchange gradients within a step, it is `on` and `off`.
+    """
     if name == "graph" and device.type != "cuda":
         raise UsageError("--compile graph records a CUDA graph, which needs a GPU. Use --compile on.")
-    return "graph" if name == "auto" and device.type == "cuda" else name
+    if name == "graph" and not alone:
+        raise UsageError("--compile graph is for a training in one process. Use --compile on.")
+    if name != "auto":
+        return name
+    if alone:
+        return "graph" if device.type == "cuda" else name
+    return "on" if device.type == "cuda" else "off"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastresnet.device import DTYPES, autocast
+from fastresnet.distributed import ALONE, Ranks
 from pipelines import Augmentation, Pipeline, open_pipeline
 from pipelines.store import Dataset
 
@@ -34,18 +35,28 @@ class Evaluation:
 
 
 def open_evaluation(
-    dataset: Dataset, normalization: str, *, pipeline: str, precision: str, device: torch.device
+    dataset: Dataset,
+    normalization: str,
+    *,
+    pipeline: str,
+    precision: str,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Pipeline:
-    """A pipeline over the test split of `dataset`, without augmentation."""
+    """A pipeline over the test split of `dataset`, without augmentation; its share for this rank, where there are
+    several.
+    """
     return open_pipeline(
         pipeline,
         dataset,
         train=False,
-        batch_size=min(BATCH_SIZE, len(dataset.test)),
+        batch_size=max(min(BATCH_SIZE, len(dataset.test)), ranks.world_size),
         device=device,
         dtype=DTYPES[precision],
         seed=0,
         augmentation=Augmentation(normalization=normalization),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
 
 
@@ -59,10 +70,12 @@ def evaluate(
     device: torch.device,
     mirror: bool = False,
     after_batch: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Evaluate `model` on the pipeline's device; sets it to evaluation mode.
 
-    `mirror` adds `mirror_accuracy`, for twice the work. `after_batch` may raise to stop early.
+    `mirror` adds `mirror_accuracy`, for twice the work. `after_batch` may raise to stop early. Where there are several
+    `ranks`, each brings its share of the images, and the result is that of all of them.
     """
     model.eval()
     started = time.perf_counter()
@@ -81,6 +94,8 @@ def evaluate(
                 logits = logits + model(batch.images.flip(3)).float()
             mirror_correct += ((logits.argmax(1) == batch.labels) & real).sum()
         after_batch()
+    for sums in (loss, correct, count, mirror_correct):
+        ranks.sum(sums)
     total = int(count.sum())
     return Evaluation(
         accuracy=100 * int(correct.sum()) / total,

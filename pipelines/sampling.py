@@ -178,6 +178,11 @@ def _flips(seed: int, epoch: int, ids: Array, mode: str) -> Array:
     return hash64(stream_key(seed, epoch, Purpose.FLIP), ids) & 1
 
 
+def rank_rows(batch_size: int, rank: int, world_size: int) -> slice:
+    """The rows of a batch of `batch_size` that are `rank`'s: the ranks' slices joined are the batch."""
+    return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
     """Which samples make up each batch, on this rank.
@@ -211,9 +216,7 @@ class Sampler:
 
     @property
     def _rows(self) -> slice:
-        return slice(
-            self.batch_size * self.rank // self.world_size, self.batch_size * (self.rank + 1) // self.world_size
-        )
+        return rank_rows(self.batch_size, self.rank, self.world_size)
 
     @property
     def rows_per_batch(self) -> int:

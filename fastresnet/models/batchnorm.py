@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -27,6 +28,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     fused = False
+    synchronized = False
+    """Whether statistics are those of the whole batch, where other ranks have the rest of it."""
 
     def __init__(self, num_features: int, *, relu: bool) -> None:
         super().__init__(num_features)
@@ -34,14 +37,32 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """`x` and `shortcut` [N, C, H, W] to [N, C, H, W]."""
-        if self.fused and self.training and not torch.compiler.is_compiling() and _fits(x, shortcut):
+        if self.synchronized and self.training:
+            out = self._over_all_ranks(x)
+        elif self.fused and self.training and not torch.compiler.is_compiling() and _fits(x, shortcut):
             self.num_batches_tracked.add_(1)
             return _Fused.apply(x, shortcut, self.weight, self.bias, self)
-        out = super().forward(x)
+        else:
+            out = super().forward(x)
         # In place: batch norm's gradient needs its input only, and less memory is gone through.
         if shortcut is not None:
             out += shortcut
         return F.relu(out, inplace=True) if self.relu else out
+
+    def _over_all_ranks(self, x: Tensor) -> Tensor:
+        out, mean, var, count = _Synchronized.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return out
+
+
+def synchronize_batch_norms(model: nn.Module) -> None:
+    """Have all of `model` normalise by the statistics of the whole batch. `torch.distributed` has to be set up."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            module.synchronized = True
 
 
 def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
@@ -63,6 +84,49 @@ def _fits(x: Tensor, shortcut: Tensor | None) -> bool:
         and x.numel() > x.shape[1]
         and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype))
     )
+
+
+class _Synchronized(torch.autograd.Function):
+    """Batch norm of a batch that lies on several ranks: what `torch.nn.SyncBatchNorm` does, which no CPU can.
+
+    One exchange each way: of every rank's mean, variance and number of pixels (combined as in Chan, Golub & LeVeque
+    1979), and of the two sums that the gradient needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, ...]:
+        """Normalised `x` [N, C, H, W], mean and variance of all ranks [C] and their number of pixels [1]."""
+        channels = x.shape[1]
+        var, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
+        own = torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)])
+        of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, own)
+        means, variances, counts = torch.stack(of_ranks).split((channels, channels, 1), 1)
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count
+        var = ((variances + (means - mean).square()) * counts).sum(0) / count
+        inverse_std = (var + epsilon).rsqrt()
+        out = _per_channel(inverse_std * weight) * (x.to(weight.dtype) - _per_channel(mean)) + _per_channel(bias)
+        ctx.save_for_backward(x, weight, mean, inverse_std, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        return out.to(x.dtype), mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        grad = grad_out.to(weight.dtype)
+        normalized = (x.to(weight.dtype) - _per_channel(mean)) * _per_channel(inverse_std)
+        sums = torch.stack([grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))])
+        grad_bias, grad_weight = sums.clone()  # of this rank's images alone, as for all other parameters
+        dist.all_reduce(sums)
+        mean_grad, mean_product = (_per_channel(total / count) for total in sums)
+        grad_x = _per_channel(weight * inverse_std) * (grad - mean_grad - normalized * mean_product)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
 
 
 class _Fused(torch.autograd.Function):

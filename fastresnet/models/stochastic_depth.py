@@ -17,13 +17,13 @@ class StochasticDepth(nn.Module):
 
     Which samples lose it is a pure function of (seed, block, step, row): there is no random generator to save. `step`
     [1] int64 is a buffer, so that the number of a step captured as a CUDA graph can change, but not part of the
-    weights.
+    weights. `first_row` is the number of the first sample, where others have the rows before.
     """
 
     def __init__(self, rate: float, block: int) -> None:
         super().__init__()
         self.rate, self.block = rate, block
-        self.seed = 0
+        self.seed = self.first_row = 0
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     @property
@@ -39,7 +39,7 @@ class StochasticDepth(nn.Module):
         """`branch` [B, C, H, W] to the same, with zeros for the samples that lose it."""
         if not self.training:
             return branch
-        rows = torch.arange(len(branch), device=branch.device)
+        rows = self.first_row + torch.arange(len(branch), device=branch.device)
         keep = uniform(hash64(self._key, step_counters(self.step, rows))) >= self.rate
         return torch.where(keep.view(-1, 1, 1, 1), branch / (1 - self.rate), 0)
 
@@ -51,12 +51,12 @@ def linear_decay(drop_path: float, block: int, blocks: int) -> StochasticDepth |
     return StochasticDepth(drop_path * (block + 1) / blocks, block) if drop_path else None
 
 
-def seed_stochastic_depth(model: nn.Module, seed: int, step: Tensor) -> None:
-    """Have all of `model` draw with `seed`, for the step whose number `step` [1] int64 holds.
+def seed_stochastic_depth(model: nn.Module, seed: int, step: Tensor, first_row: int = 0) -> None:
+    """Have all of `model` draw with `seed`, for the step whose number `step` [1] int64 holds, from `first_row` on.
 
     The tensor is shared, not copied: whoever counts in it moves the model on. To be called when the model is on its
     device, that of `step`. A deep copy of the model has a copy of `step`, which all of it shares.
     """
     for module in model.modules():
         if isinstance(module, StochasticDepth):
-            module.seed, module.step = seed, step
+            module.seed, module.step, module.first_row = seed, step, first_row

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from pipelines.errors import UsageError
 
 Row = dict[str, Any]
-"""One line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy loss and accuracy of the evaluated split."""
+"""One line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
+overflows: updates that the epoch left out because gradients overflowed in fp16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class TensorBoardLogger:
             if "_" in key:
                 split, _, what = key.partition("_")
                 self._writer.add_scalar(f"{what}/{split}", value, row["step"])
-        self._writer.add_scalar("lr", row["lr"], row["step"])
+        for key in ("lr", "overflows"):
+            self._writer.add_scalar(key, row[key], row["step"])
         self._writer.add_scalar("images_per_s", status.images_per_s, row["step"])
 
     def close(self) -> None:
@@ -139,11 +141,12 @@ class TensorBoardLogger:
 def epoch_line(row: Row, status: Status) -> str:
     """One epoch in one line."""
     split = "val" if "val_loss" in row else "test"
+    overflows = f"{row['overflows']} overflows  " if row["overflows"] else ""
     return (
         f"epoch {row['epoch']:>3}  step {row['step']:>6}  lr {row['lr']:<6g}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f} %  "
         f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_accuracy']:6.2f} %  "
-        f"{status.images_per_s:,.0f} images/s  ETA {format_duration(status.eta_s)}"
+        f"{overflows}{status.images_per_s:,.0f} images/s  ETA {format_duration(status.eta_s)}"
     )
 
 

@@ -19,8 +19,11 @@ class Mixer:
     is a pure function of (seed, step, pair).
     """
 
-    def __init__(self, *, mixup: float, cutmix: float, seed: int, device: torch.device) -> None:
-        """`mixup` and `cutmix` are their alphas, 0 for none."""
+    def __init__(self, *, mixup: float, cutmix: float, seed: int, device: torch.device, first_row: int = 0) -> None:
+        """`mixup` and `cutmix` are their alphas, 0 for none; `first_row` (even) is where in the whole batch the images
+        begin.
+        """
+        self._first_row = first_row
         self._share_key, self._box_key = (stream_key(seed, purpose) for purpose in (Purpose.MIX, Purpose.MIX_BOX))
         self._mixup, self._cutmix = mixup, cutmix
         self._quantiles = {
@@ -31,7 +34,7 @@ class Mixer:
     def __call__(self, images: Tensor, labels: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mixed `images` [B, 3, 32, 32] of step `step` (int64 [1]), labels mixed in [B], and shares of `labels` [B]."""
         partners = torch.arange(len(labels), device=labels.device) ^ 1
-        counters = step_counters(step, partners >> 1)
+        counters = step_counters(step, (self._first_row + partners) >> 1)
         hashes = hash64(self._share_key, counters)
         weight, share = self._blend(hashes) if self._mixup else self._box(hashes, counters)
         if self._mixup and self._cutmix:

@@ -15,18 +15,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastresnet.device import autocast
+from fastresnet.distributed import ALONE, Ranks
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.training.optimizer import optimizer_state
 from fastresnet.training.regularization import Mixer
+
+MAX_OVERFLOWS = 32
+"""Overflows of fp16 gradients in a row that are a failure: the scaler has gone from 2**16 to 2**-16 by then."""
 
 
 class TrainStep:
     """Runs optimisation steps and sums their metrics on the device.
 
     Its own number and the learning rates of all steps are tensors there too, so that a step captured as a CUDA graph
-    needs nothing from the host. A non-finite loss calls off that update of the parameters and every later one on the
-    device itself; `failed_at` tells the step when the caller next asks, so the steady loop needs no synchronisation
-    (the idea is torchtitan's, `trainer.py`).
+    needs nothing from the host. A loss or a gradient that is not finite calls off that update of the parameters and
+    every later one on the device itself; `failed_at` tells the step when the caller next asks, so the steady loop needs
+    no synchronisation (the idea is torchtitan's, `trainer.py`). Gradients that overflow in fp16 are the gradient
+    scaler's to deal with: their update is left out, and counted.
     """
 
     def __init__(
@@ -41,18 +46,27 @@ class TrainStep:
         ema_decay: float = 0.0,
         label_smoothing: float = 0.0,
         mixer: Mixer | None = None,
+        ranks: Ranks = ALONE,
+        batch_size: int = 0,
     ) -> None:
         """`lr_factors` has one for each step of the run, to multiply the `peak_lr` of each parameter group with; see
-        `TrainConfig` for the others. 0 turns them off.
+        `TrainConfig` for the others. 0 turns them off. `batch_size` counts the images of all `ranks`, and is needed
+        where there is more than one.
         """
         if device.type == "cpu":
             fuse_batch_norms(model)
+        self._parallel = ranks.parallel(model)
+        rows = ranks.rows(batch_size)
+        # What makes the mean of the ranks' gradients that of all images, where some ranks have one more than others.
+        self._weight = 1.0 if ranks.alone else (rows.stop - rows.start) * ranks.world_size / batch_size
         self.model, self.optimizers = model, list(optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         """Steps taken, and so the number of the next: 0 is the first."""
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
-        """Sum of the losses, correct predictions and images since `reset`."""
+        """Sum of the losses, correct predictions and images since `reset`, of this rank."""
+        self.overflows = torch.zeros(2, dtype=torch.int64, device=device)
+        """Updates left out because fp16 gradients overflowed: since `reset`, and in a row."""
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
         """Exponential moving average of parameters and buffers, where one is kept."""
         self._average = get_ema_multi_avg_fn(ema_decay)
@@ -73,21 +87,12 @@ class TrainStep:
             lr.copy_(of_steps[self.count][0])
         with autocast(self._precision, self._device):
             loss, correct = (self._compiled if self.compiled else self._loss_and_hits)(images, labels)
-        failed = self._note_failure(loss.detach())
+        failed = self._note_failure(~loss.detach().isfinite())
         if self.scaler.is_enabled():
             # The scaler skips an update whose gradients are not finite: a factor of NaN makes them so.
             loss = loss * torch.where(failed, torch.nan, 1.0)
-        else:
-            for optimizer in self.optimizers:
-                optimizer.found_inf = failed.float()
-        self.scaler.scale(loss).backward()
-        if self._clip_norm:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm, foreach=True)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+        self.scaler.scale(loss * self._weight if self._weight != 1 else loss).backward()
+        self._update(self._clip())
         self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self._update_average(self.averaged)
@@ -95,14 +100,39 @@ class TrainStep:
         self.totals += torch.stack([loss.detach().double() * size, correct, torch.full_like(correct, size)])
         self.count += 1
 
+    def _clip(self) -> Tensor:
+        """Clip the gradients, if asked for; whether all of them are finite."""
+        if self._clip_norm:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self._clip_norm:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm, foreach=True)
+        return norm.isfinite()
+
+    def _update(self, finite: Tensor) -> None:
+        """Update the parameters, unless the gradients are not `finite` or the run has failed before."""
+        if self.scaler.is_enabled():
+            self.overflows += (~finite).long()
+            self.overflows[1] *= ~finite
+            self._note_failure(self.overflows[1] >= MAX_OVERFLOWS)
+        else:
+            failed = self._note_failure(~finite)
+            for optimizer in self.optimizers:
+                optimizer.found_inf = failed.float()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss, and how many of `labels` are the likeliest class."""
         if self._mixer is None:
-            logits = self.model(images).float()
+            logits = self._parallel(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         else:
             images, others, share = self._mixer(images, labels, self.count)
-            logits = self.model(images).float()
+            logits = self._parallel(images).float()
             losses = [
                 F.cross_entropy(logits, target, label_smoothing=self._label_smoothing, reduction="none")
                 for target in (labels, others)
@@ -113,8 +143,10 @@ class TrainStep:
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Forward pass, and with it the backward pass, as one graph: a break is an error."""
-        return torch.compile(self._loss_and_hits, fullgraph=True, dynamic=False)
+        """Forward pass, and with it the backward pass, as one graph: a break is an error. With several ranks it is one
+        graph for each bucket of gradients, which are exchanged while the backward pass of the next bucket goes on.
+        """
+        return torch.compile(self._loss_and_hits, fullgraph=self._parallel is self.model, dynamic=False)
 
     def _update_average(self, averaged: nn.Module) -> None:
         old, new = averaged.state_dict().values(), self.model.state_dict().values()
@@ -125,9 +157,9 @@ class TrainStep:
             if not a.is_floating_point():  # batch norm's count of batches
                 a.copy_(b)
 
-    def _note_failure(self, loss: Tensor) -> Tensor:
-        """Whether this step or one before it had a non-finite loss, as a tensor."""
-        first = (self._failed_at < 0) & ~loss.isfinite()
+    def _note_failure(self, failed: Tensor) -> Tensor:
+        """Whether this step `failed`, or one before it did, as a tensor."""
+        first = (self._failed_at < 0) & failed
         self._failed_at.copy_(torch.where(first, self.count[0], self._failed_at))
         return self._failed_at >= 0
 
@@ -135,7 +167,7 @@ class TrainStep:
     def undone(self) -> Iterator[None]:
         """What happens inside leaves no trace: for trial steps, which compile and measure. Waits for the device."""
         tensors = [*self.model.state_dict().values(), *optimizer_state(self.optimizers, self.model).values()]
-        tensors += [self.count, self.totals, self._failed_at]
+        tensors += [self.count, self.totals, self.overflows, self._failed_at]
         if self.averaged is not None:
             tensors += self.averaged.state_dict().values()
         saved, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
@@ -149,7 +181,7 @@ class TrainStep:
             self.model.zero_grad(set_to_none=True)
 
     def failed_at(self) -> int | None:
-        """The first step with a non-finite loss, None while all is well. Waits for the device."""
+        """The first step whose loss or gradients were not finite, None while all is well. Waits for the device."""
         step = int(self._failed_at)
         return None if step < 0 else step
 
@@ -161,3 +193,4 @@ class TrainStep:
     def reset(self) -> None:
         """Begin a new epoch's sums."""
         self.totals.zero_()
+        self.overflows[0] = 0

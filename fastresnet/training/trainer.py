@@ -30,8 +30,10 @@ from fastresnet.device import (
     resolve_device,
     resolve_precision,
 )
+from fastresnet.distributed import ALONE, Ranks, connected
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
+from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import changed_settings
 from fastresnet.training.engine import Engine, faster_backend
@@ -88,12 +90,16 @@ def train(
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
     `cold_start` is what it took to come here, in seconds: `import` and `data`. Both are told with what follows.
-    Raises `StoppedError` after a signal, `RunError` where the loss is not finite or memory runs out, `UsageError` where
-    the config does not fit the machine or the run folder.
+    Raises `StoppedError` after a signal, `RunError` where loss or gradients are not finite or memory runs out,
+    `UsageError` where the config does not fit the machine or the run folder.
     """
     batch_size = f"--batch-size {max(config.batch_size // 2, 1)} (and another --out, if the run has begun)"
     remedy = f"--batch-size {config.batch_size} is too much; try {batch_size}"
-    with explained_failures(remedy), contextlib.closing(Trainer(config, dataset, console, cold_start)) as trainer:
+    with (
+        explained_failures(remedy),
+        connected(resolve_device(config.device)) as ranks,
+        contextlib.closing(Trainer(config, dataset, console, cold_start, ranks)) as trainer,
+    ):
         return trainer.run()
 
 
@@ -104,24 +110,32 @@ def run_folder(config: TrainConfig, dataset: Dataset) -> Path:
 
 
 class Trainer:
-    """One run. `run` does everything; `close` lets go of files and processes."""
+    """One run. `run` does everything; `close` lets go of files and processes.
+
+    Of several `ranks`, all go through the same lines, and the first alone writes files.
+    """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, console: Console, cold_start: dict[str, float] | None = None
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        console: Console,
+        cold_start: dict[str, float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._mark = time.perf_counter()
         self._changed_settings = changed_settings(config)
         self.cold_start = {"import": 0.0, "data": 0.0, **(cold_start or {})}
         """Seconds up to the end of the first step, by cause."""
-        self.device = resolve_device(config.device)
+        self.device, self.ranks = resolve_device(config.device), ranks
         self.config = config = dataclasses.replace(
             config,
             device=self.device.type,
             precision=resolve_precision(config.precision, self.device),
-            compile=resolve_compile(config.compile, self.device),
+            compile=resolve_compile(config.compile, self.device, alone=ranks.alone),
             pipeline=self._choose_pipeline(config, dataset),
         )
-        self._environment = environment(self.device)
+        self._environment = {**environment(self.device), "ranks": ranks.world_size}
         self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
         if not config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
             raise UsageError(
@@ -142,6 +156,8 @@ class Trainer:
                 seed=config.seed,
                 augmentation=config.augmentation,
                 decode=config.decode,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
             )
             resources.callback(self.pipeline.close)
             self._evaluated = self._open_evaluation(evaluated)
@@ -150,23 +166,24 @@ class Trainer:
         self.total_steps = config.total_steps(len(self.pipeline))
 
         torch.manual_seed(config.seed)
-        model = create_model(
-            config.model, num_classes=len(dataset.classes), shortcut=config.shortcut, drop_path=config.drop_path
-        )
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = self._create_model().to(self.device, memory_format=torch.channels_last)
+        if config.sync_bn and not ranks.alone:
+            synchronize_batch_norms(self.model)
         self.optimizers = create_optimizers(self.model, config)
         self.step = TrainStep(
             self.model,
             self.optimizers,
-            [lr_factor(config, step, self.total_steps) for step in range(self.total_steps)],
+            [config.lr_scale * lr_factor(config, step, self.total_steps) for step in range(self.total_steps)],
             precision=config.precision,
             device=self.device,
             clip_norm=config.clip_norm,
             ema_decay=config.ema_decay,
             label_smoothing=config.label_smoothing,
             mixer=self._create_mixer(),
+            ranks=ranks,
+            batch_size=config.batch_size,
         )
-        seed_stochastic_depth(self.model, config.seed, self.step.count)
+        seed_stochastic_depth(self.model, config.seed, self.step.count, self._rows.start)
         self.progress = Progress()
         self._loggers: list[Logger] = []
 
@@ -181,15 +198,33 @@ class Trainer:
         self.pipeline_reason = f" ({reason})"
         return name
 
-    def _create_mixer(self) -> Mixer | None:
+    @property
+    def _rows(self) -> slice:
+        """This rank's part of a batch."""
+        return self.ranks.rows(self.config.batch_size)
+
+    def _create_model(self) -> nn.Module:
         config = self.config
+        return create_model(
+            config.model, num_classes=len(self.dataset.classes), shortcut=config.shortcut, drop_path=config.drop_path
+        )
+
+    def _create_mixer(self) -> Mixer | None:
+        config, rows = self.config, self._rows
         if not config.mixup and not config.cutmix:
             return None
-        return Mixer(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, device=self.device)
+        if rows.start % 2 or rows.stop % 2:
+            raise UsageError(
+                f"--batch-size {config.batch_size}: mixup and CutMix mix pairs; give each of "
+                f"{self.ranks.world_size} processes an even number."
+            )
+        return Mixer(
+            mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, device=self.device, first_row=rows.start
+        )
 
     def _last_lr(self) -> float:
         """Learning rate of the step before."""
-        return self.config.lr * lr_factor(self.config, self.progress.step - 1, self.total_steps)
+        return self.config.lr * self.config.lr_scale * lr_factor(self.config, self.progress.step - 1, self.total_steps)
 
     def _open_evaluation(self, dataset: Dataset) -> Pipeline:
         return open_evaluation(
@@ -198,6 +233,7 @@ class Trainer:
             pipeline=self.config.pipeline,
             precision=self.config.precision,
             device=self.device,
+            ranks=self.ranks,
         )
 
     def close(self) -> None:
@@ -235,7 +271,8 @@ class Trainer:
                 self._log_status()
             if checkpoint_every and progress.step % checkpoint_every == 0:
                 self._save()
-            self._stop_if_asked()
+            if self.ranks.alone or progress.step % status_every == 0:  # to agree, several ranks have to wait
+                self._stop_if_asked()
         self._check_loss()
         self._add_time(training=True)
 
@@ -246,7 +283,9 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Evaluate, record, and save."""
         progress = self.progress
+        self.ranks.broadcast(self._best_weights.buffers())  # statistics of batch norm, which each rank has of its own
         result = self._evaluate(self._best_weights, self._evaluated)
+        self.ranks.sum(self.step.totals)
         loss, accuracy = self.step.metrics()
         lr = self._last_lr()
         row = {
@@ -257,6 +296,7 @@ class Trainer:
             "train_accuracy": accuracy,
             f"{self.evaluated_on}_loss": result.loss,
             f"{self.evaluated_on}_accuracy": result.accuracy,
+            "overflows": int(self.step.overflows[0]),
         }
         progress.rows.append(row)
         progress.epoch += 1
@@ -283,13 +323,15 @@ class Trainer:
             device=self.device,
             mirror=mirror,
             after_batch=self._stop_if_asked,
+            ranks=self.ranks,
         )
 
     def _finish_run(self) -> dict[str, Any]:
         self._save_weights("model.safetensors")
         self._plot()
         summary = self._summary()
-        write_bytes(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
+        if self.ranks.first:
+            write_bytes(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         return summary
 
     def _summary(self) -> dict[str, Any]:
@@ -319,7 +361,7 @@ class Trainer:
             "train_seconds": progress.train_seconds,
             "total_seconds": progress.total_seconds,
             "cold_start": self.cold_start,
-            "flops": _training_flops(self.model) * config.batch_size * progress.step,
+            "flops": _training_flops(self._create_model()) * config.batch_size * progress.step,
             "environment": self._environment,
         }
 
@@ -335,6 +377,8 @@ class Trainer:
         return None
 
     def _write_config(self) -> None:
+        if not self.ranks.first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         config = self.config
         if config.root is not None:
@@ -366,7 +410,8 @@ class Trainer:
         load_optimizer_state(self.optimizers, self.model, take_prefix("optimizer", tensors))
         if self.step.averaged is not None:
             self.step.averaged.load_state_dict(take_prefix("averaged", tensors))
-        self.step.totals.copy_(tensors["totals"])
+        self.step.totals.copy_(tensors["totals"] if self.ranks.first else torch.zeros(()))
+        self.step.overflows.copy_(tensors["overflows"])
         if self.step.scaler.is_enabled() and description["scaler"]:  # empty where the run was not in fp16 so far
             self.step.scaler.load_state_dict(description["scaler"])
         self.progress = Progress(**description["progress"])
@@ -374,13 +419,17 @@ class Trainer:
         self._write_metrics()  # a kill may have come between the checkpoint and this
 
     def _save(self) -> None:
-        """Write last.ckpt: everything that continuing needs. Never called with a loss that was not finite."""
+        """Write last.ckpt: everything that continuing needs. Never after a failed step."""
         self._check_loss()  # waits for the device, so the time up to here is the steps'
         self._add_time(training=self.model.training)
+        totals = self.ranks.sum(self.step.totals.clone())
+        if not self.ranks.first:
+            return
         tensors = {
             **with_prefix("model", self.model.state_dict()),
             **with_prefix("optimizer", optimizer_state(self.optimizers, self.model)),
-            "totals": self.step.totals,
+            "totals": totals,
+            "overflows": self.step.overflows,
         }
         if self.step.averaged is not None:
             tensors |= with_prefix("averaged", self.step.averaged.state_dict())
@@ -389,11 +438,12 @@ class Trainer:
         self._add_time(training=False)
 
     def _write_metrics(self) -> None:
-        if self.progress.rows:
+        if self.progress.rows and self.ranks.first:
             write_bytes(self.folder / "metrics.csv", _csv(self.progress.rows))
 
     def _save_weights(self, name: str) -> None:
-        save_tensors(self.folder / name, self._best_weights.state_dict(), self._description())
+        if self.ranks.first:
+            save_tensors(self.folder / name, self._best_weights.state_dict(), self._description())
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -409,9 +459,13 @@ class Trainer:
         config = self.config
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         shortcut = f", shortcut {config.shortcut}" if config.model.startswith("resnet") else ""
+        rows, each = self._rows, ""
+        if not self.ranks.alone:
+            each = f" ({rows.stop - rows.start} on each of {self.ranks.world_size} processes)"
+        scaled = f"learning rate {config.lr:g} x {config.lr_scale:g}; " if config.lr_batch_size else ""
         self.console.print(
             f"{config.model} ({parameters:,} parameters{shortcut}) on {self.dataset.name}, recipe {config.recipe}: "
-            f"{self.total_steps:,} steps of {config.batch_size} images; "
+            f"{self.total_steps:,} steps of {config.batch_size} images{each}; {scaled}"
             f"{config.pipeline} pipeline{self.pipeline_reason}, {config.precision} on {config.device}; "
             f"run folder {self.folder}",
             highlight=False,
@@ -444,6 +498,8 @@ class Trainer:
         self.console.print(f"cold start: {parts}", highlight=False)
 
     def _open_loggers(self) -> None:
+        if not self.ranks.first:
+            return
         self._loggers = create_loggers(
             self.folder,
             self.console,
@@ -488,17 +544,20 @@ class Trainer:
             saved = (self.folder / "last.ckpt").exists()
             kept = "last.ckpt holds the last good state" if saved else "no checkpoint had been written yet"
             raise RunError(
-                f"the loss was not finite at step {step + 1} (epoch {step // len(self.pipeline) + 1}); the weights "
-                f"were not updated with it, and {kept} ({self.folder}). Try a lower --lr with another --out, or "
-                "--precision fp32."
+                f"the loss or its gradients were not finite at step {step + 1} (epoch "
+                f"{step // len(self.pipeline) + 1}); the weights were not updated with it, and {kept} ({self.folder}). "
+                "Try a lower --lr with another --out, or --precision fp32."
             )
 
     def _stop_if_asked(self) -> None:
-        if self._signals.received is None:
+        signum = self.ranks.highest(self._signals.received, self.device)
+        if not signum:
             return
         self._save()
         self._plot()
-        signum = self._signals.received
+        self.ranks.wait()  # when one process leaves, torchrun stops the others
+        if not self.ranks.first:
+            raise SystemExit(128 + signum)
         raise StoppedError(
             signum,
             f"stopped by {signal.Signals(signum).name} after step {self.progress.step}; saved "
@@ -506,7 +565,7 @@ class Trainer:
         )
 
     def _plot(self) -> None:
-        if self.progress.rows:
+        if self.progress.rows and self.ranks.first:
             from fastresnet.plotting import plot_curves  # matplotlib takes half a second to load
 
             title = f"{self.config.model} on {self.dataset.name}, recipe {self.config.recipe}, seed {self.config.seed}"
@@ -514,10 +573,13 @@ class Trainer:
 
 
 class _StopSignals:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one has its usual effect."""
+    """Notes SIGTERM and SIGINT instead of dying of them. A second SIGINT has its usual effect; a second SIGTERM has
+    none, since a scheduler and torchrun may each send one.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
+        """The last signal, 0 for none."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
@@ -528,7 +590,8 @@ class _StopSignals:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.received = signum
-        self.__exit__()
+        if signum == signal.SIGINT:
+            signal.signal(signum, self._previous[signum])
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
@@ -539,7 +602,7 @@ def _training_flops(model: nn.Module) -> int:
     """Floating-point operations of forward and backward pass for one image, counted by PyTorch on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode  # loads the machinery of torch.compile, two seconds
 
-    twin = copy.deepcopy(model).to("meta").train()
+    twin = model.to("meta").train()
     with FlopCounterMode(display=False) as counter:
         twin(torch.empty(1, 3, 32, 32, device="meta")).sum().backward()
     return counter.get_total_flops()

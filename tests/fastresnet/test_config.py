@@ -146,6 +146,7 @@ def test_without_milestones_the_learning_rate_stays():
 OUT_OF_RANGE = [
     *(("epochs", value) for value in (0, -1, 1_000_001)),
     *(("batch_size", value) for value in (0, -128, 2**21)),
+    *(("lr_batch_size", value) for value in (0, -128, 2**21)),
     *(("iterations", value) for value in (0, -1, 2**63)),
     *(("val_split", value) for value in (-1, 2**63)),
     *(("warmup", value) for value in (-0.1, 1.1, math.nan)),
@@ -168,6 +169,7 @@ OUT_OF_RANGE = [
 LIMITS = [
     *(("epochs", value) for value in (1, 1_000_000)),
     *(("batch_size", value) for value in (1, 2**20)),
+    *(("lr_batch_size", value) for value in (None, 1, 2**20)),
     *(("iterations", value) for value in (None, 1, 2**62)),
     *(("val_split", value) for value in (0, 2**62)),
     *(("warmup", value) for value in (0.0, 1.0)),
@@ -271,6 +273,8 @@ CHANGED = {
     "epochs": 3,
     "iterations": 17,
     "batch_size": 96,
+    "lr_batch_size": 128,
+    "sync_bn": True,
     "lr": 0.3,
     "milestones": (0.25, 0.5, 0.875),
     "optimizer": "muon",
@@ -461,6 +465,8 @@ VALID = {
     "epochs": st.integers(1, 1_000_000),
     "iterations": st.none() | st.integers(1, 2**62),
     "batch_size": st.integers(1, 2**20),
+    "lr_batch_size": st.none() | st.integers(1, 2**20),
+    "sync_bn": st.booleans(),
     "lr": st.floats(0, 1e6),
     "milestones": fractions(),
     "optimizer": st.sampled_from(["sgd", "adamw", "muon"]),

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import math
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from fastresnet.config import TrainConfig
 from fastresnet.device import resolve_device, resolve_precision
 from fastresnet.models import create_model
 from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
-from fastresnet.training.step import TrainStep
+from fastresnet.training.step import MAX_OVERFLOWS, TrainStep
 from pipelines.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -79,23 +80,61 @@ def test_every_precision_learns_a_batch_by_heart(precision):
     assert accuracy > 90
 
 
+def poison(where, value, network, images):
+    """Put `value` into one number of the images, of a weight or of its gradient; returns what takes it back."""
+    weight = network.layer2[1].conv1.weight
+    if where == "gradient":
+        return weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
+    target = images if where == "image" else weight.data
+    before = target.clone()
+    target[3, 1, 1, 1] = value
+    return lambda: target.copy_(before)
+
+
+@pytest.mark.parametrize("where", ["image", "weight", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_non_finite_loss_leaves_the_weights_untouched_for_good_and_names_its_step(precision):
+def test_what_is_not_finite_leaves_the_weights_untouched_for_good_and_names_its_step(precision, value, where):
+    """Gradients in fp16 are another matter: the scaler's."""
     network, step = make_step(precision, rates=[0.05] * 50)
     step.count.fill_(40)
     batches = list(small_batches(3))
     step(*batches[0])
     assert step.failed_at() is None
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    momentum = {name: value.clone() for name, value in optimizer_state(step.optimizers, network).items()}
-    images, labels = batches[1]
-    images[3, 1, 5, 5] = torch.nan
-    step(images, labels)
-    step(*batches[2])
-    assert step.failed_at() == 41
+    momentum = {name: tensor.clone() for name, tensor in optimizer_state(step.optimizers, network).items()}
+    mend = poison(where, value, network, batches[1][0])
+    step(*batches[1])
+    mend()
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    overflowed = precision == "fp16" and where == "gradient"
+    assert step.failed_at() == (None if overflowed else 41)
+    assert not overflowed or step.overflows.tolist() == [1, 1]
+    step(*batches[2])
     after = optimizer_state(step.optimizers, network)
-    assert all(torch.equal(value, after[name]) for name, value in momentum.items())
+    assert overflowed != all(torch.equal(tensor, after[name]) for name, tensor in momentum.items())
+    assert overflowed != all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_overflows_are_counted_until_an_update_fits_and_are_a_failure_where_none_does(clip_norm):
+    network, step = make_step("fp16", rates=[0.01] * 99, step_settings={"clip_norm": clip_norm})
+    ((images, labels),) = small_batches(1)
+    mend = poison("gradient", math.inf, network, images)
+    for _ in range(3):
+        step(images, labels)
+    mend()
+    assert step.scaler.get_scale() == 2.0**13
+    step(images, labels)
+    assert step.overflows.tolist() == [3, 0]
+    step.reset()
+    poison("gradient", math.inf, network, images)
+    for _ in range(MAX_OVERFLOWS - 1):
+        step(images, labels)
+    assert step.failed_at() is None
+    assert step.overflows.tolist() == [31, 31]
+    step(images, labels)
+    assert step.failed_at() == 35
 
 
 def test_a_first_update_that_overflows_leaves_no_momentum():

@@ -1,0 +1,148 @@
+"""One training as several processes, each with a GPU or with a share of the cores: what they tell each other.
+
+`torchrun` starts the processes and PyTorch's `torch.distributed` connects them. A process by itself goes through the
+same code, where nothing here costs it anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.errors import RunError, UsageError
+from pipelines.sampling import rank_rows
+
+TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits for the others, which may be compiling or writing a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those that train one network together.
+
+    What they do together (`sum`, `highest`, `broadcast`, `wait`), every one of them has to do, at the same point.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world_size == 1
+
+    def rows(self, batch_size: int) -> slice:
+        """Which rows of a batch are this rank's."""
+        return rank_rows(batch_size, self.rank, self.world_size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which is changed, summed over the ranks."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, value: int, device: torch.device) -> int:
+        """The highest of the ranks' values. Waits for the device."""
+        if self.alone:
+            return value
+        tensor = torch.tensor(value, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks the first one's values."""
+        if not self.alone:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if not self.alone:
+            dist.barrier()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """`model`, whose gradients are averaged over the ranks while the backward pass goes on; the first rank's
+        parameters and buffers become everyone's.
+        """
+        if self.alone:
+            return model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.14 has a new name for this
+            # Every rank keeps batch norm statistics of its own, which `Trainer` replaces before they are used.
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+ALONE = Ranks()
+
+
+def ranks_of_torchrun() -> Ranks:
+    """What `torchrun` has told this process, alone where it was started without it."""
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@contextlib.contextmanager
+def connected(device: torch.device) -> Iterator[Ranks]:
+    """The ranks, connected by NCCL where `device` is a GPU and by gloo on a CPU; inside, `cuda` is this rank's GPU.
+
+    Raises `UsageError` where there are fewer GPUs than processes, `RunError` where another rank has failed.
+    """
+    ranks = ranks_of_torchrun()
+    if ranks.alone:
+        yield ranks
+        return
+    if device.type == "cuda":
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    with _explained_disconnection():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(), rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+        yield ranks
+        dist.destroy_process_group()  # not after a failure, when it could wait for those that are gone
+
+
+def _take_gpu(number: int) -> None:
+    if number >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {number + 1} on this machine finds {torch.cuda.device_count()} GPUs. Start one process for each "
+            "GPU: torchrun --nproc-per-node gpu."
+        )
+    torch.cuda.set_device(number)
+
+
+def _store() -> dist.Store:
+    """Where the ranks leave their addresses: a place of its own for each of torchrun's attempts, which may have one
+    store for all, with the addresses of those that have died (pytorch/pytorch#135712).
+    """
+    store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+@contextlib.contextmanager
+def _explained_disconnection() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise RunError(_LOST) from error
+    except RuntimeError as error:  # gloo's errors have no class of their own
+        if "gloo" not in str(error) and "onnection" not in str(error):
+            raise
+        raise RunError(_LOST) from error
+
+
+_LOST = (
+    "lost the connection to another rank, which has failed or was stopped; its own message says why. Start again with "
+    "--resume."
+)

@@ -1,0 +1,84 @@
+"""What each process of test_distributed.py does under torchrun: `rank_program.py STORE OUT` writes OUT/rank<N>.pt."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fastresnet.config import TrainConfig
+from fastresnet.distributed import Ranks, connected
+from fastresnet.evaluation import evaluate, open_evaluation
+from fastresnet.models import create_model
+from fastresnet.models.batchnorm import synchronize_batch_norms
+from fastresnet.models.stochastic_depth import seed_stochastic_depth
+from fastresnet.training.optimizer import create_optimizers
+from fastresnet.training.regularization import Mixer
+from fastresnet.training.step import TrainStep
+from pipelines import Augmentation, open_pipeline
+from pipelines.store import Dataset, open_store
+
+CPU = torch.device("cpu")
+BATCH_SIZE, EPOCHS = 24, 2
+AUGMENTATION = Augmentation(flip="alternating", cutout=8)
+
+
+def samples(dataset: Dataset, pipeline: str, ranks: Ranks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's pixels and labels of two epochs, batch by batch."""
+    opened = open_pipeline(
+        pipeline, dataset, train=True, batch_size=BATCH_SIZE, device=CPU, dtype=torch.uint8, seed=3,
+        augmentation=AUGMENTATION, rank=ranks.rank, world_size=ranks.world_size,
+    )  # fmt: skip
+    batches = [
+        (batch.images.clone(), batch.labels.clone()) for epoch in range(EPOCHS) for batch in opened.epoch(epoch, 10)
+    ]
+    opened.close()
+    return batches
+
+
+def train(dtype: torch.dtype, ranks: Ranks, *, batch_size: int, mix: bool, lr: float = 1e-3) -> dict[str, torch.Tensor]:
+    """Weights and statistics after four steps with everything that depends on the place of an image in its batch."""
+    torch.manual_seed(0)
+    model = create_model("resnet20", drop_path=0.3).to(dtype, memory_format=torch.channels_last)
+    if not ranks.alone:
+        synchronize_batch_norms(model)
+    rows = ranks.rows(batch_size)
+    mixer = Mixer(mixup=0.5, cutmix=1.0, seed=5, device=CPU, first_row=rows.start) if mix else None
+    step = TrainStep(
+        model, create_optimizers(model, TrainConfig(lr=1.0)), [lr] * 4, precision="fp32", device=CPU, clip_norm=1.0,
+        ema_decay=0.9, mixer=mixer, ranks=ranks, batch_size=batch_size,
+    )  # fmt: skip
+    seed_stochastic_depth(model, 7, step.count, rows.start)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(dtype)
+        labels = torch.randint(0, 10, (batch_size,), generator=generator)
+        step(images[rows].contiguous(memory_format=torch.channels_last), labels[rows])
+    return {**model.state_dict(), **{f"averaged.{k}": v for k, v in step.averaged.state_dict().items()}}
+
+
+def evaluation(dataset: Dataset, ranks: Ranks) -> dict[str, object]:
+    """Accuracy and loss of a network with random weights on a test set that the ranks cannot share evenly."""
+    torch.manual_seed(0)
+    model = create_model("resnet20").to(memory_format=torch.channels_last)
+    pipeline = open_evaluation(dataset, "half", pipeline="resident", precision="fp32", device=CPU, ranks=ranks)
+    result = evaluate(model, pipeline, dataset.classes, precision="fp32", device=CPU, mirror=True, ranks=ranks)
+    return {name: getattr(result, name) for name in ("accuracy", "loss", "per_class", "mirror_accuracy")}
+
+
+def main() -> None:
+    store, out, *pipelines = sys.argv[1:]
+    dataset = open_store(Path(store))
+    with connected(CPU) as ranks:
+        results = {
+            "samples": {name: samples(dataset, name, ranks) for name in pipelines},
+            "mixed": train(torch.float64, ranks, batch_size=BATCH_SIZE, mix=True),
+            "uneven": train(torch.float64, ranks, batch_size=23, mix=False),
+            "single": train(torch.float32, ranks, batch_size=BATCH_SIZE, mix=True, lr=1e-4),
+            "evaluation": evaluation(dataset, ranks),
+            "highest": ranks.highest(ranks.rank * 7, CPU),
+        }
+        torch.save(results, Path(out) / f"rank{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

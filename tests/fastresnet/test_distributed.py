@@ -1,0 +1,241 @@
+"""Training as several processes under torchrun, against the same training in one."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastresnet.checkpoint import load_tensors
+from fastresnet.distributed import ALONE, ranks_of_torchrun
+from pipelines.convert import prepare
+from tests.fastresnet import rank_program
+
+ROOT = Path(__file__).parents[2]
+PIPELINES = [
+    name
+    for name, library in {"resident": "torch", "torchvision": "torch", "dali": "nvidia", "ffcv": "ffcv"}.items()
+    if importlib.util.find_spec(library)
+]
+
+
+def torchrun(processes, *arguments, root, restarts=0):
+    """Start `processes` of a program; its output goes to a pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRESNET_DATA": str(root), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def finish(process, timeout=240):
+    """Exit code, stdout and stderr; nothing of it is left running."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+# --- the parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+def of_ranks(request, tmp_path_factory, data_root, dataset):
+    """What every rank of 2 and of 4 has computed."""
+    out = tmp_path_factory.mktemp("ranks")
+    program = Path(rank_program.__file__)
+    process = torchrun(request.param, program, dataset.folder, out, *PIPELINES, root=data_root)
+    code, _, err = finish(process)
+    assert code == 0, err
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "torchvision", "dali", "ffcv"])
+def test_the_ranks_samples_joined_are_those_of_one_process(need, of_ranks, dataset, pipeline):
+    need(pipeline)
+    expected = rank_program.samples(dataset, "resident", ALONE)
+    assert len(expected) == 6
+    for step, (images, labels) in enumerate(expected):
+        parts = [results["samples"][pipeline][step] for results in of_ranks]
+        assert torch.equal(torch.cat([part[0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "tolerance"),
+    [
+        ("mixed", {"dtype": torch.float64, "batch_size": 24, "mix": True}, 1e-12),
+        ("uneven", {"dtype": torch.float64, "batch_size": 23, "mix": False}, 1e-9),
+        ("single", {"dtype": torch.float32, "batch_size": 24, "mix": True, "lr": 1e-4}, 1e-5),
+    ],
+    ids=["float64", "float64, ranks with more images than others", "float32"],
+)
+def test_with_synchronized_batch_norm_four_steps_give_the_weights_of_one_process(of_ranks, name, settings, tolerance):
+    """Roundings grow from step to step, as everywhere: in float64 the agreement shows what is right. (The loss is in
+    float32, and a rank's share of it rounded, unless all have the same.)
+    """
+    expected = rank_program.train(ranks=ALONE, **settings)
+    for results in of_ranks:
+        assert results[name].keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(results[name][key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: k + m)
+
+
+def test_the_ranks_evaluate_every_image_once(of_ranks, dataset):
+    expected = rank_program.evaluation(dataset, ALONE)
+    for results in of_ranks:
+        assert results["evaluation"].pop("loss") == pytest.approx(expected["loss"], rel=1e-6)
+        assert results["evaluation"] == {name: value for name, value in expected.items() if name != "loss"}
+
+
+def test_all_ranks_know_the_highest_value(of_ranks):
+    assert [results["highest"] for results in of_ranks] == [7 * (len(of_ranks) - 1)] * len(of_ranks)
+
+
+def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_of_torchrun() == ALONE
+    assert ALONE.alone
+    assert ALONE.first
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+# The command line, with a fault armed in one rank: when training step {step} begins, {fault} happens there, once.
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from fastresnet import cli
+from fastresnet.training.step import TrainStep
+original, done = TrainStep.__call__, Path({done!r})
+def armed(self, images, labels):
+    if int(self.count) == {step} and os.environ["RANK"] == "{rank}" and not done.exists():
+        done.touch()
+        {fault}
+    original(self, images, labels)
+TrainStep.__call__ = armed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+ARGUMENTS = [
+    "train", "smoke", "--data", "shapes10", "--batch-size", "16", "--epochs", "3", "--precision", "fp32",
+    "--checkpoint-steps", "2", "--lr", "0.01",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tmp_path_factory):
+    """80 training and 30 test images: five steps an epoch."""
+    root = tmp_path_factory.mktemp("tiny")
+    prepare("shapes10", root, lambda *_: None, train_images=80, test_images=30)
+    return root
+
+
+@pytest.fixture
+def start(tmp_path, tiny_root):
+    def start_ranks(processes, folder, *arguments, step=-1, rank=1, fault="pass", restarts=0):
+        program = tmp_path / f"program{len(list(tmp_path.glob('program*.py')))}.py"
+        program.write_text(PROGRAM.format(step=step, rank=rank, fault=fault, done=str(program.with_suffix(".done"))))
+        given = [*ARGUMENTS, *arguments, "--out", folder]
+        return torchrun(processes, program, *given, root=tiny_root, restarts=restarts)
+
+    return start_ranks
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_root):
+    """A run of two ranks to its end."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    code, out, err = finish(torchrun(2, "-m", "fastresnet", *ARGUMENTS, "--out", folder, root=tiny_root))
+    assert code == 0, err
+    assert "steps of 16 images (8 on each of 2 processes)" in out
+    assert out.count("epoch   1") == 1
+    return folder
+
+
+def assert_same_run(folder, unbroken):
+    for name in ("model.safetensors", "last.ckpt", "best.ckpt"):
+        tensors, expected = load_tensors(folder / name)[0], load_tensors(unbroken / name)[0]
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert (folder / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
+
+
+def test_killing_one_rank_ends_the_run_and_resuming_it_gives_the_same_bits(start, unbroken, tmp_path):
+    began = time.monotonic()
+    code, _, err = finish(start(2, tmp_path / "run", step=7, fault=KILL))
+    assert code != 0
+    assert time.monotonic() - began < 60  # of which the start takes a part
+    assert "rank 0: lost the connection to another rank" in err
+    assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 6
+    code, out, err = finish(start(2, tmp_path / "run", "--resume"))
+    assert code == 0, err
+    assert "resuming after step 6" in out
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_torchrun_restarts_a_run_by_itself(start, unbroken, tmp_path):
+    code, _, err = finish(start(2, tmp_path / "run", "--resume", step=8, rank=0, fault=KILL, restarts=1))
+    assert code == 0, err
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, unbroken, tmp_path):
+    """The signal comes to each rank on its own, and within a step."""
+    process = start(2, tmp_path / "run", step=8, fault="os.kill(os.getppid(), signal.SIGTERM)")
+    code, _, err = finish(process)
+    assert code != 0
+    assert err.count("stopped by SIGTERM after step") == 1
+    assert 8 < load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] <= 15
+    code, _, err = finish(start(2, tmp_path / "run", "--resume"))
+    assert code == 0, err
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_run_of_two_ranks_goes_on_with_four_and_with_one(start, tmp_path, tiny_root):
+    """The samples stay the same, so the losses do, up to roundings: batch norm is synchronised."""
+    code, _, err = finish(start(2, tmp_path / "run", "--sync-bn", step=5, rank=0, fault=KILL))
+    assert code != 0
+    code, out, err = finish(start(4, tmp_path / "run", "--sync-bn", "--resume", step=11, rank=0, fault=KILL))
+    assert code != 0
+    assert "resuming after step 5" in out
+    code, out, err = finish(start(1, tmp_path / "run", "--sync-bn", "--resume"))
+    assert code == 0, err
+    assert "resuming after step 10" in out
+    code, _, err = finish(start(1, tmp_path / "alone", "--sync-bn"))
+    assert code == 0, err
+    mixed, alone = (load_tensors(tmp_path / name / "last.ckpt")[1]["progress"]["rows"] for name in ("run", "alone"))
+    assert [row["train_loss"] for row in mixed] == pytest.approx([row["train_loss"] for row in alone], rel=0.01)
+
+
+def test_the_failure_of_one_rank_stops_all_with_its_message(start, tmp_path):
+    fault = "raise OSError(28, 'No space left on device', '/full')"
+    code, _, err = finish(start(2, tmp_path / "run", step=3, fault=fault))
+    assert code == 1
+    assert "fastresnet: rank 1: cannot read or write /full: No space left on device." in err
+    assert "fastresnet: rank 0: lost the connection to another rank" in err
+    assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "1"], "batch size 1 is smaller than the number of ranks, 2"),
+        (["--batch-size", "14", "--mixup", "1"], "give each of 2 processes an even number"),
+    ],
+    ids=["fewer images than ranks", "pairs torn apart"],
+)
+def test_what_several_ranks_cannot_do_is_refused(start, tmp_path, arguments, message):
+    code, _, err = finish(start(2, tmp_path / "run", *arguments))
+    assert code != 0
+    assert message in err
+    assert not (tmp_path / "run").exists()
