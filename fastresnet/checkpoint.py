@@ -22,11 +22,16 @@ SCHEMA = 1
 _DESCRIPTION, _DIGEST = "fastresnet", "fastresnet.sha256"
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write `tensors` (any device) and `description` (JSON types) atomically. Raises `OSError`, `path` untouched."""
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], description: dict[str, Any], *, previous: Path | None = None
+) -> None:
+    """Write `tensors` (any device) and `description` (JSON types) atomically; the file that was there becomes
+    `previous`, if one is given. Raises `OSError`, `path` untouched.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"schema": SCHEMA, **description})
-    write_bytes(path, safetensors.torch.save(tensors, {_DESCRIPTION: text, _DIGEST: _digest(tensors, text)}))
+    contents = safetensors.torch.save(tensors, {_DESCRIPTION: text, _DIGEST: _digest(tensors, text)})
+    write_bytes(path, contents, previous=previous)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +116,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
     speaker = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
     try:
-        with _notes_on_stderr():
+        with _notes_on_stderr(), _orderly_sigterm():
             return command(arguments)
     except UserError as error:
         print(f"{speaker}: {error}", file=sys.stderr)
@@ -390,6 +392,19 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_duration(summary['train_seconds'])} / {format_duration(summary['total_seconds'])}",
         ),
     ]
+
+
+@contextlib.contextmanager
+def _orderly_sigterm() -> Iterator[None]:
+    """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -19,16 +19,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it becomes `path`, on failure it is removed.
 
-    Raises `OSError` with the name `path`, whatever was being written.
+    What was `path` before becomes `previous`, if one is given. Raises `OSError` with the name `path`, whatever was
+    being written.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one fixed name: what a killed writer left, the next one replaces
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -38,9 +41,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically. Raises `OSError` with `path` untouched."""
-    with replacing(path) as temporary:
+def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:
+    """Write `data` to `path` atomically; what was there becomes `previous`, if one is given. Raises `OSError` with
+    `path` untouched.
+    """
+    with replacing(path, previous=previous) as temporary:
         temporary.write_bytes(data)
 
 

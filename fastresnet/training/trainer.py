@@ -12,13 +12,14 @@ import os
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
 from fastresnet.config import COMPILE, TrainConfig, differences
@@ -43,7 +44,7 @@ from fastresnet.training.regularization import Mixer
 from fastresnet.training.schedule import lr_factor
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, choose_pipeline, open_pipeline
-from pipelines.errors import DataError, RunError, UsageError, UserError
+from pipelines.errors import DataError, Note, RunError, UsageError, UserError
 from pipelines.files import write_bytes
 from pipelines.store import Dataset
 
@@ -55,7 +56,7 @@ STATUS_EVERY = {"cpu": 1, "cuda": 100}
 _INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
 
 # Any of these makes a folder a run's, to be continued or left alone.
-_RUN_FILES = ("last.ckpt", "best.ckpt", "model.safetensors", "summary.json")
+_RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
 
 
 class StoppedError(UserError):
@@ -369,9 +370,8 @@ class Trainer:
 
     def _take_up(self) -> dict[str, Any] | None:
         """Continue the run in the run folder, if there is one; its summary if it is finished."""
-        last = self.folder / "last.ckpt"
-        if last.exists():
-            self._restore(last)
+        if (checkpoint := self._read_checkpoint()) is not None:
+            self._restore(*checkpoint)
             with contextlib.suppress(FileNotFoundError, ValueError):  # without a readable summary the end is run again
                 return json.loads((self.folder / "summary.json").read_bytes())
         return None
@@ -387,10 +387,27 @@ class Trainer:
             config = dataclasses.replace(config, data=str(self.dataset.folder.absolute()))
         write_bytes(self.folder / "config.toml", config.to_toml().encode())
 
-    def _restore(self, path: Path) -> None:
-        tensors, description = load_tensors(path)
-        if description is None or "progress" not in description:
-            raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.")
+    def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and description of last.ckpt, or where it is damaged or missing, of the one before; None at the
+        start.
+        """
+        last, previous = (self.folder / name for name in ("last.ckpt", "previous.ckpt"))
+        if last.exists() or not previous.exists():
+            try:
+                return _load_checkpoint(last) if last.exists() else None
+            except DataError as error:
+                if not previous.exists():
+                    raise
+                reason = str(error)
+        else:
+            reason = f"{last} is missing."
+        tensors, description = _load_checkpoint(previous)
+        step = description["progress"]["step"]
+        what_next = f"Going on from {previous}, the checkpoint before: the steps after {step:,} are taken again."
+        warnings.warn(f"{reason} {what_next}", Note, stacklevel=2)
+        return tensors, description
+
+    def _restore(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         if description.get("data_sha256") != self.dataset.digest:
             raise DataError(
                 f"{self.folder} was trained on another data set {description['data']!r} than the one in "
@@ -434,7 +451,12 @@ class Trainer:
         if self.step.averaged is not None:
             tensors |= with_prefix("averaged", self.step.averaged.state_dict())
         description = {"progress": dataclasses.asdict(self.progress), "scaler": self.step.scaler.state_dict()}
-        save_tensors(self.folder / "last.ckpt", tensors, {**self._description(), **description})
+        save_tensors(
+            self.folder / "last.ckpt",
+            tensors,
+            {**self._description(), **description},
+            previous=self.folder / "previous.ckpt",
+        )
         self._add_time(training=False)
 
     def _write_metrics(self) -> None:
@@ -570,6 +592,13 @@ class Trainer:
 
             title = f"{self.config.model} on {self.dataset.name}, recipe {self.config.recipe}, seed {self.config.seed}"
             plot_curves(self.folder / "curves.png", self.progress.rows, title=title, evaluated_on=self.evaluated_on)
+
+
+def _load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, description = load_tensors(path)
+    if description is None or "progress" not in description:
+        raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.")
+    return tensors, description
 
 
 class _StopSignals:

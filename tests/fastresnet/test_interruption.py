@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,13 +204,32 @@ def test_real_lack_of_memory_names_the_batch_size(start, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_resuming_from_a_damaged_checkpoint_is_refused(start, run, tmp_path):
+def damage(file):
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 4
+    file.write_bytes(contents)
+
+
+@pytest.mark.parametrize("harm", [damage, Path.unlink], ids=["damaged", "missing"])
+def test_where_the_last_checkpoint_is_of_no_use_the_one_before_is_taken(start, unbroken, tmp_path, harm):
+    """Checkpoints are written after steps 6 and 8."""
+    folder = tmp_path / "run"
+    start(folder, step=9, fault="os.kill(os.getpid(), signal.SIGKILL)", expect=-signal.SIGKILL)
+    harm(folder / "last.ckpt")
+    done = start(folder, resume=True, expect=0)
+    assert "resuming after step 6" in done.stdout
+    (note,) = done.stderr.splitlines()
+    assert str(folder / "last.ckpt") in note
+    assert "the steps after 6 are taken again" in note
+    assert_same_run(folder, unbroken)
+
+
+def test_resuming_is_refused_where_both_checkpoints_are_damaged(start, run, tmp_path):
     folder = tmp_path / "run"
     start(folder, step=8, fault="os.kill(os.getpid(), signal.SIGTERM)", expect=143)
-    damaged = bytearray((folder / "last.ckpt").read_bytes())
-    damaged[len(damaged) // 2] ^= 4
-    (folder / "last.ckpt").write_bytes(damaged)
+    for name in ("last.ckpt", "previous.ckpt"):
+        damage(folder / name)
     code, _, err = run(*ARGUMENTS, "--out", folder, "--resume")
     assert code == 3
-    assert str(folder / "last.ckpt") in err
+    assert str(folder / "previous.ckpt") in err
     assert "SHA-256" in err
