@@ -48,8 +48,9 @@ def fast(model: str = "resnet20") -> TrainConfig:
 
     Muon for the convolutions, whose weights it keeps at a fixed norm, and a learning rate that falls linearly to 0.
     Crops are padded with the mirrored image, as in cifar10-airbench: a network learns what black margins do to its
-    statistics, and whole images, as the test has them, then surprise it. Flips alternate from one epoch to the next, as
-    they do there, so that every image is seen both ways.
+    statistics, and whole images, as the test has them, then surprise it. So few epochs leave a network of 20 layers short
+    of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as in
+    airbench, so that every image is seen both ways.
     """
     return TrainConfig(
         recipe="fast",
@@ -64,6 +65,7 @@ def fast(model: str = "resnet20") -> TrainConfig:
         weight_decay=5e-4,
         decay_norms=False,
         schedule="linear",
+        crop_padding=2 if model_depth(model) <= 20 else 4,
         padding_mode="reflect",
         flip="alternating",
         label_smoothing=0.1,
@@ -72,11 +74,11 @@ def fast(model: str = "resnet20") -> TrainConfig:
 
 
 def best(model: str = "resnet20") -> TrainConfig:
-    """More accuracy in 60 epochs: `fast` for longer.
+    """More accuracy in 60 epochs: `fast` for longer, with crops of 4 pixels for every network.
 
     Not yet measured.
     """
-    return dataclasses.replace(fast(model), recipe="best", epochs=60)
+    return dataclasses.replace(fast(model), recipe="best", epochs=60, crop_padding=4)
 
 
 def smoke(model: str = "resnet20") -> TrainConfig:
