@@ -48,9 +48,9 @@ def fast(model: str = "resnet20") -> TrainConfig:
 
     Muon for the convolutions, whose weights it keeps at a fixed norm, and a learning rate that falls linearly to 0.
     Crops are padded with the mirrored image, as in cifar10-airbench: a network learns what black margins do to its
-    statistics, and whole images, as the test has them, then surprise it. So few epochs leave a network of 20 layers short
-    of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as in
-    airbench, so that every image is seen both ways.
+    statistics, and whole images, as the test has them, then surprise it. So few epochs leave a network of 20 layers
+    short of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as
+    in airbench, so that every image is seen both ways.
     """
     return TrainConfig(
         recipe="fast",

@@ -6,6 +6,7 @@ Nothing is unpacked to disk: archive members are read into memory by name, so no
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
@@ -81,8 +82,9 @@ def read_source(path: Path, report: Report) -> RawData:
         reason = str(error).split("\n", 1)[0].rstrip(":") or type(error).__name__  # tarfile writes a line per method
         raise DataError(f"{path} is truncated or damaged ({reason}). Fetch it again.") from None
     except OSError as error:
-        # gzip and tarfile report damage as plain OSErrors without an errno; real I/O errors have one.
-        if error.errno is not None:
+        # gzip and tarfile report damage as plain OSErrors without an errno, zipfile by way of the system what it seeks
+        # outside of the file; real I/O errors have another one.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from None
 

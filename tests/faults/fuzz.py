@@ -1,0 +1,340 @@
+"""usage: python -m tests.faults.fuzz [--inputs N] [--seed N] [--json FILE]
+
+Damage every kind of file that enters the program, and read it: the right content must come out, or a `UserError`, in
+time and in little memory. `python -m tests.faults.fuzz --atheris KIND [libFuzzer options]` has atheris (`pip install
+atheris`), which watches what the reader does with an input, choose the damage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastresnet.checkpoint import load_tensors, save_tensors
+from fastresnet.config import TrainConfig, from_toml
+from fastresnet.device import environment
+from fastresnet.models import create_model
+from fastresnet.weights import load_weights
+from pipelines.convert import prepare
+from pipelines.derived import open_derived
+from pipelines.errors import UserError
+from pipelines.files import write_bytes
+from pipelines.shards import open_shard
+from pipelines.sources import read_source
+from pipelines.store import DERIVED_FILES, open_store
+from tests.pipelines.conftest import FakeCifar, pack
+
+SECONDS = 10
+SPARE_BYTES = 48 << 20
+"""What a reader may take beside twice the honest size of its files: Python's own memory, and decoders'."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kind:
+    """Files that enter the program together, and how they are read."""
+
+    name: str
+    folder: Path
+    """The files, undamaged."""
+    damaged: tuple[str, ...]
+    """Which of them are."""
+    read: Callable[[Path], Any]
+    """Reads a folder of such files; what it returns tells its content."""
+    verified: bool = True
+    """Whether a checksum guards the content: then another content must not come out."""
+
+    @property
+    def honest_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.iterdir())
+
+
+def kinds(folder: Path) -> dict[str, Kind]:
+    """All of them, made in `folder`."""
+    fake = FakeCifar(("ant", "bee", "cat"))
+    made = []
+    for packing in ("tar.gz", "tar.xz", "zip", "tar"):
+        place = folder / f"archive {packing}"
+        name = pack(_new(place), packing, fake.python()).name
+        made.append(Kind(place.name, place, (name,), lambda f, n=name: _pixels(f / n), packing != "tar"))
+    place = pack(_new(folder / "batches"), "folder", fake.binary()).rename(folder / "binary batches")
+    names = tuple(sorted(file.name for file in place.iterdir() if file.suffix != ".html"))
+    made.append(Kind("binary batches", place, names, _pixels, verified=False))
+    made += _stores(folder)
+    made += _weights(folder)
+    config = _new(folder / "config")
+    (config / "config.toml").write_text(TrainConfig(epochs=3, milestones=(0.25, 0.5), cutout=8).to_toml())
+    made.append(Kind("config", config, ("config.toml",), lambda f: from_toml(f / "config.toml"), verified=False))
+    return {kind.name: kind for kind in made}
+
+
+def _stores(folder: Path) -> Iterator[Kind]:
+    formats = ("raw", *DERIVED_FILES)
+    dataset, _ = prepare("shapes10", folder, _ignore, train_images=24, test_images=10, formats=formats)
+    derived = {kind: (f"{kind}.json", *names) for kind, names in DERIVED_FILES.items()}
+    raw = {file.name for file in dataset.folder.iterdir()} - {name for names in derived.values() for name in names}
+    yield Kind("store", dataset.folder, tuple(sorted(raw)), _store)
+    for kind, names in derived.items():
+        yield Kind(kind, dataset.folder, names, lambda f, k=kind: _derived(f, k))
+
+
+def _weights(folder: Path) -> Iterator[Kind]:
+    torch.manual_seed(0)
+    state = create_model("resnet20").state_dict()
+    place = _new(folder / "checkpoint")
+    save_tensors(place / "last.ckpt", state, {"config": TrainConfig().to_dict(), "progress": {"step": 3}})
+    yield Kind("checkpoint", place, ("last.ckpt",), lambda f: _tensors(load_tensors(f / "last.ckpt")[0]))
+    for name, new_format in (("state dict (zip)", True), ("state dict (pickle)", False)):
+        place = _new(folder / name)
+        torch.save(state, place / "weights.pt", _use_new_zipfile_serialization=new_format)
+        yield Kind(name, place, ("weights.pt",), lambda f: _network(f / "weights.pt"), verified=new_format)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _pixels(path: Path) -> str:
+    data = read_source(path, _ignore)
+    arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    return _hash(repr(data.classes).encode(), *(array.tobytes() for array in arrays))
+
+
+def _store(folder: Path) -> str:
+    dataset = open_store(folder)
+    splits = [np.asarray(array).tobytes() for s in (dataset.train, dataset.test) for array in (s.images, s.labels)]
+    return _hash(*splits, dataset.pixel_mean.tobytes(), repr((dataset.mean, dataset.std, dataset.classes)).encode())
+
+
+def _derived(folder: Path, kind: str) -> str:
+    """The bytes that a pipeline would read; of a shard, JPEG by JPEG."""
+    dataset, contents = open_store(folder), []
+    for split in ("train", "test"):
+        paths = open_derived(dataset, kind, split)
+        if kind == "jpeg":
+            shard = open_shard(*paths)
+            contents += [shard.encoded(row).tobytes() for row in range(len(shard.offsets))]
+        else:
+            contents += [path.read_bytes() for path in paths]
+    return _hash(*contents)
+
+
+def _tensors(tensors: dict[str, torch.Tensor]) -> str:
+    return _hash(*(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(tensors.items())))
+
+
+def _network(path: Path) -> str:
+    return _tensors(load_weights(path).model.state_dict())
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+INTERESTING = (b"\x00", b"\xff", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"99999999999", b"-1", b"null", b"\x80\x04.")
+
+
+def damage(data: bytes, choose: random.Random) -> bytes:
+    """`data` with one to four changes: bits, bytes, lengths, and parts that are gone, doubled or elsewhere."""
+    changed = bytearray(data)
+    for _ in range(choose.randint(1, 4)):
+        if not changed:
+            break
+        place = choose.randrange(len(changed)) if choose.random() < 0.6 else choose.randrange(min(512, len(changed)))
+        length = min(choose.choice((1, 2, 8, 64, 512)), len(changed) - place)
+        match choose.randrange(8):
+            case 0:
+                changed[place] ^= 1 << choose.randrange(8)
+            case 1:
+                changed[place : place + length] = choose.randbytes(length)
+            case 2:
+                del changed[place : place + length]
+            case 3:
+                changed[place:place] = changed[place : place + length]
+            case 4:
+                piece = choose.choice(INTERESTING)
+                changed[place : place + len(piece)] = piece
+            case 5:
+                del changed[place:]
+            case 6:
+                source = choose.randrange(len(changed))
+                changed[place : place + length] = changed[source : source + length]
+            case 7:
+                changed += choose.randbytes(length)
+    return bytes(changed)
+
+
+# --- reading what is damaged -------------------------------------------------------------------------------------
+
+
+class Defect(Exception):
+    """What must not happen."""
+
+
+def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) -> str:
+    """Read `kind` with `data` in file `name`; `right`, `refused` or, if nothing guards the content, `other`."""
+    for file in kind.folder.iterdir():
+        target = place / file.name
+        if file.name != name:
+            shutil.copyfile(file, target)
+    (place / name).write_bytes(data)
+    allowed = 2 * (kind.honest_bytes + len(data)) + SPARE_BYTES
+    before = _reset_peak_memory()
+    signal.alarm(SECONDS)
+    try:
+        content = kind.read(place)
+    except UserError as error:
+        if not str(error).strip():
+            raise Defect("an error without words") from error
+        outcome = "refused"
+    else:
+        outcome = "right" if content == expected else "other"
+    finally:
+        signal.alarm(0)
+    if (used := _peak_memory() - before) > allowed:
+        raise Defect(f"{used:,} bytes of memory for files of {kind.honest_bytes:,}")
+    if outcome == "other" and kind.verified:
+        raise Defect("another content, without a word")
+    return outcome
+
+
+def _reset_peak_memory() -> int:
+    """Make the peak of resident memory what is resident now, which is returned, in bytes (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_memory()
+
+
+def _peak_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+
+
+def too_slow(*_: Any) -> None:
+    raise Defect(f"not done in {SECONDS} s")
+
+
+def try_inputs(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
+    """Outcomes of one input for each of `seeds`. Raises `Defect` with the seed."""
+    expected, outcomes = kind.read(kind.folder), Counter[str]()
+    signal.signal(signal.SIGALRM, too_slow)
+    for seed in seeds:
+        choose = random.Random(f"{kind.name} {seed}")
+        name = choose.choice(kind.damaged)
+        place = scratch / "damaged"
+        place.mkdir()
+        try:
+            data = damage((kind.folder / name).read_bytes(), choose)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                outcomes[try_input(kind, name, data, place, expected)] += 1
+        except Exception as error:
+            raise Defect(f"{kind.name}, seed {seed}, {name}: {type(error).__name__}: {error}") from error
+        finally:
+            shutil.rmtree(place)
+    return outcomes
+
+
+def in_a_child(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
+    """`try_inputs` in a process of its own, whose crash is seen here."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            answer: Any = dict(try_inputs(kind, seeds, scratch))
+        except Defect:
+            answer = traceback.format_exc()
+        with open(writer, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        received = pipe.read()
+    if status := os.waitpid(child, 0)[1]:
+        raise Defect(f"{kind.name}, seeds {seeds}: the process died (status {status})")
+    answer = pickle.loads(received)
+    if isinstance(answer, str):
+        raise Defect(answer)
+    return Counter(answer)
+
+
+def campaign(inputs: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
+    """Outcomes of `inputs` damaged inputs, shared among all kinds."""
+    every, outcomes = kinds(folder), {}
+    for number, kind in enumerate(every.values()):
+        count = inputs * (number + 1) // len(every) - inputs * number // len(every)
+        outcomes[kind.name] = Counter()
+        for start in range(seed, seed + count, 100):
+            outcomes[kind.name] += in_a_child(kind, range(start, min(start + 100, seed + count)), folder)
+        print(f"{kind.name}: {dict(outcomes[kind.name])}", flush=True)
+    return outcomes
+
+
+def with_atheris(name: str, options: list[str]) -> None:
+    """Hand the reader of one kind to libFuzzer. Ends the process."""
+    import atheris
+
+    folder = Path(tempfile.mkdtemp())
+    kind = kinds(folder)[name]
+    expected, corpus, scratch = kind.read(kind.folder), _new(folder / "corpus"), folder / "damaged"
+    file = kind.damaged[0]
+    shutil.copyfile(kind.folder / file, corpus / file)
+
+    def one_input(data: bytes) -> None:
+        try_input(kind, file, data, _new(scratch), expected)
+        shutil.rmtree(scratch)
+
+    signal.signal(signal.SIGALRM, too_slow)
+    warnings.simplefilter("ignore")
+    atheris.instrument_all()
+    atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--atheris", metavar="KIND")
+    options, rest = parser.parse_known_args()
+    if options.atheris:
+        with_atheris(options.atheris, rest)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = campaign(options.inputs, options.seed, Path(folder))
+    report = {
+        "schema": 1,
+        "report": "fuzz",
+        "environment": environment(torch.device("cpu")),
+        "seed": options.seed,
+        "inputs": sum(outcome.total() for outcome in outcomes.values()),
+        "outcomes": {name: dict(outcome) for name, outcome in outcomes.items()},
+    }
+    if options.json is not None:
+        write_bytes(options.json, json.dumps(report, indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A small part of what `fuzz.py` and `kills.py` do at length."""
+
+import dataclasses
+import os
+import random
+import signal
+import time
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.faults import fuzz, kills
+
+KINDS = [
+    *("archive tar.gz", "archive tar.xz", "archive zip", "archive tar", "binary batches", "store", "beton", "jpeg"),
+    *("checkpoint", "state dict (zip)", "state dict (pickle)", "config"),
+]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory, need):
+    need("ffcv")
+    made = fuzz.kinds(tmp_path_factory.mktemp("kinds"))
+    assert list(made) == KINDS
+    return {name: (kind, kind.read(kind.folder)) for name, kind in made.items()}
+
+
+@pytest.fixture
+def alarm():
+    before = signal.signal(signal.SIGALRM, fuzz.too_slow)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("alarm")
+@settings(
+    max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(name=st.sampled_from(KINDS), number=st.integers(0, 100), choose=st.randoms(use_true_random=False))
+def test_damaged_files_give_the_right_content_or_an_error_in_words(kinds, tmp_path_factory, name, number, choose):
+    kind, expected = kinds[name]
+    file = kind.damaged[number % len(kind.damaged)]
+    data = fuzz.damage((kind.folder / file).read_bytes(), choose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fuzz.try_input(kind, file, data, tmp_path_factory.mktemp("damaged"), expected)
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize("name", KINDS)
+def test_undamaged_files_give_the_right_content(kinds, tmp_path, name):
+    kind, expected = kinds[name]
+    data = (kind.folder / kind.damaged[0]).read_bytes()
+    assert fuzz.try_input(kind, kind.damaged[0], data, tmp_path, expected) == "right"
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize(
+    ("read", "defect"),
+    [
+        (lambda _: "another", "another content"),
+        (lambda _: time.sleep(30), "not done in 2 s"),
+        (lambda _: len(bytearray(100 << 20)), "bytes of memory"),
+    ],
+    ids=["wrong content", "hangs", "takes too much memory"],
+)
+def test_a_bad_reader_would_be_found(kinds, tmp_path, monkeypatch, read, defect):
+    monkeypatch.setattr(fuzz, "SECONDS", 2 if defect == "not done in 2 s" else 60)
+    kind, expected = kinds["checkpoint"]
+    bad = dataclasses.replace(kind, read=read, verified=defect == "another content")
+    with pytest.raises(fuzz.Defect, match=defect):
+        fuzz.try_input(bad, "last.ckpt", b"", tmp_path, expected)
+
+
+def test_a_crash_of_a_reader_would_be_found(kinds, tmp_path):
+    kind, expected = kinds["checkpoint"]
+
+    def read(folder):
+        if folder == kind.folder:
+            return expected
+        return os.abort()
+
+    with pytest.raises(fuzz.Defect, match="the process died"):
+        fuzz.in_a_child(dataclasses.replace(kind, read=read), range(1), tmp_path)
+
+
+def test_what_is_killed_ends_as_if_nothing_had_happened(tmp_path):
+    tally = kills.Tally()
+    campaign = kills.Campaign("resident", tmp_path, random.Random(2), tally)
+    assert campaign.run(3) == 3
+    assert tally.commands.total() == 3
+    assert tally.runs == {"resident": 1}
