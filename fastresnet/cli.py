@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from fastresnet import __version__
 from pipelines.errors import DataError, Note, UsageError, UserError, check_choice
 
 if TYPE_CHECKING:
+    from fastresnet.config import TrainConfig
     from pipelines.sources import Report
     from pipelines.store import Dataset
 
@@ -233,6 +235,8 @@ def _train(arguments: list[str]) -> int:
     from fastresnet.config import TrainConfig, from_toml
     from fastresnet.recipes import DEFAULT_RECIPE, RECIPES
 
+    seeds, arguments = _take_option(arguments, "--seeds")
+    given = list(arguments)
     config_file, arguments = _take_option(arguments, "--config")
     if config_file is not None:
         base = from_toml(Path(config_file))
@@ -247,8 +251,11 @@ def _train(arguments: list[str]) -> int:
         arguments,
         default=base,
         description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
-        "the defaults below; --config FILE takes them from the config.toml of a run instead.",
+        "the defaults below; --config FILE takes them from the config.toml of a run instead. --seeds 0-9 trains with "
+        "each of these seeds, on as many GPUs as there are, and ends with a table of all.",
     )
+    if seeds is not None:
+        return _train_seeds(config, seeds, given)
 
     from rich.console import Console
 
@@ -263,6 +270,52 @@ def _train(arguments: list[str]) -> int:
     if first:
         _print_table("result", _summary_lines(summary))
     return 0
+
+
+def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
+    from fastresnet.seeds import parse_seeds, train_seeds
+
+    seeds = parse_seeds(text)
+    _, rest = _take_option(arguments, "--seed")
+    if rest != arguments or "RANK" in os.environ:
+        raise UsageError("--seeds goes neither with --seed nor with torchrun.")
+    import torch
+
+    from fastresnet.training.trainer import run_folder
+
+    dataset = find_dataset(config.data, config.root)
+    folders = {
+        seed: config.out / f"seed{seed}" if config.out else run_folder(dataclasses.replace(config, seed=seed), dataset)
+        for seed in seeds
+    }
+    gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+    where = f"{gpus} at once, one on each GPU" if gpus else "one after the other, on the CPU"
+    print(
+        f"{len(seeds)} trainings, {where}; each tells its progress in train.log in its folder: {folders[seeds[0]]} ..."
+    )
+    _, rest = _take_option(arguments, "--out")
+    _print_table(
+        f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
+        _seed_lines(train_seeds(rest, folders, gpus)),
+        header=("seed", "test accuracy", "mirrored views averaged", "time training"),
+    )
+    return 0
+
+
+def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line for each run, and one for all of them."""
+    from fastresnet.training.loggers import format_duration
+
+    measures = ("test_accuracy", "test_accuracy_mirror")
+    lines = [
+        (str(run["seed"]), *(f"{run[measure]:.2f} %" for measure in measures), format_duration(run["train_seconds"]))
+        for run in summaries
+    ]
+    if len(summaries) > 1:
+        columns = [[run[measure] for run in summaries] for measure in measures]
+        spread = (f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f} %" for column in columns)
+        lines.append(("mean ± standard deviation", *spread, ""))
+    return lines
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -362,13 +415,13 @@ def _bench(arguments: list[str]) -> int:
 # --- what people see ---------------------------------------------------------------------------------------------
 
 
-def _print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
+def _print_table(title: str, lines: Sequence[tuple[str, ...]], header: Sequence[str] = ("", "")) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table(title=title, show_header=any(header), title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
     for line in lines:
         table.add_row(*line)
     Console().print(table)

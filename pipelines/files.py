@@ -26,6 +26,7 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     being written.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one fixed name: what a killed writer left, the next one replaces
+    temporary.unlink(missing_ok=True)  # it may be a link, which writing would follow
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -138,6 +138,8 @@ class Trainer:
         )
         self._environment = {**environment(self.device), "ranks": ranks.world_size}
         self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
+        if self.folder.is_symlink():
+            raise UsageError(f"{self.folder} is a link, and what it points to is not written to. Name that with --out.")
         if not config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
             raise UsageError(
                 f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."

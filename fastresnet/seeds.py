@@ -1,0 +1,93 @@
+"""The same training with several seeds: a process for each, as many at once as there are GPUs, and one table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from pipelines.errors import RunError, UsageError
+
+_MOST_SEEDS = 10_000
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-9`, `3` or `0-4,7`: the seeds, each once, in this order. Raises `UsageError`."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + _MOST_SEEDS:
+            raise UsageError(f"--seeds {text}: give numbers and ranges, such as 0-9 or 0-4,7.")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) != len(seeds):
+        raise UsageError(f"--seeds {text} names a seed twice.")
+    return seeds
+
+
+def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -> list[dict[str, Any]]:
+    """Run `fastresnet train ARGUMENTS --seed SEED --out FOLDER` for each seed; the contents of their `summary.json`.
+
+    Each writes what it has to say to `train.log` in its folder. With `gpus` 0 they run on the CPU, one after the other,
+    as each uses all cores. Where one fails, the others go on; then `RunError` names those that failed. On the way out,
+    by Ctrl-C or SIGTERM too, the trainings that still run are asked to save and stop.
+    """
+    free: SimpleQueue[int | None] = SimpleQueue()
+    for gpu in range(gpus) if gpus else [None]:
+        free.put(gpu)
+    stopping = threading.Event()
+
+    def run(seed: int, folder: Path) -> int:
+        gpu = free.get()
+        try:
+            return _train(arguments, seed, folder, gpu, stopping)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(max(gpus, 1)) as pool:
+        jobs = {seed: pool.submit(run, seed, folder) for seed, folder in folders.items()}
+        with _set_on_the_way_out(stopping):
+            codes = {seed: job.result() for seed, job in jobs.items()}
+    if failed := [seed for seed, code in codes.items() if code]:
+        logs = ", ".join(f"{folders[seed] / 'train.log'} (exit code {codes[seed]})" for seed in failed)
+        raise RunError(f"{len(failed)} of {len(codes)} trainings failed; see {logs}. --resume goes on with them.")
+    return [json.loads((folder / "summary.json").read_bytes()) for folder in folders.values()]
+
+
+def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, stopping: threading.Event) -> int:
+    """Exit code of one training, which is stopped, or not begun, when `stopping` is set."""
+    if stopping.is_set():
+        return 128 + signal.SIGTERM
+    environment = dict(os.environ)
+    if gpu is not None:
+        visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
+    command = [sys.executable, "-m", "fastresnet", "train", *arguments, "--seed", str(seed), "--out", str(folder)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "train.log", "a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.2)
+            if stopping.is_set():
+                process.terminate()
+                return process.wait()
+
+
+@contextlib.contextmanager
+def _set_on_the_way_out(event: threading.Event) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise

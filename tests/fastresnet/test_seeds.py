@@ -1,0 +1,93 @@
+"""Many seeds at once: started as real processes."""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastresnet import seeds
+from fastresnet.seeds import parse_seeds
+from pipelines.errors import UsageError
+
+SMALL = ["smoke", "--data", "shapes10", "--batch-size", "64", "--precision", "fp32", "--iterations", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3", [3]), ("0-3", [0, 1, 2, 3]), ("0-1,7", [0, 1, 7]), (" 5 , 2-3", [5, 2, 3]), ("4-4", [4])],
+)
+def test_seeds_are_numbers_and_ranges(text, expected):
+    assert parse_seeds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1,,2", "0-99999999", "1.5", "0-3,2"])
+def test_other_seeds_are_refused(text):
+    with pytest.raises(UsageError, match="--seeds"):
+        parse_seeds(text)
+
+
+def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(run, tmp_path):
+    code, out, _ = run("train", *SMALL, "--seeds", "3-4", "--out", tmp_path / "runs")
+    assert code == 0
+    assert "2 trainings, one after the other, on the CPU" in out
+    accuracies = []
+    for seed in (3, 4):
+        folder = tmp_path / "runs" / f"seed{seed}"
+        assert run("train", *SMALL, "--seed", seed, "--out", tmp_path / f"alone{seed}")[0] == 0
+        assert (folder / "metrics.csv").read_bytes() == (tmp_path / f"alone{seed}" / "metrics.csv").read_bytes()
+        assert "epoch   1" in (folder / "train.log").read_text()
+        accuracies.append(float((folder / "metrics.csv").read_text().split(",")[-2]))
+    assert f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %" in out
+
+
+def test_a_training_that_fails_is_named_and_the_others_go_on(run, tmp_path):
+    (tmp_path / "seed1").mkdir()
+    (tmp_path / "seed1" / "last.ckpt").touch()
+    code, _, err = run("train", *SMALL, "--seeds", "1-2", "--out", tmp_path)
+    assert code == 1
+    assert f"1 of 2 trainings failed; see {tmp_path / 'seed1' / 'train.log'} (exit code 2)" in err
+    assert "already holds a run" in (tmp_path / "seed1" / "train.log").read_text()
+    assert (tmp_path / "seed2" / "summary.json").exists()
+
+
+def test_a_signal_stops_the_training_that_runs_and_starts_no_other(tmp_path, data_root):
+    command = [sys.executable, "-m", "fastresnet", "train", *SMALL[:-2], "--epochs", "500"]
+    command += ["--seeds", "1-2", "--out", tmp_path]
+    process = subprocess.Popen(command, env={**os.environ, "FASTRESNET_DATA": str(data_root)})
+    log = tmp_path / "seed1" / "train.log"
+    while not log.exists() or "epoch   1" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert "stopped by SIGTERM after step" in log.read_text()
+    assert not (tmp_path / "seed2" / "train.log").exists()
+
+
+def test_as_many_run_at_once_as_there_are_gpus_each_on_its_own(tmp_path, monkeypatch):
+    """With a stand-in for the training, which notes what it sees and waits for the other one."""
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument
+        'echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; echo "{}" > "$1/summary.json"\n'
+        f'until [ "$(ls {tmp_path}/*/seen | wc -l)" -ge 2 ]; do sleep 0.05; done\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(seeds.sys, "executable", str(program))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    folders = {seed: tmp_path / str(seed) for seed in range(4)}
+    assert seeds.train_seeds([], folders, gpus=2) == [{}] * 4
+    seen = [(folder / "seen").read_text().strip() for folder in folders.values()]
+    assert set(seen) == {"4", "6"}
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "1"], ["--seeds", "x"]], ids=["with --seed", "no numbers"])
+def test_what_makes_no_sense_is_refused(run, tmp_path, arguments):
+    code, _, err = run("train", *SMALL, "--seeds", "0-1", *arguments, "--out", tmp_path / "runs")
+    assert code == 2
+    assert "--seed" in err
+    assert not (tmp_path / "runs").exists()
