@@ -1,22 +1,25 @@
 """usage: python -m benchmarks.readme FILE...
 
 Write the tables of `benchmarks/results` into each FILE: of a benchmark between `<!-- results: NAME -->` and
-`<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that.
+`<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that, of a campaign of faults
+between `<!-- reliability: NAME -->` and that, of the measurement and the model of several processes between
+`<!-- scaling: TABLE -->` and that.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
-from benchmarks.accuracy import TABLES, read_summaries
+from benchmarks import accuracy, reliability, scaling
 from benchmarks.report import read_report
 from benchmarks.show import as_markdown
 from pipelines.files import write_bytes
 
 RESULTS = Path(__file__).with_name("results")
-_TABLE = re.compile(r"(<!-- (results|accuracy): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (results|accuracy|reliability|scaling): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
@@ -25,9 +28,17 @@ def with_tables(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
         if kind == "accuracy":
-            return f"{begin}\n{TABLES[name](read_summaries())}\n{end}"
-        report = read_report(RESULTS / name)
-        return f"{begin}\n{as_markdown(report)}\n{_provenance(report)}\n{end}"
+            return f"{begin}\n{accuracy.TABLES[name](accuracy.read_summaries())}\n{end}"
+        if kind == "reliability":
+            report = reliability.read_campaign(name)
+            made = reliability.TABLES[name](report)
+        elif kind == "scaling":
+            report = json.loads((RESULTS / "scaling" / "2-cores.json").read_bytes())
+            made = scaling.TABLES[name](report)
+        else:
+            report = read_report(RESULTS / name)
+            made = as_markdown(report)
+        return f"{begin}\n{made}\n{_provenance(report)}\n{end}"
 
     return _TABLE.sub(table, text)
 

@@ -241,3 +241,12 @@ def test_a_killed_writers_leftovers_do_not_stay(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
     saved(tmp_path / "x.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("untouched")
+    (tmp_path / ".last.ckpt.tmp").symlink_to(tmp_path / "precious")
+    save_tensors(tmp_path / "last.ckpt", {"x": torch.ones(3)}, {})
+    assert (tmp_path / "precious").read_text() == "untouched"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "precious"]
+    assert not (tmp_path / "last.ckpt").is_symlink()

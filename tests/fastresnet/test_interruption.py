@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or run out of disk: started as real processes, continued, compared to the bit."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -193,6 +194,48 @@ def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, unbroken,
     assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 6
     start(folder, resume=True, expect=0)
     assert_same_run(folder, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("os.fsync", "EIO"), ("os.replace", "EROFS"), ("Path.write_bytes", "ENOSPC")],
+    ids=["I/O error", "read-only folder", "full disk"],
+)
+def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(start, unbroken, tmp_path, call, code):
+    """From step 6 on the system call fails; the checkpoint after step 6 is there then."""
+    folder = tmp_path / "run"
+    fault = (
+        "import errno, pipelines.files as files\n"
+        f"        def fail(*_): raise OSError(errno.{code}, os.strerror(errno.{code}))\n"
+        f"        files.{call} = fail"
+    )
+    done = start(folder, step=6, fault=fault, expect=1)
+    message = os.strerror(getattr(errno, code))
+    assert done.stderr.strip() == f"fastresnet: cannot read or write {folder / 'last.ckpt'}: {message}."
+    assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 6
+    start(folder, resume=True, expect=0)
+    assert_same_run(folder, unbroken)
+
+
+def test_sigterm_while_a_data_set_is_written_leaves_nothing_half_done(tmp_path):
+    program = (
+        "import os, signal, sys, pipelines.store as store\nfrom fastresnet import cli\n"
+        "write = store._write_files\n"
+        "def armed(*arguments): write(*arguments); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "store._write_files = armed\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
+    assert subprocess.run([*command, "--root", tmp_path], timeout=120, check=False).returncode == 143
+    assert [entry.name for entry in tmp_path.iterdir()] == [".shapes10.lock"]
+
+
+def test_a_run_folder_that_is_a_link_is_refused(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    code, _, err = run(*ARGUMENTS, "--out", tmp_path / "run")
+    assert code == 2
+    assert "is a link" in err
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_real_lack_of_memory_names_the_batch_size(start, tmp_path):

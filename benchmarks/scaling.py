@@ -1,0 +1,229 @@
+"""usage: python -m benchmarks.scaling FILE [--data NAME] [--rounds N]
+
+Measure training in 1, 2 and 4 processes of one thread each on this machine's cores, and what the exchange of gradients
+takes by itself; write FILE. From it, and from a model of a step, come the tables of `docs/scaling.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import markdown_table
+from fastresnet.device import environment
+from pipelines.files import write_bytes
+
+RESULTS = Path(__file__).with_name("results") / "scaling"
+MODEL = "resnet20"
+RUNS = ((1, 64), (1, 256), (2, 128), (2, 512), (4, 256), (4, 512))
+"""(processes, batch size over all of them). The first two give the model its compute time."""
+_STEPS = 24
+_BUCKET = 25 << 20  # of DistributedDataParallel
+_BACKWARD = 2 / 3  # of the arithmetic of a step is in its backward pass
+
+# Under torchrun: seconds of an all-reduce of 1 KB and of the gradients' size, the median of many.
+_EXCHANGE = """
+import statistics, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+for size in (1024, int(sys.argv[1])):
+    tensor, seconds = torch.ones(size // 4), []
+    for _ in range(200):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        seconds.append(time.perf_counter() - began)
+        tensor.fill_(1)
+    if dist.get_rank() == 0:
+        print(statistics.median(seconds))
+dist.destroy_process_group()
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """What the model of a step needs to know."""
+
+    overhead: float
+    """Seconds of a step that do not depend on its images."""
+    per_image: float
+    """Seconds for each image of a process."""
+    latency: float
+    """Seconds of one of the 2 (N - 1) turns of a ring all-reduce."""
+    bandwidth: float
+    """Bytes a second between neighbours."""
+    processors: int
+    """How many processes compute at the same time; more take turns."""
+
+    def exchange(self, size: int, processes: int) -> float:
+        """Seconds of a ring all-reduce of `size` bytes (Patarasuk & Yuan 2009)."""
+        turns = 2 * (processes - 1)
+        return turns * self.latency + turns / processes * size / self.bandwidth
+
+    def step(self, rows: float, size: int, processes: int) -> float:
+        """Seconds of a step of `rows` images in each process, with `size` bytes of gradients.
+
+        The exchange of a bucket goes on during the backward pass of those that follow; that of the last one cannot.
+        """
+        turns = max(processes / self.processors, 1)
+        compute = turns * (self.overhead + rows * self.per_image)
+        buckets = -(-size // _BUCKET)
+        whole, last = turns * self.exchange(size, processes), turns * self.exchange(-(-size // buckets), processes)
+        return compute + max(whole - _BACKWARD * compute * (buckets - 1) / buckets, last)
+
+    def fitting_batch(self, size: int, processes: int, share: float = 0.8) -> int:
+        """The smallest power of two of images in each process at which a process keeps `share` of its speed alone."""
+        rows = 1
+        while self.overhead + rows * self.per_image < share * self.step(rows, size, processes):
+            rows *= 2
+        return rows
+
+
+# Not measured: there was one GPU at most. The images/s are the roof that memory bandwidth sets to a training step of
+# unfused kernels; the links are NVLink 4's and InfiniBand NDR's at three quarters of what they are sold for.
+ASSUMED = {
+    8: Machine(overhead=100e-6, per_image=1 / 525_000, latency=4e-6, bandwidth=340e9, processors=8),
+    64: Machine(overhead=100e-6, per_image=1 / 525_000, latency=8e-6, bandwidth=37e9, processors=64),
+}
+
+
+def gradient_bytes(model: str) -> int:
+    """What a step exchanges: gradients are in fp32."""
+    from fastresnet.models import create_model
+
+    return 4 * sum(parameter.numel() for parameter in create_model(model).parameters())
+
+
+def measure(data: str, rounds: int) -> dict[str, Any]:
+    """Images/s of each of `RUNS`, in turns, and the time of exchanges."""
+    seen: dict[tuple[int, int], list[float]] = {run: [] for run in RUNS}
+    for number in range(rounds):
+        for run in RUNS:
+            seen[run].append(_images_per_s(*run, data))
+            print(f"round {number + 1}: {run[0]} processes, batch {run[1]}: {seen[run][-1]:,.0f} images/s", flush=True)
+    size = gradient_bytes(MODEL)
+    small, large = map(float, _torchrun(2, ["-c", _EXCHANGE, str(size)]).split())
+    return {
+        "schema": 1,
+        "report": "scaling",
+        "environment": environment(torch.device("cpu")),
+        "model": MODEL,
+        "gradient_bytes": size,
+        "processors": os.cpu_count(),
+        "exchange_s": {"bytes": [1024, size], "seconds": [small, large]},
+        "runs": [{"processes": n, "batch_size": b, "images_per_s": values} for (n, b), values in seen.items()],
+    }
+
+
+def _images_per_s(processes: int, batch_size: int, data: str) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "fastresnet", "train", "baseline", "--model", MODEL, "--data", data, "--device", "cpu"]
+        command += ["--batch-size", str(batch_size), "--iterations", str(_STEPS), "--compile", "off"]
+        _torchrun(processes, [*command, "--out", f"{folder}/run"])
+        return json.loads(Path(folder, "run", "summary.json").read_bytes())["images_per_s"]
+
+
+def _torchrun(processes: int, program: Sequence[str]) -> str:
+    if program[0] == "-c":
+        program = ["--no-python", sys.executable, *program]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def fitted(report: dict[str, Any]) -> Machine:
+    """The machine that a report was measured on: the time of a step alone at two sizes, of an exchange at two sizes."""
+    seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in report["runs"]}
+    (_, few), (_, many) = RUNS[:2]
+    per_image = (seconds[1, many] - seconds[1, few]) / (many - few)
+    (small_size, large_size), (small, large) = report["exchange_s"]["bytes"], report["exchange_s"]["seconds"]
+    bandwidth = (large_size - small_size) / (large - small)  # of two processes: each byte goes once
+    return Machine(
+        overhead=max(seconds[1, few] - few * per_image, 0),
+        per_image=per_image,
+        latency=(small - small_size / bandwidth) / 2,
+        bandwidth=bandwidth,
+        processors=report["processors"],
+    )
+
+
+def _step_seconds(run: dict[str, Any]) -> float:
+    return run["batch_size"] / statistics.median(run["images_per_s"])
+
+
+def measured_table(report: dict[str, Any]) -> str:
+    """Measured and predicted steps of every run, as Markdown."""
+    machine, rows = fitted(report), []
+    for run in report["runs"]:
+        processes, batch_size, speeds = run["processes"], run["batch_size"], run["images_per_s"]
+        predicted = machine.step(batch_size / processes, report["gradient_bytes"], processes)
+        source = "fitted" if (processes, batch_size) in RUNS[:2] else f"{1000 * predicted:.0f} ms"
+        rows.append(
+            [
+                str(processes),
+                str(batch_size),
+                f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f})",
+                f"{1000 * _step_seconds(run):.0f} ms",
+                source,
+                f"{_step_seconds(run) / predicted:.2f}",
+            ]
+        )
+    head = [
+        "processes",
+        "batch size",
+        "images/s (lowest–highest)",
+        "step, measured",
+        "predicted",
+        "measured / predicted",
+    ]
+    return markdown_table(head, rows)
+
+
+def predicted_table(_: dict[str, Any]) -> str:
+    """Steps on GPUs that the model predicts, as Markdown."""
+    rows, size = [], gradient_bytes(MODEL)
+    for processes, machine in ASSUMED.items():
+        for each in (16, 128, 1024):
+            seconds = machine.step(each, size, processes)
+            alone = machine.overhead + each * machine.per_image
+            rows.append(
+                [
+                    str(processes),
+                    f"{each * processes:,}",
+                    f"{1e6 * alone:,.0f} µs",
+                    f"{1e6 * (seconds - alone):,.0f} µs",
+                    f"{each * processes / seconds / 1e6:.1f} million",
+                    f"{alone / seconds:.0%}",
+                    f"{machine.fitting_batch(size, processes) * processes:,}",
+                ]
+            )
+    head = ["GPUs", "batch size", "computing", "exchanging", "images/s", "of the GPUs' speed", "80 % from batch size"]
+    return markdown_table(head, rows)
+
+
+TABLES = {"measured": measured_table, "predicted": predicted_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    report = measure(options.data, options.rounds)
+    write_bytes(options.file, json.dumps(report, indent=2).encode())
+    print(measured_table(report))
+
+
+if __name__ == "__main__":
+    main()

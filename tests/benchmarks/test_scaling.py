@@ -1,0 +1,56 @@
+"""The model of a step against sums by hand, and tables from made-up measurements."""
+
+import pytest
+
+from benchmarks.scaling import RUNS, Machine, fitted, gradient_bytes, measured_table
+
+MACHINE = Machine(overhead=0.01, per_image=0.001, latency=0.0001, bandwidth=1e9, processors=4)
+MB = 1 << 20
+
+
+def test_a_ring_takes_its_turns():
+    """4 processes: 6 turns of 0.1 ms, and 6 quarters of 8 MB at 1 GB/s."""
+    assert MACHINE.exchange(8_000_000, 4) == pytest.approx(0.0006 + 1.5 * 0.008)
+    assert MACHINE.exchange(8_000_000, 1) == 0
+
+
+def test_one_bucket_cannot_hide():
+    assert MACHINE.step(20, 8_000_000, 4) == pytest.approx(0.03 + 0.0126)
+
+
+def test_of_many_buckets_the_last_one_is_seen_and_the_others_where_they_outlast_the_backward_pass():
+    size, alone = 100 * MB, 0.01 + 300 * 0.001
+    last = 6 * 0.0001 + 1.5 * 25 * MB / 1e9
+    assert MACHINE.step(300, size, 4) == pytest.approx(alone + last)
+    whole = 6 * 0.0001 + 1.5 * 100 * MB / 1e9
+    assert MACHINE.step(20, size, 4) == pytest.approx(0.03 + whole - 0.03 * 2 / 3 * 3 / 4)
+
+
+def test_more_processes_than_processors_take_turns():
+    slow = Machine(overhead=0.01, per_image=0.001, latency=0.0, bandwidth=1e30, processors=2)
+    assert slow.step(20, 8, 4) == pytest.approx(2 * 0.03)
+
+
+def test_the_batch_from_which_a_process_keeps_its_speed():
+    """Alone 0.01 + 0.001 b, together 0.0126 more: 80 % where alone is 0.0504, and so from 41 images on."""
+    assert MACHINE.fitting_batch(8_000_000, 4) == 64
+    assert MACHINE.fitting_batch(8_000_000, 4, share=0.99) == 2048
+
+
+def test_the_machine_is_found_again_from_what_it_would_measure():
+    truth = Machine(overhead=0.02, per_image=0.0016, latency=0.0002, bandwidth=2e9, processors=2)
+    size = gradient_bytes("resnet20")
+    assert size == 4 * 272_474
+    report = {
+        "gradient_bytes": size,
+        "processors": 2,
+        "exchange_s": {"bytes": [1024, size], "seconds": [truth.exchange(1024, 2), truth.exchange(size, 2)]},
+        "runs": [{"processes": n, "batch_size": b, "images_per_s": [b / truth.step(b / n, size, n)]} for n, b in RUNS],
+    }
+    found = fitted(report)
+    for name in ("overhead", "per_image", "latency", "bandwidth"):
+        assert getattr(found, name) == pytest.approx(getattr(truth, name))
+    lines = measured_table(report).splitlines()
+    assert len(lines) == 2 + len(RUNS)
+    assert all(line.endswith("1.00 |") for line in lines[2:])
+    assert [("fitted" in line) for line in lines[2:]] == [True, True, False, False, False, False]
