@@ -20,7 +20,7 @@ from benchmarks.loaders import LoadersOptions, measure_loaders
 from benchmarks.show import CompareOptions, ShowOptions, compare, show
 from benchmarks.steps import StepOptions, measure_steps
 from benchmarks.training import TrainingOptions, measure_training
-from fastresnet import cli
+from fastresnet import terminal
 from fastresnet.config import DEVICES
 from pipelines.errors import check_choice
 
@@ -75,9 +75,9 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     check_choice("benchmark", arguments[0], COMMANDS)
     options, run = COMMANDS[arguments[0]]
-    run(cli.parse(options, f"bench {arguments[0]}", arguments[1:]))
+    run(terminal.parse(options, f"bench {arguments[0]}", arguments[1:]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main, sys.argv[1:]))
+    sys.exit(terminal.guarded(main, sys.argv[1:]))

@@ -182,10 +182,10 @@ def publish(run: Path) -> None:
     """
     import torch
 
-    from fastresnet.cli import find_dataset
     from fastresnet.evaluation import evaluate, open_evaluation
     from fastresnet.pretrained import Card
     from fastresnet.pretrained import __file__ as package
+    from fastresnet.terminal import find_dataset
     from fastresnet.weights import load_weights
 
     summary, cpu, file = _summary(run), torch.device("cpu"), run / "model.safetensors"
@@ -220,7 +220,7 @@ def _summary(run: Path) -> Summary:
 
 
 if __name__ == "__main__":
-    from fastresnet.cli import guarded
+    from fastresnet.terminal import guarded
 
     def main(arguments: list[str]) -> int:
         match arguments:

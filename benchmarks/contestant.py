@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastresnet import cli
+from fastresnet import terminal
 from fastresnet.config import DEVICES, PRECISIONS
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
@@ -70,8 +70,8 @@ class RaceOptions:
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
-        cli.check_output("--json", self.json)
-        cli.check_output("--chart", self.chart)
+        terminal.check_output("--json", self.json)
+        terminal.check_output("--chart", self.chart)
         if self.chart is not None:
             check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
         if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
@@ -90,7 +90,7 @@ def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, str, Wor
 
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    dataset = cli.find_dataset(options.data, options.root)
+    dataset = terminal.find_dataset(options.data, options.root)
     if options.batch_size > len(dataset.train):
         raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
     work = Work(

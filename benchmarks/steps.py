@@ -29,7 +29,7 @@ from benchmarks.report import (
     throughput,
     write_report,
 )
-from fastresnet import cli
+from fastresnet import terminal
 from fastresnet.config import COMPILE, DEVICES, PRECISIONS
 from fastresnet.models import list_models
 from pipelines.errors import UsageError, check_choice
@@ -103,9 +103,9 @@ class StepOptions:
         for backend in self.backends:
             check_choice("backend", backend, COMPILE.values())
         check_choice("device", self.device, DEVICES)
-        cli.check_output("--json", self.json)
-        cli.check_output("--chart", self.chart)
-        cli.check_output("--profile", self.profile)
+        terminal.check_output("--json", self.json)
+        terminal.check_output("--chart", self.chart)
+        terminal.check_output("--profile", self.profile)
         if self.chart is not None:
             check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
         if self.profile is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from pipelines.files import write_bytes
 
@@ -37,8 +38,29 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], *, title: str, evalu
     for axes in (loss, accuracy):
         axes.legend(frameon=False)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_saliency(path: Path, images: Tensor, saliency: Tensor, titles: Sequence[str]) -> None:
+    """Images [N, 3, 32, 32] in 0..1 and, under each, its saliency [N, 32, 32] in 0..1."""
+    columns = min(len(images), 4)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.4 * columns, 4.6 * rows), layout="constrained")
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for number, title in enumerate(titles):
+        row, column = 2 * (number // columns), number % columns
+        grid[row, column].imshow(images[number].permute(1, 2, 0).numpy())
+        grid[row, column].set_title(title, fontsize=9)
+        grid[row + 1, column].imshow(saliency[number].numpy(), cmap="magma", vmin=0, vmax=1)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write `figure` as SVG where the name of the file says so, else as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="svg" if path.suffix == ".svg" else "png", dpi=120)
     write_bytes(path, buffer.getvalue())
 
 

@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from fastresnet.checkpoint import load_tensors, take_prefix
 from fastresnet.models import SHORTCUTS, create_model, list_models
 from pipelines.errors import DataError, check_choice
+from pipelines.sources import CIFAR10_CLASSES
+
+# Of CIFAR-10's training images, from exact counts of their levels.
+CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
+CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -36,6 +41,13 @@ class Weights:
     num_classes: int
     training: dict[str, Any] | None
     """For files of this program: the training's `TrainConfig.to_dict()`; None for foreign ones."""
+    classes: tuple[str, ...]
+    """Their names; of foreign files CIFAR-10's where there are ten, numbers otherwise."""
+    mean: Tensor
+    """[3, 1, 1], or [3, 32, 32] for a mean of each pixel: images in 0..1 go in as (image - mean) / std. Where the file
+    does not say, CIFAR-10's."""
+    std: Tensor
+    """[3, 1, 1]"""
 
 
 def load_weights(path: Path, model: str | None = None) -> Weights:
@@ -62,7 +74,32 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
         raise DataError(f"{path} has a classifier without classes: not the weights of a CIFAR ResNet.")
     network = create_model(name, num_classes=num_classes, shortcut=shortcut)
     _load_state(network, state, path, name)
-    return Weights(network.eval(), name, shortcut, num_classes, config)
+    facts = description or {}
+    return Weights(
+        network.eval(),
+        name,
+        shortcut,
+        num_classes,
+        config,
+        classes=_names(facts.get("classes"), num_classes),
+        mean=_planes(facts.get("mean", CIFAR10_MEAN), path),
+        std=_planes(facts.get("std", CIFAR10_STD), path),
+    )
+
+
+def _planes(values: Any, path: Path) -> Tensor:
+    """Constants of each channel [3] or of each pixel [32, 32, 3], channels first."""
+    try:
+        constants = torch.tensor(values, dtype=torch.float32).reshape(*([1, 1, 3] if len(values) == 3 else [32, 32, 3]))
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{path} describes a normalisation that fits no image.") from None
+    return constants.permute(2, 0, 1)
+
+
+def _names(given: Any, num_classes: int) -> tuple[str, ...]:
+    if isinstance(given, list) and len(given) == num_classes:
+        return tuple(map(str, given))
+    return CIFAR10_CLASSES if num_classes == len(CIFAR10_CLASSES) else tuple(map(str, range(num_classes)))
 
 
 def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:

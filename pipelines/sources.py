@@ -46,7 +46,8 @@ _TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _PYTHON_MEMBERS = (*_TRAIN_BATCHES, "test_batch", "batches.meta")
 _BINARY_MEMBERS = (*(f"{name}.bin" for name in (*_TRAIN_BATCHES, "test_batch")), "batches.meta.txt")
 _MEMBER_LIMIT = 64 << 20  # the largest official member has 31,035,999 bytes
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+"""Which files of a folder are its images."""
 _DAMAGE = (
     EOFError,
     tarfile.TarError,
@@ -313,7 +314,7 @@ def _read_image_folder(path: Path, report: Report) -> RawData:
     for of_split in files.values():
         images = np.empty((len(of_split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         for row, (file, _) in enumerate(of_split):
-            images[row], was_resized = _read_image(file)
+            images[row], was_resized = read_image(file)
             done, resized = done + 1, resized + was_resized
             report("reading images", done, total)
         arrays += [images, np.array([label for _, label in of_split], np.int64)]
@@ -342,12 +343,15 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, 
         (file, label)
         for label, name in enumerate(classes)
         for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in _IMAGE_SUFFIXES
+        if file.suffix.lower() in IMAGE_SUFFIXES
     ]
 
 
-def _read_image(file: Path) -> tuple[np.ndarray, bool]:
-    """RGB pixels [32, 32, 3] and whether the image had to be resized."""
+def read_image(file: Path) -> tuple[np.ndarray, bool]:
+    """RGB pixels of an image file, uint8 [32, 32, 3], and whether it had to be cropped to a square and resized.
+
+    Raises `DataError` where the file is no image, or one too large to decode safely.
+    """
     from PIL import Image, ImageOps
 
     size = (IMAGE_SIZE, IMAGE_SIZE)

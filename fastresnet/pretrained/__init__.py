@@ -66,6 +66,13 @@ def pretrained_file(name: str) -> Path:
     return path
 
 
+def find_weights(given: str | Path) -> tuple[Path, bool]:
+    """The file that `given` names, and whether it is a pretrained network's. Raises as `pretrained_file` does."""
+    if str(given).startswith(PREFIX):
+        return pretrained_file(str(given).removeprefix(PREFIX)), True
+    return Path(given), False
+
+
 def load_pretrained(name: str) -> nn.Module:
     """Pretrained network `name`, in evaluation mode, on the CPU.
 

@@ -44,6 +44,7 @@ from fastresnet.training.regularization import Mixer
 from fastresnet.training.schedule import lr_factor
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, choose_pipeline, open_pipeline
+from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, RunError, UsageError, UserError
 from pipelines.files import write_bytes
 from pipelines.store import Dataset
@@ -475,7 +476,13 @@ class Trainer:
             "data": self.dataset.name,
             "data_sha256": self.dataset.digest,
             "classes": list(self.dataset.classes),
+            **self._normalization(),
         }
+
+    def _normalization(self) -> dict[str, Any]:
+        """Mean (for each channel, or for each pixel) and standard deviation that the network's images have."""
+        constants = Normalization.of(self.config.normalization, self.dataset)
+        return {"mean": (constants.mean / 255).tolist(), "std": (1 / (255 * constants.scale)).tolist()}
 
     # --- telling, checking, stopping -----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks.__main__ import main
 from benchmarks.contestant import Contestant, Entry, Work
 from benchmarks.measurement import ratio, spread
-from fastresnet import cli
+from fastresnet import cli, terminal
 from pipelines.errors import RunError
 
 OURS = ["resident", "dali", "ffcv", "torchvision"]
@@ -27,7 +27,7 @@ def report(data_root, tmp_path_factory):
         patch.setenv("FASTRESNET_DATA", str(data_root))
         small = ["--data", "shapes10", "--batch-size", "64", "--rounds", "3", "--seconds", "0.05"]
         files = ["--json", str(folder / "report.json"), "--chart", str(folder / "chart.png")]
-        assert cli.guarded(main, ["loaders", *small, "--precision", "fp32", *files]) == 0
+        assert terminal.guarded(main, ["loaders", *small, "--precision", "fp32", *files]) == 0
     return json.loads((folder / "report.json").read_text()), folder / "chart.png"
 
 
@@ -115,7 +115,7 @@ def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
 @pytest.mark.parametrize("command", ["fastresnet bench", "python -m benchmarks"])
 def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, command, arguments, message):
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
-    code = cli.main(["bench", *arguments]) if command == "fastresnet bench" else cli.guarded(main, arguments)
+    code = cli.main(["bench", *arguments]) if command == "fastresnet bench" else terminal.guarded(main, arguments)
     assert code == 2
     assert message in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
 from benchmarks.measurement import matmul_rate
 from benchmarks.stepping import Case
 from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, tables
-from fastresnet import cli
+from fastresnet import terminal
 from fastresnet.models import create_model
 from pipelines.errors import RunError
 
@@ -242,7 +242,7 @@ def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
     path = tmp_path / "steps.json"
     arguments = ["--models", "resnet20", "--batch-sizes", "2", "--backends", "eager", "--precisions", "fp32"]
     arguments += ["--seconds", "0.001", "--device", "cpu", "--json", str(path)]
-    assert cli.guarded(main, ["step", *arguments]) == 130
+    assert terminal.guarded(main, ["step", *arguments]) == 130
     report = json.loads(path.read_text())
     assert {row["rounds"] for row in report["rows"]} == {1}
     assert list(tmp_path.iterdir()) == [path]
@@ -269,7 +269,7 @@ def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_arguments_exit_with_2(capsys, arguments, message):
-    assert cli.guarded(main, ["step", *arguments]) == 2
+    assert terminal.guarded(main, ["step", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.__main__ import main
 from benchmarks.contestant import WaitTimer
 from benchmarks.peers import plain_torch, timm_style
-from fastresnet import cli
+from fastresnet import terminal
 from fastresnet.models import create_model
 
 NAMES = ["resident", "step-only", "peer:plain-torch", "peer:timm-style"]
@@ -24,7 +24,7 @@ def report(data_root, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTRESNET_DATA", str(data_root))
         files = ["--json", str(folder / "train.json"), "--chart", str(folder / "train.png")]
-        assert cli.guarded(main, ["train", *SMALL, *files]) == 0
+        assert terminal.guarded(main, ["train", *SMALL, *files]) == 0
     return folder / "train.json"
 
 
@@ -68,7 +68,7 @@ def test_an_interrupted_run_leaves_the_rounds_that_are_finished(data_root, tmp_p
         original(self, seconds)
 
     monkeypatch.setattr(contestant.Contestant, "take_turn", interrupted)
-    assert cli.guarded(main, ["train", *SMALL, "--json", str(tmp_path / "train.json")]) == 130
+    assert terminal.guarded(main, ["train", *SMALL, "--json", str(tmp_path / "train.json")]) == 130
     assert {row["rounds"] for row in json.loads((tmp_path / "train.json").read_text())["rows"]} == {1}
     assert not any(each._process.is_alive() for each in turns)
 

@@ -1,0 +1,118 @@
+"""`fastresnet eval`: measure weights on a test set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from fastresnet.terminal import check_output, find_dataset, parse, print_table
+from pipelines.errors import DataError, Note, UsageError, check_choice
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """Measure weights on a test set: top-1 accuracy, loss, accuracy of each class."""
+
+    weights: Path
+    """A checkpoint or model.safetensors of this program, a state dict saved by another (.pt, .th, .safetensors), or
+    pretrained:NAME, such as pretrained:resnet20, for what comes with this program."""
+    model: str | None = None
+    """Network; without it, what the file says, or what its shapes fit. Plain networks must be named."""
+    data: str | None = None
+    """Name or folder of the data set. Without it: the one the weights were trained on, else cifar10."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means that the weights expect, in 0..1. Without it: as in training, else the data set's own."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations that the weights expect, in 0..1; given together with --mean."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "auto"
+    """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
+    mirror: bool = False
+    """Beside the single view, average the logits of each image and its mirror image (test-time augmentation)."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        check_output("--json", self.json)
+        if (self.mean is None) != (self.std is None):
+            raise UsageError("--mean and --std go together.")
+        for name, values in (("mean", self.mean or ()), ("std", self.std or ())):
+            if not all(0 <= value <= 1 for value in values):
+                raise UsageError(f"--{name} {values}: give fractions in 0..1; figures for 0..255 are divided by 255.")
+        if self.std and min(self.std) == 0:
+            raise UsageError(f"--std {self.std}: standard deviations are above 0.")
+
+
+def run(arguments: list[str]) -> int:
+    options: EvalOptions = parse(EvalOptions, "eval", arguments)
+    from fastresnet.config import DEVICES, PRECISIONS
+
+    check_choice("device", options.device, DEVICES)
+    check_choice("precision", options.precision, PRECISIONS)
+
+    import torch
+
+    from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
+    from fastresnet.evaluation import evaluate, open_evaluation
+    from fastresnet.pretrained import find_weights
+    from fastresnet.weights import load_weights
+
+    device = resolve_device(options.device)
+    source, is_pretrained = find_weights(options.weights)
+    weights = load_weights(source, options.model)
+    training = weights.training or {}
+    dataset = find_dataset(options.data or training.get("data", "cifar10"), options.root)
+    if weights.num_classes != len(dataset.classes):
+        raise DataError(
+            f"{options.weights} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
+        )
+    normalization = training.get("normalization", "channel")
+    if options.mean is not None:
+        normalization = "channel"
+        dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
+    elif not training:
+        print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
+    trained_in = "fp32" if is_pretrained else training.get("precision", "fp32")
+    if options.precision != "auto":
+        precision = resolve_precision(options.precision, device)
+    elif supports(trained_in, device):
+        precision = trained_in
+    else:
+        precision = "fp32"
+        warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
+    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
+    model = weights.model.to(device, memory_format=torch.channels_last)
+    surroundings = environment(device)
+    with explained_failures("try --device cpu"):
+        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)
+    print_table(
+        f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
+        [
+            ("top-1 accuracy", f"{result.accuracy:.2f} %"),
+            *([("  with mirrored views averaged", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
+            ("loss", f"{result.loss:.4f}"),
+            *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
+            ("throughput", f"{result.images_per_s:,.0f} images/s"),
+        ],
+    )
+    if options.json is not None:
+        from pipelines.files import write_bytes
+
+        figures = {
+            "schema": 1,
+            "model": weights.name,
+            "data": dataset.name,
+            "test_accuracy": result.accuracy,
+            **({"test_accuracy_mirror": result.mirror_accuracy} if options.mirror else {}),
+            "loss": result.loss,
+            "per_class": result.per_class,
+            "images_per_s": result.images_per_s,
+            "environment": surroundings,
+        }
+        write_bytes(options.json, json.dumps(figures, indent=2).encode())
+    return 0

@@ -1,0 +1,159 @@
+"""`fastresnet predict`: what a network sees in image files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from fastresnet.terminal import check_output, parse, print_table
+from pipelines.errors import DataError, Note, UsageError, check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastresnet.weights import Weights
+
+BATCH_SIZE = 256
+_NOTED = 40  # lines of the table on a terminal; --csv holds all
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Classify images: the likeliest classes of each file, with their probabilities."""
+
+    images: Positional[tuple[Path, ...]]
+    """Image files (.png, .jpg), and folders, in which all are taken."""
+    weights: str = "pretrained:resnet20"
+    """A checkpoint or model.safetensors of this program, a state dict of another, or pretrained:NAME."""
+    model: str | None = None
+    """Network; without it, what the file says, or what its shapes fit."""
+    top: int = 3
+    """How many classes to tell for each image."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    csv: Path | None = None
+    """Write all predictions to this file."""
+    saliency: Path | None = None
+    """Write a picture of the images, and of which pixels the likeliest class depends on, to this file (.png)."""
+
+    def __post_init__(self) -> None:
+        from fastresnet.config import DEVICES
+
+        check_choice("device", self.device, DEVICES)
+        for option in ("csv", "saliency"):
+            check_output(f"--{option}", getattr(self, option))
+        if self.top < 1:
+            raise UsageError(f"--top {self.top}: give 1 or more.")
+
+
+def run(arguments: list[str]) -> int:
+    options: Options = parse(Options, "predict", arguments)
+    files = _image_files(options.images)
+
+    import torch
+
+    from fastresnet.device import resolve_device
+    from fastresnet.pretrained import find_weights
+    from fastresnet.weights import load_weights
+
+    device = resolve_device(options.device)
+    weights = load_weights(find_weights(options.weights)[0], options.model)
+    pixels = _read(files)
+    weights.model.to(device)
+    parts = [_probabilities(weights, batch.to(device)) for batch in pixels.split(BATCH_SIZE)]
+    probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
+    lines = [
+        (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(of, likely, strict=True)))
+        for file, of, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
+    ]
+    print_table(
+        f"{weights.name} ({options.weights})",
+        lines[:_NOTED],
+        header=("image", *(f"{n}." for n in range(1, len(lines[0])))),
+    )
+    if len(lines) > _NOTED:
+        print(f"and {len(lines) - _NOTED} more; --csv FILE takes all")
+    if options.csv is not None:
+        _write_csv(options.csv, files, [[weights.classes[c] for c in row] for row in classes.tolist()], probabilities)
+    if options.saliency is not None:
+        from fastresnet.plotting import plot_saliency
+
+        shown = pixels[:16].to(device)
+        titles = [f"{Path(line[0]).name}\n{line[1]}" for line in lines]
+        plot_saliency(options.saliency, shown.cpu(), _saliency(weights, shown).cpu(), titles[:16])
+    return 0
+
+
+def _image_files(given: tuple[Path, ...]) -> list[Path]:
+    """All image files, those of a folder in the order of their names. Raises `DataError` where there are none."""
+    from pipelines.sources import IMAGE_SUFFIXES
+
+    if not given:
+        raise UsageError("predict needs images: fastresnet predict FILE OR FOLDER ...")
+    files: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise DataError(f"{path} does not exist.")
+        inside = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not inside:
+            raise DataError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        files += inside
+    return files
+
+
+def _read(files: list[Path]) -> Tensor:
+    """Images in 0..1, [N, 3, 32, 32]."""
+    import numpy as np
+    import torch
+
+    from pipelines.sources import read_image
+
+    images, resized = zip(*map(read_image, files), strict=True)
+    if any(resized):
+        warnings.warn(
+            f"{sum(resized)} of {len(files)} images were not 32x32 and have been cropped to a square and resized.",
+            Note,
+            stacklevel=2,
+        )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def _normalized(weights: Weights, images: Tensor) -> Tensor:
+    return (images - weights.mean.to(images.device)) / weights.std.to(images.device)
+
+
+def _probabilities(weights: Weights, images: Tensor) -> Tensor:
+    """[N, classes], on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        return weights.model(_normalized(weights, images)).float().softmax(1).cpu()
+
+
+def _saliency(weights: Weights, images: Tensor) -> Tensor:
+    """How much the logit of the likeliest class changes with each pixel, [N, 32, 32], at most 1: the largest absolute
+    gradient of its colours (Simonyan, Vedaldi & Zisserman, "Deep Inside Convolutional Networks", 2013, section 3).
+    """
+    images = images.clone().requires_grad_()
+    weights.model(_normalized(weights, images)).amax(1).sum().backward()
+    gradient = images.grad.abs().amax(1)
+    return gradient / gradient.amax((1, 2), keepdim=True).clamp_min(1e-12)
+
+
+def _write_csv(path: Path, files: list[Path], classes: list[list[str]], probabilities: Tensor) -> None:
+    from pipelines.files import write_bytes
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ranks = range(1, probabilities.shape[1] + 1)
+    writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
+    for file, names, values in zip(files, classes, probabilities.tolist(), strict=True):
+        pairs = zip(names, values, strict=True)
+        writer.writerow([file, *(cell for name, value in pairs for cell in (name, f"{value:.6f}"))])
+    write_bytes(path, text.getvalue().encode())

@@ -1,0 +1,69 @@
+"""`fastresnet prepare`: make a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+from fastresnet.terminal import parse, progress_line
+from pipelines.errors import Note, UsageError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareOptions:
+    """Make a data set once: verified, in plain NumPy files. What is there and whole is left as it is."""
+
+    data: str = "cifar10"
+    """Its name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or one of your own for --source."""
+    source: Path | None = None
+    """A CIFAR-10 archive (python or binary version; .tar, .tar.gz, .tar.xz or .zip), its unpacked folder, or a folder
+    of images: train/CLASS/*.png and test/CLASS/*.png (or .jpg)."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    train_images: int = 50_000
+    """How many training images of shapes10 to draw."""
+    test_images: int = 10_000
+    """How many test images of shapes10 to draw."""
+    formats: str = "raw"
+    """What to make beside the store itself (raw), with commas between: beton (for FFCV), jpeg (for DALI's decoder)."""
+    jpeg_quality: int = 95
+    """Quality of the JPEG files, 1..100."""
+    jpeg_subsampling: str = "4:4:4"
+    """Resolution of their colours: 4:4:4 (full), 4:2:2 or 4:2:0."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "test_images"):
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is not in 1..1000000.")
+
+
+def run(arguments: list[str]) -> int:
+    options: PrepareOptions = parse(PrepareOptions, "prepare", arguments)
+    from pipelines.convert import SHAPES10, data_root, prepare
+    from pipelines.derived import read_manifest
+    from pipelines.shards import JpegSettings, facts_text
+
+    formats = [name.strip() for name in options.formats.split(",")]
+    with progress_line() as report:
+        dataset, made = prepare(
+            options.data,
+            data_root(options.root),
+            report,
+            source=options.source,
+            train_images=options.train_images,
+            test_images=options.test_images,
+            formats=formats,
+            jpeg=JpegSettings(quality=options.jpeg_quality, subsampling=options.jpeg_subsampling),
+        )
+    counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes"
+    print(f"{dataset.name}: {counts}, {'prepared' if made else 'already there,'} and verified in {dataset.folder}")
+    if "jpeg" in formats:
+        print(
+            f"JPEG against the original training images: {facts_text(read_manifest(dataset, 'jpeg')['facts']['train'])}"
+        )
+    asked = (options.train_images, options.test_images)
+    resized = dataset.name == SHAPES10 and asked != (len(dataset.train), len(dataset.test))
+    if not made and (options.source is not None or resized):
+        warnings.warn(f"nothing was read or drawn; remove {dataset.folder} to make it anew.", Note, stacklevel=2)
+    return 0

@@ -1,0 +1,134 @@
+"""`fastresnet train`: train a network by a recipe, with one seed or many."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastresnet.terminal import find_dataset, parse, print_table
+from pipelines.errors import UsageError, check_choice
+
+if TYPE_CHECKING:
+    from fastresnet.config import TrainConfig
+
+
+def run(arguments: list[str]) -> int:
+    began = time.perf_counter()
+    from fastresnet.config import TrainConfig, from_toml
+    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES
+
+    seeds, arguments = _take_option(arguments, "--seeds")
+    given = list(arguments)
+    config_file, arguments = _take_option(arguments, "--config")
+    if config_file is not None:
+        base = from_toml(Path(config_file))
+    else:
+        recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+        check_choice("recipe", recipe, RECIPES)
+        model, _ = _take_option(arguments, "--model")
+        base = RECIPES[recipe](model) if model else RECIPES[recipe]()
+    config: TrainConfig = parse(
+        TrainConfig,
+        "train [RECIPE]",
+        arguments,
+        default=base,
+        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
+        "the defaults below; --config FILE takes them from the config.toml of a run instead. --seeds 0-9 trains with "
+        "each of these seeds, on as many GPUs as there are, and ends with a table of all.",
+    )
+    if seeds is not None:
+        return _train_seeds(config, seeds, given)
+
+    from rich.console import Console
+
+    from fastresnet.distributed import ranks_of_torchrun
+    from fastresnet.training.trainer import train
+
+    imported = time.perf_counter()
+    dataset = find_dataset(config.data, config.root)
+    cold_start = {"import": imported - began, "data": time.perf_counter() - imported}
+    first = ranks_of_torchrun().first
+    summary = train(config, dataset, Console(quiet=not first), cold_start)
+    if first:
+        print_table("result", _summary_lines(summary))
+    return 0
+
+
+def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
+    from fastresnet.seeds import parse_seeds, train_seeds
+
+    seeds = parse_seeds(text)
+    _, rest = _take_option(arguments, "--seed")
+    if rest != arguments or "RANK" in os.environ:
+        raise UsageError("--seeds goes neither with --seed nor with torchrun.")
+    import torch
+
+    from fastresnet.training.trainer import run_folder
+
+    dataset = find_dataset(config.data, config.root)
+    folders = {
+        seed: config.out / f"seed{seed}" if config.out else run_folder(dataclasses.replace(config, seed=seed), dataset)
+        for seed in seeds
+    }
+    gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+    where = f"{gpus} at once, one on each GPU" if gpus else "one after the other, on the CPU"
+    print(
+        f"{len(seeds)} trainings, {where}; each tells its progress in train.log in its folder: {folders[seeds[0]]} ..."
+    )
+    _, rest = _take_option(arguments, "--out")
+    print_table(
+        f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
+        _seed_lines(train_seeds(rest, folders, gpus)),
+        header=("seed", "test accuracy", "mirrored views averaged", "time training"),
+    )
+    return 0
+
+
+def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line for each run, and one for all of them."""
+    from fastresnet.training.loggers import format_duration
+
+    measures = ("test_accuracy", "test_accuracy_mirror")
+    lines = [
+        (str(run["seed"]), *(f"{run[measure]:.2f} %" for measure in measures), format_duration(run["train_seconds"]))
+        for run in summaries
+    ]
+    if len(summaries) > 1:
+        columns = [[run[measure] for run in summaries] for measure in measures]
+        spread = (f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f} %" for column in columns)
+        lines.append(("mean ± standard deviation", *spread, ""))
+    return lines
+
+
+def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it."""
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to know of `summary.json`, as (what, value)."""
+    from fastresnet.training.loggers import format_duration
+
+    chosen_on = "the held-out split" if summary["best_chosen_on"] == "validation" else "the test set itself"
+    return [
+        ("data", summary["data"]),
+        ("model", summary["model"]),
+        ("test accuracy, last epoch", f"{summary['test_accuracy']:.2f} %"),
+        ("  the same with mirrored views averaged", f"{summary['test_accuracy_mirror']:.2f} %"),
+        (f"test accuracy, best epoch (chosen on {chosen_on})", f"{summary['best_accuracy']:.2f} %"),
+        ("epochs / steps", f"{summary['epochs']} / {summary['steps']:,}"),
+        ("training throughput", f"{summary['images_per_s']:,.0f} images/s"),
+        (
+            "time training / in all",
+            f"{format_duration(summary['train_seconds'])} / {format_duration(summary['total_seconds'])}",
+        ),
+    ]

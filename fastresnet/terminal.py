@@ -1,0 +1,131 @@
+"""What the commands share: reading arguments, tables and progress, and ending with the right words and code.
+
+Nothing slow is imported before it is needed, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import Note, UsageError, UserError
+
+if TYPE_CHECKING:
+    from pipelines.sources import Report
+    from pipelines.store import Dataset
+
+
+def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
+    speaker = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
+    try:
+        with _notes_on_stderr(), _orderly_sigterm():
+            return command(arguments)
+    except UserError as error:
+        print(f"{speaker}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        print(f"{speaker}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{speaker}: interrupted.", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def _orderly_sigterm() -> Iterator[None]:
+    """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Show this program's notes as one line each; other libraries' warnings as ever."""
+    with warnings.catch_warnings():
+        show_other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, Note):
+                print(f"fastresnet: note: {message}", file=sys.stderr)
+            else:
+                show_other(message, category, *rest)
+
+        warnings.showwarning = show
+        yield
+
+
+def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
+    """`options` (a dataclass) filled from the command line; tyro exits with 2 on unknown flags and unfit values."""
+    import tyro
+
+    return tyro.cli(
+        options, prog=f"fastresnet {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **settings
+    )
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Raise `UsageError` where a file to be written has no folder to lie in: before the work, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
+
+
+def find_dataset(data: str, root: Path | None) -> Dataset:
+    """Open the data set called `data`, or the store in folder `data`; make cifar10 and shapes10 if they are missing."""
+    from pipelines.convert import CIFAR10, SHAPES10, data_root, prepare
+    from pipelines.store import open_store
+
+    if Path(data).name != data or (Path(data) / "meta.json").exists():
+        return open_store(Path(data))
+    folder = data_root(root) / data
+    if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
+        return open_store(folder)
+    with progress_line() as report:
+        return prepare(data, data_root(root), report)[0]
+
+
+@contextlib.contextmanager
+def progress_line() -> Iterator[Report]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def print_table(title: str, lines: Sequence[tuple[str, ...]], header: Sequence[str] = ("", "")) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(header), title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
