@@ -19,11 +19,14 @@ commands:
   train     train a network by a recipe: fast (the default), best, paper, baseline or smoke
   eval      measure weights: this program's, or another repository's state dict
   predict   classify image files
+  summary   the layers of a network, their parameters and multiply-adds
+  export    a trained network as ONNX, safetensors or a program of torch.export
+  doctor    what works on this machine, and what to do about what does not
   bench     measure the speed of this program and of what people would use instead
 
 fastresnet COMMAND --help tells the options of a command.
 """
-_COMMANDS = ("prepare", "train", "eval", "predict", "bench")
+_COMMANDS = ("prepare", "train", "eval", "predict", "summary", "export", "doctor", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,46 @@
+"""`fastresnet doctor`: what works here, and what to do about what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from fastresnet.terminal import check_output, parse
+
+_MARKS = {"works": "[green]ok[/]", "missing": "[yellow]--[/]", "broken": "[red]!![/]"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Look at versions, GPU and driver, pipelines, compilers, data sets, disk and memory; tell remedies."""
+
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    json: Path | None = None
+    """Write what was found to this file."""
+
+    def __post_init__(self) -> None:
+        check_output("--json", self.json)
+
+
+def run(arguments: list[str]) -> int:
+    """Returns 1 where something is broken; what is optional and missing does not count."""
+    options: Options = parse(Options, "doctor", arguments)
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fastresnet.doctor import examine
+    from pipelines.files import write_bytes
+
+    findings = examine(options.root)
+    table = Table.grid(padding=(0, 1))
+    for finding in findings:
+        remedy = f"\n[bold]{escape(finding.remedy)}[/]" if finding.remedy else ""
+        table.add_row(_MARKS[finding.state], finding.what, escape(finding.detail) + remedy)
+    Console(highlight=False).print(table)
+    if options.json is not None:
+        contents = {"schema": 1, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        write_bytes(options.json, json.dumps(contents, indent=2).encode())
+    return int(any(finding.state == "broken" for finding in findings))

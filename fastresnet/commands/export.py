@@ -1,0 +1,59 @@
+"""`fastresnet export`: a trained network for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastresnet.terminal import check_output, parse
+from pipelines.errors import UsageError, check_choice
+
+if TYPE_CHECKING:
+    from fastresnet.weights import Weights
+
+_SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Write a trained network for other programs, and check that the file computes the same."""
+
+    weights: str = "pretrained:resnet20"
+    """A checkpoint or model.safetensors of this program, a state dict of another, or pretrained:NAME."""
+    model: str | None = None
+    """Network; without it, what the file says, or what its shapes fit."""
+    format: str = "onnx"
+    """onnx, torch-export (a program for torch.export.load) or safetensors (the weights alone)."""
+    normalize: bool = False
+    """Make the normalisation part of the graph: images in 0..1 go in."""
+    out: Path | None = None
+    """File to write. Without it: the name of the network, in the current folder."""
+
+    def __post_init__(self) -> None:
+        check_choice("format", self.format, _SUFFIXES)
+        check_output("--out", self.out)
+        if self.normalize and self.format == "safetensors":
+            raise UsageError("--normalize makes normalisation part of a graph, and safetensors hold weights alone.")
+
+
+def run(arguments: list[str]) -> int:
+    options: Options = parse(Options, "export", arguments)
+    from fastresnet.export import export
+    from fastresnet.pretrained import find_weights
+    from fastresnet.weights import load_weights
+
+    weights = load_weights(find_weights(options.weights)[0], options.model)
+    path = options.out or Path(f"{weights.name}{_SUFFIXES[options.format]}")
+    difference = export(weights, path, options.format, normalize=options.normalize)
+    print(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")
+    print(f"images  [N, 3, 32, 32] in 0..1{'' if options.normalize else f', {_normalization(weights)}'}")
+    print(f"logits  [N, {weights.num_classes}]: {', '.join(weights.classes)}")
+    return 0
+
+
+def _normalization(weights: Weights) -> str:
+    if weights.mean.shape[1] > 1:
+        return "less the mean of each pixel (--normalize makes that part of the graph)"
+    mean, std = (", ".join(f"{v:.4f}" for v in values.flatten().tolist()) for values in (weights.mean, weights.std))
+    return f"less {mean}, divided by {std} (--normalize makes that part of the graph)"

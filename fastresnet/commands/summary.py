@@ -1,0 +1,59 @@
+"""`fastresnet summary`: the layers of a network, their parameters and multiply-adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from fastresnet.terminal import check_output, parse, print_table
+from pipelines.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Show the layers of a network: what comes out of each, its parameters, its multiply-adds for an image."""
+
+    model: str = "resnet20"
+    """Name of the network: see fastresnet train --help."""
+    shortcut: str | None = None
+    """A (padded identity) or B (1x1 convolution); without it, B."""
+    classes: int = 10
+    """How many classes it tells apart."""
+    json: Path | None = None
+    """Write the layers to this file."""
+
+    def __post_init__(self) -> None:
+        check_output("--json", self.json)
+        if not 1 <= self.classes <= 1_000_000:
+            raise UsageError(f"--classes {self.classes} is not in 1..1000000.")
+
+
+def run(arguments: list[str]) -> int:
+    options: Options = parse(Options, "summary", arguments)
+    from fastresnet.models import create_model
+    from fastresnet.models.layers import layers
+    from pipelines.files import write_bytes
+
+    shortcut = options.shortcut or "B"
+    found = layers(create_model(options.model, num_classes=options.classes, shortcut=shortcut))
+    parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
+    print_table(
+        f"{options.model}, shortcut {shortcut}, {options.classes} classes",
+        [
+            *((la.name, la.kind, "x".join(map(str, la.output)), f"{la.parameters:,}", f"{la.macs:,}") for la in found),
+            ("in all", "", "", f"{parameters:,}", f"{macs:,}"),
+        ],
+        header=("layer", "kind", "output", "parameters", "multiply-adds"),
+    )
+    if options.json is not None:
+        contents = {
+            "schema": 1,
+            "model": options.model,
+            "shortcut": shortcut,
+            "parameters": parameters,
+            "macs": macs,
+            "layers": [dataclasses.asdict(layer) for layer in found],
+        }
+        write_bytes(options.json, json.dumps(contents, indent=2).encode())
+    return 0

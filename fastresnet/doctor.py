@@ -1,0 +1,167 @@
+"""What works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from fastresnet.device import environment, resolve_precision
+from pipelines import PIPELINES, free_memory
+from pipelines.compiler import CompilerError, compile_c
+from pipelines.convert import CIFAR10, data_root
+from pipelines.errors import UserError
+from pipelines.store import open_store
+
+_LIBRARIES = (
+    *("torch", "torchvision", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv", "tensorboard", "onnx"),
+)
+_PIPELINE_REMEDIES = {
+    "dali": "pip install 'fastresnet[dali]'",
+    "ffcv": "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install 'fastresnet[ffcv]'",
+}
+_LITTLE = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    state: str
+    """`works`, `missing` (something optional is not there) or `broken`."""
+    detail: str
+    remedy: str = ""
+    """What to do, where anything is to be done."""
+
+
+def examine(root: Path | None = None) -> list[Finding]:
+    """Look at everything; takes some seconds, as it compiles something."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        *_versions(device),
+        *_gpu(device),
+        *_pipelines(),
+        *_compilers(device),
+        *_data(data_root(root)),
+        *_room(data_root(root), device),
+    ]
+
+
+def _versions(device: torch.device) -> Iterator[Finding]:
+    facts = environment(device)
+    yield Finding("fastresnet", "works", f"{facts['versions']['fastresnet']}, commit {facts['commit']}")
+    yield Finding("Python", "works", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("processor", "works", f"{facts['device'] if device.type == 'cpu' else os.cpu_count()}")
+    yield Finding("libraries", "works", ", ".join(f"{name} {v}" for name in _LIBRARIES if (v := _version(name))))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu(device: torch.device) -> Iterator[Finding]:
+    precision = resolve_precision("auto", device)
+    if device.type == "cuda":
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        yield Finding("GPU", "works", f"{', '.join(names)}; CUDA {torch.version.cuda}, driver {_driver()}")
+    else:
+        yield Finding("GPU", "missing", f"none that PyTorch can use{_why_no_gpu()}", _gpu_remedy())
+    yield Finding("precision", "works", f"auto is {precision} on this {'GPU' if device.type == 'cuda' else 'CPU'}")
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return ": this PyTorch is built for CPUs"
+    if (driver := _driver()) is None:
+        return ": nvidia-smi finds no driver"
+    return f": driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} does not start"
+
+
+def _gpu_remedy() -> str:
+    if torch.version.cuda is None:
+        return "pip install torch from PyPI, which has CUDA, if there is a GPU"
+    if _driver() is None:
+        return "install NVIDIA's driver if there is a GPU; in Docker, run with --gpus all; a CPU works too, more slowly"
+    return "install a newer driver, or a PyTorch for the CUDA version that nvidia-smi shows"
+
+
+def _pipelines() -> Iterator[Finding]:
+    for name in PIPELINES:
+        threads = torch.get_num_threads()
+        try:
+            importlib.import_module(f"pipelines.{name}")
+        except (UserError, ImportError, OSError) as error:
+            yield Finding(f"pipeline {name}", "missing", str(error), _PIPELINE_REMEDIES.get(name, ""))
+        else:
+            yield Finding(f"pipeline {name}", "works", "")
+        finally:
+            torch.set_num_threads(threads)  # importing FFCV sets it to 1
+
+
+def _compilers(device: torch.device) -> Iterator[Finding]:
+    remedy = "install gcc 12 or newer; without it PyTorch does the work, more slowly"
+    try:
+        compile_c(Path(__file__).parents[1] / "pipelines" / "augment.c", "-fopenmp")
+        yield Finding("C loops", "works", "compiled for this processor")
+    except CompilerError as error:
+        yield Finding("C loops", "missing", str(error), remedy)
+    try:
+        compiled = torch.compile(lambda x: x.sin() + 1, fullgraph=True)
+        torch.testing.assert_close(compiled(torch.ones(8, device=device)).cpu(), torch.ones(8).sin() + 1)
+        yield Finding("torch.compile", "works", "")
+    except Exception as error:  # noqa: BLE001  the compiler raises anything
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        remedy = "install a C++ compiler and Python's headers (Debian: g++ and python3-dev), or use --compile off"
+        yield Finding("torch.compile", "broken", reason, remedy)
+
+
+def _data(root: Path) -> Iterator[Finding]:
+    names = sorted({meta.parent.name for meta in root.glob("*/meta.json")} | {CIFAR10})
+    for name in names:
+        if not (root / name / "meta.json").exists():
+            remedy = f"fastresnet prepare --data {name}, which train does by itself"
+            yield Finding(f"data {name}", "missing", f"not in {root.absolute()}", remedy)
+            continue
+        try:
+            dataset = open_store(root / name)
+        except UserError as error:
+            yield Finding(f"data {name}", "broken", str(error), f"fastresnet prepare --data {name}")
+        else:
+            counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
+            yield Finding(f"data {name}", "works", f"{counts}, verified, in {dataset.folder.absolute()}")
+
+
+def _room(root: Path, device: torch.device) -> Iterator[Finding]:
+    place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    disk, memory = shutil.disk_usage(place).free, free_memory(torch.device("cpu"))
+    yield _enough("disk", disk, "free some: a data set takes 0.2 GB, a run of ResNet-20 10 MB")
+    yield _enough("memory", memory, "close other programs, or train with a smaller --batch-size")
+    if device.type == "cuda":
+        yield _enough("GPU memory", free_memory(device), "see nvidia-smi for who takes it")
+
+
+def _enough(what: str, free: int, remedy: str) -> Finding:
+    state = "works" if free > _LITTLE else "broken"
+    return Finding(what, state, f"{free / 1e9:.1f} GB free", "" if free > _LITTLE else remedy)

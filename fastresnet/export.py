@@ -1,0 +1,121 @@
+"""A trained network for other programs: ONNX, safetensors, or a program of `torch.export`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastresnet.weights import Weights
+from pipelines.errors import RunError, UsageError
+from pipelines.files import replacing, write_bytes
+from pipelines.sampling import IMAGE_SIZE
+
+TOLERANCE = 1e-4
+"""How far logits of an exported network may be from those of the original."""
+
+
+class Normalized(nn.Module):
+    """A network that normalises its images itself: they go in as values in 0..1."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.register_buffer("mean", weights.mean)
+        self.register_buffer("std", weights.std)
+        self.network = weights.model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`images` [N, 3, 32, 32] in 0..1 to logits [N, classes]."""
+        return self.network((images - self.mean) / self.std)
+
+
+def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float:
+    """Write the network to `path` in format `kind`, one of `FORMATS`, and compare what the file computes.
+
+    The batch size stays free. With `normalize` images in 0..1 go in. Returns the largest difference of a logit on
+    random images in batches of 1 and of 7. Raises `UsageError` where a library is missing, `RunError` where the
+    difference is above `TOLERANCE`; `path` is then as it was.
+    """
+    network = (Normalized(weights) if normalize else weights.model).cpu().eval()
+    with replacing(path) as temporary:
+        loaded = FORMATS[kind](network, temporary)
+        generator = torch.Generator().manual_seed(0)
+        batches = [torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for count in (1, 7)]
+        with torch.inference_mode():
+            difference = max(float((loaded(batch) - network(batch)).abs().max()) for batch in batches)
+        if not difference <= TOLERANCE:
+            raise RunError(f"what {kind} computes differs from the network by {difference:g}; {path} was not written.")
+    return difference
+
+
+Loaded = Callable[[Tensor], Tensor]
+
+
+def _onnx(network: nn.Module, path: Path) -> Loaded:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"--format onnx needs {error.name}: pip install 'fastresnet[onnx]'") from None
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (_example(),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    write_bytes(path, program.model_proto.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+
+
+def _torch_export(network: nn.Module, path: Path) -> Loaded:
+    program = torch.export.export(network, (_example(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with open(path, "wb") as file:
+        torch.export.save(program, file)
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+def _safetensors(network: nn.Module, path: Path) -> Loaded:
+    import safetensors.torch
+
+    safetensors.torch.save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    empty = copy.deepcopy(network)
+    for tensor in empty.state_dict().values():
+        tensor.zero_()
+    empty.load_state_dict(safetensors.torch.load_file(path))
+    return empty
+
+
+def _example() -> Tensor:
+    return torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)  # a batch of one would be taken for a constant
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+FORMATS: dict[str, Callable[[nn.Module, Path], Loaded]] = {
+    "onnx": _onnx,
+    "safetensors": _safetensors,
+    "torch-export": _torch_export,
+}

@@ -1,0 +1,58 @@
+"""The layers of a network: what comes out of each, and what it costs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.sampling import IMAGE_SIZE
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """One module without modules of its own."""
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    """Shape for one image."""
+    parameters: int
+    macs: int
+    """Multiply-adds for one image: of convolutions and linear layers, as is usual."""
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """The layers of `model` in the order in which they are run, on images [3, 32, 32]. Nothing is computed."""
+    twin, found = copy.deepcopy(model).to("meta").eval(), []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+            parameters = sum(parameter.numel() for parameter in module.parameters())
+            found.append(Layer(name, _kind(module), tuple(output.shape[1:]), parameters, _macs(module, output)))
+
+        module.register_forward_hook(note)
+
+    for name, module in twin.named_modules():
+        if not any(module.children()) and not isinstance(module, nn.Identity):
+            watch(name, module)
+    with torch.inference_mode():
+        twin(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+    return found
+
+
+def _kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    if not isinstance(module, nn.Conv2d):
+        return name
+    (size, _), (stride, _) = module.kernel_size, module.stride
+    return f"{name} {size}x{size}" + (f", stride {stride}" if stride > 1 else "")
+
+
+def _macs(module: nn.Module, output: Tensor) -> int:
+    if isinstance(module, nn.Conv2d | nn.Linear):  # each output is a sum over one output channel's weights
+        return output.numel() * module.weight[0].numel()
+    return 0

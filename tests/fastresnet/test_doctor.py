@@ -1,0 +1,86 @@
+"""What the doctor finds, and where something has been broken for it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastresnet import doctor
+
+
+def findings(run, tmp_path, *arguments):
+    code, out, err = run("doctor", "--json", tmp_path / "doctor.json", *arguments)
+    found = {each["what"]: each for each in json.loads((tmp_path / "doctor.json").read_text())["findings"]}
+    assert code == int(any(each["state"] == "broken" for each in found.values())), err
+    assert all(each["what"] in out for each in found.values())
+    assert all(bool(each["remedy"]) == (each["state"] != "works") for each in found.values())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_compilation(monkeypatch):
+    """torch.compile takes ten seconds: one test has it."""
+    monkeypatch.setattr(doctor.torch, "compile", lambda function, **_: function)
+
+
+def test_a_machine_on_which_all_is_well(run, tmp_path, need, monkeypatch, data_root):
+    need("dali"), need("ffcv")
+    monkeypatch.undo()
+    found = findings(run, tmp_path, "--root", data_root)
+    assert {what for what, each in found.items() if each["state"] != "works"} <= {"GPU", "data cifar10"}
+    assert torch.__version__.partition("+")[0] in found["libraries"]["detail"]
+    assert "331 training and 90 test images, verified" in found["data shapes10"]["detail"]
+
+
+def test_a_machine_without_a_gpu_is_told_why(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, driver, reason in (
+        (None, None, "built for CPUs"),
+        ("13.0", None, "no driver"),
+        ("13.0", "470", "470"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(doctor, "_driver", lambda driver=driver: driver)
+        gpu = findings(run, tmp_path)["GPU"]
+        assert gpu["state"] == "missing"
+        assert reason in gpu["detail"]
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
+def test_a_pipeline_whose_library_is_missing(run, tmp_path, need, break_import, pipeline):
+    need(pipeline)
+    break_import(pipeline, ModuleNotFoundError(f"No module named {pipeline!r}", name=pipeline))
+    found = findings(run, tmp_path)[f"pipeline {pipeline}"]
+    assert found["state"] == "missing"
+    assert f"fastresnet[{pipeline}]" in found["remedy"]
+
+
+def test_a_machine_without_compilers(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nmore")
+
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(doctor.torch, "compile", fail)
+    found = findings(run, tmp_path)
+    assert "no-such-compiler" in found["C loops"]["detail"]
+    assert found["torch.compile"]["state"] == "broken"
+    assert found["torch.compile"]["detail"] == "InvalidCxxCompiler: no working C++ compiler"
+
+
+def test_a_damaged_data_set(run, tmp_path, data_root):
+    shutil.copytree(data_root / "shapes10", tmp_path / "data" / "shapes10")
+    labels = tmp_path / "data" / "shapes10" / "test_labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-1])
+    found = findings(run, tmp_path, "--root", tmp_path / "data")["data shapes10"]
+    assert found["state"] == "broken"
+    assert str(labels) in found["detail"]
+    assert found["remedy"] == "fastresnet prepare --data shapes10"
+
+
+def test_little_room(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**7))
+    monkeypatch.setattr(doctor, "free_memory", lambda _: 2 * 10**8)
+    found = findings(run, tmp_path)
+    assert (found["disk"]["state"], found["disk"]["detail"]) == ("broken", "0.0 GB free")
+    assert (found["memory"]["state"], found["memory"]["detail"]) == ("broken", "0.2 GB free")

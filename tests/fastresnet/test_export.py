@@ -1,0 +1,99 @@
+"""Exported files, read by the programs they are for."""
+
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from fastresnet import export, load_pretrained
+from fastresnet.pretrained import pretrained_card
+
+
+@pytest.fixture
+def batch():
+    return torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def logits(batch):
+    """Of the images in 0..1, normalised as the card says."""
+    card = pretrained_card("resnet20")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (card.mean, card.std))
+    with torch.no_grad():
+        return load_pretrained("resnet20")((batch - mean) / std)
+
+
+def normalized(batch):
+    card = pretrained_card("resnet20")
+    return (batch - torch.tensor(card.mean)[:, None, None]) / torch.tensor(card.std)[:, None, None]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_onnxruntime_computes_the_same_for_any_batch_size(run, tmp_path, batch, logits, normalize):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "network.onnx"
+    code, out, _ = run("export", "--out", path, *["--normalize"] * normalize)
+    assert code == 0
+    assert ("--normalize" in out) != normalize
+    session = onnxruntime.InferenceSession(str(path))
+    images = batch if normalize else normalized(batch)
+    for size in (1, 5):
+        (computed,) = session.run(["logits"], {"images": images[:size].numpy()})
+        np.testing.assert_allclose(computed, logits[:size].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_torch_export_computes_the_same_for_any_batch_size(run, tmp_path, batch, logits, normalize):
+    path = tmp_path / "network.pt2"
+    code, _, err = run("export", "--format", "torch-export", "--out", path, *["--normalize"] * normalize)
+    assert code == 0, err
+    program = torch.export.load(path).module()
+    images = batch if normalize else normalized(batch)
+    for size in (1, 5):
+        torch.testing.assert_close(program(images[:size]), logits[:size], rtol=0, atol=1e-5)
+
+
+def test_safetensors_are_the_state_dict(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("export", "--format", "safetensors")
+    assert code == 0
+    assert "resnet20.safetensors" in out
+    written, expected = safetensors.torch.load_file("resnet20.safetensors"), load_pretrained("resnet20").state_dict()
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "FORMATS", {"onnx": lambda network, path: lambda images: network(images) + 0.01})
+    (tmp_path / "network.onnx").write_text("the one before")
+    code, _, err = run("export", "--out", tmp_path / "network.onnx")
+    assert code == 1
+    assert "differs from the network by 0.01" in err
+    assert (tmp_path / "network.onnx").read_text() == "the one before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_library_is_named(run, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    code, _, err = run("export", "--out", tmp_path / "network.onnx")
+    assert code == 2
+    assert f"--format onnx needs {library}: pip install 'fastresnet[onnx]'" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--format", "onxx"], 2, "did you mean 'onnx'"),
+        (["--out", "no/folder.onnx"], 2, "there is no folder no"),
+        (["--format", "safetensors", "--normalize"], 2, "weights alone"),
+        (["--weights", "nothing.pt"], 3, "nothing.pt is no file to read"),
+    ],
+)
+def test_what_cannot_be_done_is_told(run, arguments, code, message):
+    got, _, err = run("export", *arguments)
+    assert got == code
+    assert message in err

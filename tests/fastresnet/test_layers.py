@@ -1,0 +1,70 @@
+"""Layers, parameters and multiply-adds, against the published figures and PyTorch's own counter."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastresnet.models import create_model, list_models
+from fastresnet.models.layers import layers
+
+
+@pytest.mark.parametrize(
+    ("model", "shortcut", "parameters", "millions"),
+    [
+        ("resnet20", "A", 269_722, 40.55),
+        ("resnet20", "B", 272_474, 40.81),
+        ("resnet56", "A", 853_018, 125.49),
+        ("resnet110", "B", 1_730_714, 253.15),
+    ],
+)
+def test_sums_are_the_published_ones(model, shortcut, parameters, millions):
+    found = layers(create_model(model, shortcut=shortcut))
+    assert sum(layer.parameters for layer in found) == parameters
+    assert sum(layer.macs for layer in found) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
+def test_every_network_has_the_parameters_and_operations_that_pytorch_counts(name):
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    found = layers(model)
+    assert sum(layer.parameters for layer in found) == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    assert 2 * sum(layer.macs for layer in found) == counter.get_total_flops()
+
+
+def test_layers_come_in_their_order_with_their_shapes():
+    found = {layer.name: layer for layer in layers(create_model("resnet20", num_classes=7))}
+    assert next(iter(found)) == "conv1"
+    assert list(found)[-1] == "fc"
+    assert found["layer2.0.conv1"].kind == "Conv2d 3x3, stride 2"
+    assert found["layer2.0.conv1"].output == (32, 16, 16)
+    assert found["fc"].output == (7,)
+    assert (found["fc"].parameters, found["fc"].macs) == (64 * 7 + 7, 64 * 7)
+
+
+def test_the_command_shows_and_writes_them(run, tmp_path):
+    code, out, _ = run("summary", "--model", "resnet32", "--shortcut", "A", "--json", tmp_path / "s.json")
+    assert code == 0
+    assert "464,154" in out
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert (written["parameters"], round(written["macs"] / 1e6, 2)) == (464_154, 68.86)
+    assert len(written["layers"]) == len(layers(create_model("resnet32", shortcut="A")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet21"], "did you mean"),
+        (["--model", "wrn16-2", "--shortcut", "A"], "shortcut A is not defined"),
+        (["--classes", "0"], "--classes 0"),
+        (["--json", "no/folder.json"], "there is no folder no"),
+    ],
+)
+def test_what_cannot_be_is_refused(run, arguments, message):
+    code, _, err = run("summary", *arguments)
+    assert code == 2
+    assert message in err

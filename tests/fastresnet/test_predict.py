@@ -1,0 +1,130 @@
+"""Predictions for image files, against PyTorch's own operators on pixels that Pillow reads."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastresnet import load_pretrained
+from fastresnet.commands import predict
+from fastresnet.pretrained import pretrained_card, pretrained_file
+from fastresnet.weights import load_weights
+from pipelines.sources import CIFAR10_CLASSES
+
+
+@pytest.fixture
+def images(tmp_path, dataset):
+    """A folder of four images of the right size and one of another, and another file."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for row in range(4):
+        Image.fromarray(np.asarray(dataset.test.images[row])).save(folder / "more" / f"{row}.png")
+    Image.fromarray(np.asarray(dataset.test.images[5])).resize((60, 40)).save(folder / "a.JPG")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def expected(files):
+    card, network = pretrained_card("resnet20"), load_pretrained("resnet20")
+    pixels = np.stack([np.asarray(Image.open(file), np.float64) / 255 for file in files])
+    batch = torch.from_numpy((pixels - card.mean) / card.std).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        return network(batch).softmax(1)
+
+
+def test_the_likeliest_classes_are_those_of_the_network(run, images, tmp_path):
+    files = sorted((images / "more").iterdir())
+    code, out, err = run("predict", *files, "--csv", tmp_path / "p.csv", "--top", 4)
+    assert code == 0
+    assert err == ""
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [str(file) for file in files]
+    probabilities, classes = expected(files).topk(4)
+    for row, values, names in zip(rows, probabilities.tolist(), classes.tolist(), strict=True):
+        assert [row[f"class_{rank}"] for rank in range(1, 5)] == [CIFAR10_CLASSES[c] for c in names]
+        assert [float(row[f"probability_{rank}"]) for rank in range(1, 5)] == pytest.approx(values, abs=1e-4)
+        assert f"{row['class_1']} {100 * float(row['probability_1']):.1f} %" in out
+
+
+def test_a_folder_stands_for_all_images_in_it_and_other_sizes_are_told(run, images, tmp_path):
+    code, _, err = run("predict", images, "--csv", tmp_path / "p.csv")
+    assert code == 0
+    assert err.strip() == (
+        "fastresnet: note: 1 of 5 images were not 32x32 and have been cropped to a square and resized."
+    )
+    names = [line.split(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
+    assert names == [str(images / "a.JPG"), *(str(images / "more" / f"{row}.png") for row in range(4))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "predict needs images"),
+        (["nowhere.png"], 3, "nowhere.png does not exist"),
+        (["{images}/notes.txt"], 3, "notes.txt cannot be read as an image"),
+        (["{images}/.."], 3, "notes.txt"),
+        (["{images}", "--weights", "pretrained:resnet21"], 2, "did you mean 'resnet20'"),
+        (["{images}", "--weights", "nothing.pt"], 3, "nothing.pt is no file to read"),
+        (["{images}", "--top", "0"], 2, "--top 0"),
+        (["{images}", "--csv", "no/folder.csv"], 2, "there is no folder no"),
+        (["{images}", "--device", "tpu"], 2, "unknown device"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_a_line(run, images, arguments, code, message):
+    if message == "notes.txt":
+        (images / "notes.png").write_text("no image")
+    got, _, err = run("predict", *(argument.format(images=images) for argument in arguments))
+    assert got == code
+    assert message in err.replace("notes.png", "notes.txt")
+    assert len(err.splitlines()) <= 2
+
+
+def test_a_folder_without_images_is_told(run, tmp_path):
+    code, _, err = run("predict", tmp_path)
+    assert code == 3
+    assert f"{tmp_path} holds no images" in err
+
+
+@pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])
+def test_weights_know_how_their_images_are_normalised(run, tmp_path, dataset, normalization):
+    arguments = ["--data", "shapes10", "--batch-size", 32, "--iterations", 1, "--normalization", normalization]
+    assert run("train", "smoke", *arguments, "--out", tmp_path / "run")[0] == 0
+    weights = load_weights(tmp_path / "run" / "model.safetensors")
+    mean, std = {
+        "half": (np.full(3, 0.5), np.full(3, 0.5)),
+        "channel": (np.array(dataset.mean), np.array(dataset.std)),
+        "pixel": (dataset.pixel_mean, np.ones(3)),
+    }[normalization]
+    assert weights.mean.permute(1, 2, 0).numpy() == pytest.approx(mean.reshape(weights.mean.permute(1, 2, 0).shape))
+    assert weights.std.flatten().numpy() == pytest.approx(std)
+    assert weights.classes == dataset.classes
+    file = tmp_path / "x.png"
+    Image.fromarray(np.asarray(dataset.test.images[0])).save(file)
+    assert run("predict", file, "--weights", tmp_path / "run" / "model.safetensors")[0] == 0
+
+
+def test_saliency_of_a_linear_network_is_the_largest_of_its_weights():
+    torch.manual_seed(0)
+    weights = load_weights(pretrained_file("resnet20"))
+    linear = nn.Linear(3 * 32 * 32, 10)
+    weights = dataclasses.replace(weights, model=nn.Sequential(nn.Flatten(), linear))
+    images = torch.rand(5, 3, 32, 32)
+    normalized = (images - weights.mean) / weights.std
+    chosen = linear(normalized.flatten(1)).argmax(1)
+    gradient = (linear.weight[chosen].view(5, 3, 32, 32) / weights.std).abs().amax(1)
+    expected = gradient / gradient.flatten(1).amax(1)[:, None, None]
+    torch.testing.assert_close(predict._saliency(weights, images), expected)
+
+
+def test_the_picture_shows_each_image_and_its_saliency(run, images, tmp_path):
+    code, *_ = run("predict", images, "--saliency", tmp_path / "saliency.png")
+    assert code == 0
+    with Image.open(tmp_path / "saliency.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 900
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 500
