@@ -19,6 +19,8 @@ commands:
   train     train a network by a recipe: fast (the default), best, paper, baseline or smoke
   eval      measure weights: this program's, or another repository's state dict
   predict   classify image files
+  plot      pictures of runs: curves of one or many, confusion matrix, worst mistakes
+  report    a run as one HTML page
   summary   the layers of a network, their parameters and multiply-adds
   export    a trained network as ONNX, safetensors or a program of torch.export
   doctor    what works on this machine, and what to do about what does not
@@ -26,7 +28,7 @@ commands:
 
 fastresnet COMMAND --help tells the options of a command.
 """
-_COMMANDS = ("prepare", "train", "eval", "predict", "summary", "export", "doctor", "bench")
+_COMMANDS = ("prepare", "train", "eval", "predict", "plot", "report", "summary", "export", "doctor", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -108,3 +109,20 @@ def evaluate(
         images_per_s=total / (time.perf_counter() - started),
         mirror_accuracy=100 * int(mirror_correct) / total if mirror else None,
     )
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each image of a split, in its order: the probabilities of all classes, float32 [N, classes], and the label,
+    int64 [N].
+    """
+    model.eval()
+    likely, labels = [], []
+    for batch in pipeline.epoch(0):
+        with autocast(precision, device):
+            logits = model(batch.images).float()
+        likely.append(logits.softmax(1)[: batch.valid].cpu())
+        labels.append(batch.labels[: batch.valid].cpu())
+    return torch.cat(likely).numpy(), torch.cat(labels).numpy()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,31 +15,91 @@ from torch import Tensor
 
 from pipelines.files import write_bytes
 
+Row = dict[str, Any]
+"""A line of `metrics.csv`."""
+
 _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
-def plot_curves(path: Path, rows: Sequence[dict[str, Any]], *, title: str, evaluated_on: str) -> None:
-    """Loss, accuracy and learning rate of the rows of `metrics.csv` over the epochs, as PNG.
+def plot_curves(path: Path, rows: Sequence[Row], *, title: str, evaluated_on: str) -> None:
+    """Loss, accuracy and learning rate of the rows of `metrics.csv` over the epochs.
 
     `evaluated_on` is the split measured after every epoch, `test` or `val`.
     """
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    save_figure(curves({title: (rows, evaluated_on)}), path)
+
+
+def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
+    """Loss, accuracy and learning rate of runs over their epochs: by name, the rows of `metrics.csv` and the split
+    measured after every epoch. One run has a colour for each split; of several, each has its own, training dashed.
+    """
+    figure = Figure(figsize=(13, 4 + 0.12 * len(runs)), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in rows]
-    style = {"marker": "o", "markersize": 3} if len(rows) < 40 else {}
-    for split in ("train", evaluated_on):
-        values = [row[f"{split}_accuracy"] for row in rows]
-        loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, color=_COLORS[split], **style)
-        accuracy.plot(epochs, values, label=f"{split} ({values[-1]:.2f} %)", color=_COLORS[split], **style)
-    rate.plot(epochs, [row["lr"] for row in rows], color="#555555", drawstyle="steps-mid", **style)
-    rate.set_yscale("log")
+    for number, (name, (rows, evaluated_on)) in enumerate(runs.items()):
+        epochs = [row["epoch"] for row in rows]
+        markers = {"marker": "o", "markersize": 3} if len(rows) < 40 and len(runs) == 1 else {}
+        for split in ("train", evaluated_on):
+            style = {"color": _COLORS[split], **markers}
+            if len(runs) > 1:
+                style = {"color": f"C{number % 10}", "linestyle": "--" if split == "train" else "-"}
+            values = [row[f"{split}_accuracy"] for row in rows]
+            loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style)
+            label = f"{split} ({values[-1]:.2f} %)" if len(runs) == 1 else f"{name}, {split} ({values[-1]:.2f} %)"
+            accuracy.plot(epochs, values, label=label, **style)
+        color = "#555555" if len(runs) == 1 else f"C{number % 10}"
+        rate.plot(epochs, [row["lr"] for row in rows], color=color, drawstyle="steps-mid", **markers)
+    falls_in_steps = all(_falls_in_steps(rows) for rows, _ in runs.values())
+    rate.set_yscale("log" if falls_in_steps else "linear")
     _finish(loss, "cross-entropy loss (nats)")
     _finish(accuracy, "top-1 accuracy (%)")
     _finish(rate, "learning rate at the end of the epoch")
-    for axes in (loss, accuracy):
-        axes.legend(frameon=False)
-    figure.suptitle(title)
-    _save(figure, path)
+    if len(runs) == 1:
+        loss.legend(frameon=False)
+        accuracy.legend(frameon=False)
+        figure.suptitle(next(iter(runs)))
+    else:
+        figure.legend(
+            *accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        )
+    return figure
+
+
+def _falls_in_steps(rows: Sequence[Row]) -> bool:
+    """Whether the learning rate takes few values, which a logarithmic axis shows well; it has no place for 0."""
+    return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """`counts` [classes, classes] of images by their class (rows) and by what they were taken for (columns)."""
+    size = max(4.0, 0.6 * len(classes) + 2)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*counts.shape):
+        if counts[row, column] and len(classes) <= 20:
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
+    """uint8 images [N, 32, 32, 3] with a line or two over each."""
+    columns = 6
+    rows = max(-(-len(images) // columns), 1)
+    figure = Figure(figsize=(1.7 * columns, 2.1 * rows + 0.4), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, text in zip(figure.axes, images, titles, strict=False):
+        axes.imshow(image)
+        axes.set_title(text, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
 def plot_saliency(path: Path, images: Tensor, saliency: Tensor, titles: Sequence[str]) -> None:
@@ -54,14 +115,19 @@ def plot_saliency(path: Path, images: Tensor, saliency: Tensor, titles: Sequence
         grid[row, column].imshow(images[number].permute(1, 2, 0).numpy())
         grid[row, column].set_title(title, fontsize=9)
         grid[row + 1, column].imshow(saliency[number].numpy(), cmap="magma", vmin=0, vmax=1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as SVG where the name of the file says so, else as PNG."""
+    write_bytes(path, rendered(figure, "svg" if path.suffix == ".svg" else "png"))
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The contents of an `svg` or `png` file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg" if path.suffix == ".svg" else "png", dpi=120)
-    write_bytes(path, buffer.getvalue())
+    figure.savefig(buffer, format=kind, dpi=120)
+    return buffer.getvalue()
 
 
 def _finish(axes: Axes, title: str) -> None:

@@ -1,0 +1,70 @@
+"""`fastresnet plot`: pictures of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from fastresnet.terminal import check_output, parse
+from pipelines.errors import UsageError, check_choice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("curves", "confusion", "mistakes")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Draw runs: their curves in one picture, or what one of them confuses, or its worst mistakes."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders, such as runs/fast-resnet20-cifar10-seed0."""
+    kind: str = "curves"
+    """curves, confusion (matrix of the test set), or mistakes (the test images that it gets wrong most surely)."""
+    out: Path | None = None
+    """File to write, .png or .svg. Without it: the kind, as .png, in the run folder, or here if there are several."""
+    data: str | None = None
+    """Name or folder of the data set. Without it: the one the run was trained on."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        check_output("--out", self.out)
+        if self.out is not None and self.out.suffix not in (".png", ".svg"):
+            raise UsageError(f"--out {self.out}: give a name that ends in .png or .svg.")
+        if not self.runs:
+            raise UsageError("plot needs run folders: fastresnet plot RUN ...")
+        if self.kind != "curves" and len(self.runs) > 1:
+            raise UsageError(f"--kind {self.kind} is of one run.")
+
+
+def run(arguments: list[str]) -> int:
+    options: Options = parse(Options, "plot", arguments)
+    from fastresnet.plotting import save_figure
+
+    folder = options.runs[0] if len(options.runs) == 1 else Path()
+    path = options.out or folder / f"{options.kind}.png"
+    save_figure(_figure(options), path)
+    print(path)
+    return 0
+
+
+def _figure(options: Options) -> Figure:
+    from fastresnet.plotting import curves
+    from fastresnet.runs import read_run
+
+    if options.kind == "curves":
+        runs = [read_run(folder) for folder in options.runs]
+        return curves({run.name: (run.rows, run.evaluated_on) for run in runs})
+
+    from fastresnet.examination import examine
+
+    examined = examine(options.runs[0] / "model.safetensors", options.data, options.root, options.device)
+    return examined.confusion() if options.kind == "confusion" else examined.mistakes()

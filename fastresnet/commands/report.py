@@ -1,0 +1,47 @@
+"""`fastresnet report`: a run as one HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from fastresnet.terminal import check_output, parse
+from pipelines.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Make a page of a finished run: accuracy, curves, confusions, worst mistakes, time and settings, in one file."""
+
+    run: Positional[Path]
+    """Run folder, such as runs/fast-resnet20-cifar10-seed0."""
+    out: Path | None = None
+    """File to write. Without it: report.html in the run folder."""
+    data: str | None = None
+    """Name or folder of the data set. Without it: the one the run was trained on."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        check_output("--out", self.out)
+
+
+def run(arguments: list[str]) -> int:
+    options: Options = parse(Options, "report", arguments)
+    from fastresnet.examination import examine
+    from fastresnet.report import page
+    from fastresnet.runs import read_run
+    from pipelines.files import write_bytes
+
+    finished = read_run(options.run)
+    if finished.summary is None:
+        raise DataError(f"{options.run} is not finished (no summary.json). Finish it with fastresnet train --resume.")
+    examined = examine(options.run / "model.safetensors", options.data, options.root, options.device)
+    path = options.out or options.run / "report.html"
+    write_bytes(path, page(finished, examined).encode())
+    print(path)
+    return 0

@@ -1,0 +1,90 @@
+"""A closer look at what a trained network does on a test set: what it confuses, and where it is surely wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fastresnet.device import resolve_device, supports
+from fastresnet.evaluation import open_evaluation, probabilities
+from fastresnet.plotting import confusion, image_grid
+from fastresnet.terminal import find_dataset
+from fastresnet.weights import load_weights
+from pipelines.errors import DataError
+
+SHOWN = 24
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Examined:
+    """A network's probabilities for every image of a test set."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: np.ndarray
+    """uint8 [N, 32, 32, 3]"""
+    labels: np.ndarray
+    """int64 [N]"""
+    probabilities: np.ndarray
+    """float32 [N, classes]"""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Images by their class (rows) and by what they were taken for (columns), int64 [classes, classes]."""
+        counts = np.zeros((len(self.classes),) * 2, np.int64)
+        np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
+        return counts
+
+    @property
+    def accuracy(self) -> float:
+        """Percent."""
+        return 100 * float(np.trace(self.counts)) / len(self.labels)
+
+    def confusion(self) -> Figure:
+        """The matrix of `counts`."""
+        return confusion(
+            self.counts, self.classes, f"{self.name}: {self.accuracy:.2f} % of {len(self.labels):,} images"
+        )
+
+    def worst(self) -> np.ndarray:
+        """Rows of the images that are taken for another class with the highest probabilities, the worst first."""
+        taken_for = self.probabilities.argmax(1)
+        wrong = np.flatnonzero(taken_for != self.labels)
+        return wrong[np.argsort(-self.probabilities[wrong, taken_for[wrong]], kind="stable")][:SHOWN]
+
+    def mistakes(self) -> Figure:
+        """The images that are surely taken for something else."""
+        rows = self.worst()
+        titles = [self._title(row) for row in rows]
+        return image_grid(self.images[rows], titles, f"{self.name}: surest mistakes; class, and what it was taken for")
+
+    def _title(self, row: int) -> str:
+        taken_for = int(self.probabilities[row].argmax())
+        share = 100 * self.probabilities[row, taken_for]
+        return f"{self.classes[self.labels[row]]}\n{self.classes[taken_for]} {share:.0f} %"
+
+
+def examine(path: Path, data: str | None, root: Path | None, device: str) -> Examined:
+    """Have the network in file `path` look at the test set of `data`, or of the data set that it was trained on.
+
+    Raises `DataError` where the file or the data set are missing, damaged or do not fit together.
+    """
+    weights = load_weights(path)
+    training = weights.training or {}
+    dataset = find_dataset(data or training.get("data", "cifar10"), root)
+    if weights.num_classes != len(dataset.classes):
+        raise DataError(f"{path} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}.")
+    on = resolve_device(device)
+    precision = training.get("precision", "fp32")
+    precision = precision if supports(precision, on) else "fp32"
+    normalization = training.get("normalization", "channel")
+    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)
+    with contextlib.closing(pipeline):
+        likely, labels = probabilities(weights.model.to(on), pipeline, precision=precision, device=on)
+    return Examined(
+        f"{weights.name} on {dataset.name}", dataset.classes, np.asarray(dataset.test.images), labels, likely
+    )

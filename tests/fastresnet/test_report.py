@@ -1,0 +1,203 @@
+"""Pictures and pages of runs, read back and, where there is a browser, looked at in it."""
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastresnet.examination import Examined, examine
+from fastresnet.runs import read_run
+from fastresnet.weights import load_weights
+
+SMALL = ["--data", "shapes10", "--batch-size", 64, "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_root):
+    """A run of two epochs, in a folder whose name has to be escaped."""
+    from fastresnet import cli
+
+    folder = tmp_path_factory.mktemp("runs") / "a<b>&c"
+    arguments = ["train", "smoke", *map(str, SMALL), "--epochs", "2", "--root", str(data_root), "--out", str(folder)]
+    assert cli.main(arguments) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, data_root):
+    """Another one, of three epochs and with a held-out split."""
+    from fastresnet import cli
+
+    folder = tmp_path_factory.mktemp("runs") / "other"
+    arguments = ["train", "smoke", *map(str, SMALL), "--epochs", "3", "--val-split", "60", "--root", str(data_root)]
+    assert cli.main([*arguments, "--out", str(folder)]) == 0
+    return folder
+
+
+# --- what a network does on a test set ---------------------------------------------------------------------------
+
+
+def test_counts_and_mistakes_follow_from_the_probabilities():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(3), 200).astype(np.float32)
+    labels = rng.integers(0, 3, 200)
+    images = rng.integers(0, 256, (200, 32, 32, 3), np.uint8)
+    examined = Examined("x", ("a", "b", "c"), images, labels, probabilities)
+    taken_for = probabilities.argmax(1)
+    for row in range(3):
+        for column in range(3):
+            assert examined.counts[row, column] == sum((labels == row) & (taken_for == column))
+    assert examined.accuracy == pytest.approx(100 * np.mean(labels == taken_for))
+    worst = examined.worst()
+    assert len(worst) == 24
+    assert all(labels[row] != taken_for[row] for row in worst)
+    by_hand = sorted((-probabilities[i].max(), i) for i in range(200) if labels[i] != taken_for[i])
+    assert worst.tolist() == [i for _, i in by_hand[:24]]
+
+
+def test_examination_and_eval_agree(run, finished, data_root):
+    examined = examine(finished / "model.safetensors", None, data_root, "cpu")
+    _, out, _ = run("eval", "--weights", finished / "model.safetensors")
+    assert f"{examined.accuracy:.2f} %" in out
+    assert len(examined.labels) == 90
+    assert load_weights(finished / "model.safetensors").classes == examined.classes
+
+
+def test_a_network_without_mistakes_has_a_picture_too():
+    labels = np.arange(3)
+    examined = Examined("x", ("a", "b", "c"), np.zeros((3, 32, 32, 3), np.uint8), labels, np.eye(3, dtype=np.float32))
+    assert examined.mistakes().get_suptitle()
+
+
+# --- plot --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["curves", "confusion", "mistakes"])
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_every_picture_is_written_in_both_formats(run, finished, tmp_path, kind, suffix):
+    path = tmp_path / f"picture{suffix}"
+    code, out, err = run("plot", finished, "--kind", kind, "--out", path)
+    assert (code, out.strip()) == (0, str(path)), err
+    if suffix == ".svg":
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    else:
+        with Image.open(path) as picture:
+            assert picture.width > 400
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_curves_of_several_runs_name_each_of_them(run, finished, other, tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    code, *_ = run("plot", finished, other, "--out", tmp_path / "curves.svg")
+    assert code == 0
+    text = "".join(ElementTree.parse(tmp_path / "curves.svg").getroot().itertext())
+    for folder, split in ((finished, "test"), (other, "val")):
+        last = read_run(folder).rows[-1]
+        assert f"{folder.name}, train ({last['train_accuracy']:.2f} %)" in text
+        assert f"{folder.name}, {split} ({last[f'{split}_accuracy']:.2f} %)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "plot needs run folders"),
+        (["{run}", "--kind", "curve"], 2, "did you mean 'curves'"),
+        (["{run}", "--out", "picture.bmp"], 2, "ends in .png or .svg"),
+        (["{run}", "{run}", "--kind", "confusion"], 2, "is of one run"),
+        (["nowhere"], 3, "nowhere holds no metrics.csv"),
+        (["{damaged}"], 3, "metrics.csv is damaged"),
+        (["{run}", "--kind", "mistakes", "--data", "cifar"], 3, "no prepared data set"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(run, finished, tmp_path, arguments, code, message):
+    (tmp_path / "metrics.csv").write_text("epoch,step\n1,x\n")
+    got, _, err = run("plot", *(argument.format(run=finished, damaged=tmp_path) for argument in arguments))
+    assert got == code
+    assert message in err
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(finished, data_root):
+    from fastresnet import cli
+
+    assert cli.main(["report", str(finished), "--root", str(data_root)]) == 0
+    return finished / "report.html"
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.attributes, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, _, attributes):
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_says_what_the_run_did_and_needs_nothing_else(page, finished):
+    html = page.read_text()
+    tags, summary = Tags(html), read_run(finished).summary
+    for value in (summary["test_accuracy"], summary["test_accuracy_mirror"], summary["best_accuracy"]):
+        assert f"{value:.2f} %" in tags.text
+    assert "chosen on the test set itself" in tags.text
+    assert "Changed from the recipe: batch_size, epochs" in tags.text
+    fetched = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href") and value]
+    assert all(value.startswith(("#", "data:")) for value in fetched)
+    assert "<script" not in html
+    assert "a<b>" not in html
+
+
+def test_parts_of_the_figures_do_not_mix(page):
+    identifiers = re.findall(r'\bid="([^"]+)"', page.read_text())
+    assert len(identifiers) > 100
+    assert len(identifiers) == len(set(identifiers))
+    for reference in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page.read_text()):
+        assert set(reference) & set(identifiers)
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_complaint_at_every_width(page, tmp_path, width):
+    chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
+    copy = tmp_path / "page.html"
+    measure = (
+        "<script>document.title = document.documentElement.scrollWidth + ' ' + document.images[0].naturalWidth</script>"
+    )
+    copy.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [*command, f"--window-size={width},2000", "--dump-dom", copy.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    shown_width, image_width = map(int, re.search(r"<title>(\d+) (\d+)</title>", done.stdout).groups())
+    assert shown_width <= max(width, 500)  # the narrowest window that chromium opens
+    assert image_width > 500
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"), [("summary.json", "is not finished"), ("model.safetensors", "no file to read")]
+)
+def test_an_unfinished_run_has_no_page(run, finished, tmp_path, remove, message):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink(missing_ok=True)
+    (tmp_path / "run" / remove).unlink()
+    code, _, err = run("report", tmp_path / "run")
+    assert code == 3
+    assert message in err
+    assert not (tmp_path / "run" / "report.html").exists()
