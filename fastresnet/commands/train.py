@@ -21,6 +21,8 @@ def run(arguments: list[str]) -> int:
     from fastresnet.config import TrainConfig, from_toml
     from fastresnet.recipes import DEFAULT_RECIPE, RECIPES
 
+    modes = [name for name in ("--dry-run", "--print-config") if name in arguments]
+    arguments = [argument for argument in arguments if argument not in modes]
     seeds, arguments = _take_option(arguments, "--seeds")
     given = list(arguments)
     config_file, arguments = _take_option(arguments, "--config")
@@ -38,8 +40,14 @@ def run(arguments: list[str]) -> int:
         default=base,
         description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
         "the defaults below; --config FILE takes them from the config.toml of a run instead. --seeds 0-9 trains with "
-        "each of these seeds, on as many GPUs as there are, and ends with a table of all.",
+        "each of these seeds, on as many GPUs as there are, and ends with a table of all. --dry-run tells what to "
+        "expect of a run after 20 steps that leave nothing behind; --print-config shows the settings as TOML.",
     )
+    if "--print-config" in modes:
+        print(config.to_toml(), end="")
+        return 0
+    if modes:
+        return _rehearse(config)
     if seeds is not None:
         return _train_seeds(config, seeds, given)
 
@@ -55,6 +63,33 @@ def run(arguments: list[str]) -> int:
     summary = train(config, dataset, Console(quiet=not first), cold_start)
     if first:
         print_table("result", _summary_lines(summary))
+    return 0
+
+
+def _rehearse(config: TrainConfig) -> int:
+    from rich.console import Console
+
+    from fastresnet.models import create_model
+    from fastresnet.models.layers import layers
+    from fastresnet.training.loggers import format_duration
+    from fastresnet.training.trainer import rehearse
+
+    dataset = find_dataset(config.data, config.root)
+    expected = rehearse(config, dataset, Console())
+    found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
+    train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
+    print_table(
+        "what to expect; nothing was written",
+        [
+            ("network", config.model),
+            ("parameters", f"{sum(layer.parameters for layer in found):,}"),
+            ("multiply-adds for an image", f"{sum(layer.macs for layer in found):,}"),
+            ("time training", format_duration(train)),
+            ("time evaluating", format_duration(evaluation)),
+            ("in all, without compilation", format_duration(train + evaluation)),
+            ("memory", f"{expected['memory_bytes'] / 1e9:.1f} GB"),
+        ],
+    )
     return 0
 
 

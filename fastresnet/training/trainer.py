@@ -9,10 +9,13 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import signal
+import statistics
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,6 +58,8 @@ STATUS_EVERY = {"cpu": 1, "cuda": 100}
 
 # A resumed run may change these, at the price of the last bits.
 _INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
+
+_REHEARSED_STEPS = 20
 
 # Any of these makes a folder a run's, to be continued or left alone.
 _RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
@@ -103,6 +108,18 @@ def train(
         contextlib.closing(Trainer(config, dataset, console, cold_start, ranks)) as trainer,
     ):
         return trainer.run()
+
+
+def rehearse(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, float]:
+    """Take some steps of the run that `config` describes, write nothing, and return what to expect of it.
+
+    `train_seconds`, `evaluation_seconds`, `memory_bytes` (of the GPU, or of this process). Raises as `train` does.
+    """
+    with (
+        explained_failures("a smaller --batch-size takes less"),
+        contextlib.closing(Trainer(config, dataset, console)) as trainer,
+    ):
+        return trainer.rehearse()
 
 
 def run_folder(config: TrainConfig, dataset: Dataset) -> Path:
@@ -258,6 +275,33 @@ class Trainer:
                 self._train_epoch()
                 self._finish_epoch()
             return self._finish_run()
+
+    def rehearse(self) -> dict[str, float]:
+        """See the function of this name."""
+        self._announce()
+        self._prepare_engine()
+        with self.step.undone():
+            count = min(_REHEARSED_STEPS, len(self.pipeline))
+            steps = self._engine.steps(0, 0, count)
+            seconds = statistics.median(self._seconds(lambda: next(steps)) for _ in range(count))
+        self._signals = _StopSignals()
+        evaluation = self._seconds(lambda: self._evaluate(self.model, self._evaluated))
+        epochs = -(-self.total_steps // len(self.pipeline))
+        on_gpu = self.device.type == "cuda"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "train_seconds": seconds * self.total_steps,
+            "evaluation_seconds": evaluation * (epochs + 2),  # the last one is with mirrored views
+            "memory_bytes": torch.cuda.max_memory_reserved() if on_gpu else peak,
+        }
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """Time that `work` takes, that of the device included."""
+        began = time.perf_counter()
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
 
     def _train_epoch(self) -> None:
         """The rest of the current epoch, up to the end of the run."""

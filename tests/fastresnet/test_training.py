@@ -1,7 +1,9 @@
 """Whole runs on the small drawn data set, in this process."""
 
 import csv
+import dataclasses
 import json
+import re
 import shutil
 import sys
 import time
@@ -13,6 +15,8 @@ from safetensors.torch import load_file
 
 from fastresnet import cli
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
+from fastresnet.config import from_toml
+from fastresnet.recipes import RECIPES
 from fastresnet.training.step import TrainStep
 from pipelines import is_installed
 from pipelines.convert import prepare
@@ -429,3 +433,27 @@ def test_compiled_training_gives_the_same_losses_to_the_rounding(run, tmp_path):
     run("train", *SMALL, "--iterations", 3, "--compile", "off", "--out", tmp_path / "eager")
     compiled, eager = (read_csv(tmp_path / name / "metrics.csv")[0] for name in ("compiled", "eager"))
     assert float(compiled["train_loss"]) == pytest.approx(float(eager["train_loss"]), rel=1e-3)
+
+
+def test_a_dry_run_tells_what_to_expect_and_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("train", *SMALL, "--model", "resnet32", "--epochs", 100, "--dry-run")
+    assert code == 0
+    assert "466,906" in out
+    assert re.search(r"time training +│ +\d+:\d\d ", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_settings_are_shown_as_toml_that_can_be_used(run, tmp_path):
+    code, out, _ = run("train", "paper", "--lr", "0.03", "--print-config")
+    assert code == 0
+    (tmp_path / "config.toml").write_text(out)
+    assert from_toml(tmp_path / "config.toml") == dataclasses.replace(RECIPES["paper"](), lr=0.03)
+
+
+def test_learning_rates_are_scaled_to_the_batch_and_it_is_told(run, tmp_path):
+    arguments = ["--lr", "0.2", "--lr-batch-size", "128", "--iterations", "1", "--schedule", "linear"]
+    code, out, _ = run("train", *SMALL, *arguments, "--out", tmp_path / "run")
+    assert code == 0
+    assert "learning rate 0.2 x 0.5" in out
+    assert float(read_csv(tmp_path / "run" / "metrics.csv")[0]["lr"]) == pytest.approx(0.1)
