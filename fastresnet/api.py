@@ -1,0 +1,84 @@
+"""Training and evaluation from Python, as notebooks use them: what the commands do, with values for arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import DataError, check_choice
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastresnet.evaluation import Evaluation
+    from fastresnet.runs import Run
+
+
+def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
+    """Train a network by `recipe` and return its run: `folder`, `rows` of metrics.csv, and `summary`.
+
+    `settings` are fields of `fastresnet.config.TrainConfig`, such as `model="resnet56"`, `data="shapes10"`,
+    `epochs=3` or `out=Path("runs/first")`. With `quiet` nothing is printed. Raises `UsageError` on impossible settings
+    and where `out` holds a run (unless `resume=True`), `DataError` where the data set is missing or damaged, `RunError`
+    where loss or gradients are not finite or memory runs out.
+    """
+    from rich.console import Console
+
+    from fastresnet.config import TrainConfig
+    from fastresnet.recipes import RECIPES
+    from fastresnet.runs import read_run
+    from fastresnet.terminal import find_dataset
+    from fastresnet.training.trainer import run_folder
+    from fastresnet.training.trainer import train as train_run
+
+    check_choice("recipe", recipe, RECIPES)
+    for name in settings:
+        check_choice("setting", name, [field.name for field in dataclasses.fields(TrainConfig)])
+    base = RECIPES[recipe](settings["model"]) if "model" in settings else RECIPES[recipe]()
+    config = dataclasses.replace(base, **settings)
+    dataset = find_dataset(config.data, config.root)
+    train_run(config, dataset, Console(quiet=quiet))
+    return read_run(run_folder(config, dataset))
+
+
+def evaluate(
+    weights: nn.Module | Path | str,
+    *,
+    data: str = "cifar10",
+    root: Path | None = None,
+    normalization: str = "channel",
+    precision: str = "fp32",
+    device: str = "auto",
+    mirror: bool = False,
+) -> Evaluation:
+    """Accuracy and loss on the test set of `data`: top-1 in percent, cross-entropy in nats.
+
+    `weights` is a network, which takes images [N, 3, 32, 32] normalised as `normalization` says (`half`, `channel` or
+    `pixel`, see `pipelines.Augmentation`) and returns logits [N, classes]; or a file as for `fastresnet eval`, or
+    `pretrained:NAME`, which say themselves how their images are normalised. `mirror` adds the accuracy with mirrored
+    views averaged. Raises `DataError` where a file or the data set is missing, damaged or does not fit.
+    """
+    from fastresnet.device import resolve_device, resolve_precision
+    from fastresnet.evaluation import evaluate as evaluate_network
+    from fastresnet.evaluation import open_evaluation
+    from fastresnet.pretrained import find_weights
+    from fastresnet.terminal import find_dataset
+    from fastresnet.weights import load_weights
+
+    network, classes = weights, None
+    if isinstance(weights, str | Path):
+        loaded = load_weights(find_weights(weights)[0])
+        network, classes = loaded.model, loaded.num_classes
+        normalization = (loaded.training or {}).get("normalization", normalization)
+    dataset = find_dataset(data, root)
+    if classes not in (None, len(dataset.classes)):
+        raise DataError(f"{weights} tells {classes} classes apart, {dataset.name} has {len(dataset.classes)}.")
+    on = resolve_device(device)
+    precision = resolve_precision(precision, on)
+    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)
+    with contextlib.closing(pipeline):
+        return evaluate_network(
+            network.to(on), pipeline, dataset.classes, precision=precision, device=on, mirror=mirror
+        )
