@@ -1,0 +1,90 @@
+"""Training and evaluation from Python give what the commands give; the notebook runs."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import fastresnet
+from fastresnet.weights import load_weights
+from pipelines.errors import DataError, UsageError
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "resnet.ipynb"
+SMALL = {"data": "shapes10", "batch_size": 64, "precision": "fp32", "iterations": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_root):
+    return fastresnet.train("smoke", root=data_root, out=tmp_path_factory.mktemp("api") / "run", quiet=True, **SMALL)
+
+
+def test_training_gives_the_run_that_the_command_gives(run, trained, tmp_path, capsys):
+    arguments = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", value)]
+    assert run("train", "smoke", *arguments, "--out", tmp_path / "run")[0] == 0
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (trained.folder / "metrics.csv").read_bytes()
+    assert trained.summary["steps"] == 3
+    assert trained.rows[0]["train_loss"] > 0
+
+
+def test_quiet_training_says_nothing(data_root, tmp_path, capfd):
+    fastresnet.train("smoke", root=data_root, out=tmp_path / "run", quiet=True, **{**SMALL, "iterations": 1})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_evaluation_of_a_file_and_of_its_network_is_that_of_the_command(run, trained, data_root):
+    file = trained.folder / "model.safetensors"
+    of_file = fastresnet.evaluate(file, data="shapes10", root=data_root, mirror=True)
+    network = load_weights(file).model
+    of_network = fastresnet.evaluate(network, data="shapes10", root=data_root, normalization="half", mirror=True)
+    changing = {"images_per_s": 0.0}
+    assert dataclasses.replace(of_file, **changing) == dataclasses.replace(of_network, **changing)
+    _, out, _ = run("eval", "--weights", file, "--mirror", "--precision", "fp32")
+    for value in (of_file.accuracy, of_file.mirror_accuracy):
+        assert f"{value:.2f} %" in out
+    assert of_file.accuracy == pytest.approx(trained.summary["test_accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"epochs": 0}, "--epochs 0"),
+        ({"model": "resnet21"}, "did you mean 'resnet20'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(data_root, tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        fastresnet.train("smoke", root=data_root, out=tmp_path / "run", **{**SMALL, **settings})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_recipe_a_run_that_is_there_and_a_missing_file_are_refused(trained, data_root):
+    with pytest.raises(UsageError, match="did you mean 'smoke'"):
+        fastresnet.train("smokey")
+    with pytest.raises(UsageError, match="already holds a run"):
+        fastresnet.train("smoke", root=data_root, out=trained.folder, quiet=True, **SMALL)
+    with pytest.raises(DataError, match="no file to read"):
+        fastresnet.evaluate("nothing.pt", data="shapes10", root=data_root)
+
+
+def test_the_packages_say_that_they_are_typed():
+    for package in ("fastresnet", "pipelines"):
+        assert (NOTEBOOK.parents[1] / package / "py.typed").exists()
+
+
+def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
+    """Every cell; the residual network has learned, and better than the plain one."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    accuracies = next(
+        o["data"]["text/plain"] for o in outputs if "'resnet32'" in o.get("data", {}).get("text/plain", "")
+    )
+    plain, residual = (float(text.split("'")[0].rstrip(" %")) for text in accuracies.split(": '")[1:])
+    assert residual > 80
+    assert residual > plain + 10
