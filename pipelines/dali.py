@@ -129,7 +129,7 @@ class DaliPipeline:
         graph = DaliGraph(
             batch_size=self._sampler.rows_per_batch,
             num_threads=torch.get_num_threads(),
-            device_id=(self._device.index or 0) if on_gpu else None,
+            device_id=_gpu_number(self._device) if on_gpu else None,
             prefetch_queue_depth=_AHEAD,
             exec_dynamic=True,  # outputs own their memory: they outlive the batches that follow
         )
@@ -203,3 +203,8 @@ def _reflect_pad(images: DataNode, padding: int) -> DataNode:
     left = fn.flip(images[:, 1 : 1 + padding])
     right = fn.flip(images[:, last - padding : last])
     return fn.cat(left, images, right, axis=1)
+
+
+def _gpu_number(device: torch.device) -> int:
+    """Of `cuda` without a number it is the one that PyTorch has made current, which differs between ranks."""
+    return torch.cuda.current_device() if device.index is None else device.index
