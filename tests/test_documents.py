@@ -1,0 +1,111 @@
+"""The commands in the documents work: each is run as it stands there, on a small data set.
+
+Trainings end after two steps, seeds are two, and 5,000 held-out images are 50. Benchmarks, which take minutes, are read
+by their own parser; what they do is in tests/benchmarks. What begins with docker, torchrun, make, srun or python -m is
+not run here: it needs Docker, GPUs or SLURM, or is what runs these tests.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.__main__ import COMMANDS
+from fastresnet import cli, terminal
+from fastresnet.models import create_model
+from pipelines.convert import prepare
+from pipelines.sources import CIFAR10_CLASSES
+from pipelines.store import RawData, write_store
+
+PROJECT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (PROJECT / "docs").glob("*.md"))]
+
+
+def commands_in(document):
+    text = (PROJECT / document).read_text()
+    lines = re.findall(r"^    (fastresnet [^\n]*)$", text, re.MULTILINE)
+    return [re.split(r"\s+#", line)[0].strip() for line in lines]
+
+
+COMMAND_LINES = list(dict.fromkeys(line for document in DOCUMENTS for line in commands_in(document)))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """What the documents take for granted: CIFAR-10 (300 drawn images of that name), two runs, pictures, weights."""
+    place = tmp_path_factory.mktemp("workspace")
+    drawn, _ = prepare("shapes10", place / "data", lambda *_: None, train_images=300, test_images=40)
+    train, test = drawn.train, drawn.test
+    data = RawData(CIFAR10_CLASSES, *(np.array(a) for a in (train.images, train.labels, test.images, test.labels)))
+    write_store(place / "data" / "cifar10", data, source="drawn", version="0")
+    prepare("cifar10", place / "data", lambda *_: None, formats=("jpeg",))  # so that every command works by itself
+    for split, rows in (("train", 200), ("test", 20)):
+        for row in range(rows):
+            folder = place / "path/to/flowers" / split / ("rose", "tulip")[row % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.train_images[row]).save(folder / f"{row}.png")
+    prepare("flowers", place / "data", lambda *_: None, source=place / "path/to/flowers")
+    (place / "path/to/images").mkdir()
+    Image.fromarray(data.test_images[0]).save(place / "path/to/images/a.png")
+    Image.fromarray(data.test_images[1]).resize((64, 48)).save(place / "photo.jpg")
+    torch.save({"state_dict": create_model("resnet20", shortcut="A").state_dict()}, place / "resnet20-12fca82f.th")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for name in ("NAME", "OTHER"):
+            assert cli.main(["train", "smoke", "--iterations", "2", "--out", f"runs/{name}"]) == 0
+    return place
+
+
+def smaller(arguments):
+    """`arguments` of a command, with less to do."""
+    arguments = [{"0-9": "0-1", "5000": "50"}.get(argument, argument) for argument in arguments]
+    if arguments[0] == "train":
+        arguments += ["--compile", "off"] if "--dry-run" in arguments else ["--iterations", "2"]
+    return arguments
+
+
+def forget_runs(workspace):
+    """Of the commands before, which left them under the names that the next ones would give."""
+    for folder in (workspace / "runs").iterdir():
+        if folder.name not in ("NAME", "OTHER"):
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
+    monkeypatch.chdir(workspace)
+    monkeypatch.delenv("FASTRESNET_DATA", raising=False)
+    monkeypatch.delenv("FASTRESNET_RUNS", raising=False)
+    _, name, *rest = shlex.split(line)
+    if name == "bench":
+        benchmark, *options = rest
+        for each in benchmark.split("|"):  # a line that stands for several
+            settings, _ = COMMANDS[each]
+            given = [option for option in options if not option.startswith("[")] if "|" not in benchmark else []
+            terminal.parse(settings, f"bench {each}", given)
+        return
+    if name == "train" and "--resume" not in rest:
+        forget_runs(workspace)
+    if name == "export":
+        pytest.importorskip("onnxruntime")
+    code = cli.main(smaller([name, *rest]))
+    out, err = capsys.readouterr()
+    assert code == 0 or (name == "doctor" and code == 1), err
+    assert out
+    assert "Traceback" not in err
+
+
+def test_all_commands_are_in_the_readme():
+    in_readme = {line.split()[1] for line in commands_in("README.md")}
+    assert in_readme >= set(cli._COMMANDS)
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (PROJECT / document).read_text()):
+            assert (PROJECT / document).parent.joinpath(target).exists(), f"{document}: {target}"
