@@ -106,6 +106,7 @@ def gradient_bytes(model: str) -> int:
 
 def measure(data: str, rounds: int) -> dict[str, Any]:
     """Images/s of each of `RUNS`, in turns, and the time of exchanges."""
+    surroundings = environment(torch.device("cpu"))
     seen: dict[tuple[int, int], list[float]] = {run: [] for run in RUNS}
     for number in range(rounds):
         for run in RUNS:
@@ -116,7 +117,7 @@ def measure(data: str, rounds: int) -> dict[str, Any]:
     return {
         "schema": 1,
         "report": "scaling",
-        "environment": environment(torch.device("cpu")),
+        "environment": surroundings,
         "model": MODEL,
         "gradient_bytes": size,
         "processors": os.cpu_count(),

@@ -30,7 +30,7 @@ COMPILE = {"off": "eager", "on": "compile", "graph": "graph"}
 
 # What may differ between a run and its resumption, because it does not decide the result: the checkpoint knows the data
 # by its digest, not by where it lies.
-_FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard"}
+_FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard", "wandb", "mlflow"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +128,10 @@ class TrainConfig:
     """Steps between checkpoints within an epoch; 0: only at the end of each."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases, as its own settings and environment variables say."""
+    mlflow: bool = False
+    """Log to MLflow, as its environment variables say."""
 
     def __post_init__(self) -> None:
         check_choice("pipeline", self.pipeline, ("auto", *PIPELINES))

@@ -1,8 +1,10 @@
-"""Where a run's progress goes: the terminal, and TensorBoard where it is asked for."""
+"""Where a run's progress goes: the terminal, and TensorBoard, Weights & Biases and MLflow where they are asked for."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from fastresnet.config import TrainConfig
 from pipelines.errors import UsageError
 
 Row = dict[str, Any]
@@ -47,10 +50,18 @@ class Logger(Protocol):
 
 
 def create_loggers(
-    folder: Path, console: Console, *, total_steps: int, tensorboard: bool, start_step: int
+    config: TrainConfig, folder: Path, console: Console, *, total_steps: int, start_step: int
 ) -> list[Logger]:
-    """A progress bar on a terminal, plain lines elsewhere, and TensorBoard events in `folder` if asked for."""
-    loggers: list[Logger] = [TensorBoardLogger(folder, start_step)] if tensorboard else []
+    """A progress bar on a terminal, plain lines elsewhere, and what `config` asks for. Raises `UsageError` where a
+    library is missing.
+    """
+    loggers: list[Logger] = []
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(folder, start_step))
+    if config.wandb:
+        loggers.append(WandbLogger(config, folder))
+    if config.mlflow:
+        loggers.append(MlflowLogger(config, folder))
     loggers.append(TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps))
     return loggers
 
@@ -126,16 +137,86 @@ class TensorBoardLogger:
         pass
 
     def epoch(self, row: Row, status: Status) -> None:
-        for key, value in row.items():
-            if "_" in key:
-                split, _, what = key.partition("_")
-                self._writer.add_scalar(f"{what}/{split}", value, row["step"])
-        for key in ("lr", "overflows"):
-            self._writer.add_scalar(key, row[key], row["step"])
-        self._writer.add_scalar("images_per_s", status.images_per_s, row["step"])
+        for name, value in scalars(row, status).items():
+            self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WandbLogger:
+    """Scalars for every epoch, by optimisation step, in a run of Weights & Biases that --resume continues.
+
+    Project, mode and all else are wandb's own to decide (`WANDB_PROJECT`, `WANDB_MODE=offline`).
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UsageError("--wandb needs Weights & Biases: pip install 'fastresnet[wandb]'") from None
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fastresnet"),
+            name=folder.absolute().name,
+            id=_identity(folder),
+            resume="allow",
+            dir=str(folder),
+            config=config.to_dict(),
+        )
+
+    def status(self, status: Status) -> None:
+        pass
+
+    def epoch(self, row: Row, status: Status) -> None:
+        self._run.log(scalars(row, status), step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowLogger:
+    """Settings, and scalars for every epoch, by optimisation step, in a run of MLflow.
+
+    Server and experiment are MLflow's own to decide (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A run that is
+    resumed goes on in the one that has its folder as a tag.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        try:
+            import mlflow
+        except ImportError:
+            raise UsageError("--mlflow needs MLflow: pip install 'fastresnet[mlflow]'") from None
+        self._mlflow, identity = mlflow, _identity(folder)
+        begun = mlflow.search_runs(filter_string=f"tags.fastresnet = '{identity}'", output_format="list")
+        if begun:
+            mlflow.start_run(run_id=begun[0].info.run_id)
+        else:
+            mlflow.start_run(run_name=folder.absolute().name, tags={"fastresnet": identity})
+            mlflow.log_params(config.to_dict())
+
+    def status(self, status: Status) -> None:
+        pass
+
+    def epoch(self, row: Row, status: Status) -> None:
+        self._mlflow.log_metrics(scalars(row, status), step=row["step"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def _identity(folder: Path) -> str:
+    """A name for the run in `folder` that stays when it is resumed."""
+    return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+
+
+def scalars(row: Row, status: Status) -> dict[str, float]:
+    """What is drawn of an epoch, by names such as `loss/train`."""
+    values = {}
+    for key, value in row.items():
+        if "_" in key:
+            split, _, what = key.partition("_")
+            values[f"{what}/{split}"] = value
+    return {**values, "lr": row["lr"], "overflows": row["overflows"], "images_per_s": status.images_per_s}
 
 
 def epoch_line(row: Row, status: Status) -> str:

@@ -576,11 +576,7 @@ class Trainer:
         if not self.ranks.first:
             return
         self._loggers = create_loggers(
-            self.folder,
-            self.console,
-            total_steps=self.total_steps,
-            tensorboard=self.config.tensorboard,
-            start_step=self.progress.step,
+            self.config, self.folder, self.console, total_steps=self.total_steps, start_step=self.progress.step
         )
         for logger in self._loggers:
             self._resources.callback(logger.close)

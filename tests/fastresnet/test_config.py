@@ -17,7 +17,8 @@ from fastresnet.training.schedule import lr_factor
 from pipelines.errors import UsageError
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
-NOT_PART_OF_THE_RESULT = {"root": None, "out": None, "resume": False, "checkpoint_steps": 0, "tensorboard": False}
+NOT_PART_OF_THE_RESULT = {"root": None, "out": None, "resume": False, "checkpoint_steps": 0}
+NOT_PART_OF_THE_RESULT |= dict.fromkeys(("tensorboard", "wandb", "mlflow"), False)
 
 
 def rates(config, steps_per_epoch):
@@ -311,7 +312,8 @@ def test_every_setting_that_decides_the_result_survives_the_toml_file(tmp_path):
 
 
 def test_what_does_not_decide_the_result_is_not_in_the_toml_file_but_for_the_root_of_the_data(tmp_path):
-    free = {"root": Path("r"), "out": Path("o"), "resume": True, "checkpoint_steps": 5, "tensorboard": True}
+    free = {"root": Path("r"), "out": Path("o"), "resume": True, "checkpoint_steps": 5}
+    free |= dict.fromkeys(("tensorboard", "wandb", "mlflow"), True)
     assert set(free) == set(NOT_PART_OF_THE_RESULT)
     assert TrainConfig(**free).to_dict() == TrainConfig().to_dict()
     assert from_toml(written(tmp_path, TrainConfig(**free).to_toml())) == TrainConfig(root=Path("r"))
@@ -496,6 +498,8 @@ VALID = {
     "resume": st.booleans(),
     "checkpoint_steps": st.integers(0, 2**62),
     "tensorboard": st.booleans(),
+    "wandb": st.booleans(),
+    "mlflow": st.booleans(),
 }
 
 

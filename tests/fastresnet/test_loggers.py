@@ -1,0 +1,104 @@
+"""What Weights & Biases and MLflow are told, read from their own files."""
+
+import csv
+import glob
+import json
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ("smoke", "--data", "shapes10", "--batch-size", 64, "--precision", "fp32", "--epochs", 3)
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def expected(rows):
+    names = {"loss/train": "train_loss", "accuracy/test": "test_accuracy", "lr": "lr"}
+    return {(name, int(row["step"])): row[column] for row in rows for name, column in names.items()}
+
+
+def stop_and_resume(run, monkeypatch, folder, *arguments):
+    """A run of three epochs, interrupted after the first."""
+    from fastresnet.training.trainer import Trainer
+
+    finish = Trainer._finish_epoch
+
+    def interrupted(self):
+        finish(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish_epoch", interrupted)
+        assert run("train", *SMALL, *arguments, "--out", folder)[0] == 130
+    assert run("train", *SMALL, *arguments, "--out", folder, "--resume")[0] == 0
+
+
+def wandb_records(path):
+    """The records of a .wandb file: a header of 7 bytes, then blocks of 32 KB as in LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, pending = Path(path).read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        pending += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(pending)
+            yield record
+            pending = b""
+
+
+def test_weights_and_biases_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "run"
+    stop_and_resume(run, monkeypatch, folder, "--wandb")
+    heard, identities, settings = {}, set(), {}
+    for path in glob.glob(str(folder / "wandb" / "offline-run-*" / "*.wandb")):
+        for record in wandb_records(path):
+            if record.WhichOneof("record_type") == "run":
+                identities.add((record.run.project, record.run.run_id, record.run.display_name))
+                settings |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
+            if record.WhichOneof("record_type") == "history":
+                items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+                heard |= {(name, items["_step"]): value for name, value in items.items()}
+    wanted = expected(metrics(folder))
+    assert {key: heard[key] for key in wanted} == pytest.approx(wanted)
+    assert [(project, name) for project, _, name in identities] == [("fastresnet", "run")]
+    assert settings["batch_size"] == 64
+
+
+def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    stop_and_resume(run, monkeypatch, tmp_path / "run", "--mlflow")
+    (logged,) = mlflow.search_runs(output_format="list")
+    assert logged.info.run_name == "run"
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["batch_size"] == "64"
+    client = mlflow.MlflowClient(uri)
+    for (name, step), value in expected(metrics(tmp_path / "run")).items():
+        history = {metric.step: metric.value for metric in client.get_metric_history(logged.info.run_id, name)}
+        assert sorted(history) == [5, 10, 15]
+        assert history[step] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("library", ["wandb", "mlflow"])
+def test_without_the_library_the_extra_is_named(run, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    code, _, err = run("train", *SMALL, f"--{library}", "--out", tmp_path / "run")
+    assert code == 2
+    assert f"fastresnet[{library}]" in err
