@@ -74,7 +74,7 @@ def _computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_compile(name: str, device: torch.device, *, alone: bool) -> str:
+def resolve_compile(name: str, device: torch.device, *, alone: bool = True) -> str:
     """`auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide. Where there are several ranks, which
     exchange gradients within a step, it is `on` and `off`.
     """
