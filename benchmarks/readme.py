@@ -2,13 +2,11 @@
 
 Write the tables of `benchmarks/results` into each FILE: of a benchmark between `<!-- results: NAME -->` and
 `<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that, of a campaign of faults
-between `<!-- reliability: NAME -->` and that, of the measurement and the model of several processes between
-`<!-- scaling: TABLE -->` and that.
+between `<!-- reliability: NAME -->` and that, of predictions for GPUs between `<!-- scaling: TABLE -->` and that.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -29,12 +27,11 @@ def with_tables(text: str) -> str:
         begin, kind, name, end = match.groups()
         if kind == "accuracy":
             return f"{begin}\n{accuracy.TABLES[name](accuracy.read_summaries())}\n{end}"
+        if kind == "scaling":
+            return f"{begin}\n{scaling.TABLES[name]()}\n{end}"
         if kind == "reliability":
             report = reliability.read_campaign(name)
             made = reliability.TABLES[name](report)
-        elif kind == "scaling":
-            report = json.loads((RESULTS / "scaling" / "2-cores.json").read_bytes())
-            made = scaling.TABLES[name](report)
         else:
             report = read_report(RESULTS / name)
             made = as_markdown(report)

@@ -1,7 +1,8 @@
 """usage: python -m benchmarks.scaling FILE [--data NAME] [--rounds N]
 
 Measure training in 1, 2 and 4 processes of one thread each on this machine's cores, and what the exchange of gradients
-takes by itself; write FILE. From it, and from a model of a step, come the tables of `docs/scaling.md`.
+takes by itself; write FILE, and show how well a model of a step predicts it. `docs/scaling.md` has what the model says
+of GPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from benchmarks.report import markdown_table
 from fastresnet.device import environment
 from pipelines.files import write_bytes
 
-RESULTS = Path(__file__).with_name("results") / "scaling"
 MODEL = "resnet20"
 RUNS = ((1, 64), (1, 256), (2, 128), (2, 512), (4, 256), (4, 512))
 """(processes, batch size over all of them). The first two give the model its compute time."""
@@ -190,7 +190,7 @@ def measured_table(report: dict[str, Any]) -> str:
     return markdown_table(head, rows)
 
 
-def predicted_table(_: dict[str, Any]) -> str:
+def predicted_table() -> str:
     """Steps on GPUs that the model predicts, as Markdown."""
     rows, size = [], gradient_bytes(MODEL)
     for processes, machine in ASSUMED.items():
@@ -212,7 +212,7 @@ def predicted_table(_: dict[str, Any]) -> str:
     return markdown_table(head, rows)
 
 
-TABLES = {"measured": measured_table, "predicted": predicted_table}
+TABLES = {"predicted": predicted_table}
 
 
 def main() -> None:
