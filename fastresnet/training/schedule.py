@@ -20,5 +20,5 @@ def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
         return 0.1 if step < warmup else 0.1**passed
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    remaining = (total_steps - step) / (total_steps - warmup)
+    remaining = (total_steps - step) / max(total_steps - warmup, 1)  # warm-up may last to the end
     return remaining if config.schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2

@@ -45,6 +45,7 @@ def test_a_run_leaves_all_its_files_and_they_agree(finished):
         "last.ckpt",
         "metrics.csv",
         "model.safetensors",
+        "previous.ckpt",
         "summary.json",
     ]
     rows = read_csv(folder / "metrics.csv")
@@ -279,10 +280,10 @@ def test_writing_checkpoints_is_no_training_time(run, tmp_path, monkeypatch):
 
     slept = []
 
-    def slow(*arguments):
+    def slow(*arguments, **settings):
         slept.append(0.1)
         time.sleep(0.1)
-        save_tensors(*arguments)
+        save_tensors(*arguments, **settings)
 
     monkeypatch.setattr(trainer, "save_tensors", slow)
     run("train", *SMALL, "--epochs", 2, "--checkpoint-steps", 1, "--out", tmp_path / "run")
