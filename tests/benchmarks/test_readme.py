@@ -10,7 +10,10 @@ from benchmarks.readme import RESULTS, with_tables
 PROJECT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "docs/reproduction.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "benchmarks/README.md", *(f"docs/{page}.md" for page in ("reproduction", "reliability", "scaling"))],
+)
 def test_every_table_is_up_to_date(name):
     text = (PROJECT / name).read_text()
     assert "<!-- end -->" in text
