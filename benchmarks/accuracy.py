@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.report import markdown_table, save_figure
 from fastresnet.recipes import RECIPES
+from fastresnet.seeds import mean_and_spread
 from pipelines.errors import DataError
 from pipelines.files import sha256, write_bytes
 
@@ -74,8 +75,8 @@ def _run_row(recipe: str, model: str, runs: list[Summary]) -> list[str]:
         model,
         _epochs(runs),
         ", ".join(str(run["seed"]) for run in runs),
-        f"{_mean_and_spread([run['test_accuracy'] for run in runs])} %",
-        f"{_mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
+        f"{mean_and_spread([run['test_accuracy'] for run in runs])} %",
+        f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
         f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
         f"{minutes:.0f}",
         "; ".join(sorted(devices)),
@@ -87,7 +88,7 @@ def _error_cell(runs: list[Summary]) -> str:
         return "not run"
     errors = [100 - run["test_accuracy"] for run in runs]
     seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
-    return f"{_mean_and_spread(errors)} % ({_epochs(runs)} epochs, {seeds})"
+    return f"{mean_and_spread(errors)} % ({_epochs(runs)} epochs, {seeds})"
 
 
 def _grouped(summaries: Iterable[Summary]) -> dict[tuple[str, str], list[Summary]]:
@@ -102,12 +103,6 @@ def _grouped(summaries: Iterable[Summary]) -> dict[tuple[str, str], list[Summary
     for run in sorted(summaries, key=place):
         groups.setdefault((run["recipe"], run["model"]), []).append(run)
     return groups
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    """Mean and, of more than one, sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def _epochs(runs: list[Summary]) -> str:

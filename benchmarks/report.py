@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import UsageError
-from pipelines.files import replacing, write_bytes
+from pipelines.files import replacing, write_json
 
 SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
@@ -41,7 +41,7 @@ def read_report(path: Path) -> Report:
 def write_report(report: Report, path: Path | None) -> None:
     """Write a result to `path`, if there is one: after every round, for an interruption to leave the finished ones."""
     if path is not None:
-        write_bytes(path, json.dumps(report, indent=2).encode())
+        write_json(path, report)
 
 
 def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:

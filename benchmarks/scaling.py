@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import markdown_table
 from fastresnet.device import environment
-from pipelines.files import write_bytes
+from pipelines.files import write_json
 
 MODEL = "resnet20"
 RUNS = ((1, 64), (1, 256), (2, 128), (2, 512), (4, 256), (4, 512))
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     report = measure(options.data, options.rounds)
-    write_bytes(options.file, json.dumps(report, indent=2).encode())
+    write_json(options.file, report)
     print(measured_table(report))
 
 

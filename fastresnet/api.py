@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DataError, check_choice
+from pipelines.errors import check_choice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,17 +26,15 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     """
     from rich.console import Console
 
-    from fastresnet.config import TrainConfig
-    from fastresnet.recipes import RECIPES
+    from fastresnet.recipes import create_config
     from fastresnet.runs import read_run
     from fastresnet.terminal import find_dataset
     from fastresnet.training.trainer import run_folder
     from fastresnet.training.trainer import train as train_run
 
-    check_choice("recipe", recipe, RECIPES)
+    base = create_config(recipe, settings.get("model"))
     for name in settings:
-        check_choice("setting", name, [field.name for field in dataclasses.fields(TrainConfig)])
-    base = RECIPES[recipe](settings["model"]) if "model" in settings else RECIPES[recipe]()
+        check_choice("setting", name, [field.name for field in dataclasses.fields(base)])
     config = dataclasses.replace(base, **settings)
     dataset = find_dataset(config.data, config.root)
     train_run(config, dataset, Console(quiet=quiet))
@@ -64,17 +62,16 @@ def evaluate(
     from fastresnet.evaluation import evaluate as evaluate_network
     from fastresnet.evaluation import open_evaluation
     from fastresnet.pretrained import find_weights
-    from fastresnet.terminal import find_dataset
+    from fastresnet.terminal import find_dataset, find_dataset_for
     from fastresnet.weights import load_weights
 
-    network, classes = weights, None
     if isinstance(weights, str | Path):
         loaded = load_weights(find_weights(weights)[0])
-        network, classes = loaded.model, loaded.num_classes
-        normalization = (loaded.training or {}).get("normalization", normalization)
-    dataset = find_dataset(data, root)
-    if classes not in (None, len(dataset.classes)):
-        raise DataError(f"{weights} tells {classes} classes apart, {dataset.name} has {len(dataset.classes)}.")
+        dataset = find_dataset_for(loaded, weights, data, root)
+        network = loaded.model
+        normalization = loaded.normalization if loaded.training else normalization
+    else:
+        dataset, network = find_dataset(data, root), weights
     on = resolve_device(device)
     precision = resolve_precision(precision, on)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)

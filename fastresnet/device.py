@@ -18,13 +18,17 @@ from typing import Any
 import torch
 
 from fastresnet import __version__
-from pipelines.errors import RunError, UsageError
+from fastresnet.config import DEVICES
+from pipelines.errors import RunError, UsageError, check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises `UsageError` where a GPU is asked for and absent."""
+    """`auto` is the GPU where there is one. Raises `UsageError` where a GPU is asked for and absent, and on an unknown
+    name.
+    """
+    check_choice("device", name, DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from fastresnet.device import resolve_device, supports
 from fastresnet.evaluation import open_evaluation, probabilities
 from fastresnet.plotting import confusion, image_grid
-from fastresnet.terminal import find_dataset
+from fastresnet.terminal import find_dataset_for
 from fastresnet.weights import load_weights
-from pipelines.errors import DataError
 
 SHOWN = 24
 
@@ -74,15 +73,10 @@ def examine(path: Path, data: str | None, root: Path | None, device: str) -> Exa
     Raises `DataError` where the file or the data set are missing, damaged or do not fit together.
     """
     weights = load_weights(path)
-    training = weights.training or {}
-    dataset = find_dataset(data or training.get("data", "cifar10"), root)
-    if weights.num_classes != len(dataset.classes):
-        raise DataError(f"{path} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}.")
-    on = resolve_device(device)
-    precision = training.get("precision", "fp32")
+    dataset, on = find_dataset_for(weights, path, data, root), resolve_device(device)
+    precision = (weights.training or {}).get("precision", "fp32")
     precision = precision if supports(precision, on) else "fp32"
-    normalization = training.get("normalization", "channel")
-    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)
+    pipeline = open_evaluation(dataset, weights.normalization, pipeline="resident", precision=precision, device=on)
     with contextlib.closing(pipeline):
         likely, labels = probabilities(weights.model.to(on), pipeline, precision=precision, device=on)
     return Examined(

@@ -13,27 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastresnet.weights import Weights
+from fastresnet.weights import Normalized, Weights
 from pipelines.errors import RunError, UsageError
 from pipelines.files import replacing, write_bytes
 from pipelines.sampling import IMAGE_SIZE
 
 TOLERANCE = 1e-4
 """How far logits of an exported network may be from those of the original."""
-
-
-class Normalized(nn.Module):
-    """A network that normalises its images itself: they go in as values in 0..1."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self.register_buffer("mean", weights.mean)
-        self.register_buffer("std", weights.std)
-        self.network = weights.model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`images` [N, 3, 32, 32] in 0..1 to logits [N, classes]."""
-        return self.network((images - self.mean) / self.std)
 
 
 def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float:

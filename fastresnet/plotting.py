@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fastresnet.training.loggers import Row
 from pipelines.files import write_bytes
-
-Row = dict[str, Any]
-"""A line of `metrics.csv`."""
 
 _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
@@ -33,34 +30,32 @@ def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
     """Loss, accuracy and learning rate of runs over their epochs: by name, the rows of `metrics.csv` and the split
     measured after every epoch. One run has a colour for each split; of several, each has its own, training dashed.
     """
-    figure = Figure(figsize=(13, 4 + 0.12 * len(runs)), layout="constrained")
+    figure, several = Figure(figsize=(13, 4 + 0.12 * len(runs)), layout="constrained"), len(runs) > 1
     loss, accuracy, rate = figure.subplots(1, 3)
     for number, (name, (rows, evaluated_on)) in enumerate(runs.items()):
+        own = {"color": f"C{number % 10}"}
+        markers = {"marker": "o", "markersize": 3} if len(rows) < 40 and not several else {}
         epochs = [row["epoch"] for row in rows]
-        markers = {"marker": "o", "markersize": 3} if len(rows) < 40 and len(runs) == 1 else {}
         for split in ("train", evaluated_on):
-            style = {"color": _COLORS[split], **markers}
-            if len(runs) > 1:
-                style = {"color": f"C{number % 10}", "linestyle": "--" if split == "train" else "-"}
+            style = {**own, "linestyle": "--" if split == "train" else "-"} if several else {"color": _COLORS[split]}
             values = [row[f"{split}_accuracy"] for row in rows]
-            loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style)
-            label = f"{split} ({values[-1]:.2f} %)" if len(runs) == 1 else f"{name}, {split} ({values[-1]:.2f} %)"
-            accuracy.plot(epochs, values, label=label, **style)
-        color = "#555555" if len(runs) == 1 else f"C{number % 10}"
-        rate.plot(epochs, [row["lr"] for row in rows], color=color, drawstyle="steps-mid", **markers)
+            whose = f"{name}, {split}" if several else split
+            loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style, **markers)
+            accuracy.plot(epochs, values, label=f"{whose} ({values[-1]:.2f} %)", **style, **markers)
+        style = own if several else {"color": "#555555"}
+        rate.plot(epochs, [row["lr"] for row in rows], drawstyle="steps-mid", **style, **markers)
     falls_in_steps = all(_falls_in_steps(rows) for rows, _ in runs.values())
     rate.set_yscale("log" if falls_in_steps else "linear")
     _finish(loss, "cross-entropy loss (nats)")
     _finish(accuracy, "top-1 accuracy (%)")
     _finish(rate, "learning rate at the end of the epoch")
-    if len(runs) == 1:
+    if several:
+        lines = accuracy.get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    else:
         loss.legend(frameon=False)
         accuracy.legend(frameon=False)
         figure.suptitle(next(iter(runs)))
-    else:
-        figure.legend(
-            *accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
-        )
     return figure
 
 

@@ -89,14 +89,19 @@ def smoke(model: str = "resnet20") -> TrainConfig:
     return TrainConfig(recipe="smoke", model=model, epochs=1)
 
 
+def create_config(recipe: str, model: str | None = None) -> TrainConfig:
+    """The settings of `recipe` for `model`, its own choice without one. Raises `UsageError` on unknown ones."""
+    check_choice("recipe", recipe, RECIPES)
+    return RECIPES[recipe](model) if model else RECIPES[recipe]()
+
+
 # What every run chooses for itself, whatever its recipe.
 _FREE = {"model", "data", "seed", "pipeline", "decode", "device", "precision", "compile"}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings in which `config` departs from its recipe, in plain types. Raises `UsageError` on an unknown one."""
-    check_choice("recipe", config.recipe, RECIPES)
-    recipe = RECIPES[config.recipe](config.model).to_dict()
+    recipe = create_config(config.recipe, config.model).to_dict()
     settings = config.to_dict()
     return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}
 

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastresnet.training.loggers import Row
 from pipelines.errors import DataError
-
-Row = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

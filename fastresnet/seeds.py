@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -33,6 +34,12 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(seeds)) != len(seeds):
         raise UsageError(f"--seeds {text} names a seed twice.")
     return seeds
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean and, of more than one, sample standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import Note, UsageError, UserError
+from pipelines.errors import DataError, Note, UsageError, UserError
 
 if TYPE_CHECKING:
+    from fastresnet.weights import Weights
     from pipelines.sources import Report
     from pipelines.store import Dataset
 
@@ -96,6 +97,18 @@ def find_dataset(data: str, root: Path | None) -> Dataset:
         return open_store(folder)
     with progress_line() as report:
         return prepare(data, data_root(root), report)[0]
+
+
+def find_dataset_for(weights: Weights, given: object, data: str | None, root: Path | None) -> Dataset:
+    """The data set to measure `weights`, loaded from `given`, on: `data`, else the one they were trained on, else
+    cifar10. Raises `DataError` where they tell another number of classes apart.
+    """
+    dataset = find_dataset(data or (weights.training or {}).get("data", "cifar10"), root)
+    if weights.num_classes != len(dataset.classes):
+        raise DataError(
+            f"{given} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
+        )
+    return dataset
 
 
 @contextlib.contextmanager

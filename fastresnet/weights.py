@@ -49,6 +49,25 @@ class Weights:
     std: Tensor
     """[3, 1, 1]"""
 
+    @property
+    def normalization(self) -> str:
+        """By which name of `pipelines.Augmentation` its training normalised; of foreign files `channel`."""
+        return (self.training or {}).get("normalization", "channel")
+
+
+class Normalized(nn.Module):
+    """A network that normalises its images itself: they go in as values in 0..1."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.register_buffer("mean", weights.mean)
+        self.register_buffer("std", weights.std)
+        self.network = weights.model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`images` [N, 3, 32, 32] in 0..1 to logits [N, classes]."""
+        return self.network((images - self.mean) / self.std)
+
 
 def load_weights(path: Path, model: str | None = None) -> Weights:
     """Load a network from `path`; `model` overrides the name read from the file or inferred from the shapes.

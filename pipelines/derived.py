@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .files import replacing, sha256, write_bytes
+from .files import replacing, sha256, write_json
 from .store import DERIVED_FILES, Dataset, prepare_command
 
 SCHEMA = 1
@@ -43,7 +43,7 @@ def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: 
         "facts": facts,
         "files": files,
     }
-    write_bytes(manifest, json.dumps(contents, indent=2).encode())
+    write_json(manifest, contents)
 
 
 def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sync_folder(folder: Path) -> None:
@@ -48,6 +50,11 @@ def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> Non
     """
     with replacing(path, previous=previous) as temporary:
         temporary.write_bytes(data)
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Write `contents` (JSON types) to `path` as `write_bytes` does."""
+    write_bytes(path, json.dumps(contents, indent=2).encode())
 
 
 def sha256(path: Path) -> str:

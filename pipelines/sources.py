@@ -318,14 +318,19 @@ def _read_image_folder(path: Path, report: Report) -> RawData:
             done, resized = done + 1, resized + was_resized
             report("reading images", done, total)
         arrays += [images, np.array([label for _, label in of_split], np.int64)]
+    note_resized(resized, total)
+    return _checked(RawData(classes, *arrays), path)
+
+
+def note_resized(resized: int, total: int) -> None:
+    """Tell with a `Note` if some of `total` images had to be resized."""
     if resized:
         warnings.warn(
             f"{resized} of {total} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped to a square "
             "and resized.",
             Note,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return _checked(RawData(classes, *arrays), path)
 
 
 def _class_folders(folder: Path) -> set[str]:

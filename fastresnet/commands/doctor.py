@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from fastresnet.terminal import check_output, parse
@@ -32,7 +31,7 @@ def run(arguments: list[str]) -> int:
     from rich.table import Table
 
     from fastresnet.doctor import examine
-    from pipelines.files import write_bytes
+    from pipelines.files import write_json
 
     findings = examine(options.root)
     table = Table.grid(padding=(0, 1))
@@ -42,5 +41,5 @@ def run(arguments: list[str]) -> int:
     Console(highlight=False).print(table)
     if options.json is not None:
         contents = {"schema": 1, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        write_bytes(options.json, json.dumps(contents, indent=2).encode())
+        write_json(options.json, contents)
     return int(any(finding.state == "broken" for finding in findings))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 
-from fastresnet.terminal import check_output, find_dataset, parse, print_table
-from pipelines.errors import DataError, Note, UsageError, check_choice
+from fastresnet.terminal import check_output, find_dataset_for, parse, print_table
+from pipelines.errors import Note, UsageError, check_choice
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EvalOptions:
+class Options:
     """Measure weights on a test set: top-1 accuracy, loss, accuracy of each class."""
 
     weights: Path
@@ -49,10 +48,9 @@ class EvalOptions:
 
 
 def run(arguments: list[str]) -> int:
-    options: EvalOptions = parse(EvalOptions, "eval", arguments)
-    from fastresnet.config import DEVICES, PRECISIONS
+    options: Options = parse(Options, "eval", arguments)
+    from fastresnet.config import PRECISIONS
 
-    check_choice("device", options.device, DEVICES)
     check_choice("precision", options.precision, PRECISIONS)
 
     import torch
@@ -66,12 +64,8 @@ def run(arguments: list[str]) -> int:
     source, is_pretrained = find_weights(options.weights)
     weights = load_weights(source, options.model)
     training = weights.training or {}
-    dataset = find_dataset(options.data or training.get("data", "cifar10"), options.root)
-    if weights.num_classes != len(dataset.classes):
-        raise DataError(
-            f"{options.weights} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
-        )
-    normalization = training.get("normalization", "channel")
+    dataset = find_dataset_for(weights, options.weights, options.data, options.root)
+    normalization = weights.normalization
     if options.mean is not None:
         normalization = "channel"
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
@@ -101,7 +95,7 @@ def run(arguments: list[str]) -> int:
         ],
     )
     if options.json is not None:
-        from pipelines.files import write_bytes
+        from pipelines.files import write_json
 
         figures = {
             "schema": 1,
@@ -114,5 +108,5 @@ def run(arguments: list[str]) -> int:
             "images_per_s": result.images_per_s,
             "environment": surroundings,
         }
-        write_bytes(options.json, json.dumps(figures, indent=2).encode())
+        write_json(options.json, figures)
     return 0

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from fastresnet.terminal import check_output, parse, print_table
-from pipelines.errors import DataError, Note, UsageError, check_choice
+from pipelines.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +42,6 @@ class Options:
     """Write a picture of the images, and of which pixels the likeliest class depends on, to this file (.png)."""
 
     def __post_init__(self) -> None:
-        from fastresnet.config import DEVICES
-
-        check_choice("device", self.device, DEVICES)
         for option in ("csv", "saliency"):
             check_output(f"--{option}", getattr(self, option))
         if self.top < 1:
@@ -60,13 +56,14 @@ def run(arguments: list[str]) -> int:
 
     from fastresnet.device import resolve_device
     from fastresnet.pretrained import find_weights
-    from fastresnet.weights import load_weights
+    from fastresnet.weights import Normalized, load_weights
 
     device = resolve_device(options.device)
     weights = load_weights(find_weights(options.weights)[0], options.model)
     pixels = _read(files)
-    weights.model.to(device)
-    parts = [_probabilities(weights, batch.to(device)) for batch in pixels.split(BATCH_SIZE)]
+    network = Normalized(weights).to(device)
+    with torch.inference_mode():
+        parts = [network(batch.to(device)).softmax(1).cpu() for batch in pixels.split(BATCH_SIZE)]
     probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
     lines = [
         (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(of, likely, strict=True)))
@@ -112,36 +109,21 @@ def _read(files: list[Path]) -> Tensor:
     import numpy as np
     import torch
 
-    from pipelines.sources import read_image
+    from pipelines.sources import note_resized, read_image
 
     images, resized = zip(*map(read_image, files), strict=True)
-    if any(resized):
-        warnings.warn(
-            f"{sum(resized)} of {len(files)} images were not 32x32 and have been cropped to a square and resized.",
-            Note,
-            stacklevel=2,
-        )
+    note_resized(sum(resized), len(files))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-
-
-def _normalized(weights: Weights, images: Tensor) -> Tensor:
-    return (images - weights.mean.to(images.device)) / weights.std.to(images.device)
-
-
-def _probabilities(weights: Weights, images: Tensor) -> Tensor:
-    """[N, classes], on the CPU."""
-    import torch
-
-    with torch.inference_mode():
-        return weights.model(_normalized(weights, images)).float().softmax(1).cpu()
 
 
 def _saliency(weights: Weights, images: Tensor) -> Tensor:
     """How much the logit of the likeliest class changes with each pixel, [N, 32, 32], at most 1: the largest absolute
     gradient of its colours (Simonyan, Vedaldi & Zisserman, "Deep Inside Convolutional Networks", 2013, section 3).
     """
+    from fastresnet.weights import Normalized
+
     images = images.clone().requires_grad_()
-    weights.model(_normalized(weights, images)).amax(1).sum().backward()
+    Normalized(weights).to(images.device)(images).amax(1).sum().backward()
     gradient = images.grad.abs().amax(1)
     return gradient / gradient.amax((1, 2), keepdim=True).clamp_min(1e-12)
 

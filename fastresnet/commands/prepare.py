@@ -11,7 +11,7 @@ from pipelines.errors import Note, UsageError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareOptions:
+class Options:
     """Make a data set once: verified, in plain NumPy files. What is there and whole is left as it is."""
 
     data: str = "cifar10"
@@ -39,7 +39,7 @@ class PrepareOptions:
 
 
 def run(arguments: list[str]) -> int:
-    options: PrepareOptions = parse(PrepareOptions, "prepare", arguments)
+    options: Options = parse(Options, "prepare", arguments)
     from pipelines.convert import SHAPES10, data_root, prepare
     from pipelines.derived import read_manifest
     from pipelines.shards import JpegSettings, facts_text

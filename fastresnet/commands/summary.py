@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from fastresnet.terminal import check_output, parse, print_table
@@ -16,8 +15,8 @@ class Options:
 
     model: str = "resnet20"
     """Name of the network: see fastresnet train --help."""
-    shortcut: str | None = None
-    """A (padded identity) or B (1x1 convolution); without it, B."""
+    shortcut: str = "B"
+    """A (padded identity) or B (1x1 convolution)."""
     classes: int = 10
     """How many classes it tells apart."""
     json: Path | None = None
@@ -33,13 +32,12 @@ def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "summary", arguments)
     from fastresnet.models import create_model
     from fastresnet.models.layers import layers
-    from pipelines.files import write_bytes
+    from pipelines.files import write_json
 
-    shortcut = options.shortcut or "B"
-    found = layers(create_model(options.model, num_classes=options.classes, shortcut=shortcut))
+    found = layers(create_model(options.model, num_classes=options.classes, shortcut=options.shortcut))
     parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
     print_table(
-        f"{options.model}, shortcut {shortcut}, {options.classes} classes",
+        f"{options.model}, shortcut {options.shortcut}, {options.classes} classes",
         [
             *((la.name, la.kind, "x".join(map(str, la.output)), f"{la.parameters:,}", f"{la.macs:,}") for la in found),
             ("in all", "", "", f"{parameters:,}", f"{macs:,}"),
@@ -50,10 +48,10 @@ def run(arguments: list[str]) -> int:
         contents = {
             "schema": 1,
             "model": options.model,
-            "shortcut": shortcut,
+            "shortcut": options.shortcut,
             "parameters": parameters,
             "macs": macs,
             "layers": [dataclasses.asdict(layer) for layer in found],
         }
-        write_bytes(options.json, json.dumps(contents, indent=2).encode())
+        write_json(options.json, contents)
     return 0

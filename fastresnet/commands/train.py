@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastresnet.terminal import find_dataset, parse, print_table
-from pipelines.errors import UsageError, check_choice
+from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from fastresnet.config import TrainConfig
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> int:
     began = time.perf_counter()
     from fastresnet.config import TrainConfig, from_toml
-    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES
+    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
 
     modes = [name for name in ("--dry-run", "--print-config") if name in arguments]
     arguments = [argument for argument in arguments if argument not in modes]
@@ -30,9 +29,7 @@ def run(arguments: list[str]) -> int:
         base = from_toml(Path(config_file))
     else:
         recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-        check_choice("recipe", recipe, RECIPES)
-        model, _ = _take_option(arguments, "--model")
-        base = RECIPES[recipe](model) if model else RECIPES[recipe]()
+        base = create_config(recipe, _take_option(arguments, "--model")[0])
     config: TrainConfig = parse(
         TrainConfig,
         "train [RECIPE]",
@@ -125,6 +122,7 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
 
 def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line for each run, and one for all of them."""
+    from fastresnet.seeds import mean_and_spread
     from fastresnet.training.loggers import format_duration
 
     measures = ("test_accuracy", "test_accuracy_mirror")
@@ -134,7 +132,7 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
     if len(summaries) > 1:
         columns = [[run[measure] for run in summaries] for measure in measures]
-        spread = (f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f} %" for column in columns)
+        spread = (f"{mean_and_spread(column)} %" for column in columns)
         lines.append(("mean ± standard deviation", *spread, ""))
     return lines
 

@@ -37,7 +37,7 @@ class Status:
 
 
 class Logger(Protocol):
-    """Receives what happens, in order."""
+    """Receives what happens, in order; does nothing about what a subclass does not define."""
 
     def status(self, status: Status) -> None:
         """Called now and then within an epoch."""
@@ -123,7 +123,7 @@ class PlainLogger:
         pass
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """Scalars for every epoch, by optimisation step."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -133,9 +133,6 @@ class TensorBoardLogger:
             raise UsageError("--tensorboard needs TensorBoard: pip install 'fastresnet[tensorboard]'") from None
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
-    def status(self, status: Status) -> None:
-        pass
-
     def epoch(self, row: Row, status: Status) -> None:
         for name, value in scalars(row, status).items():
             self._writer.add_scalar(name, value, row["step"])
@@ -144,7 +141,7 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-class WandbLogger:
+class WandbLogger(Logger):
     """Scalars for every epoch, by optimisation step, in a run of Weights & Biases that --resume continues.
 
     Project, mode and all else are wandb's own to decide (`WANDB_PROJECT`, `WANDB_MODE=offline`).
@@ -164,9 +161,6 @@ class WandbLogger:
             config=config.to_dict(),
         )
 
-    def status(self, status: Status) -> None:
-        pass
-
     def epoch(self, row: Row, status: Status) -> None:
         self._run.log(scalars(row, status), step=row["step"])
 
@@ -174,7 +168,7 @@ class WandbLogger:
         self._run.finish()
 
 
-class MlflowLogger:
+class MlflowLogger(Logger):
     """Settings, and scalars for every epoch, by optimisation step, in a run of MLflow.
 
     Server and experiment are MLflow's own to decide (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A run that is
@@ -193,9 +187,6 @@ class MlflowLogger:
         else:
             mlflow.start_run(run_name=folder.absolute().name, tags={"fastresnet": identity})
             mlflow.log_params(config.to_dict())
-
-    def status(self, status: Status) -> None:
-        pass
 
     def epoch(self, row: Row, status: Status) -> None:
         self._mlflow.log_metrics(scalars(row, status), step=row["step"])

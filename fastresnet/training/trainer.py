@@ -49,7 +49,7 @@ from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, RunError, UsageError, UserError
-from pipelines.files import write_bytes
+from pipelines.files import write_bytes, write_json
 from pipelines.store import Dataset
 
 # Reading the metrics waits for a GPU, which then idles; on a CPU it costs nothing.
@@ -379,7 +379,7 @@ class Trainer:
         self._plot()
         summary = self._summary()
         if self.ranks.first:
-            write_bytes(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
+            write_json(self.folder / "summary.json", summary)
         return summary
 
     def _summary(self) -> dict[str, Any]:

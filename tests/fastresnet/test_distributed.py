@@ -13,8 +13,8 @@ import torch
 
 from fastresnet.checkpoint import load_tensors
 from fastresnet.distributed import ALONE, ranks_of_torchrun
-from pipelines.convert import prepare
-from tests.fastresnet import rank_program
+from tests.fastresnet import rank_program, tiny_runs
+from tests.fastresnet.tiny_runs import assert_same_run
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = [
@@ -141,18 +141,7 @@ TrainStep.__call__ = armed
 sys.exit(cli.main(sys.argv[1:]))
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-ARGUMENTS = [
-    "train", "smoke", "--data", "shapes10", "--batch-size", "16", "--epochs", "3", "--precision", "fp32",
-    "--checkpoint-steps", "2", "--lr", "0.01",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny_root(tmp_path_factory):
-    """80 training and 30 test images: five steps an epoch."""
-    root = tmp_path_factory.mktemp("tiny")
-    prepare("shapes10", root, lambda *_: None, train_images=80, test_images=30)
-    return root
+ARGUMENTS = [*tiny_runs.ARGUMENTS, "--lr", "0.01"]
 
 
 @pytest.fixture
@@ -175,14 +164,6 @@ def unbroken(tmp_path_factory, tiny_root):
     assert "steps of 16 images (8 on each of 2 processes)" in out
     assert out.count("epoch   1") == 1
     return folder
-
-
-def assert_same_run(folder, unbroken):
-    for name in ("model.safetensors", "last.ckpt", "best.ckpt"):
-        tensors, expected = load_tensors(folder / name)[0], load_tensors(unbroken / name)[0]
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
-    assert (folder / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
 
 
 def test_killing_one_rank_ends_the_run_and_resuming_it_gives_the_same_bits(start, unbroken, tmp_path):

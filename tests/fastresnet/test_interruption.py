@@ -8,15 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastresnet.checkpoint import load_tensors
-from pipelines.convert import prepare
-
-ARGUMENTS = [
-    "train", "smoke", "--data", "shapes10", "--batch-size", "16", "--epochs", "3", "--precision", "fp32",
-    "--checkpoint-steps", "2",
-]  # fmt: skip
+from tests.fastresnet.tiny_runs import ARGUMENTS, assert_same_run
 
 # Runs the command line with a fault armed: when training step {step} begins, {fault} happens.
 PROGRAM = """
@@ -32,14 +26,6 @@ def armed(self, images, labels):
 TrainStep.__call__ = armed
 sys.exit(cli.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="module")
-def tiny_root(tmp_path_factory):
-    """80 training and 30 test images: these runs start many times, and a few steps are all they need."""
-    root = tmp_path_factory.mktemp("tiny")
-    prepare("shapes10", root, lambda *_: None, train_images=80, test_images=30)
-    return root
 
 
 @pytest.fixture
@@ -72,16 +58,6 @@ def unbroken(tmp_path_factory, tiny_root):
         timeout=120,
     )
     return folder
-
-
-def assert_same_run(folder, unbroken):
-    """Weights, momentum and metrics are those of the unbroken run, to the bit."""
-    for name in ("model.safetensors", "last.ckpt", "best.ckpt"):
-        tensors, expected = load_tensors(folder / name)[0], load_tensors(unbroken / name)[0]
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
-    assert (folder / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
-    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
 
 
 @pytest.mark.parametrize(

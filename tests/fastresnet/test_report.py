@@ -114,6 +114,7 @@ def test_curves_of_several_runs_name_each_of_them(run, finished, other, tmp_path
         (["nowhere"], 3, "nowhere holds no metrics.csv"),
         (["{damaged}"], 3, "metrics.csv is damaged"),
         (["{run}", "--kind", "mistakes", "--data", "cifar"], 3, "no prepared data set"),
+        (["{run}", "--kind", "confusion", "--device", "tpu"], 2, "unknown device 'tpu'"),
     ],
 )
 def test_what_cannot_be_drawn_is_told(run, finished, tmp_path, arguments, code, message):

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import hashlib
 import inspect
-import json
 import os
 import pickle
 import random
@@ -39,7 +38,7 @@ from pipelines import derived, shards, sources, store
 from pipelines.convert import prepare
 from pipelines.derived import open_derived
 from pipelines.errors import UserError
-from pipelines.files import write_bytes
+from pipelines.files import write_json
 from pipelines.shards import open_shard
 from pipelines.sources import read_source
 from pipelines.store import DERIVED_FILES, open_store
@@ -338,7 +337,7 @@ def main() -> None:
         "outcomes": {name: dict(outcome) for name, outcome in outcomes.items()},
     }
     if options.json is not None:
-        write_bytes(options.json, json.dumps(report, indent=2).encode())
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

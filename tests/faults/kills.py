@@ -28,7 +28,7 @@ from fastresnet.checkpoint import load_tensors
 from fastresnet.device import environment
 from pipelines import PIPELINES
 from pipelines.errors import DataError
-from pipelines.files import write_bytes
+from pipelines.files import write_json
 from pipelines.store import open_store
 
 INTERVAL = 2
@@ -70,7 +70,7 @@ armed(os, "rename", "renaming a folder")
 def half_written(path, data):
     with open(path, "wb") as file:
         file.write(data[: len(data) // 2])
-armed(pathlib.Path, "write_bytes", "writing a file", half_written)
+armed(pathlib.Path, "write_json", "writing a file", half_written)
 armed(trainer.Trainer, "_stop_if_asked", "after a batch")
 original_step = trainer.TrainStep.__call__
 def step(self, *batch):
@@ -255,7 +255,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=2))
     if options.json is not None:
-        write_bytes(options.json, json.dumps(report, indent=2).encode())
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":
