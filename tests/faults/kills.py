@@ -70,7 +70,7 @@ armed(os, "rename", "renaming a folder")
 def half_written(path, data):
     with open(path, "wb") as file:
         file.write(data[: len(data) // 2])
-armed(pathlib.Path, "write_json", "writing a file", half_written)
+armed(pathlib.Path, "write_bytes", "writing a file", half_written)
 armed(trainer.Trainer, "_stop_if_asked", "after a batch")
 original_step = trainer.TrainStep.__call__
 def step(self, *batch):
