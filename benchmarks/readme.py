@@ -2,7 +2,8 @@
 
 Write the tables of `benchmarks/results` into each FILE: of a benchmark between `<!-- results: NAME -->` and
 `<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that, of a campaign of faults
-between `<!-- reliability: NAME -->` and that, of predictions for GPUs between `<!-- scaling: TABLE -->` and that.
+between `<!-- reliability: NAME -->` and that, of several processes between `<!-- scaling: NAME -->` and that, where
+the name `predicted` stands for what is predicted of GPUs.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ def with_tables(text: str) -> str:
         begin, kind, name, end = match.groups()
         if kind == "accuracy":
             return f"{begin}\n{accuracy.TABLES[name](accuracy.read_summaries())}\n{end}"
+        if kind == "scaling" and name == "predicted":
+            return f"{begin}\n{scaling.predicted_table()}\n{end}"
         if kind == "scaling":
-            return f"{begin}\n{scaling.TABLES[name]()}\n{end}"
-        if kind == "reliability":
+            report = scaling.read_measurement(name)
+            made = scaling.measured_table(report)
+        elif kind == "reliability":
             report = reliability.read_campaign(name)
             made = reliability.TABLES[name](report)
         else:

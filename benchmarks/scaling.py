@@ -25,6 +25,8 @@ from benchmarks.report import markdown_table
 from fastresnet.device import environment
 from pipelines.files import write_json
 
+RESULTS = Path(__file__).with_name("results") / "scaling"
+
 MODEL = "resnet20"
 RUNS = ((1, 64), (1, 256), (2, 128), (2, 512), (4, 256), (4, 512))
 """(processes, batch size over all of them). The first two give the model its compute time."""
@@ -142,6 +144,11 @@ def _torchrun(processes: int, program: Sequence[str]) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+def read_measurement(name: str) -> dict[str, Any]:
+    """What was measured on the machine `name`."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def fitted(report: dict[str, Any]) -> Machine:
     """The machine that a report was measured on: the time of a step alone at two sizes, of an exchange at two sizes."""
     seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in report["runs"]}
@@ -210,9 +217,6 @@ def predicted_table() -> str:
             )
     head = ["GPUs", "batch size", "computing", "exchanging", "images/s", "of the GPUs' speed", "80 % from batch size"]
     return markdown_table(head, rows)
-
-
-TABLES = {"predicted": predicted_table}
 
 
 def main() -> None:
