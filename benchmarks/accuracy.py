@@ -135,6 +135,7 @@ def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     groups = _grouped(run for run in read_summaries(folder) if run["recipe"] == recipe)
     if not groups:
@@ -147,8 +148,9 @@ def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
             else:
                 axes.plot([], [], color=color, label=f"{model}: not run")
         axes.set(title=heading, xlabel="epoch", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_yticks([2, 5, 10, 20, 50, 100], [2, 5, 10, 20, 50, 100])
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="both", alpha=0.25)
         axes.legend(frameon=False)
     panels[0].set_ylabel("error (%)")
