@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
@@ -19,18 +21,21 @@ import torch
 
 from fastresnet import __version__
 from fastresnet.config import DEVICES
-from pipelines.errors import RunError, UsageError, check_choice
+from pipelines.errors import Note, RunError, UsageError, check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises `UsageError` where a GPU is asked for and absent, and on an unknown
-    name.
+    """`auto` is the GPU where there is one; in a container made for GPUs that has none, a `Note` says so. Raises
+    `UsageError` where a GPU is asked for and absent, and on an unknown name.
     """
     check_choice("device", name, DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and "NVIDIA_VISIBLE_DEVICES" in os.environ:  # NVIDIA's container runtime reads it
+            told = "no GPU here, so the CPU computes. A container sees GPUs after docker run --gpus all."
+            warnings.warn(told, Note, stacklevel=1)  # of this line, so that it is shown once
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA device here. Check nvidia-smi, or use --device cpu.")

@@ -3,6 +3,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fastresnet.device import resolve_device, resolve_precision
 from fastresnet.models import create_model
 from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
 from fastresnet.training.step import MAX_OVERFLOWS, TrainStep
-from pipelines.errors import UsageError
+from pipelines.errors import Note, UsageError
 
 CPU = torch.device("cpu")
 
@@ -183,6 +184,16 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch):
     with pytest.raises(UsageError, match="sees no CUDA device"):
         resolve_device("cuda")
     assert resolve_device("auto") == CPU
+
+
+def test_a_container_without_its_gpu_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
+    with pytest.warns(Note, match="docker run --gpus all"):
+        assert resolve_device("auto") == CPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve_device("cpu")  # which was asked for
 
 
 def test_on_a_cpu_the_memory_of_one_step_is_kept_for_the_next():

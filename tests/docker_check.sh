@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# usage: make docker-check
+#
+# Build the image of the Dockerfile where there is no Docker engine, and use it as its own user: buildah runs the steps
+# in a chroot, on a Debian that debootstrap makes. Needs root, debootstrap, buildah and 25 GB of disk; takes ten minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export BUILDAH_ISOLATION=chroot
+
+base=$(sed -n 's/^FROM \(debian:[^ ]*\).*/\1/p' Dockerfile | sort --unique)
+[[ $base == debian:12.*-slim ]] || { echo "docker_check.sh: one Debian 12 is expected in the Dockerfile, not: $base" >&2; exit 1; }
+work=$(mktemp -d)
+containers=()
+cleanup() {
+  rm -rf "$work"
+  [[ ${#containers[@]} == 0 ]] || buildah rm "${containers[@]}" > /dev/null
+}
+trap cleanup EXIT
+
+debootstrap --variant=minbase bookworm "$work/base" > "$work/debootstrap.log" || { cat "$work/debootstrap.log" >&2; exit 1; }
+# How this machine reaches its package index: nothing where it needs no settings.
+for path in /etc/pip.conf /usr/local/share/ca-certificates; do
+  [[ ! -e $path ]] || cp -rT "$path" "$work/base$path"
+done
+container=$(buildah from scratch)
+containers+=("$container")
+buildah add --quiet "$container" "$work/base" /
+buildah commit --quiet "$container" "docker.io/library/$base"
+
+buildah build --pull-never --layers --build-arg DATA=shapes10 --tag fastresnet .
+
+container=$(buildah from --pull-never fastresnet)
+containers+=("$container")
+read -ra entrypoint <<< "$(buildah inspect --format '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}' "$container")"
+fastresnet() {
+  echo "+ docker run fastresnet $*"
+  buildah run "$container" -- "${entrypoint[@]}" "$@"
+}
+[[ $(buildah run "$container" -- id --user) != 0 ]] || { echo "docker_check.sh: the image runs as root" >&2; exit 1; }
+fastresnet doctor
+fastresnet train smoke --data shapes10
+fastresnet train smoke --data shapes10 --iterations 20 --compile on --out /runs/compiled
+fastresnet prepare --data shapes10 --formats beton
+for pipeline in dali ffcv torchvision; do
+  fastresnet train smoke --data shapes10 --iterations 20 --pipeline "$pipeline" --out "/runs/$pipeline"
+done
+buildah run "$container" -- sh -c 'ls -A /runs /runs/.cache && du -sh /opt/fastresnet /usr'
+echo "The image builds and works. It stays, with its layers: buildah rmi --all removes them, and all other images."
