@@ -5,7 +5,7 @@ BIN := .venv/bin
 # FFCV is built on the spot and needs OpenCV's headers: its tests run where they are.
 TEST_EXTRAS := test,dali$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,ffcv)
 
-.PHONY: demo test lint bench install install-test clean
+.PHONY: demo test lint bench docker-check install install-test clean
 
 demo: install
 	$(BIN)/fastresnet prepare --data shapes10 --root runs/demo/data --train-images 10000 --test-images 2000
@@ -18,9 +18,15 @@ test: install-test
 lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 bench: install
 	$(BIN)/fastresnet bench loaders --data shapes10
+
+# The image without a Docker engine: as root, with debootstrap and buildah; ten minutes and 25 GB.
+docker-check:
+	tests/docker_check.sh
 
 install: .venv/.installed
 install-test: .venv/.installed-$(TEST_EXTRAS)

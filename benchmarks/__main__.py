@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.loaders import LoadersOptions, measure_loaders
 from benchmarks.show import CompareOptions, ShowOptions, compare, show
@@ -52,13 +54,12 @@ def measure_all(options: AllOptions) -> None:
         files = {"json": options.out / f"{name}.json", "chart": options.out / f"{name}.png"}
         return {"device": options.device, "quick": options.quick, **files}
 
-    data = {"data": options.data, "root": options.root}
-    measure_loaders(LoadersOptions(**data, **common("loaders")))
+    measure_loaders(LoadersOptions(data=options.data, root=options.root, **common("loaders")))
     measure_steps(StepOptions(**common("step")))
-    measure_training(TrainingOptions(**data, **common("train")))
+    measure_training(TrainingOptions(data=options.data, root=options.root, **common("train")))
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "loaders": (LoadersOptions, measure_loaders),
     "step": (StepOptions, measure_steps),
     "train": (TrainingOptions, measure_training),

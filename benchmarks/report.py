@@ -106,9 +106,12 @@ def markdown(report: Report, columns: Sequence[Column]) -> str:
         "images/s (lowest–highest)",
         lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
     )
+
+    def over(other: str) -> Column:
+        return f"/ `{other}`", lambda row: ratios.get((row["name"], other), "")
+
     (name, name_text), *rest = columns
-    every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest]
-    every += [(f"/ `{other}`", lambda row, other=other: ratios.get((row["name"], other), "")) for other in others]
+    every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest, *map(over, others)]
     return markdown_table(
         [heading for heading, _ in every], [[text(row) for _, text in every] for row in report["rows"]]
     )

@@ -209,7 +209,7 @@ class _SameBatch:
 
 
 def _network(case: Case, device: torch.device) -> nn.Module:
-    return create_model(case.model).to(device, memory_format=_memory_format(case))
+    return create_model(case.model).to(device).to(memory_format=_memory_format(case))
 
 
 def _random_batch(case: Case, device: torch.device) -> Batch:

@@ -303,8 +303,9 @@ def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
     by_case = {contender.case: contender for contender in contenders}
     ratios = []
     for field, value, over in _COMPARISONS:
+        changed: dict[str, Any] = {field: over}
         for case, contender in by_case.items():
-            other = by_case.get(dataclasses.replace(case, **{field: over}))
+            other = by_case.get(dataclasses.replace(case, **changed))
             if getattr(case, field) == value and other is not None:
                 ratios.append(ratio(case.name, contender.images_per_s, other.case.name, other.images_per_s))
     return ratios

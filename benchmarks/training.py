@@ -164,7 +164,7 @@ def _create_step(model: str, precision: str, device: Any) -> Any:
     from fastresnet.training.optimizer import create_optimizers
     from fastresnet.training.step import TrainStep
 
-    network = create_model(model).to(device, memory_format=torch.channels_last).train()
+    network = create_model(model).to(device).to(memory_format=torch.channels_last).train()
     optimizers = create_optimizers(network, TrainConfig(model=model))
     return TrainStep(network, optimizers, [1.0] * STEPS, precision=precision, device=device)
 

@@ -61,7 +61,8 @@ def _onnx(network: nn.Module, path: Path) -> Loaded:
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
-    write_bytes(path, program.model_proto.SerializeToString())
+    # torch declares that it may return None, as it does without dynamo.
+    write_bytes(path, program.model_proto.SerializeToString())  # type: ignore[union-attr]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 

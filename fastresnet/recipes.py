@@ -107,7 +107,7 @@ def changed_settings(config: TrainConfig) -> dict[str, Any]:
     return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}
 
 
-RECIPES: dict[str, Callable[[str], TrainConfig]] = {
+RECIPES: dict[str, Callable[..., TrainConfig]] = {
     recipe.__name__: recipe for recipe in (fast, best, paper, baseline, smoke)
 }
 DEFAULT_RECIPE = "fast"

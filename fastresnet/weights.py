@@ -58,6 +58,9 @@ class Weights:
 class Normalized(nn.Module):
     """A network that normalises its images itself: they go in as values in 0..1."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.register_buffer("mean", weights.mean)

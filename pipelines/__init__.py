@@ -117,16 +117,19 @@ def open_pipeline(
         augmentation = dataclasses.replace(augmentation, crop_padding=0, flip="none", cutout=0)
     split = dataset.train if train else dataset.test
     sampler = Sampler(size=len(split), batch_size=batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
+    arguments = (dataset, split, sampler, augmentation, device, dtype)
     if name == "dali":
         from .dali import DaliPipeline
 
-        return DaliPipeline(dataset, split, sampler, augmentation, device, dtype, decode)
+        return DaliPipeline(*arguments, decode)
     if name == "ffcv":
-        from .ffcv import FfcvPipeline as Chosen
-    elif name == "torchvision":
-        from .torchvision import TorchvisionPipeline as Chosen
-    elif device.type == "cpu":
-        from .resident import HostPipeline as Chosen
-    else:
-        from .resident import DevicePipeline as Chosen
-    return Chosen(dataset, split, sampler, augmentation, device, dtype)
+        from .ffcv import FfcvPipeline
+
+        return FfcvPipeline(*arguments)
+    if name == "torchvision":
+        from .torchvision import TorchvisionPipeline
+
+        return TorchvisionPipeline(*arguments)
+    from .resident import DevicePipeline, HostPipeline
+
+    return (HostPipeline if device.type == "cpu" else DevicePipeline)(*arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from queue import Empty
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from . import Batch
 from .derived import open_derived
 from .errors import RunError, UsageError
 from .native import create_augment
-from .sampling import Augmentation, Sampler, draw
+from .sampling import Array, Augmentation, Sampler, draw
 from .store import Dataset, Split
 
 _threads = torch.get_num_threads()
@@ -59,6 +60,8 @@ def write_beton(split: Split, path: Path, report: Callable[[int], None]) -> None
 
 class _Writer(DatasetWriter):
     """FFCV's writer in this process: its worker processes, when one fails, leave the parent waiting for ever."""
+
+    metadata_sm: SharedMemory | SimpleNamespace
 
     def write(self, split: Split, report: Callable[[int], None]) -> None:
         self.num_samples = len(split.labels)
@@ -122,7 +125,7 @@ class FfcvPipeline:
         self._order.rows = rows = self._rows(epoch)[start:]
         if not len(rows):
             return
-        place = _as_it_is if self._device.type == "cpu" else self._to_device
+        place: Callable[[np.ndarray], Array] = _as_it_is if self._device.type == "cpu" else self._to_device
         draws = draw(self._sampler.seed, epoch, rows, self._augmentation).map(place)
         everything = place(np.arange(rows.shape[1]))
         batches = self._batches = iter(self._loader)

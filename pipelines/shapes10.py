@@ -31,7 +31,7 @@ _CHUNK = 2000
 def draw_shapes10(train_images: int, test_images: int, report: Report) -> RawData:
     """Draw the data set; deterministic."""
     total = train_images + test_images
-    arrays = []
+    arrays: list[np.ndarray] = []
     for split, count in ((_TRAIN, train_images), (_TEST, test_images)):
         images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         labels = np.arange(count, dtype=np.int64) % len(CLASSES)

@@ -187,15 +187,15 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                     _check_size(name, entry.file_size, path)
                     yield name, archive.read(entry)
     else:
-        with tarfile.open(path) as archive:
-            for entry in archive:
-                if entry.size < 0:  # CPython before 3.11.14 would read the same header for ever (CVE-2025-8194)
-                    raise DataError(f"{path}: {entry.name} claims {entry.size} bytes.")
-                name = PurePosixPath(entry.name).name
-                if name in known and entry.isreg():
-                    _check_size(name, entry.size, path)
-                    yield name, archive.extractfile(entry).read()
-            while archive.fileobj.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.size < 0:  # CPython before 3.11.14 would read the same header for ever (CVE-2025-8194)
+                    raise DataError(f"{path}: {member.name} claims {member.size} bytes.")
+                name = PurePosixPath(member.name).name
+                if name in known and member.isreg() and (content := tar.extractfile(member)):
+                    _check_size(name, member.size, path)
+                    yield name, content.read()
+            while tar.fileobj.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
                 pass
 
 
@@ -253,7 +253,7 @@ def _check_program(data: bytes) -> None:
         warnings.simplefilter("ignore")  # genops warns of odd escapes in damaged strings
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             tuples += "TUPLE" in opcode.name
-            if tuples > 100 or ("PUT" in opcode.name and argument > count):
+            if tuples > 100 or ("PUT" in opcode.name and isinstance(argument, int) and argument > count):
                 raise pickle.UnpicklingError("its structure is not that of a batch")
 
 
@@ -310,7 +310,8 @@ def _read_image_folder(path: Path, report: Report) -> RawData:
     classes = tuple(sorted(_class_folders(path / "train")))
     files = {split: _labelled_files(path / split, classes) for split in ("train", "test")}
     total = sum(len(of_split) for of_split in files.values())
-    arrays, done, resized = [], 0, 0
+    arrays: list[np.ndarray] = []
+    done = resized = 0
     for of_split in files.values():
         images = np.empty((len(of_split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         for row, (file, _) in enumerate(of_split):

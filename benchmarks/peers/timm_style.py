@@ -50,7 +50,7 @@ def open_training(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     mean, std = (torch.full((1, 3, 1, 1), 127.5, device=device) for _ in range(2))

@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     training = weights.training or {}
     dataset = find_dataset_for(weights, options.weights, options.data, options.root)
     normalization = weights.normalization
-    if options.mean is not None:
+    if options.mean is not None and options.std is not None:
         normalization = "channel"
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
         precision = "fp32"
         warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
-    model = weights.model.to(device, memory_format=torch.channels_last)
+    model = weights.model.to(device).to(memory_format=torch.channels_last)
     surroundings = environment(device)
     with explained_failures("try --device cpu"):
         result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)

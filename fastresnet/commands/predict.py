@@ -120,11 +120,13 @@ def _saliency(weights: Weights, images: Tensor) -> Tensor:
     """How much the logit of the likeliest class changes with each pixel, [N, 32, 32], at most 1: the largest absolute
     gradient of its colours (Simonyan, Vedaldi & Zisserman, "Deep Inside Convolutional Networks", 2013, section 3).
     """
+    import torch
+
     from fastresnet.weights import Normalized
 
     images = images.clone().requires_grad_()
-    Normalized(weights).to(images.device)(images).amax(1).sum().backward()
-    gradient = images.grad.abs().amax(1)
+    (gradient,) = torch.autograd.grad(Normalized(weights).to(images.device)(images).amax(1).sum(), images)
+    gradient = gradient.abs().amax(1)
     return gradient / gradient.amax((1, 2), keepdim=True).clamp_min(1e-12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UsageError, check_choice
@@ -92,5 +93,10 @@ def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B", drop_
     from .resnext import create_resnext
 
     model = _MODELS[name]
-    create = {"resnet": create_resnet, "preresnet": create_preresnet, "resnext": create_resnext}[model.family]
+    families: dict[str, Callable[..., nn.Module]] = {
+        "resnet": create_resnet,
+        "preresnet": create_preresnet,
+        "resnext": create_resnext,
+    }
+    create = families[model.family]
     return create(model.depth, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path, **model.options)

@@ -27,6 +27,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     the time that PyTorch's separate operators take, and at the speed at which memory delivers the activations.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     fused = False
     synchronized = False
     """Whether statistics are those of the whole batch, where other ranks have the rest of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import DataError, check_choice
 from pipelines.files import sha256
@@ -40,9 +40,9 @@ class Card:
     """Last epoch, single view, in fp32 on a CPU, percent."""
     test_accuracy_mirror: float
     """The same with the logits of mirrored images averaged in."""
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """Images in 0..1 are normalised as (image - mean) / std."""
-    std: tuple[float, float, float]
+    std: tuple[float, ...]
     sha256: str
 
 
@@ -54,8 +54,8 @@ def list_pretrained() -> list[str]:
 def pretrained_card(name: str) -> Card:
     """The card of pretrained network `name`. Raises `UsageError` on an unknown one."""
     check_choice("pretrained network", name, list_pretrained())
-    values = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    values: dict[str, Any] = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return Card(**values | {key: tuple(values[key]) for key in ("mean", "std")})
 
 
 def pretrained_file(name: str) -> Path:

@@ -75,7 +75,7 @@ class Engine:
     def _record(self, batch: Batch) -> None:
         """Record the graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
         self._images, self._labels = batch.images.clone(), batch.labels.clone()
-        step_once = functools.partial(self._step, self._images, self._labels)
+        step_once: Callable[[], None] = functools.partial(self._step, self._images, self._labels)
         if isinstance(self._pipeline, DevicePipeline):
             step_once = self._gathering_step(self._pipeline)
         stream = torch.cuda.Stream()

@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -36,7 +36,7 @@ class Status:
     eta_s: float
 
 
-class Logger(Protocol):
+class Logger:
     """Receives what happens, in order; does nothing about what a subclass does not define."""
 
     def status(self, status: Status) -> None:
@@ -66,7 +66,7 @@ def create_loggers(
     return loggers
 
 
-class TerminalLogger:
+class TerminalLogger(Logger):
     """A live bar over the whole run, and a line for every epoch above it."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
@@ -95,7 +95,7 @@ class TerminalLogger:
         self._progress.stop()
 
 
-class PlainLogger:
+class PlainLogger(Logger):
     """A line for every epoch, and one every half minute within."""
 
     interval_s = 30.0
@@ -118,9 +118,6 @@ class PlainLogger:
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
         self._console.print(line, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        pass
 
 
 class TensorBoardLogger(Logger):

@@ -103,17 +103,17 @@ class Muon(Optimizer):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's own may be given a closure
         """Update all parameters, unless `found_inf` is 1."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for parameter in group["params"]:
                 alike[parameter.shape].append(parameter)
             for parameters in alike.values():
-                self._update(parameters, group["lr"], group["momentum"])
+                gradients = _stacked([parameter.grad for parameter in parameters])
+                self._update(parameters, gradients, group["lr"], group["momentum"])
 
-    def _update(self, parameters: list[nn.Parameter], lr: Tensor, momentum: float) -> None:
-        gradients = _stacked([parameter.grad for parameter in parameters])
+    def _update(self, parameters: list[nn.Parameter], gradients: Tensor, lr: Tensor, momentum: float) -> None:
         if self.grad_scale is not None:
             gradients = gradients / self.grad_scale
         velocity = _stacked([self.state[parameter]["momentum_buffer"] for parameter in parameters])

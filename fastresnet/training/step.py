@@ -105,7 +105,7 @@ class TrainStep:
         if self._clip_norm:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         if self._clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm, foreach=True)
@@ -120,7 +120,7 @@ class TrainStep:
         else:
             failed = self._note_failure(~finite)
             for optimizer in self.optimizers:
-                optimizer.found_inf = failed.float()
+                optimizer.found_inf = failed.float()  # type: ignore[attr-defined]  # which torch does not declare
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()

@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -141,7 +141,10 @@ class Trainer:
         console: Console,
         cold_start: dict[str, float] | None = None,
         ranks: Ranks = ALONE,
+        *,
+        lr_factors: Sequence[float] | None = None,
     ) -> None:
+        """`lr_factors` stand in for the schedule of `config`, one for each step."""
         self._mark = time.perf_counter()
         self._changed_settings = changed_settings(config)
         self.cold_start = {"import": 0.0, "data": 0.0, **(cold_start or {})}
@@ -187,14 +190,15 @@ class Trainer:
         self.total_steps = config.total_steps(len(self.pipeline))
 
         torch.manual_seed(config.seed)
-        self.model = self._create_model().to(self.device, memory_format=torch.channels_last)
+        self.model = self._create_model().to(self.device).to(memory_format=torch.channels_last)
         if config.sync_bn and not ranks.alone:
             synchronize_batch_norms(self.model)
         self.optimizers = create_optimizers(self.model, config)
         self.step = TrainStep(
             self.model,
             self.optimizers,
-            [config.lr_scale * lr_factor(config, step, self.total_steps) for step in range(self.total_steps)],
+            lr_factors
+            or [config.lr_scale * lr_factor(config, step, self.total_steps) for step in range(self.total_steps)],
             precision=config.precision,
             device=self.device,
             clip_norm=config.clip_norm,
@@ -294,6 +298,15 @@ class Trainer:
             "evaluation_seconds": evaluation * (epochs + 2),  # the last one is with mirrored views
             "memory_bytes": torch.cuda.max_memory_reserved() if on_gpu else peak,
         }
+
+    def losses(self) -> Iterator[float]:
+        """Train without evaluating or writing anything; the mean loss of each step, for which the device is waited."""
+        self._prepare_engine()
+        for start in range(0, self.total_steps, len(self.pipeline)):
+            count = min(len(self.pipeline), self.total_steps - start)
+            for _ in self._engine.steps(start // len(self.pipeline), 0, count):
+                yield self.step.metrics()[0]
+                self.step.reset()
 
     def _seconds(self, work: Callable[[], object]) -> float:
         """Time that `work` takes, that of the device included."""
