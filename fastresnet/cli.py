@@ -15,20 +15,23 @@ _OVERVIEW = """usage: fastresnet COMMAND [OPTIONS]
 Train the CIFAR ResNets of He et al. 2015, fast and reproducibly.
 
 commands:
-  prepare   make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
-  train     train a network by a recipe: fast (the default), best, paper, baseline or smoke
-  eval      measure weights: this program's, or another repository's state dict
-  predict   classify image files
-  plot      pictures of runs: curves of one or many, confusion matrix, worst mistakes
-  report    a run as one HTML page
-  summary   the layers of a network, their parameters and multiply-adds
-  export    a trained network as ONNX, safetensors or a program of torch.export
-  doctor    what works on this machine, and what to do about what does not
-  bench     measure the speed of this program and of what people would use instead
+  prepare     make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
+  train       train a network by a recipe: fast (the default), best, paper, baseline or smoke
+  eval        measure weights: this program's, or another repository's state dict
+  predict     classify image files
+  plot        pictures of runs: curves of one or many, confusion matrix, worst mistakes
+  report      a run as one HTML page
+  summary     the layers of a network, their parameters and multiply-adds
+  export      a trained network as ONNX, safetensors or a program of torch.export
+  doctor      what works on this machine, and what to do about what does not
+  bench       measure the speed of this program and of what people would use instead
+  completion  what makes bash or zsh complete all this
 
 fastresnet COMMAND --help tells the options of a command.
 """
-_COMMANDS = ("prepare", "train", "eval", "predict", "plot", "report", "summary", "export", "doctor", "bench")
+COMMANDS = (
+    "prepare", "train", "eval", "predict", "plot", "report", "summary", "export", "doctor", "bench", "completion",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +47,9 @@ def _dispatch(arguments: list[str]) -> int:
     if name == "--version":
         print(f"fastresnet {__version__}")
         return 0
-    check_choice("command", name, _COMMANDS)
+    check_choice("command", name, COMMANDS)
     if name == "bench":
-        from benchmarks.__main__ import main as bench  # builds on this package, which names it nowhere else
+        from benchmarks.__main__ import main as bench  # builds on this package, which else names it for completion
 
         return bench(rest)
     return importlib.import_module(f"fastresnet.commands.{name}").run(rest)

@@ -125,6 +125,26 @@ def rendered(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def sweep(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], told: Mapping[str, float]
+) -> Figure:
+    """Losses over the learning rates of their steps; `told` are rates to mark, by what they are."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color="#bbbbbb", linewidth=1, label="of each step")
+    axes.plot(rates, smoothed, color=_COLORS["train"], label="smoothed")
+    for (what, rate), color in zip(told.items(), (_COLORS["test"], _COLORS["val"]), strict=False):
+        axes.axvline(rate, color=color, linestyle="--", label=f"{what}: {rate:.2g}")
+    axes.set_xscale("log")
+    axes.set_ylim(top=1.2 * max(smoothed))
+    axes.set_title("cross-entropy loss (nats)", fontsize=10)
+    axes.set_xlabel("learning rate")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("epoch")

@@ -60,11 +60,11 @@ def _notes_on_stderr() -> Iterator[None]:
     with warnings.catch_warnings():
         show_other = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
             if issubclass(category, Note):
                 print(f"fastresnet: note: {message}", file=sys.stderr)
             else:
-                show_other(message, category, *rest)
+                show_other(message, category, *rest, **named)
 
         warnings.showwarning = show
         yield
@@ -79,10 +79,14 @@ def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> 
     )
 
 
-def check_output(option: str, path: Path | None) -> None:
-    """Raise `UsageError` where a file to be written has no folder to lie in: before the work, not after it."""
+def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Raise `UsageError` where a file to be written has no folder to lie in, or a name that ends in none of `suffixes`,
+    if there are any: before the work, not after it.
+    """
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
+    if path is not None and suffixes and path.suffix not in suffixes:
+        raise UsageError(f"{option} {path}: give a name that ends in {' or '.join(suffixes)}.")
 
 
 def find_dataset(data: str, root: Path | None) -> Dataset:

@@ -12,7 +12,7 @@ from pipelines.errors import UsageError, check_choice
 if TYPE_CHECKING:
     from fastresnet.weights import Weights
 
-_SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Options:
     """File to write. Without it: the name of the network, in the current folder."""
 
     def __post_init__(self) -> None:
-        check_choice("format", self.format, _SUFFIXES)
+        check_choice("format", self.format, SUFFIXES)
         check_output("--out", self.out)
         if self.normalize and self.format == "safetensors":
             raise UsageError("--normalize makes normalisation part of a graph, and safetensors hold weights alone.")
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     from fastresnet.weights import load_weights
 
     weights = load_weights(find_weights(options.weights)[0], options.model)
-    path = options.out or Path(f"{weights.name}{_SUFFIXES[options.format]}")
+    path = options.out or Path(f"{weights.name}{SUFFIXES[options.format]}")
     difference = export(weights, path, options.format, normalize=options.normalize)
     print(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")
     print(f"images  [N, 3, 32, 32] in 0..1{'' if options.normalize else f', {_normalization(weights)}'}")

@@ -36,9 +36,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
-        check_output("--out", self.out)
-        if self.out is not None and self.out.suffix not in (".png", ".svg"):
-            raise UsageError(f"--out {self.out}: give a name that ends in .png or .svg.")
+        check_output("--out", self.out, (".png", ".svg"))
         if not self.runs:
             raise UsageError("plot needs run folders: fastresnet plot RUN ...")
         if self.kind != "curves" and len(self.runs) > 1:

@@ -21,9 +21,12 @@ class Options:
     """How many classes it tells apart."""
     json: Path | None = None
     """Write the layers to this file."""
+    graph: Path | None = None
+    """Draw the network, a box for each layer and the shortcuts at the side, to this file (.svg)."""
 
     def __post_init__(self) -> None:
         check_output("--json", self.json)
+        check_output("--graph", self.graph, (".svg",))
         if not 1 <= self.classes <= 1_000_000:
             raise UsageError(f"--classes {self.classes} is not in 1..1000000.")
 
@@ -32,12 +35,14 @@ def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "summary", arguments)
     from fastresnet.models import create_model
     from fastresnet.models.layers import layers
-    from pipelines.files import write_json
+    from pipelines.files import write_bytes, write_json
 
-    found = layers(create_model(options.model, num_classes=options.classes, shortcut=options.shortcut))
+    model = create_model(options.model, num_classes=options.classes, shortcut=options.shortcut)
+    found = layers(model)
     parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
+    title = f"{options.model}, shortcut {options.shortcut}, {options.classes} classes"
     print_table(
-        f"{options.model}, shortcut {options.shortcut}, {options.classes} classes",
+        title,
         [
             *((la.name, la.kind, "x".join(map(str, la.output)), f"{la.parameters:,}", f"{la.macs:,}") for la in found),
             ("in all", "", "", f"{parameters:,}", f"{macs:,}"),
@@ -54,4 +59,9 @@ def run(arguments: list[str]) -> int:
             "layers": [dataclasses.asdict(layer) for layer in found],
         }
         write_json(options.json, contents)
+    if options.graph is not None:
+        from fastresnet.models.graph import draw_graph, graph
+
+        costs = f"{parameters:,} parameters, {macs / 1e6:,.1f} million multiply-adds"
+        write_bytes(options.graph, draw_graph(graph(model), title, costs).encode())
     return 0

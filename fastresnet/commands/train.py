@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastresnet.terminal import find_dataset, parse, print_table
+from fastresnet.terminal import check_output, find_dataset, parse, print_table, progress_line
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from fastresnet.config import TrainConfig
+
+FLAGS = {"--seeds": "str", "--config": "Path", "--find-lr": "Path", "--dry-run": "bool", "--print-config": "bool"}
+"""What the command takes beside the settings, and the types of the values."""
 
 
 def run(arguments: list[str]) -> int:
@@ -23,6 +26,11 @@ def run(arguments: list[str]) -> int:
     modes = [name for name in ("--dry-run", "--print-config") if name in arguments]
     arguments = [argument for argument in arguments if argument not in modes]
     seeds, arguments = _take_option(arguments, "--seeds")
+    picture, arguments = _take_option(arguments, "--find-lr")
+    if picture is not None:
+        check_output("--find-lr", Path(picture), (".png", ".svg"))
+        if modes or seeds is not None or "RANK" in os.environ:
+            raise UsageError("--find-lr goes neither with --seeds, --dry-run or --print-config nor with torchrun.")
     given = list(arguments)
     config_file, arguments = _take_option(arguments, "--config")
     if config_file is not None:
@@ -38,13 +46,16 @@ def run(arguments: list[str]) -> int:
         description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
         "the defaults below; --config FILE takes them from the config.toml of a run instead. --seeds 0-9 trains with "
         "each of these seeds, on as many GPUs as there are, and ends with a table of all. --dry-run tells what to "
-        "expect of a run after 20 steps that leave nothing behind; --print-config shows the settings as TOML.",
+        "expect of a run after 20 steps that leave nothing behind; --find-lr FILE draws the loss (.png or .svg) while "
+        "--lr grows from 1e-5 to 10 in 100 steps, and leaves no run; --print-config shows the settings as TOML.",
     )
     if "--print-config" in modes:
         print(config.to_toml(), end="")
         return 0
     if modes:
         return _rehearse(config)
+    if picture is not None:
+        return _find_lr(config, Path(picture))
     if seeds is not None:
         return _train_seeds(config, seeds, given)
 
@@ -87,6 +98,24 @@ def _rehearse(config: TrainConfig) -> int:
             ("memory", f"{expected['memory_bytes'] / 1e9:.1f} GB"),
         ],
     )
+    return 0
+
+
+def _find_lr(config: TrainConfig, picture: Path) -> int:
+    from fastresnet.plotting import save_figure, sweep
+    from fastresnet.training.lr_finder import find_lr
+
+    dataset = find_dataset(config.data, config.root)
+    with progress_line() as report:
+        found = find_lr(config, dataset, report)
+    told = {"steepest descent": found.steepest, "a tenth of the lowest loss's": found.tenth_of_lowest}
+    save_figure(sweep(found.rates, found.losses, found.smoothed.tolist(), told), picture)
+    beside = f"; --sgd-lr was {config.sgd_lr / config.lr:g} times as high" if config.optimizer == "muon" else ""
+    print_table(
+        f"--lr{beside}",
+        [*((what, f"{rate:.2g}") for what, rate in told.items()), (f"of {config.recipe} as given", f"{config.lr:g}")],
+    )
+    print(picture)
     return 0
 
 

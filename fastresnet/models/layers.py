@@ -32,7 +32,7 @@ def layers(model: nn.Module) -> list[Layer]:
     def watch(name: str, module: nn.Module) -> None:
         def note(_: nn.Module, __: Any, output: Tensor) -> None:
             parameters = sum(parameter.numel() for parameter in module.parameters())
-            found.append(Layer(name, _kind(module), tuple(output.shape[1:]), parameters, _macs(module, output)))
+            found.append(Layer(name, layer_kind(module), tuple(output.shape[1:]), parameters, _macs(module, output)))
 
         module.register_forward_hook(note)
 
@@ -44,12 +44,14 @@ def layers(model: nn.Module) -> list[Layer]:
     return found
 
 
-def _kind(module: nn.Module) -> str:
+def layer_kind(module: nn.Module) -> str:
+    """Class of a layer; of a convolution also its size and, where they are not 1, its stride and groups."""
     name = type(module).__name__
     if not isinstance(module, nn.Conv2d):
         return name
     (size, _), (stride, _) = module.kernel_size, module.stride
-    return f"{name} {size}x{size}" + (f", stride {stride}" if stride > 1 else "")
+    groups = f", {module.groups} groups" if module.groups > 1 else ""
+    return f"{name} {size}x{size}" + (f", stride {stride}" if stride > 1 else "") + groups
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:

@@ -22,7 +22,7 @@ def test_help_answers_without_loading_torch():
         "assert not {'torch', 'torchvision', 'matplotlib'} & sys.modules.keys()"
     )
     helps = [[command, "--help"] for command in ("prepare", "train", "eval", "bench")]
-    for arguments in (["--help"], ["--version"], *helps, ["bench", "loaders", "--help"]):
+    for arguments in (["--help"], ["--version"], ["completion", "bash"], *helps, ["bench", "loaders", "--help"]):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout

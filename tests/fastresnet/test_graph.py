@@ -1,0 +1,104 @@
+"""Pictures of networks, read back and compared with the networks."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from fastresnet.models import create_model, list_models, model_shortcuts
+from fastresnet.models.graph import draw_graph, graph
+
+SVG = "{http://www.w3.org/2000/svg}"
+RESIDUAL = [name for name in list_models() if "1202" not in name and not name.startswith("plain")]
+
+
+def on_meta(name, **settings):
+    with torch.device("meta"):
+        return create_model(name, **settings)
+
+
+def parsed(boxes):
+    return ElementTree.fromstring(draw_graph(boxes, "a <b>", "c & d"))
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
+def test_every_network_has_a_box_for_each_of_its_layers(name):
+    model = on_meta(name)
+    boxes = graph(model)
+    drawn = parsed(boxes).findall(f"{SVG}g")
+    for kind, color in ((nn.Conv2d, "conv"), (nn.BatchNorm2d, "norm")):
+        names = {path for path, module in model.named_modules() if isinstance(module, kind)}
+        titles = [box.findtext(f"{SVG}title") for box in drawn if box.get("class") == color]
+        assert sorted(titles) == sorted(names)
+    assert sum(box.parameters for box in boxes) == sum(parameter.numel() for parameter in model.parameters())
+    assert boxes[-1].name == "fc"
+    assert boxes[-1].output == (10,)
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_every_block_has_a_shortcut_into_its_end(name, shortcut):
+    if shortcut not in model_shortcuts(name):
+        shortcut = "B"
+    model = on_meta(name, shortcut=shortcut)
+    joints = [box for box in graph(model) if len(box.inputs) == 2]
+    blocks = [f"layer{s}.{b}" for s in (1, 2, 3) for b in range(len(getattr(model, f"layer{s}")))]
+    assert [box.block for box in joints] == blocks
+    edges = [path for path in parsed(graph(model)).findall(f"{SVG}path") if path.get("class") == "shortcut"]
+    assert len(edges) >= len(blocks)
+
+
+def test_a_plain_network_is_one_chain():
+    boxes = graph(on_meta("plain32"))
+    assert [box.inputs for box in boxes] == [(), *((i,) for i in range(len(boxes) - 1))]
+    assert [box.row for box in boxes] == list(range(len(boxes)))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d"])
+def test_boxes_do_not_overlap_and_lie_in_the_picture(name):
+    picture = parsed(graph(on_meta(name)))
+    width, height = (float(picture.get(side)) for side in ("width", "height"))
+    rectangles = []
+    for rectangle in picture.iterfind(f"{SVG}g/{SVG}rect"):
+        x, y, w, h = (float(rectangle.get(key)) for key in ("x", "y", "width", "height"))
+        assert 0 <= x < x + w <= width
+        assert 0 <= y < y + h <= height
+        assert all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in rectangles)
+        rectangles.append((x, y, w, h))
+
+
+def test_the_first_blocks_of_resnet20_are_the_paper_s():
+    """He et al. 2015, section 4.2: conv, norm, conv, norm, and the sum of what comes out and what went in."""
+    boxes = graph(on_meta("resnet20"))
+    assert [(box.name, box.kind, box.output) for box in boxes[:7]] == [
+        ("", "images", (3, 32, 32)),
+        ("conv1", "Conv2d 3x3", (16, 32, 32)),
+        ("bn1", "BatchNorm2d, ReLU", (16, 32, 32)),
+        ("layer1.0.conv1", "Conv2d 3x3", (16, 32, 32)),
+        ("layer1.0.bn1", "BatchNorm2d, ReLU", (16, 32, 32)),
+        ("layer1.0.conv2", "Conv2d 3x3", (16, 32, 32)),
+        ("layer1.0.bn2", "BatchNorm2d + shortcut, ReLU", (16, 32, 32)),
+    ]
+    assert boxes[6].inputs == (5, 2)
+
+
+def test_the_command_writes_the_picture(run, tmp_path):
+    path = tmp_path / "graph.svg"
+    code, out, err = run("summary", "--model", "resnext29-2x16d", "--graph", path)
+    assert (code, err) == (0, "")
+    assert "in all" in out
+    text = "".join(ElementTree.parse(path).getroot().itertext())
+    assert "1,935,306 parameters, 289.6 million multiply-adds" in text
+    assert "Conv2d 3x3, stride 2, 2 groups" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("graph.jpg", "give a name that ends in .svg"), ("graph", "ends in .svg"), ("no/graph.svg", "there is no folder")],
+)
+def test_what_cannot_be_written_is_refused(run, tmp_path, name, message):
+    code, out, err = run("summary", "--graph", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not list(tmp_path.iterdir())
