@@ -24,10 +24,6 @@ from pipelines.store import open_store
 _LIBRARIES = (
     *("torch", "torchvision", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv", "tensorboard", "onnx"),
 )
-_PIPELINE_REMEDIES = {
-    "dali": "pip install 'fastresnet[dali]'",
-    "ffcv": "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then pip install 'fastresnet[ffcv]'",
-}
 _LITTLE = 1 << 30
 
 
@@ -112,8 +108,11 @@ def _pipelines() -> Iterator[Finding]:
         threads = torch.get_num_threads()
         try:
             importlib.import_module(f"pipelines.{name}")
-        except (UserError, ImportError, OSError) as error:
-            yield Finding(f"pipeline {name}", "missing", str(error), _PIPELINE_REMEDIES.get(name, ""))
+        except UserError as error:  # what is wrong, a colon, and what to do
+            problem, _, remedy = str(error).rpartition(": ")
+            yield Finding(f"pipeline {name}", "missing", problem, remedy)
+        except (ImportError, OSError) as error:
+            yield Finding(f"pipeline {name}", "broken", str(error), f"pip install --force-reinstall {name}")
         else:
             yield Finding(f"pipeline {name}", "works", "")
         finally:

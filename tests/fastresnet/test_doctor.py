@@ -1,5 +1,6 @@
 """What the doctor finds, and where something has been broken for it."""
 
+import importlib
 import json
 import shutil
 
@@ -53,7 +54,21 @@ def test_a_pipeline_whose_library_is_missing(run, tmp_path, need, break_import, 
     break_import(pipeline, ModuleNotFoundError(f"No module named {pipeline!r}", name=pipeline))
     found = findings(run, tmp_path)[f"pipeline {pipeline}"]
     assert found["state"] == "missing"
+    assert found["detail"].startswith(f"{pipeline.upper()} is not installed")
     assert f"fastresnet[{pipeline}]" in found["remedy"]
+    assert "fastresnet[" not in found["detail"]
+
+
+def test_a_pipeline_whose_library_is_broken(run, tmp_path, monkeypatch):
+    def import_module(name, *package, original=importlib.import_module):
+        if name == "pipelines.torchvision":
+            raise OSError("libfoo.so: cannot open shared object file")
+        return original(name, *package)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    found = findings(run, tmp_path)["pipeline torchvision"]
+    assert (found["state"], found["detail"]) == ("broken", "libfoo.so: cannot open shared object file")
+    assert found["remedy"] == "pip install --force-reinstall torchvision"
 
 
 def test_a_machine_without_compilers(run, tmp_path, monkeypatch):
