@@ -7,6 +7,7 @@ import http.server
 import os
 import pickle
 import random
+import shutil
 import socket
 import struct
 import subprocess
@@ -750,12 +751,11 @@ def real(cifar10_archive, helpers) -> RawData:
 
 @pytest.fixture(scope="module")
 def by_torchvision(cifar10_archive, tmp_path_factory) -> RawData:
-    """The same archive, unpacked by tarfile and read by torchvision."""
+    """The same archive, unpacked by the standard library and read by torchvision."""
     from torchvision.datasets import CIFAR10
 
     root = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(cifar10_archive) as archive:
-        archive.extractall(root, filter="data")
+    shutil.unpack_archive(cifar10_archive, root)
     train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
     return RawData(tuple(train.classes), train.data, np.array(train.targets), test.data, np.array(test.targets))
 
