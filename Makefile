@@ -24,7 +24,7 @@ lint: install-test
 bench: install
 	$(BIN)/fastresnet bench loaders --data shapes10
 
-# The image without a Docker engine: as root, with debootstrap and buildah; ten minutes and 25 GB.
+# The image without a Docker engine: as root, with debootstrap and buildah; ten minutes and 40 GB.
 docker-check:
 	tests/docker_check.sh
 
