@@ -29,8 +29,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM debian:12.12-slim
 # Compilers and Python's headers: torch.compile and Triton build kernels at run time, and so does the resident pipeline
-# on a CPU. Certificates are for the
-# download of CIFAR-10. OpenCV and TurboJPEG are FFCV's; libgl1 and libglib2.0-0 belong to the opencv-python that it imports.
+# on a CPU. Certificates are for the download of CIFAR-10. OpenCV and TurboJPEG are FFCV's; libgl1 and libglib2.0-0 belong
+# to the opencv-python that it imports.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
         ca-certificates g++ gcc libgl1 libglib2.0-0 libopencv-imgproc406 libpython3-dev libturbojpeg0 python3 \

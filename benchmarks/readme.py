@@ -8,6 +8,7 @@ the name `predicted` stands for what is predicted of GPUs.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -30,15 +31,12 @@ def with_tables(text: str) -> str:
             return f"{begin}\n{accuracy.TABLES[name](accuracy.read_summaries())}\n{end}"
         if kind == "scaling" and name == "predicted":
             return f"{begin}\n{scaling.predicted_table()}\n{end}"
-        if kind == "scaling":
-            report = scaling.read_measurement(name)
-            made = scaling.measured_table(report)
-        elif kind == "reliability":
-            report = reliability.read_campaign(name)
-            made = reliability.TABLES[name](report)
-        else:
+        if kind == "results":
             report = read_report(RESULTS / name)
             made = as_markdown(report)
+        else:
+            report = json.loads((RESULTS / kind / f"{name}.json").read_bytes())
+            made = (scaling.measured_table if kind == "scaling" else reliability.TABLES[name])(report)
         return f"{begin}\n{made}\n{_provenance(report)}\n{end}"
 
     return _TABLE.sub(table, text)

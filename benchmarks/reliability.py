@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from benchmarks.report import markdown_table
-
-RESULTS = Path(__file__).with_name("results") / "reliability"
-
-
-def read_campaign(name: str) -> dict[str, Any]:
-    """The report that campaign `name` left."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def kills_table(report: dict[str, Any]) -> str:

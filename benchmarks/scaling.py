@@ -25,8 +25,6 @@ from benchmarks.report import markdown_table
 from fastresnet.device import environment
 from pipelines.files import write_json
 
-RESULTS = Path(__file__).with_name("results") / "scaling"
-
 MODEL = "resnet20"
 RUNS = ((1, 64), (1, 256), (2, 128), (2, 512), (4, 256), (4, 512))
 """(processes, batch size over all of them). The first two give the model its compute time."""
@@ -142,11 +140,6 @@ def _torchrun(processes: int, program: Sequence[str]) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-
-
-def read_measurement(name: str) -> dict[str, Any]:
-    """What was measured on the machine `name`."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def fitted(report: dict[str, Any]) -> Machine:

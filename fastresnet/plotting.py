@@ -46,6 +46,9 @@ def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
         rate.plot(epochs, [row["lr"] for row in rows], drawstyle="steps-mid", **style, **markers)
     falls_in_steps = all(_falls_in_steps(rows) for rows, _ in runs.values())
     rate.set_yscale("log" if falls_in_steps else "linear")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(loss, "cross-entropy loss (nats)")
     _finish(accuracy, "top-1 accuracy (%)")
     _finish(rate, "learning rate at the end of the epoch")
@@ -137,17 +140,13 @@ def sweep(
         axes.axvline(rate, color=color, linestyle="--", label=f"{what}: {rate:.2g}")
     axes.set_xscale("log")
     axes.set_ylim(top=1.2 * max(smoothed))
-    axes.set_title("cross-entropy loss (nats)", fontsize=10)
     axes.set_xlabel("learning rate")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    _finish(axes, "cross-entropy loss (nats)")
     return figure
 
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

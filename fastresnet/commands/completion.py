@@ -54,9 +54,10 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "completion", arguments)
-    flags = {command: _flags(command) for command in _options()}
+    of_commands = _options()
+    flags = {command: _flags(command, of_command) for command, of_command in of_commands.items()}
     values = [f"{names}) {action} ;;" for names, action in _values(flags)]
-    commands = [f'{pattern}) words="{" ".join(words)}" ;;' for pattern, words in _places(flags)]
+    commands = [f'{pattern}) words="{" ".join(words)}" ;;' for pattern, words in _places(of_commands, flags)]
     script = _FUNCTION.format(values="\n        ".join(values), commands="\n            ".join(commands))
     print((_ZSH if options.shell == "zsh" else "") + script, end="")
     return 0
@@ -76,13 +77,13 @@ def _options() -> dict[str, type]:
     }
 
 
-def _flags(command: str) -> dict[str, str]:
+def _flags(command: str, options: type) -> dict[str, str]:
     """The flags of a command, and the type of what each takes."""
     from fastresnet.commands import train
     from fastresnet.recipes import RECIPES, create_config
 
     flags: dict[str, str] = {}
-    for field in dataclasses.fields(_options()[command]):
+    for field in dataclasses.fields(options):
         kind, name = str(field.type), field.name.replace("_", "-")
         if kind == "bool":  # a flag turns over what is the default, which a recipe sets
             configs = [create_config(recipe) for recipe in RECIPES] if command == "train" else []
@@ -104,7 +105,7 @@ def _values(flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
     yield " | ".join(others), "compopt +o default 2>/dev/null"
 
 
-def _places(flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, Iterable[str]]]:
+def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, Iterable[str]]]:
     """What else fits, by patterns of the number of the word to complete, the first two words after the program's name
     and the beginning of the word to complete.
     """
@@ -116,7 +117,7 @@ def _places(flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, Iterable[st
     yield '"2:bench "*', [*benchmarks, "--help"]
     yield '"2:train "[!-]*', RECIPES
     yield '"2:completion "[!-]*', SHELLS
-    for command, options in _options().items():
+    for command, options in of_commands.items():
         takes_files = any(str(field.type).startswith("Positional") for field in dataclasses.fields(options))
         only_dashes = '" -"*' if takes_files else ""
         yield f'*":{command} "*{only_dashes}', flags[command]

@@ -87,9 +87,8 @@ class PreActivationResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.layer1, self.layer2, self.layer3 = create_stages(block, widths, blocks, drop_path)
         # Where the shape changes, and after the first convolution (He et al., appendix), both paths are activated.
-        for first, *_ in (self.layer1, self.layer2, self.layer3):
-            if isinstance(first, PreActivationBlock):
-                first.activates_shortcut = True
+        for stage in (self.layer1, self.layer2, self.layer3):
+            stage[0].activates_shortcut = True  # type: ignore[assignment]  # to mypy it is any module
         self.bn1 = BatchNorm2d(widths[3], relu=True)
         self.fc = nn.Linear(widths[3], num_classes)
         self.apply(initialize)
