@@ -42,6 +42,8 @@ _MODELS = {
         f"resnext29-{cardinality}x{width}d": _Model("resnext", 29, {"cardinality": cardinality, "width": width}, ("B",))
         for cardinality, width in ((2, 16), (4, 64), (8, 64))
     },
+    "resnet9": _Model("resnet9", 9),
+    "resnet9-narrow": _Model("resnet9", 9, {"narrow": True}),
 }
 
 
@@ -82,14 +84,15 @@ def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B", drop_
     """Build network `name` with freshly initialised weights from torch's global generator.
 
     `shortcut` says how a residual network bridges a change of width: `A` (identity, subsampled and padded with zero
-    channels) or `B` (1x1 convolution, and batch norm unless the network is a pre-activation one). Plain networks have
-    no shortcuts and take no notice of it. `drop_path` is the rate of stochastic depth in the last block, for whose
-    randomness see `stochastic_depth.seed_stochastic_depth`. Images go in as [N, 3, 32, 32], logits come out as
-    [N, num_classes]. Raises `UsageError` as `check_model` does.
+    channels) or `B` (1x1 convolution, and batch norm unless the network is a pre-activation one). Plain networks, which
+    have no shortcuts, and ResNet-9, whose shortcuts bridge no change of width, take no notice of it. `drop_path` is the
+    rate of stochastic depth in the last block, for whose randomness see `stochastic_depth.seed_stochastic_depth`.
+    Images go in as [N, 3, 32, 32], logits come out as [N, num_classes]. Raises `UsageError` as `check_model` does.
     """
     check_model(name, shortcut, drop_path)
     from .preresnet import create_preresnet
     from .resnet import create_resnet
+    from .resnet9 import create_resnet9
     from .resnext import create_resnext
 
     model = _MODELS[name]
@@ -97,6 +100,7 @@ def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B", drop_
         "resnet": create_resnet,
         "preresnet": create_preresnet,
         "resnext": create_resnext,
+        "resnet9": create_resnet9,
     }
     create = families[model.family]
     return create(model.depth, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path, **model.options)

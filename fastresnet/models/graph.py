@@ -18,7 +18,14 @@ from .batchnorm import BatchNorm2d
 from .layers import layer_kind
 from .resnet import SqueezeExcitation
 
-_FUNCTIONS = {"add": "sum", "relu": "ReLU", "mean": "mean of all pixels"}
+_FUNCTIONS = {
+    "add": "sum",
+    "mul": "scaling",
+    "relu": "ReLU",
+    "mean": "mean of all pixels",
+    "amax": "maximum of all pixels",
+    "max_pool2d": "2x2 max pooling",
+}
 
 # Lengths in pixels: a box, the step from one to the next below, and the columns of the two paths.
 _WIDTH, _HEIGHT, _STEP, _TOP = 460, 26, 42, 75

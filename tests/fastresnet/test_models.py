@@ -41,13 +41,15 @@ LATER_DEPTHS = {
     "resnext29-2x16d": 29,
     "resnext29-4x64d": 29,
     "resnext29-8x64d": 29,
+    "resnet9": 9,
+    "resnet9-narrow": 9,
 }
 """The networks of the papers after 2015."""
 LARGEST = ("resnet1202", "plain1202", "wrn28-10", "resnext29-8x64d")
 WITHOUT_SHORTCUT_A = ["preresnet164", *(name for name in LATER_DEPTHS if name.startswith(("wrn", "resnext")))]
 SMALLEST = [
     *(("resnet20", "A"), ("resnet20", "B"), ("plain20", "B"), ("se-resnet20", "A"), ("se-resnet20", "B")),
-    *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B")),
+    *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B"), ("resnet9-narrow", "B")),
 ]
 
 
@@ -282,6 +284,20 @@ def tally_resnext(cardinality, width):
     return tally
 
 
+def tally_resnet9(widths):
+    tally, in_channels = Tally(), 3
+    for channels, side in zip(widths, (32, 32, 16, 8), strict=True):  # before pooling
+        tally.conv(in_channels, channels, 3, side)
+        tally.norm(channels)
+        in_channels = channels
+    for channels, side in ((widths[1], 16), (widths[3], 4)):
+        for _ in range(2):
+            tally.conv(channels, channels, 3, side)
+            tally.norm(channels)
+    tally.linear(widths[3], 10)
+    return tally
+
+
 TALLIES = {
     "se-resnet20": lambda: tally_se_resnet(3),
     "se-resnet56": lambda: tally_se_resnet(9),
@@ -295,6 +311,8 @@ TALLIES = {
     "resnext29-2x16d": lambda: tally_resnext(2, 16),
     "resnext29-4x64d": lambda: tally_resnext(4, 64),
     "resnext29-8x64d": lambda: tally_resnext(8, 64),
+    "resnet9": lambda: tally_resnet9((64, 128, 256, 512)),
+    "resnet9-narrow": lambda: tally_resnet9((32, 64, 256, 256)),
 }
 
 
@@ -325,6 +343,11 @@ def test_another_repository_counts_as_many_parameters(name, parameters):
     assert count_parameters(on_meta(name)) == parameters
 
 
+def test_resnet9_has_as_many_parameters_as_pages():
+    """6,573,120 in davidcpage/cifar10-fast, whose linear layer has no biases."""
+    assert count_parameters(on_meta("resnet9")) == 6_573_120 + 10
+
+
 @pytest.mark.parametrize("name", ["preresnet20", "preresnet56", "preresnet110"])
 def test_shortcut_a_saves_the_projections_of_pre_activation_networks(name):
     saved = count_parameters(on_meta(name)) - count_parameters(on_meta(name, shortcut="A"))
@@ -337,7 +360,8 @@ def test_the_depth_of_the_later_networks_counts_their_weighted_layers(name):
     network = on_meta(name)
     convolutions = {key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     projections = {key for key in convolutions if "downsample" in key}
-    assert len(projections) == (2 if "resnet" in name and name != "preresnet164" else 3)
+    in_stages = 0 if name.startswith("resnet9") else 2 if "resnet" in name and name != "preresnet164" else 3
+    assert len(projections) == in_stages
     others = len(convolutions - projections)
     assert model_depth(name) == (others + len(projections) if name.startswith("wrn") else others + 1)
 
@@ -417,6 +441,20 @@ class Layers:
             x = F.relu(out + self.shortcut(name, x, out, option, projection))
         return self.classify(x)
 
+    def resnet9(self, x):
+        def norm_relu(name, x):
+            return F.relu(self.norm(name, x))
+
+        x, number = norm_relu("bn1", self.conv("conv1", x, padding=1)), 0
+        for stage in (1, 2, 3):
+            x = norm_relu(f"layer{stage}.0.bn1", F.max_pool2d(self.conv(f"layer{stage}.0.conv1", x, padding=1), 2))
+            if stage != 2:
+                block = f"layer{stage}.1"
+                out = norm_relu(f"{block}.bn1", self.conv(f"{block}.conv1", x, padding=1))
+                out = self.norm(f"{block}.bn2", self.conv(f"{block}.conv2", out, padding=1))
+                x, number = F.relu(self.scaled(number, out) + x), number + 1
+        return self.linear("fc", F.max_pool2d(x, 4).flatten(1) / 8)
+
     def pre_activation(self, x, blocks, option, bottleneck=False):
         x = self.conv("conv1", x, padding=1)
         for number, name, stride in block_names(blocks):
@@ -473,6 +511,7 @@ REFERENCES = [
     ("preresnet164", "B", lambda layers, x: layers.pre_activation(x, 18, "B", bottleneck=True)),
     ("wrn16-2", "B", lambda layers, x: layers.pre_activation(x, 2, "B")),
     ("resnext29-2x16d", "B", lambda layers, x: layers.resnext(x, 2)),
+    ("resnet9-narrow", "B", lambda layers, x: layers.resnet9(x)),
 ]
 REFERENCE_IDS = [f"{name}-{shortcut}" for name, shortcut, _ in REFERENCES]
 
@@ -580,7 +619,10 @@ def test_the_gradient_reaches_every_parameter(name, shortcut):
 
 @pytest.mark.parametrize(
     ("name", "shortcut"),
-    [*SMALLEST[:3], ("se-resnet20", "B"), ("preresnet20", "A"), ("preresnet20", "B"), ("resnext29-2x16d", "B")],
+    [
+        *(*SMALLEST[:3], ("se-resnet20", "B"), ("preresnet20", "A"), ("preresnet20", "B"), ("resnext29-2x16d", "B")),
+        ("resnet9-narrow", "B"),
+    ],
 )
 def test_torch_compile_takes_the_network_as_one_graph(name, shortcut):
     torch._dynamo.reset()
@@ -700,7 +742,10 @@ def test_the_seed_decides_the_initial_weights():
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
 WITH_SHORTCUTS = [name for name in list_models() if not name.startswith("plain")]
-DROPPING = [("resnet20", "A"), ("se-resnet20", "B"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B")]
+DROPPING = [
+    *(("resnet20", "A"), ("se-resnet20", "B"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B")),
+    ("resnet9-narrow", "B"),
+]
 
 
 def splitmix64(z):
@@ -825,7 +870,7 @@ def test_in_training_the_network_equals_its_layers_written_out_without_some_bran
 @pytest.mark.parametrize("name", WITH_SHORTCUTS)
 def test_the_rates_grow_linearly_to_that_of_the_last_block(name):
     network = on_meta(name, drop_path=0.3)
-    modules, blocks = depth_modules(network), sum(len(getattr(network, f"layer{stage}")) for stage in (1, 2, 3))
+    modules, blocks = depth_modules(network), sum(hasattr(module, "drop_path") for module in network.modules())
     assert [module.rate for module in modules] == pytest.approx([0.3 * n / blocks for n in range(1, blocks + 1)])
     assert [module.block for module in modules] == list(range(blocks))
 
