@@ -83,6 +83,23 @@ def best(model: str = "resnet20") -> TrainConfig:
     return dataclasses.replace(fast(model), recipe="best", epochs=60, crop_padding=4)
 
 
+def speedrun(model: str = "resnet9-narrow") -> TrainConfig:
+    """94.0 % with the least arithmetic, by the narrow ResNet-9. Not yet measured.
+
+    `fast` with larger batches, which a GPU is faster with, and labels smoothed as in cifar10-airbench.
+    """
+    return dataclasses.replace(
+        fast(model),
+        recipe="speedrun",
+        epochs=16,
+        batch_size=512,
+        lr=0.1,
+        sgd_lr=0.1,
+        crop_padding=4,
+        label_smoothing=0.2,
+    )
+
+
 def smoke(model: str = "resnet20") -> TrainConfig:
     """One short epoch: does everything work? ResNet-20 on CIFAR-10 passes 40 % test accuracy, about a minute on 2 CPU
     cores.
@@ -108,6 +125,6 @@ def changed_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (fast, best, paper, baseline, smoke)
+    recipe.__name__: recipe for recipe in (fast, best, speedrun, paper, baseline, smoke)
 }
 DEFAULT_RECIPE = "fast"

@@ -38,8 +38,10 @@ def test_every_recipe_takes_every_model(recipe, model):
     assert (config.recipe, config.model) == (recipe, model)
 
 
-def test_without_a_model_recipes_train_resnet20():
-    assert {recipe().model for recipe in RECIPES.values()} == {"resnet20"}
+def test_without_a_model_recipes_train_resnet20_and_the_speedrun_a_network_of_its_own():
+    models = {name: recipe().model for name, recipe in RECIPES.items()}
+    assert models.pop("speedrun") == "resnet9-narrow"
+    assert set(models.values()) == {"resnet20"}
 
 
 def test_the_default_recipe_is_fast_and_the_default_config_the_baseline():
