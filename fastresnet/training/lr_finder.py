@@ -69,7 +69,6 @@ def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
         iterations=STEPS,
         epochs=STEPS,
         compile="off" if config.compile == "auto" else config.compile,
-        resume=True,  # a run that may be in the run folder is neither read nor written
     )
     losses: list[float] = []
     with (

@@ -159,12 +159,6 @@ class Trainer:
         )
         self._environment = {**environment(self.device), "ranks": ranks.world_size}
         self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
-        if self.folder.is_symlink():
-            raise UsageError(f"{self.folder} is a link, and what it points to is not written to. Name that with --out.")
-        if not config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
-            raise UsageError(
-                f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."
-            )
         training, self.evaluated_on, evaluated = dataset, "test", dataset
         if config.val_split:
             (training, evaluated), self.evaluated_on = dataset.hold_out(config.val_split), "val"
@@ -429,7 +423,13 @@ class Trainer:
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def _take_up(self) -> dict[str, Any] | None:
-        """Continue the run in the run folder, if there is one; its summary if it is finished."""
+        """Continue the run in the run folder, if there is one and that is wanted; its summary if it is finished."""
+        if self.folder.is_symlink():
+            raise UsageError(f"{self.folder} is a link, and what it points to is not written to. Name that with --out.")
+        if not self.config.resume and any((self.folder / name).exists() for name in _RUN_FILES):
+            raise UsageError(
+                f"{self.folder} already holds a run. Continue it with --resume, or give another folder with --out."
+            )
         if (checkpoint := self._read_checkpoint()) is not None:
             self._restore(*checkpoint)
             with contextlib.suppress(FileNotFoundError, ValueError):  # without a readable summary the end is run again

@@ -445,6 +445,15 @@ def test_a_dry_run_tells_what_to_expect_and_leaves_nothing(run, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_takes_no_notice_of_a_run_in_the_folder(finished, run):
+    folder, _ = finished
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    code, out, err = run("train", *SMALL, "--epochs", 3, "--out", folder, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "nothing was written" in out
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_the_settings_are_shown_as_toml_that_can_be_used(run, tmp_path):
     code, out, _ = run("train", "paper", "--lr", "0.03", "--print-config")
     assert code == 0
