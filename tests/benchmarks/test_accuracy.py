@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks import accuracy
-from benchmarks.accuracy import PUBLISHED, RESULTS, read_summaries, reproduction_table, runs_table
+from benchmarks.accuracy import PUBLISHED, RESULTS, read_summaries, reproduction_table, runs_table, speedrun_table
 from fastresnet.recipes import RECIPES
 from pipelines.errors import DataError
 
@@ -51,6 +51,19 @@ def test_the_table_of_runs_has_a_row_for_each_recipe_and_network():
     row = cells(table, ["`paper`", "resnet20"])
     assert (row["seeds"], row["test accuracy"], row["mirrored"]) == ("0, 1", "91.50 ± 0.71 %", "92.00 ± 0.71 %")
     assert (row["PFLOP"], row["minutes"]) == ("2.00", "10")
+
+
+def test_speedruns_stand_below_airbench_s_and_other_recipes_elsewhere():
+    runs = [
+        summary(seed, percent, recipe="speedrun", model="resnet9-narrow") for seed, percent in ((0, 93.9), (1, 94.3))
+    ]
+    table = speedrun_table([*runs, summary(0, 91.0)])
+    assert len(table.splitlines()) == 2 + 3
+    row = cells(table, ["airbench94_muon.py"])
+    assert (row["PFLOP"], row["shifted and mirrored"]) == ("0.29", "94.01 %")
+    row = cells(table, ["`speedrun`, resnet9-narrow"])
+    assert (row["PFLOP"], row["runs"], row["single view"]) == ("2.00", "2", "94.10 ± 0.28 %")
+    assert statistics.stdev([93.9, 94.3]) == pytest.approx(0.28, abs=0.005)
 
 
 def test_runs_on_other_data_or_with_other_settings_do_not_count(tmp_path):
