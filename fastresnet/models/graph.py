@@ -30,6 +30,7 @@ _FUNCTIONS = {
 # Lengths in pixels: a box, the step from one to the next below, and the columns of the two paths.
 _WIDTH, _HEIGHT, _STEP, _TOP = 460, 26, 42, 75
 _MAIN, _SIDE = 50, 580
+_CURVE = 70  # how far the two middle points of a shortcut's curve lie from the boxes; the curve goes 3/4 as far
 
 _STYLE = """text { font: 12px sans-serif; fill: #222 } .title { font-size: 16px } .block { fill: #666 }
 rect { stroke: #888; fill: #eee } .frame { fill: #f7f7f7; stroke: #ddd } path { fill: none; stroke: #555 }
@@ -116,6 +117,8 @@ def _kind(node: Node, module: nn.Module | None) -> str:
 def draw_graph(boxes: Sequence[Box], title: str, subtitle: str) -> str:
     """The picture of `graph`'s result, as SVG that needs no other file."""
     right = (_SIDE if any(box.is_beside for box in boxes) else _MAIN) + _WIDTH + 30
+    if any(len(box.inputs) > 1 for box in boxes):
+        right = max(right, _MAIN + _WIDTH + _CURVE)
     bottom = _TOP + _STEP * (max(box.row for box in boxes) + 1)
     edges = [_edge(boxes[source], box) for box in boxes for source in box.inputs]
     return "\n".join(
@@ -167,7 +170,7 @@ def _edge(source: Box, target: Box) -> str:
     elif source.is_beside:
         path = f"M{side} {start + _HEIGHT // 2}V{end - 17}q0 12 -12 12H{main}"
     else:
-        path = f"M{main} {start + 5}C{main + 70} {start + 5} {main + 70} {end - 5} {main} {end - 5}"
+        path = f"M{main} {start + 5}C{main + _CURVE} {start + 5} {main + _CURVE} {end - 5} {main} {end - 5}"
     return f'<path class="{kind}" d="{path}" marker-end="url(#arrow)"/>'
 
 

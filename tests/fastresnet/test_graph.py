@@ -1,5 +1,6 @@
 """Pictures of networks, read back and compared with the networks."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_plain_network_is_one_chain():
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d", "resnet9"])
-def test_boxes_do_not_overlap_and_lie_in_the_picture(name):
+def test_boxes_do_not_overlap_and_lie_in_the_picture_as_the_shortcuts_do(name):
     picture = parsed(graph(on_meta(name)))
     width, height = (float(picture.get(side)) for side in ("width", "height"))
     rectangles = []
@@ -66,6 +67,10 @@ def test_boxes_do_not_overlap_and_lie_in_the_picture(name):
         assert 0 <= y < y + h <= height
         assert all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in rectangles)
         rectangles.append((x, y, w, h))
+    for path in picture.iterfind(f"{SVG}path"):
+        # A curve does not leave the hull of its points.
+        points = re.findall(r"(\d+) \d+", re.sub(r"[a-z][^A-Z]*", "", path.get("d")))
+        assert all(0 <= float(x) <= width for x in points)
 
 
 def test_the_first_blocks_of_resnet20_are_the_paper_s():
