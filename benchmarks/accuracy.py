@@ -83,7 +83,7 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
     ]
     for (recipe, model), runs in _grouped(summaries).items():
         if recipe == "speedrun":
-            epochs, _, single, mirrored, pflop, *_ = _run_row(recipe, model, runs)[2:]
+            _, _, epochs, _, single, mirrored, pflop, *_ = _run_row(recipe, model, runs)
             rows.append([f"`speedrun`, {model}", epochs, pflop, str(len(runs)), single, mirrored, "–"])
     return markdown_table(head, rows)
 
