@@ -69,6 +69,9 @@ class TrainConfig:
     """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
     sgd_lr: float = 0.1
     """Peak learning rate of what muon leaves to SGD: norms, biases, the linear layer."""
+    norm_lr: float | None = None
+    """With muon, the peak learning rate of norms and biases where it is not --sgd-lr: they bear more than the linear
+    layer does."""
     lr_batch_size: int | None = None
     """Batch size that the learning rates are meant for: they grow and shrink with --batch-size (the linear scaling rule
     of Goyal et al. 2017). Without it, they are taken as they are."""
@@ -153,6 +156,7 @@ class TrainConfig:
             ("seed", 0, (1 << 63) - 1),
             ("lr", 0, 1e6),
             ("sgd_lr", 0, 1e6),
+            ("norm_lr", 0, 1e6),
             ("warmup", 0, 1),
             ("momentum", 0, 1),
             ("weight_decay", 0, 1),

@@ -56,7 +56,7 @@ class Sweep:
 
 def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
     """Train as `config` says, but for 100 steps in which --lr grows from 1e-5 to 10 by the same factor from each to the
-    next, and --sgd-lr with it; end where the smoothed loss is above four times its minimum. Writes nothing.
+    next, and the others with it; end where the smoothed loss is above four times its minimum. Writes nothing.
 
     Raises as `trainer.train` does, `UsageError` where --lr is 0, and `RunError` where the loss rises at once.
     """

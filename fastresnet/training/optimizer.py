@@ -32,8 +32,9 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         if not kernels:
             raise UsageError("--optimizer muon orthogonalises the weights of convolutions, and this network has none.")
         muon = Muon([_group(kernels, config.lr)], momentum=config.momentum)
-        return [muon, _sgd(_decayed(rest, vectors, config.sgd_lr, config), config)]
-    groups = _decayed(matrices, vectors, config.lr, config)
+        norm_lr = config.sgd_lr if config.norm_lr is None else config.norm_lr
+        return [muon, _sgd(_groups(rest, config.sgd_lr, vectors, norm_lr, config), config)]
+    groups = _groups(matrices, config.lr, vectors, config.lr, config)
     return [_adamw(groups) if config.optimizer == "adamw" else _sgd(groups, config)]
 
 
@@ -47,12 +48,11 @@ def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0)
     }
 
 
-def _decayed(
-    matrices: list[nn.Parameter], vectors: list[nn.Parameter], lr: float, config: TrainConfig
+def _groups(
+    matrices: list[nn.Parameter], lr: float, vectors: list[nn.Parameter], norm_lr: float, config: TrainConfig
 ) -> list[dict[str, Any]]:
-    if config.decay_norms:
-        return [_group(matrices + vectors, lr, config.weight_decay)]
-    return [_group(matrices, lr, config.weight_decay), _group(vectors, lr)]
+    norm_decay = config.weight_decay if config.decay_norms else 0.0
+    return [_group(matrices, lr, config.weight_decay), _group(vectors, norm_lr, norm_decay)]
 
 
 # State is made here, filled: left to themselves, the fused updates make it in the first step, where an update that is

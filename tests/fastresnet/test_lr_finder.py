@@ -43,13 +43,15 @@ def test_rates_grow_by_one_factor_and_keep_their_proportion(run, tmp_path, monke
     monkeypatch.setattr(TrainStep, "__call__", note)
     monkeypatch.chdir(tmp_path)
     settings = ["--optimizer", optimizer, "--lr", 0.02, "--sgd-lr", 0.06, "--lr-batch-size", 128, "--iterations", 3]
+    settings += ["--norm-lr", 0.1]
     code, out, err = run("train", "smoke", "--data", "shapes10", "--batch-size", 32, *settings, "--find-lr", "lr.png")
     assert (code, err) == (0, "")
-    expected = [[1e-5 * 1e6 ** (i / 19) / 4 * factor for factor in (1, 3)[: len(taken[0])]] for i in range(20)]
+    factors = {"sgd": (1, 1), "muon": (1, 3, 5)}[optimizer]
+    expected = [[1e-5 * 1e6 ** (i / 19) / 4 * factor for factor in factors] for i in range(20)]
     assert np.allclose(taken, expected[: len(taken)], rtol=1e-5, atol=0)
     assert len(taken) == 20 or optimizer == "sgd"
-    assert len(taken[0]) == {"sgd": 1, "muon": 2}[optimizer]
-    assert ("--sgd-lr was 3 times as high" in out) == (optimizer == "muon")
+    told = "--sgd-lr was 3 times as high; --norm-lr was 5 times as high" in " ".join(out.split())
+    assert told == (optimizer == "muon")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

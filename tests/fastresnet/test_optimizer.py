@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "nesterov": True, "decay_norms": False, "weight_decay": 5e-3},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "decay_norms": False, "weight_decay": 0.1},
     "muon": {"optimizer": "muon", "lr": 0.05, "sgd_lr": 0.02, "momentum": 0.6, "nesterov": True, "weight_decay": 5e-3},
+    "muon, norm_lr": {"optimizer": "muon", "sgd_lr": 0.02, "norm_lr": 0.5, "nesterov": True, "decay_norms": False},
 }
 
 
@@ -120,10 +121,17 @@ def test_muon_equals_the_published_update():
     for i, of_steps in gradients.items():
         expected = muon_in_numpy(reference[i].weight.detach().numpy(), of_steps, 0.05, 0.6)
         np.testing.assert_allclose(network[i].weight.detach().reshape(8, -1).numpy(), expected, rtol=1e-5, atol=1e-6)
-    # What is no convolution goes to SGD.
-    rest = [p for i in (1, 4) for p in reference[i].parameters()]
-    plain = torch.optim.SGD(rest, lr=0.02, momentum=0.6, nesterov=True, weight_decay=5e-3)
-    take_steps(reference, [plain], range(3))
+
+
+@pytest.mark.parametrize("norm_lr", [None, 0.5])
+def test_muon_leaves_what_is_no_convolution_to_sgd(norm_lr):
+    """Norms and biases at a learning rate of their own, where they have one."""
+    network, reference = small_network(), small_network()
+    optimizers = create_optimizers(network, TrainConfig(**OPTIMIZERS["muon"], norm_lr=norm_lr))
+    take_steps(network, optimizers, range(3))
+    rates = [(reference[4].weight, 0.02), *((p, norm_lr or 0.02) for p in reference.parameters() if p.ndim == 1)]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in rates]
+    take_steps(reference, [torch.optim.SGD(groups, momentum=0.6, nesterov=True, weight_decay=5e-3)], range(3))
     for i in (1, 4):
         for a, b in zip(network[i].parameters(), reference[i].parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
