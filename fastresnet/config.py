@@ -110,6 +110,8 @@ class TrainConfig:
     """Share of the label that is spread evenly over all classes."""
     drop_path: float = 0.0
     """Stochastic depth: rate at which the last block is left out, falling linearly to the first; 0: none."""
+    zero_init_residual: bool = False
+    """Start every residual branch at zero, by the weights of its last batch norm."""
     normalization: str = "half"
     """half (mean = std = 0.5), channel (the data set's mean and std) or pixel (the paper's per-pixel mean)."""
 
@@ -172,7 +174,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not in {low}..{high}.")
-        check_model(self.model, self.shortcut, self.drop_path)
+        check_model(self.model, self.shortcut, self.drop_path, self.zero_init_residual)
         _ = self.augmentation  # checks its own fields
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"--batch-size {self.batch_size}: mixup and CutMix mix pairs; give an even number.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastresnet.config import TrainConfig, differences
-from fastresnet.models import model_depth, model_shortcuts
+from fastresnet.models import can_start_as_identities, model_depth, model_shortcuts
 from pipelines.errors import check_choice
 
 
@@ -52,6 +52,7 @@ def fast(model: str = "resnet20") -> TrainConfig:
     short of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as
     in airbench, so that every image is seen both ways.
     """
+    deep = model_depth(model) > 20
     return TrainConfig(
         recipe="fast",
         model=model,
@@ -66,10 +67,11 @@ def fast(model: str = "resnet20") -> TrainConfig:
         weight_decay=5e-4,
         decay_norms=False,
         schedule="linear",
-        crop_padding=2 if model_depth(model) <= 20 else 4,
+        crop_padding=4 if deep else 2,
         padding_mode="reflect",
         flip="alternating",
         label_smoothing=0.1,
+        zero_init_residual=deep and can_start_as_identities(model),
         normalization="channel",
     )
 

@@ -27,6 +27,11 @@ class _Model:
     def is_plain(self) -> bool:
         return "plain" in self.options
 
+    @property
+    def has_normed_branches(self) -> bool:
+        """Whether batch norm is the last layer of what its shortcuts lead around."""
+        return not self.is_plain and self.family != "preresnet"
+
 
 _MODELS = {
     **{f"resnet{depth}": _Model("resnet", depth) for depth in DEPTHS},
@@ -64,7 +69,13 @@ def model_shortcuts(name: str) -> tuple[str, ...]:
     return _MODELS[name].shortcuts
 
 
-def check_model(name: str, shortcut: str, drop_path: float) -> None:
+def can_start_as_identities(name: str) -> bool:
+    """Whether `create_model` takes `zero_init_residual` for model `name`."""
+    check_choice("model", name, _MODELS)
+    return _MODELS[name].has_normed_branches
+
+
+def check_model(name: str, shortcut: str, drop_path: float, zero_init_residual: bool = False) -> None:
     """Raise `UsageError`, which says why, where `create_model` cannot build that."""
     check_choice("model", name, _MODELS)
     check_choice("shortcut", shortcut, SHORTCUTS)
@@ -78,20 +89,33 @@ def check_model(name: str, shortcut: str, drop_path: float) -> None:
         raise UsageError(f"drop path rate {drop_path} is not in 0..1 (1 excluded).")
     if drop_path and model.is_plain:
         raise UsageError(f"drop path rate {drop_path}: {name} has no shortcuts to bridge a block left out. Use 0.")
+    if zero_init_residual and not model.has_normed_branches:
+        raise UsageError(
+            f"zero-init residual: {name} has no residual branches that end in a batch norm, whose weights would be 0. "
+            "Leave it out."
+        )
 
 
-def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B", drop_path: float = 0.0) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    shortcut: str = "B",
+    drop_path: float = 0.0,
+    zero_init_residual: bool = False,
+) -> nn.Module:
     """Build network `name` with freshly initialised weights from torch's global generator.
 
     `shortcut` says how a residual network bridges a change of width: `A` (identity, subsampled and padded with zero
     channels) or `B` (1x1 convolution, and batch norm unless the network is a pre-activation one). Plain networks, which
     have no shortcuts, and ResNet-9, whose shortcuts bridge no change of width, take no notice of it. `drop_path` is the
     rate of stochastic depth in the last block, for whose randomness see `stochastic_depth.seed_stochastic_depth`.
-    Images go in as [N, 3, 32, 32], logits come out as [N, num_classes]. Raises `UsageError` as `check_model` does.
+    `zero_init_residual` starts every residual branch at zero by the weights of its last batch norm (Goyal et al. 2017,
+    "Accurate, Large Minibatch SGD", section 5.1), so that a deep network begins as a shallow one. Images go in as [N, 3, 32, 32], logits come out as [N, num_classes]. Raises `UsageError` as `check_model` does.
     """
-    check_model(name, shortcut, drop_path)
+    check_model(name, shortcut, drop_path, zero_init_residual)
     from .preresnet import create_preresnet
-    from .resnet import create_resnet
+    from .resnet import create_resnet, zero_branches
     from .resnet9 import create_resnet9
     from .resnext import create_resnext
 
@@ -103,4 +127,7 @@ def create_model(name: str, *, num_classes: int = 10, shortcut: str = "B", drop_
         "resnet9": create_resnet9,
     }
     create = families[model.family]
-    return create(model.depth, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path, **model.options)
+    network = create(model.depth, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path, **model.options)
+    if zero_init_residual:
+        zero_branches(network)
+    return network

@@ -139,6 +139,14 @@ def initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def zero_branches(network: nn.Module) -> None:
+    """Set the weights of each block's last batch norm, those of its shortcut aside, to zero."""
+    for block in network.modules():
+        if hasattr(block, "downsample"):
+            *_, last = (child for child in block.children() if isinstance(child, BatchNorm2d))
+            nn.init.zeros_(last.weight)
+
+
 def create_resnet(
     depth: int,
     *,

@@ -225,7 +225,11 @@ class Trainer:
     def _create_model(self) -> nn.Module:
         config = self.config
         return create_model(
-            config.model, num_classes=len(self.dataset.classes), shortcut=config.shortcut, drop_path=config.drop_path
+            config.model,
+            num_classes=len(self.dataset.classes),
+            shortcut=config.shortcut,
+            drop_path=config.drop_path,
+            zero_init_residual=config.zero_init_residual,
         )
 
     def _create_mixer(self) -> Mixer | None:
