@@ -110,8 +110,9 @@ def create_model(
     channels) or `B` (1x1 convolution, and batch norm unless the network is a pre-activation one). Plain networks, which
     have no shortcuts, and ResNet-9, whose shortcuts bridge no change of width, take no notice of it. `drop_path` is the
     rate of stochastic depth in the last block, for whose randomness see `stochastic_depth.seed_stochastic_depth`.
-    `zero_init_residual` starts every residual branch at zero by the weights of its last batch norm (Goyal et al. 2017,
-    "Accurate, Large Minibatch SGD", section 5.1), so that a deep network begins as a shallow one. Images go in as [N, 3, 32, 32], logits come out as [N, num_classes]. Raises `UsageError` as `check_model` does.
+    `zero_init_residual` starts every residual branch at zero, by the weights of its last batch norm (Goyal et al. 2017,
+    "Accurate, Large Minibatch SGD", section 5.1), so that a deep network begins as a shallow one. Images go in as
+    [N, 3, 32, 32], logits come out as [N, num_classes]. Raises `UsageError` as `check_model` does.
     """
     check_model(name, shortcut, drop_path, zero_init_residual)
     from .preresnet import create_preresnet

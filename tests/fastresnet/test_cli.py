@@ -69,6 +69,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["train", "--model", "wrn16-2", "--shortcut", "A"], ["shortcut A is not defined for wrn16-2", "shortcut B"]),
         (["train", "--model", "preresnet164", "--shortcut", "A"], ["widens in its first stage too", "shortcut B"]),
         (["train", "--model", "plain56", "--drop-path", "0.1"], ["plain56 has no shortcuts", "Use 0"]),
+        (["train", "--model", "wrn16-2", "--zero-init-residual"], ["wrn16-2 has no residual branches", "Leave it out"]),
         (["train", "smoke", "--data", "shapes10", "--batch-size", "332"], ["batch size 332", "331 images"]),
         (["train", "smoke", "--data", "shapes10", "--val-split", "331"], ["cannot hold 331 images out of 331"]),
         (["train", "--config", "nowhere.toml"], ["cannot read the config nowhere.toml"]),

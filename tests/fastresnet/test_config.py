@@ -103,6 +103,17 @@ def test_the_baseline_drops_the_learning_rate_after_epochs_80_and_120_of_160(ste
     assert [rate for rate, _ in found] == pytest.approx([0.1, 0.01, 0.001], rel=1e-12)
 
 
+@pytest.mark.parametrize("model", list_models())
+def test_deep_networks_start_shallow_where_they_can(model):
+    """With the recipes that are this program's own; those of others leave the weights alone."""
+    deep = not any(model.startswith(f"{family}20") for family in ("resnet", "se-resnet", "plain", "preresnet"))
+    normed = model.startswith(("resnet", "se-resnet", "resnext"))
+    for recipe in (fast, best):
+        assert recipe(model).zero_init_residual == (deep and normed and not model.startswith("resnet9"))
+    for recipe in (paper, baseline):
+        assert not recipe(model).zero_init_residual
+
+
 def test_the_baseline_has_the_usual_settings():
     config = baseline()
     assert (config.epochs, config.iterations, config.batch_size) == (160, None, 128)
@@ -293,6 +304,7 @@ CHANGED = {
     "cutmix": 1.0,
     "label_smoothing": 0.1,
     "drop_path": 0.2,
+    "zero_init_residual": True,
     "momentum": 0.85,
     "weight_decay": 5e-4,
     "clip_norm": 1.5,
@@ -487,6 +499,7 @@ VALID = {
     "cutmix": st.floats(0, 100),
     "label_smoothing": st.floats(0, 1),
     "drop_path": st.floats(0, 0.99),
+    "zero_init_residual": st.booleans(),
     "momentum": st.floats(0, 1),
     "weight_decay": st.floats(0, 1),
     "clip_norm": st.floats(0, 1e6),
@@ -517,6 +530,8 @@ def made_possible(values):
     """`values` with those taken back that exclude others."""
     if values["model"].startswith("plain"):
         values["drop_path"] = 0.0
+    if values["model"].startswith(("plain", "preresnet", "wrn")):
+        values["zero_init_residual"] = False
     if not values["model"].startswith(("resnet", "plain", "se-resnet")):
         values["shortcut"] = "B"
     if values["pipeline"] not in ("auto", "dali"):

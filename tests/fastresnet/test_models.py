@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastresnet.device import autocast
-from fastresnet.models import batchnorm, check_model, create_model, list_models, model_depth
+from fastresnet.models import batchnorm, can_start_as_identities, check_model, create_model, list_models, model_depth
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.stochastic_depth import StochasticDepth, seed_stochastic_depth
 from pipelines.errors import UsageError
@@ -154,11 +154,20 @@ def test_a_plain_network_has_no_blocks_to_leave_out(take):
         take("plain56", "B", 0.1)
 
 
+@pytest.mark.parametrize("name", ["plain56", "preresnet20", "preresnet164", "wrn16-2"])
+def test_branches_without_a_batch_norm_at_their_end_cannot_start_at_zero(name):
+    for take in (create_model, lambda name, **options: check_model(name, "B", 0, **options)):
+        with pytest.raises(UsageError, match=f"{name} has no residual branches that end in a batch norm"):
+            take(name, zero_init_residual=True)
+    assert not can_start_as_identities(name)
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_everything_else_is_possible(name):
     for shortcut in "B" if name in WITHOUT_SHORTCUT_A else "AB":
         for drop_path in (0, 0.0) if name.startswith("plain") else (0, 0.0, 0.5, 0.999):
-            check_model(name, shortcut, drop_path)
+            for zero_init_residual in {False, can_start_as_identities(name)}:
+                check_model(name, shortcut, drop_path, zero_init_residual)
 
 
 def test_naming_the_networks_does_not_import_torch():
@@ -628,6 +637,23 @@ def test_torch_compile_takes_the_network_as_one_graph(name, shortcut):
     torch._dynamo.reset()
     explanation = torch._dynamo.explain(create_model(name, shortcut=shortcut))(torch.randn(2, 3, 32, 32))
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "se-resnet20", "resnext29-2x16d", "resnet9-narrow"])
+def test_a_network_whose_branches_start_at_zero_is_one_of_shortcuts_alone(name):
+    """Their squeeze and excitation aside, which scales a zero. Only the weights of the branches' last norms differ."""
+    torch.manual_seed(0)
+    network = create_model(name, zero_init_residual=True).double().eval()
+    torch.manual_seed(0)
+    usual = create_model(name).double().eval()
+    for block in usual.modules():
+        if hasattr(block, "downsample"):
+            block.forward = lambda x, block=block: torch.relu(block.downsample(x))
+    images = random_images()
+    torch.testing.assert_close(network(images), usual(images), rtol=1e-10, atol=1e-10)
+    differ = {key for key, value in network.state_dict().items() if not value.equal(usual.state_dict()[key])}
+    assert {key.split(".")[-2] for key in differ} == {"bn3" if name.startswith("resnext") else "bn2"}
+    assert len(differ) == sum(hasattr(block, "downsample") for block in network.modules())
 
 
 @pytest.mark.parametrize(("name", "shortcut"), SMALLEST)
