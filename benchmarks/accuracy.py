@@ -71,7 +71,8 @@ def reproduction_table(summaries: Iterable[Summary]) -> str:
 def runs_table(summaries: Iterable[Summary]) -> str:
     """What was run, as Markdown: accuracy, and the time and arithmetic it took, for each recipe and network."""
     head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
-    return markdown_table(head, [_run_row(*key, runs) for key, runs in _grouped(summaries).items()])
+    described = (_described(*key, runs) for key, runs in _grouped(summaries).items())
+    return markdown_table(head, [[cells[column] for column in head] for cells in described])
 
 
 def speedrun_table(summaries: Iterable[Summary]) -> str:
@@ -83,25 +84,27 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
     ]
     for (recipe, model), runs in _grouped(summaries).items():
         if recipe == "speedrun":
-            _, _, epochs, _, single, mirrored, pflop, *_ = _run_row(recipe, model, runs)
-            rows.append([f"`speedrun`, {model}", epochs, pflop, str(len(runs)), single, mirrored, "–"])
+            cells = _described(recipe, model, runs)
+            measured = [cells["epochs"], cells["PFLOP"], str(len(runs)), cells["test accuracy"], cells["mirrored"]]
+            rows.append([f"`speedrun`, {model}", *measured, "–"])
     return markdown_table(head, rows)
 
 
-def _run_row(recipe: str, model: str, runs: list[Summary]) -> list[str]:
+def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
+    """Cells by their column."""
     minutes = statistics.median(run["train_seconds"] for run in runs) / 60
     devices = {f"{run['environment']['device']}, {run['environment']['threads']} used" for run in runs}
-    return [
-        f"`{recipe}`",
-        model,
-        _epochs(runs),
-        ", ".join(str(run["seed"]) for run in runs),
-        f"{mean_and_spread([run['test_accuracy'] for run in runs])} %",
-        f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
-        f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
-        f"{minutes:.0f}",
-        "; ".join(sorted(devices)),
-    ]
+    return {
+        "recipe": f"`{recipe}`",
+        "network": model,
+        "epochs": _epochs(runs),
+        "seeds": ", ".join(str(run["seed"]) for run in runs),
+        "test accuracy": f"{mean_and_spread([run['test_accuracy'] for run in runs])} %",
+        "mirrored": f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
+        "PFLOP": f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
+        "minutes": f"{minutes:.0f}",
+        "device": "; ".join(sorted(devices)),
+    }
 
 
 def _error_cell(runs: list[Summary]) -> str:
