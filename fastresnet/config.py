@@ -68,10 +68,10 @@ class TrainConfig:
     lr: float = 0.1
     """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
     sgd_lr: float = 0.1
-    """Peak learning rate of what muon leaves to SGD: norms, biases, the linear layer."""
+    """Peak learning rate of what muon leaves to SGD: the linear layer, norms and biases."""
     norm_lr: float | None = None
-    """With muon, the peak learning rate of norms and biases where it is not --sgd-lr: they bear more than the linear
-    layer does."""
+    """With muon, the peak learning rate of norms and biases, which bear more than the linear layer does. Without it,
+    --sgd-lr."""
     lr_batch_size: int | None = None
     """Batch size that the learning rates are meant for: they grow and shrink with --batch-size (the linear scaling rule
     of Goyal et al. 2017). Without it, they are taken as they are."""
