@@ -111,7 +111,8 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     told = {"steepest descent": found.steepest, "a tenth of the lowest loss's": found.tenth_of_lowest}
     save_figure(sweep(found.rates, found.losses, found.smoothed.tolist(), told), picture)
     others = {"--sgd-lr": config.sgd_lr, "--norm-lr": config.norm_lr} if config.optimizer == "muon" else {}
-    beside = "".join(f"; {name} was {rate / config.lr:g} times as high" for name, rate in others.items() if rate)
+    given = {name: rate / config.lr for name, rate in others.items() if rate is not None}
+    beside = "".join(f"; {name} was {times:g} times as high" for name, times in given.items())
     print_table(
         f"--lr{beside}",
         [*((what, f"{rate:.2g}") for what, rate in told.items()), (f"of {config.recipe} as given", f"{config.lr:g}")],
