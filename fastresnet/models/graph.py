@@ -17,6 +17,7 @@ from pipelines.sampling import IMAGE_SIZE
 from .batchnorm import BatchNorm2d
 from .layers import layer_kind
 from .resnet import SqueezeExcitation
+from .resnet9 import PatchWhitening
 
 _FUNCTIONS = {
     "add": "sum",
@@ -89,7 +90,13 @@ def graph(model: nn.Module) -> list[Box]:
 
 def _box(node: Node, module: nn.Module | None, inputs: tuple[int, ...], before: Sequence[Box]) -> Box:
     owner = next(reversed(node.meta.get("nn_module_stack", {})), "")
-    color = {nn.Conv2d: "conv", BatchNorm2d: "norm", nn.Linear: "linear", SqueezeExcitation: "scale"}
+    color = {
+        nn.Conv2d: "conv",
+        PatchWhitening: "conv",
+        BatchNorm2d: "norm",
+        nn.Linear: "linear",
+        SqueezeExcitation: "scale",
+    }
     beside = ".downsample" in owner
     return Box(
         name=owner,
@@ -111,7 +118,7 @@ def _kind(node: Node, module: nn.Module | None) -> str:
         return (
             "BatchNorm2d" + (" + shortcut" if len(node.all_input_nodes) > 1 else "") + (", ReLU" if module.relu else "")
         )
-    return layer_kind(module)
+    return layer_kind(module) + (", ReLU" if isinstance(module, PatchWhitening) else "")
 
 
 def draw_graph(boxes: Sequence[Box], title: str, subtitle: str) -> str:

@@ -134,6 +134,8 @@ def initialize(module: nn.Module) -> None:
     """He, Zhang, Ren & Sun, "Delving Deep into Rectifiers", 2015; convolutions by fan-out, as in the authors' code."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         nn.init.zeros_(module.bias)

@@ -19,13 +19,14 @@ from pipelines.errors import UsageError
 
 
 def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """What updates the parameters of `model`, every one once. `peak_lr` of each group is what a schedule scales.
+    """What updates each trained parameter of `model` once. `peak_lr` of each group is what a schedule scales.
 
     `sgd` with momentum, as in He et al. 2015; `adamw` (Loshchilov & Hutter 2019); `muon` for convolutions and SGD for
     what is left, as in Jordan's cifar10-airbench. Weight decay on norms and biases only with `config.decay_norms`.
     """
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vectors = [parameter for parameter in trained if parameter.ndim == 1]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
     if config.optimizer == "muon":
         kernels = [parameter for parameter in matrices if parameter.ndim == 4]
         rest = [parameter for parameter in matrices if parameter.ndim != 4]

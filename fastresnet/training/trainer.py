@@ -38,6 +38,7 @@ from fastresnet.distributed import ALONE, Ranks, connected
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
+from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import changed_settings
 from fastresnet.training.engine import Engine, faster_backend
@@ -47,7 +48,7 @@ from fastresnet.training.regularization import Mixer
 from fastresnet.training.schedule import lr_factor
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, choose_pipeline, open_pipeline
-from pipelines.augment import Normalization
+from pipelines.augment import Normalization, normalize
 from pipelines.errors import DataError, Note, RunError, UsageError, UserError
 from pipelines.files import write_bytes, write_json
 from pipelines.store import Dataset
@@ -60,6 +61,8 @@ STATUS_EVERY = {"cpu": 1, "cuda": 100}
 _INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
 
 _REHEARSED_STEPS = 20
+
+_WHITENED_FROM = 5000  # images, as in cifar10-airbench
 
 # Any of these makes a folder a run's, to be continued or left alone.
 _RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
@@ -184,7 +187,9 @@ class Trainer:
         self.total_steps = config.total_steps(len(self.pipeline))
 
         torch.manual_seed(config.seed)
-        self.model = self._create_model().to(self.device).to(memory_format=torch.channels_last)
+        self.model = self._create_model()
+        _fit_whitening(self.model, training, config.normalization)
+        self.model.to(self.device).to(memory_format=torch.channels_last)
         if config.sync_bn and not ranks.alone:
             synchronize_batch_norms(self.model)
         self.optimizers = create_optimizers(self.model, config)
@@ -658,6 +663,15 @@ class Trainer:
 
             title = f"{self.config.model} on {self.dataset.name}, recipe {self.config.recipe}, seed {self.config.seed}"
             plot_curves(self.folder / "curves.png", self.progress.rows, title=title, evaluated_on=self.evaluated_on)
+
+
+def _fit_whitening(model: nn.Module, dataset: Dataset, normalization: str) -> None:
+    """Set the filters of the layers that whiten from the first of the training images."""
+    for layer in model.modules():
+        if isinstance(layer, PatchWhitening):
+            images = dataset.train.images[dataset.train.ids[:_WHITENED_FROM]]
+            constants = Normalization.of(normalization, dataset)
+            layer.fit(normalize(torch.as_tensor(images), constants, torch.float32))
 
 
 def _load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -293,17 +294,32 @@ def tally_resnext(cardinality, width):
     return tally
 
 
-def tally_resnet9(widths):
-    tally, in_channels = Tally(), 3
-    for channels, side in zip(widths, (32, 32, 16, 8), strict=True):  # before pooling
+def tally_resnet9():
+    tally = Tally()
+    for in_channels, channels, side in ((3, 64, 32), (64, 128, 32), (128, 256, 16), (256, 512, 8)):  # before pooling
         tally.conv(in_channels, channels, 3, side)
         tally.norm(channels)
-        in_channels = channels
-    for channels, side in ((widths[1], 16), (widths[3], 4)):
+    for channels, side in ((128, 16), (512, 4)):
         for _ in range(2):
             tally.conv(channels, channels, 3, side)
             tally.norm(channels)
-    tally.linear(widths[3], 10)
+    tally.linear(512, 10)
+    return tally
+
+
+def tally_narrow_resnet9():
+    """The first layer has biases in place of a norm, and no padding."""
+    tally = Tally()
+    tally.conv(3, 24, 2, 31)
+    tally.parameters += 24
+    for in_channels, channels, side in ((24, 64, 31), (64, 256, 15), (256, 256, 7)):
+        tally.conv(in_channels, channels, 3, side)
+        tally.norm(channels)
+    for channels, side in ((64, 15), (256, 3)):
+        for _ in range(2):
+            tally.conv(channels, channels, 3, side)
+            tally.norm(channels)
+    tally.linear(256, 10)
     return tally
 
 
@@ -320,8 +336,8 @@ TALLIES = {
     "resnext29-2x16d": lambda: tally_resnext(2, 16),
     "resnext29-4x64d": lambda: tally_resnext(4, 64),
     "resnext29-8x64d": lambda: tally_resnext(8, 64),
-    "resnet9": lambda: tally_resnet9((64, 128, 256, 512)),
-    "resnet9-narrow": lambda: tally_resnet9((32, 64, 256, 256)),
+    "resnet9": tally_resnet9,
+    "resnet9-narrow": tally_narrow_resnet9,
 }
 
 
@@ -454,7 +470,11 @@ class Layers:
         def norm_relu(name, x):
             return F.relu(self.norm(name, x))
 
-        x, number = norm_relu("bn1", self.conv("conv1", x, padding=1)), 0
+        if "bn1.weight" in self.state:
+            x = norm_relu("bn1", self.conv("conv1", x, padding=1))
+        else:
+            x = F.relu(self.conv("conv1", x) + self.state["conv1.bias"][:, None, None])
+        number = 0
         for stage in (1, 2, 3):
             x = norm_relu(f"layer{stage}.0.bn1", F.max_pool2d(self.conv(f"layer{stage}.0.conv1", x, padding=1), 2))
             if stage != 2:
@@ -462,7 +482,7 @@ class Layers:
                 out = norm_relu(f"{block}.bn1", self.conv(f"{block}.conv1", x, padding=1))
                 out = self.norm(f"{block}.bn2", self.conv(f"{block}.conv2", out, padding=1))
                 x, number = F.relu(self.scaled(number, out) + x), number + 1
-        return self.linear("fc", F.max_pool2d(x, 4).flatten(1) / 8)
+        return self.linear("fc", x.flatten(2).max(2).values / 8)
 
     def pre_activation(self, x, blocks, option, bottleneck=False):
         x = self.conv("conv1", x, padding=1)
@@ -520,6 +540,7 @@ REFERENCES = [
     ("preresnet164", "B", lambda layers, x: layers.pre_activation(x, 18, "B", bottleneck=True)),
     ("wrn16-2", "B", lambda layers, x: layers.pre_activation(x, 2, "B")),
     ("resnext29-2x16d", "B", lambda layers, x: layers.resnext(x, 2)),
+    ("resnet9", "B", lambda layers, x: layers.resnet9(x)),
     ("resnet9-narrow", "B", lambda layers, x: layers.resnet9(x)),
 ]
 REFERENCE_IDS = [f"{name}-{shortcut}" for name, shortcut, _ in REFERENCES]
@@ -535,7 +556,7 @@ def test_the_network_equals_its_layers_written_out(name, shortcut, reference):
 
 def assert_trains_as(network, layers, images, reference):
     """Logits and gradients of a training step, with those of the written-out `layers`."""
-    parameters = dict(network.named_parameters())
+    parameters = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
     layers.state = {**layers.state, **{k: v.detach().clone().requires_grad_() for k, v in parameters.items()}}
     expected = reference(layers, images)
     logits = network.train()(images)
@@ -616,11 +637,14 @@ def test_the_memory_layout_does_not_change_the_logits(name, shortcut):
     ("name", "shortcut"),
     [*SMALLEST, ("resnet56", "A"), ("resnet110", "B"), ("plain110", "B"), ("preresnet164", "B")],
 )
-def test_the_gradient_reaches_every_parameter(name, shortcut):
+def test_the_gradient_reaches_every_parameter_that_is_trained(name, shortcut):
     torch.manual_seed(0)
     network = create_model(name, shortcut=shortcut)
     F.cross_entropy(network(random_images(4).float()), torch.arange(4)).backward()
     for parameter_name, parameter in network.named_parameters():
+        if (name, parameter_name) == ("resnet9-narrow", "conv1.weight"):
+            assert parameter.grad is None
+            continue
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.any(), parameter_name
@@ -672,7 +696,8 @@ def test_torch_export_takes_the_network_for_batches_of_every_size(name, shortcut
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGEST else name for name in list_models()]
 )
 def test_every_network_trains(name, precision):
-    """Two steps on images of 8x8 pixels, which the layers take as well, move every parameter.
+    """Two steps on images of 8x8 pixels (16x16 where patches are whitened), which the layers take as well, move every
+    parameter that is trained.
 
     Without shortcuts, gradients grow by a factor of about 1.2 with each layer that they go back through (Yang et al.,
     "A mean field theory of batch normalization", 2019): after 1202 layers beyond fp32, after 110 beyond fp16.
@@ -680,7 +705,8 @@ def test_every_network_trains(name, precision):
     torch.manual_seed(0)
     network = create_model(name).to(memory_format=torch.channels_last)
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    size = 16 if name == "resnet9-narrow" else 8
+    images = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)  # whose steps do not depend on the gradient's size
     explodes = name == "plain1202" or (name, precision) == ("plain110", "fp16")
     for _ in range(2):
@@ -695,7 +721,7 @@ def test_every_network_trains(name, precision):
         optimizer.zero_grad()
     for old, (key, parameter) in zip(before, network.named_parameters(), strict=True):
         assert parameter.isfinite().all(), key
-        assert not torch.equal(parameter, old), key
+        assert torch.equal(parameter, old) != parameter.requires_grad, key
 
 
 @pytest.mark.parametrize(
@@ -756,6 +782,32 @@ def test_batch_norms_start_as_identities_and_biases_at_zero(name, shortcut):
 def initial_weights(seed):
     torch.manual_seed(seed)
     return nn.utils.parameters_to_vector(create_model("resnet20").parameters())
+
+
+@pytest.mark.parametrize("size", [(40, 3, 32, 32), (700, 3, 5, 9)])
+def test_whitened_patches_have_unit_variance_and_no_correlation(size):
+    """In NumPy, patch by patch; what 5e-4, added to each component's variance, leaves of it."""
+    images = np.random.default_rng(0).normal(size=size)
+    images = images.cumsum(2).cumsum(3)  # neighbours are alike, as in photographs
+    images[:, 1] += images[:, 0]
+    images /= images.std()
+    layer = create_model("resnet9-narrow").double().conv1
+    layer.fit(torch.from_numpy(images))
+    filters = layer.weight.numpy().reshape(24, 12)
+    assert not layer.weight.requires_grad
+    np.testing.assert_array_equal(filters[12:], -filters[:12])
+    positions = [(y, x) for y in range(size[2] - 1) for x in range(size[3] - 1)]
+    patches = np.concatenate([images[:, :, y : y + 2, x : x + 2].reshape(-1, 12) for y, x in positions])
+    moments = patches.T @ patches / len(patches)
+    whitened = filters[:12] @ moments @ filters[:12].T
+    variances = np.linalg.eigvalsh(moments)
+    np.testing.assert_allclose(whitened, np.diag(variances / (variances + 5e-4)), atol=1e-9)
+    nn.init.normal_(layer.bias)
+    with torch.no_grad():
+        out = layer(torch.from_numpy(images)).numpy()
+    corner = images[:, :, 2:4, 3:5].reshape(-1, 12) @ filters.T + layer.bias.detach().numpy()
+    np.testing.assert_allclose(out[:, :, 2, 3], np.maximum(corner, 0), rtol=1e-10, atol=1e-10)
+    assert out.shape == (size[0], 24, size[2] - 1, size[3] - 1)
 
 
 def test_the_seed_decides_the_initial_weights():

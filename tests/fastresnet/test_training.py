@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fastresnet import cli
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
 from fastresnet.config import from_toml
+from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.recipes import RECIPES
 from fastresnet.training.step import TrainStep
 from pipelines import is_installed
@@ -321,6 +322,19 @@ def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tm
     code, _, _ = run("eval", "--weights", tmp_path / "run" / "best.ckpt", "--json", tmp_path / "best.json")
     assert code == 0
     assert json.loads((tmp_path / "best.json").read_text())["test_accuracy"] == summary["best_accuracy"]
+
+
+def test_whitening_is_of_the_training_images_and_is_not_trained(run, tmp_path, dataset):
+    """Of those that are not held out."""
+    arguments = ("--model", "resnet9-narrow", "--val-split", 60, "--ema-decay", 0.9, "--out", tmp_path / "run")
+    assert run("train", *SMALL, *arguments)[0] == 0
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    images = dataset.hold_out(60)[0].train
+    pixels = (images.images[images.ids] / 255 - 0.5) / 0.5
+    layer = PatchWhitening()
+    layer.fit(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    torch.testing.assert_close(found["conv1.weight"], layer.weight.data, rtol=1e-4, atol=1e-4)
+    assert found["conv1.bias"].all()
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "best.ckpt", "model.safetensors"])
