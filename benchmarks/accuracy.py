@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable
@@ -234,8 +235,12 @@ def publish(run: Path) -> None:
 
 
 def _summary(run: Path) -> Summary:
+    """The contents of `summary.json`, without a folder of this machine in the command."""
     try:
-        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        environment = summary["environment"]
+        environment["command"] = re.sub(r" --out[ =]('[^']*'|\S+)", "", environment["command"])
+        return summary
     except FileNotFoundError:
         raise DataError(f"{run} is no finished run: it has no summary.json.") from None
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
-from fastresnet.config import COMPILE, TrainConfig, differences
+from fastresnet.config import COMPILE, TrainConfig, differences, from_dict
 from fastresnet.device import (
     DTYPES,
     environment,
@@ -482,9 +482,11 @@ class Trainer:
                 f"{self.folder} was trained on another data set {description['data']!r} than the one in "
                 f"{self.dataset.folder}. Point --data or --root to that one, or give another folder with --out."
             )
-        if self.config.compile == "auto" and (compile_ := description["config"]["compile"]) != "graph":
-            self.config = dataclasses.replace(self.config, compile=compile_)  # as measured then, for the same bits
-        changed = [name for name in differences(self.config.to_dict(), description["config"]) if name != "data"]
+        # A version that did not yet have a setting did what it does by default.
+        begun_with = from_dict(description["config"], f"the checkpoint in {self.folder}")
+        if self.config.compile == "auto" and begun_with.compile != "graph":
+            self.config = dataclasses.replace(self.config, compile=begun_with.compile)  # as measured, for the same bits
+        changed = [n for n in differences(self.config.to_dict(), begun_with.to_dict()) if n != "data"]
         if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
             raise UsageError(
                 f"{self.folder} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "

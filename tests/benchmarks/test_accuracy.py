@@ -77,16 +77,21 @@ def test_runs_on_other_data_or_with_other_settings_do_not_count(tmp_path):
     assert [run["seed"] for run in read_summaries(tmp_path)] == [0]
 
 
-def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["", " --out /somewhere/run", " --out='/some where/run'"])
+def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkeypatch, folder):
+    """And no folder of the machine."""
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(DataError, match="run is no finished run"):
         accuracy.add([run])
-    (run / "summary.json").write_text(json.dumps(summary(3, 91.0)))
+    written, kept = summary(3, 91.0), summary(3, 91.0)
+    written["environment"]["command"] = f"fastresnet train{folder} --seed 3"
+    kept["environment"]["command"] = "fastresnet train --seed 3"
+    (run / "summary.json").write_text(json.dumps(written))
     (run / "metrics.csv").write_text("epoch\n1\n")
     accuracy.add([run])
-    assert json.loads((tmp_path / "results" / "paper-resnet20-seed3.json").read_text()) == summary(3, 91.0)
+    assert json.loads((tmp_path / "results" / "paper-resnet20-seed3.json").read_text()) == kept
     assert (tmp_path / "results" / "paper-resnet20-seed3.csv").read_text() == "epoch\n1\n"
 
 

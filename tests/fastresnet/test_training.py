@@ -209,6 +209,23 @@ def test_resuming_with_other_settings_is_refused_and_names_them(finished, run):
     assert f"--config {folder / 'config.toml'}" in err
 
 
+def test_a_run_goes_on_that_began_before_a_setting_existed(finished, run, tmp_path):
+    folder, _ = finished
+    tensors, description = load_tensors(folder / "last.ckpt")
+    del description["config"]["zero_init_residual"]
+    for name in ("summary.json", "metrics.csv"):
+        (folder / name).unlink()
+    save_tensors(folder / "last.ckpt", tensors, description)
+    arguments = (*SMALL, "--epochs", 2, "--out", folder, "--resume")
+    code, _, err = run("train", *arguments, "--zero-init-residual")
+    assert code == 2
+    assert "other settings: zero_init_residual" in err
+    code, out, _ = run("train", *arguments)
+    assert code == 0
+    assert "resuming after step" in out
+    assert (folder / "summary.json").exists()
+
+
 def test_resuming_on_other_data_is_refused(finished, run, tmp_path):
     folder, _ = finished
     run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 331, "--test-images", 91)
