@@ -44,8 +44,9 @@ def fast(model: str = "resnet20") -> TrainConfig:
     """More than the accuracy of the paper's ResNet-20 (91.25 %) in an eighth of its epochs.
 
     `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2), in
-    36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16. ResNet-32: 92.19 %, ResNet-56:
-    92.94 % (seed 0 each), short of the paper's 92.49 and 93.03 %. What was tried is in `docs/fast-recipe.md`.
+    36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16. ResNet-56: 92.77 ± 0.16 %
+    (seeds 0 to 2), ResNet-32: 92.19 % (seed 0), short of the paper's 93.03 and 92.49 %. What was tried is in
+    `docs/fast-recipe.md`.
 
     Muon for the convolutions, whose weights it keeps at a fixed norm, and a learning rate that falls linearly to 0.
     Crops are padded with the mirrored image, as in cifar10-airbench: a network learns what black margins do to its
@@ -53,7 +54,7 @@ def fast(model: str = "resnet20") -> TrainConfig:
     short of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as
     in airbench, so that every image is seen both ways. Deeper networks start as shallow ones where they can, and have
     norms that learn a hundred times as fast as the linear layer: at its rate they stay what they are. The two are worth
-    1.3 points to ResNet-56.
+    1.1 points to ResNet-56.
     """
     deep = model_depth(model) > 20
     return TrainConfig(
