@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -296,15 +297,9 @@ def tally_resnext(cardinality, width):
 
 def tally_resnet9():
     tally = Tally()
-    for in_channels, channels, side in ((3, 64, 32), (64, 128, 32), (128, 256, 16), (256, 512, 8)):  # before pooling
-        tally.conv(in_channels, channels, 3, side)
-        tally.norm(channels)
-    for channels, side in ((128, 16), (512, 4)):
-        for _ in range(2):
-            tally.conv(channels, channels, 3, side)
-            tally.norm(channels)
-    tally.linear(512, 10)
-    return tally
+    tally.conv(3, 64, 3, 32)
+    tally.norm(64)
+    return tally_pooled(tally, 32, (64, 128, 256, 512))
 
 
 def tally_narrow_resnet9():
@@ -312,14 +307,19 @@ def tally_narrow_resnet9():
     tally = Tally()
     tally.conv(3, 24, 2, 31)
     tally.parameters += 24
-    for in_channels, channels, side in ((24, 64, 31), (64, 256, 15), (256, 256, 7)):
+    return tally_pooled(tally, 31, (24, 64, 256, 256))
+
+
+def tally_pooled(tally, side, widths):
+    """Add the stages of a ResNet-9 and its linear layer; the first of `widths` come in, on `side` x `side` pixels."""
+    for stage, (in_channels, channels) in enumerate(itertools.pairwise(widths)):
         tally.conv(in_channels, channels, 3, side)
         tally.norm(channels)
-    for channels, side in ((64, 15), (256, 3)):
-        for _ in range(2):
+        side //= 2
+        for _ in range(0 if stage == 1 else 2):
             tally.conv(channels, channels, 3, side)
             tally.norm(channels)
-    tally.linear(256, 10)
+    tally.linear(widths[-1], 10)
     return tally
 
 
