@@ -97,8 +97,8 @@ def speedrun(model: str = "resnet9-narrow") -> TrainConfig:
     with mirrored views averaged, for 0.98 PFLOP, in 58 minutes of training on one core of an AMD EPYC that had other
     work, in bf16. cifar10-airbench takes 0.29 PFLOP for 94.01 %, with shifted views averaged too (`docs/speedrun.md`).
 
-    `fast` with larger batches, which a GPU is faster with, labels smoothed as in cifar10-airbench, norms that learn fast,
-    and cutout.
+    `fast` with larger batches, which a GPU is faster with, labels smoothed as in cifar10-airbench, norms that learn
+    fast, and cutout.
     """
     return dataclasses.replace(
         fast(model),

@@ -33,14 +33,15 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "summary", arguments)
-    from fastresnet.models import create_model
+    from fastresnet.models import create_model, shortcut_matters
     from fastresnet.models.layers import layers
     from pipelines.files import write_bytes, write_json
 
     model = create_model(options.model, num_classes=options.classes, shortcut=options.shortcut)
     found = layers(model)
     parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
-    title = f"{options.model}, shortcut {options.shortcut}, {options.classes} classes"
+    shortcut = f", shortcut {options.shortcut}" if shortcut_matters(options.model) else ""
+    title = f"{options.model}{shortcut}, {options.classes} classes"
     print_table(
         title,
         [

@@ -75,6 +75,13 @@ def can_start_as_identities(name: str) -> bool:
     return _MODELS[name].has_normed_branches
 
 
+def shortcut_matters(name: str) -> bool:
+    """Whether model `name` has shortcuts that bridge a change of width, so that it depends on the `shortcut` option."""
+    check_choice("model", name, _MODELS)
+    model = _MODELS[name]
+    return not model.is_plain and model.family != "resnet9"
+
+
 def check_model(name: str, shortcut: str, drop_path: float, zero_init_residual: bool = False) -> None:
     """Raise `UsageError`, which says why, where `create_model` cannot build that."""
     check_choice("model", name, _MODELS)

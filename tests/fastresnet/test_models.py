@@ -16,7 +16,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastresnet.device import autocast
-from fastresnet.models import batchnorm, can_start_as_identities, check_model, create_model, list_models, model_depth
+from fastresnet.models import (
+    batchnorm,
+    can_start_as_identities,
+    check_model,
+    create_model,
+    list_models,
+    model_depth,
+    shortcut_matters,
+)
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.stochastic_depth import StochasticDepth, seed_stochastic_depth
 from pipelines.errors import UsageError
@@ -141,6 +149,12 @@ def test_shortcut_a_is_refused_where_the_first_stage_widens(take, name):
     reason = f"shortcut A is not defined for {name}: .* widens in its first stage too. Use shortcut B"
     with pytest.raises(UsageError, match=reason):
         take(name, "A", 0.0)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_shortcut_matters_to_networks_that_have_one_with_a_convolution(name):
+    names = on_meta(name, shortcut="B").state_dict()
+    assert shortcut_matters(name) == any(".downsample.0." in each for each in names)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
