@@ -88,7 +88,9 @@ def best(model: str = "resnet20") -> TrainConfig:
     `fastresnet train best`: 92.97 % on the test set (ResNet-20, last epoch, single view, seed 0), in 48 minutes of
     training on one core of an AMD EPYC that had other work, in bf16. Other networks: not yet measured.
     """
-    return dataclasses.replace(fast(model), recipe="best", epochs=60, norm_lr=3.0, crop_padding=4, cutout=8)
+    shorter = fast(model)
+    norm_lr = shorter.norm_lr or 3.0
+    return dataclasses.replace(shorter, recipe="best", epochs=60, norm_lr=norm_lr, crop_padding=4, cutout=8)
 
 
 def speedrun(model: str = "resnet9-narrow") -> TrainConfig:
@@ -110,6 +112,7 @@ def speedrun(model: str = "resnet9-narrow") -> TrainConfig:
         lr=0.1,
         sgd_lr=0.1,
         norm_lr=3.0,
+        momentum=0.7,
         crop_padding=4,
         cutout=8,
         label_smoothing=0.2,
