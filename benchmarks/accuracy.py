@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import markdown_table, save_figure
-from fastresnet.recipes import RECIPES
+from fastresnet.config import from_dict
+from fastresnet.recipes import RECIPES, changed_settings
 from fastresnet.seeds import mean_and_spread
 from pipelines.errors import DataError
 from pipelines.files import sha256, write_bytes
@@ -51,9 +52,16 @@ Summary = dict[str, Any]
 
 
 def read_summaries(folder: Path = RESULTS) -> list[Summary]:
-    """The `summary.json` of every run that counts: on CIFAR-10, with a recipe's own settings."""
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [each for each in summaries if each["data"] == "cifar10" and not each["changed_settings"]]
+    """The `summary.json` of every run that counts: on CIFAR-10, with the settings that its recipe has today.
+
+    Raises `UsageError` on settings that there are no more.
+    """
+    summaries = {str(path): json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return [
+        summary
+        for path, summary in summaries.items()
+        if summary["data"] == "cifar10" and not changed_settings(from_dict(summary["settings"], path))
+    ]
 
 
 def reproduction_table(summaries: Iterable[Summary]) -> str:

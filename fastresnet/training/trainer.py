@@ -40,7 +40,7 @@ from fastresnet.models import create_model, shortcut_matters
 from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
-from fastresnet.recipes import changed_settings
+from fastresnet.recipes import RECIPES
 from fastresnet.training.engine import Engine, faster_backend
 from fastresnet.training.loggers import Logger, Row, Status, create_loggers
 from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
@@ -49,7 +49,7 @@ from fastresnet.training.schedule import lr_factor
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
-from pipelines.errors import DataError, Note, RunError, UsageError, UserError
+from pipelines.errors import DataError, Note, RunError, UsageError, UserError, check_choice
 from pipelines.files import write_bytes, write_json
 from pipelines.store import Dataset
 
@@ -149,7 +149,7 @@ class Trainer:
     ) -> None:
         """`lr_factors` stand in for the schedule of `config`, one for each step."""
         self._mark = time.perf_counter()
-        self._changed_settings = changed_settings(config)
+        check_choice("recipe", config.recipe, RECIPES)
         self.cold_start = {"import": 0.0, "data": 0.0, **(cold_start or {})}
         """Seconds up to the end of the first step, by cause."""
         self.device, self.ranks = resolve_device(config.device), ranks
@@ -411,7 +411,6 @@ class Trainer:
         return {
             "schema": 1,
             "recipe": config.recipe,
-            "changed_settings": self._changed_settings,
             "model": config.model,
             "data": self.dataset.name,
             "seed": config.seed,
@@ -426,6 +425,7 @@ class Trainer:
             "total_seconds": progress.total_seconds,
             "cold_start": self.cold_start,
             "flops": _training_flops(self._create_model()) * config.batch_size * progress.step,
+            "settings": config.to_dict(),
             "environment": self._environment,
         }
 

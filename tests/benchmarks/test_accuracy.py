@@ -1,6 +1,7 @@
 """The tables of accuracy: figures of runs that happened, and nothing else."""
 
 import csv
+import dataclasses
 import json
 import statistics
 
@@ -9,14 +10,15 @@ from matplotlib import pyplot as plt
 
 from benchmarks import accuracy
 from benchmarks.accuracy import PUBLISHED, RESULTS, read_summaries, reproduction_table, runs_table, speedrun_table
-from fastresnet.recipes import RECIPES
+from fastresnet.recipes import RECIPES, create_config
 from pipelines.errors import DataError
 
 
-def summary(seed, percent, *, recipe="paper", model="resnet20", **changes):
+def summary(seed, percent, *, recipe="paper", model="resnet20", settings=None, **changes):
+    settings = {**create_config(recipe, model).to_dict(), **(settings or {})}
     environment = {"device": "a CPU", "threads": 2, "commit": "abc", "command": "fastresnet train"}
     return {
-        "schema": 1, "recipe": recipe, "changed_settings": {}, "model": model, "data": "cifar10", "seed": seed,
+        "schema": 1, "recipe": recipe, "model": model, "data": "cifar10", "seed": seed, "settings": settings,
         "epochs": 165, "test_accuracy": percent, "test_accuracy_mirror": percent + 0.5, "flops": 2e15,
         "train_seconds": 600.0, "environment": environment, **changes,
     }  # fmt: skip
@@ -70,11 +72,20 @@ def test_runs_on_other_data_or_with_other_settings_do_not_count(tmp_path):
     runs = [
         summary(0, 91.0),
         summary(1, 91.0, data="shapes10"),
-        summary(2, 91.0, changed_settings={"epochs": 200}),
+        summary(2, 91.0, settings={"lr": 0.2}),
+        summary(3, 91.0, settings={"device": "cuda", "precision": "fp16", "seed": 3}),  # no recipe's matter
     ]
     for run in runs:
         (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
-    assert [run["seed"] for run in read_summaries(tmp_path)] == [0]
+    assert [run["seed"] for run in read_summaries(tmp_path)] == [0, 3]
+
+
+def test_a_run_of_a_recipe_that_has_changed_since_does_not_count(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps(summary(0, 91.0, recipe="fast")))
+    assert len(read_summaries(tmp_path)) == 1
+    of_today = RECIPES["fast"]
+    monkeypatch.setitem(RECIPES, "fast", lambda model: dataclasses.replace(of_today(model), momentum=0.9))
+    assert read_summaries(tmp_path) == []
 
 
 @pytest.mark.parametrize("folder", ["", " --out /somewhere/run", " --out='/some where/run'"])

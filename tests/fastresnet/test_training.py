@@ -58,7 +58,8 @@ def test_a_run_leaves_all_its_files_and_they_agree(finished):
     assert summary["best_chosen_on"] == "test"
     assert "chosen on the test set itself" in out
     assert (summary["recipe"], summary["data"], summary["seed"]) == ("smoke", "shapes10", 0)
-    assert summary["changed_settings"] == {"batch_size": 64, "epochs": 2}
+    assert summary["settings"] == from_toml(folder / "config.toml").to_dict()
+    assert (summary["settings"]["batch_size"], summary["settings"]["epochs"]) == (64, 2)
     # 40.81 M multiply-adds forward (He et al. 2015 counts them as FLOPs); twice that backward, less the first
     # convolution's gradient with respect to the images (3 * 16 * 9 * 1024).
     per_image = 2 * (3 * 40.8118e6 - 3 * 16 * 9 * 1024)
@@ -84,6 +85,15 @@ def test_config_toml_repeats_the_run_to_the_bit(finished, run, tmp_path):
     first, second = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (folder / "metrics.csv").read_bytes() == (tmp_path / "again" / "metrics.csv").read_bytes()
+
+
+def test_a_config_of_an_unknown_recipe_is_refused_before_training(finished, run, tmp_path):
+    of_smoke = (finished[0] / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(of_smoke.replace('recipe = "smoke"', 'recipe = "smok"'))
+    code, _, err = run("train", "--config", tmp_path / "config.toml", "--out", tmp_path / "again")
+    assert code == 2
+    assert "unknown recipe 'smok': did you mean 'smoke'" in err
+    assert not (tmp_path / "again").exists()
 
 
 def test_another_seed_gives_another_network(finished, run, tmp_path):
