@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UsageError, check_choice
 
@@ -19,7 +19,7 @@ SHORTCUTS = ("A", "B")
 class _Model:
     family: str
     depth: int
-    options: dict[str, int] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the family's `create_` function takes besides."""
     shortcuts: tuple[str, ...] = SHORTCUTS
 
@@ -47,8 +47,9 @@ _MODELS = {
         f"resnext29-{cardinality}x{width}d": _Model("resnext", 29, {"cardinality": cardinality, "width": width}, ("B",))
         for cardinality, width in ((2, 16), (4, 64), (8, 64))
     },
-    "resnet9": _Model("resnet9", 9),
-    "resnet9-narrow": _Model("resnet9", 9, {"narrow": True}),
+    "resnet9": _Model("resnet9", 9, {"widths": (128, 256, 512), "whitening": False}),
+    "resnet9-medium": _Model("resnet9", 9, {"widths": (96, 320, 320), "whitening": True}),
+    "resnet9-narrow": _Model("resnet9", 9, {"widths": (64, 256, 256), "whitening": True}),
 }
 
 

@@ -4,11 +4,14 @@ Nine weighted layers: a 3x3 convolution, three convolutions that are max-pooled,
 residual block, global max pooling and a linear layer. Few layers and early pooling make for little arithmetic, and for
 few epochs. The residual blocks are those of He et al. 2015, with ReLU behind the addition; Page's have it before.
 
-The narrow one begins with a whitening of small patches instead, as Page's later versions and Jordan's cifar10-airbench
-do (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.2).
+The medium and the narrow one begin with a whitening of small patches instead, as Page's later versions and Jordan's
+cifar10-airbench do (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.2), and have channels in
+airbench's proportions.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +68,7 @@ class PooledConvolution(nn.Module):
 class ResNet9(nn.Module):
     """A first layer, three stages, global max pooling and a linear layer."""
 
-    def __init__(
-        self, widths: tuple[int, int, int], *, num_classes: int, drop_path: float, whitening: bool = False
-    ) -> None:
+    def __init__(self, widths: tuple[int, int, int], *, num_classes: int, drop_path: float, whitening: bool) -> None:
         """`widths`: channels of the stages. The first layer is a whitening, or a convolution to half of the first."""
         super().__init__()
         first = widths[0] // 2
@@ -90,9 +91,6 @@ class ResNet9(nn.Module):
         return self.fc(FEATURE_SCALE * x.amax(dim=(2, 3)))
 
 
-def create_resnet9(depth: int, *, num_classes: int, shortcut: str, drop_path: float, narrow: bool = False) -> ResNet9:
-    """ResNet-9 with Page's channels; `narrow`: with about as many as the network of Jordan's cifar10-airbench has, for
-    a third of the arithmetic, and with its whitening. All shortcuts are identities, whatever `shortcut` says.
-    """
-    widths = (64, 256, 256) if narrow else (128, 256, 512)
-    return ResNet9(widths, num_classes=num_classes, drop_path=drop_path, whitening=narrow)
+def create_resnet9(depth: int, *, shortcut: str, **options: Any) -> ResNet9:
+    """A network with the `options` of `ResNet9`. Its shortcuts are identities, whatever `shortcut` says."""
+    return ResNet9(**options)

@@ -52,6 +52,7 @@ LATER_DEPTHS = {
     "resnext29-4x64d": 29,
     "resnext29-8x64d": 29,
     "resnet9": 9,
+    "resnet9-medium": 9,
     "resnet9-narrow": 9,
 }
 """The networks of the papers after 2015."""
@@ -316,12 +317,12 @@ def tally_resnet9():
     return tally_pooled(tally, 32, (64, 128, 256, 512))
 
 
-def tally_narrow_resnet9():
+def tally_whitened_resnet9(*widths):
     """The first layer has biases in place of a norm, and no padding."""
     tally = Tally()
     tally.conv(3, 24, 2, 31)
     tally.parameters += 24
-    return tally_pooled(tally, 31, (24, 64, 256, 256))
+    return tally_pooled(tally, 31, (24, *widths))
 
 
 def tally_pooled(tally, side, widths):
@@ -351,7 +352,8 @@ TALLIES = {
     "resnext29-4x64d": lambda: tally_resnext(4, 64),
     "resnext29-8x64d": lambda: tally_resnext(8, 64),
     "resnet9": tally_resnet9,
-    "resnet9-narrow": tally_narrow_resnet9,
+    "resnet9-medium": lambda: tally_whitened_resnet9(96, 320, 320),
+    "resnet9-narrow": lambda: tally_whitened_resnet9(64, 256, 256),
 }
 
 
@@ -719,7 +721,7 @@ def test_every_network_trains(name, precision):
     torch.manual_seed(0)
     network = create_model(name).to(memory_format=torch.channels_last)
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    size = 16 if name == "resnet9-narrow" else 8
+    size = 16 if name in ("resnet9-medium", "resnet9-narrow") else 8
     images = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)  # whose steps do not depend on the gradient's size
     explodes = name == "plain1202" or (name, precision) == ("plain110", "fp16")
