@@ -71,7 +71,8 @@ def _sgd(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
 
 
 def _adamw(groups: list[dict[str, Any]]) -> Optimizer:
-    optimizer = torch.optim.AdamW(groups, fused=True, lr=groups[0]["lr"])
+    lr = groups[0]["lr"]
+    optimizer = torch.optim.AdamW(groups, fused=True, lr=lr, capturable=lr.is_cuda)  # it refuses a CUDA graph otherwise
     for parameter in _parameters(optimizer):
         optimizer.state[parameter] |= {
             "step": torch.zeros((), device=parameter.device),

@@ -17,7 +17,7 @@ from pipelines.errors import RunError
 CPU = torch.device("cpu")
 
 
-def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True):
+def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True, optimizer="sgd"):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     opened = open_pipeline(
         pipeline,
@@ -31,7 +31,7 @@ def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="res
     )
     torch.manual_seed(0)
     network = create_model("resnet20").to(device, memory_format=torch.channels_last).train()
-    optimizers = create_optimizers(network, TrainConfig(lr=1e-3))
+    optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer, lr=1e-3, sgd_lr=1e-3))
     step = TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
     made = Engine(step, opened, backend)
     if prepare:
@@ -126,6 +126,14 @@ def test_the_backends_agree_on_the_gpu(dataset, precision, pipeline):
     tolerance = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}[precision]
     for backend in ("compile", "graph"):
         assert losses(*make_engine(dataset, backend, **settings)) == pytest.approx(eager, rel=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_optimizer_takes_part_in_a_recorded_step(dataset, optimizer):
+    settings = {"device": torch.device("cuda"), "optimizer": optimizer}
+    eager, recorded = (losses(*make_engine(dataset, backend, **settings)) for backend in ("eager", "graph"))
+    assert recorded == pytest.approx(eager, rel=2e-3)
 
 
 @pytest.mark.gpu
