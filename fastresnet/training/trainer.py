@@ -273,6 +273,7 @@ class Trainer:
         """Train to the end, or to a signal."""
         if finished := self._take_up():
             return finished
+        self.progress.total_seconds += self.cold_start["import"] + self.cold_start["data"]  # from before the clock ran
         self._announce()
         self._prepare_engine()
         self._open_loggers()
@@ -288,7 +289,7 @@ class Trainer:
         self._announce()
         self._prepare_engine()
         with self.step.undone():
-            count = min(_REHEARSED_STEPS, len(self.pipeline))
+            count = min(_REHEARSED_STEPS, len(self.pipeline), self.total_steps)
             steps = self._engine.steps(0, 0, count)
             seconds = statistics.median(self._seconds(lambda: next(steps)) for _ in range(count))
         self._signals = _StopSignals()
@@ -585,7 +586,8 @@ class Trainer:
             self.config = dataclasses.replace(self.config, compile=compile_)
             reason = f": {reason}"
         self._engine = Engine(self.step, self.pipeline, COMPILE[self.config.compile])
-        self._engine.prepare(batch)
+        if self.progress.step < self.total_steps:  # a run may have been stopped after its last step
+            self._engine.prepare(batch)
         self.cold_start["compile"] = time.perf_counter() - began
         self.console.print(f"backend {self._engine.backend}{reason}", highlight=False, soft_wrap=True)
 
