@@ -105,14 +105,15 @@ def find_dataset(data: str, root: Path | None) -> Dataset:
 
 def find_dataset_for(weights: Weights, given: object, data: str | None, root: Path | None) -> Dataset:
     """The data set to measure `weights`, loaded from `given`, on: `data`, else the one they were trained on, else
-    cifar10. Raises `DataError` where they tell another number of classes apart.
+    cifar10; with the constants of their training to normalise it, where these are known. Raises `DataError` where they
+    tell another number of classes apart.
     """
     dataset = find_dataset(data or (weights.training or {}).get("data", "cifar10"), root)
     if weights.num_classes != len(dataset.classes):
         raise DataError(
             f"{given} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
         )
-    return dataset
+    return weights.as_in_training(dataset)
 
 
 @contextlib.contextmanager

@@ -14,17 +14,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastresnet.checkpoint import load_tensors, take_prefix
-from fastresnet.models import SHORTCUTS, create_model, list_models
+from fastresnet.models import create_model, list_models, model_shortcuts
 from pipelines.errors import DataError, check_choice
+from pipelines.sampling import NORMALIZATIONS
 from pipelines.sources import CIFAR10_CLASSES
+from pipelines.store import Dataset
 
 # Of CIFAR-10's training images, from exact counts of their levels.
 CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
 CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
+
+# Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not ask for.
+_PRECISIONS = ("fp32", "bf16", "fp16")
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -53,6 +59,21 @@ class Weights:
     def normalization(self) -> str:
         """By which name of `pipelines.Augmentation` its training normalised; of foreign files `channel`."""
         return (self.training or {}).get("normalization", "channel")
+
+    def as_in_training(self, dataset: Dataset) -> Dataset:
+        """`dataset` with the mean and standard deviation that normalised the training's images, where they are known
+        and another data set's.
+        """
+        if self.training is None:
+            return dataset
+        mean, std = self.mean.permute(1, 2, 0).numpy(), tuple(self.std.flatten().tolist())
+        # The file has them in float32: the data set's own, where they are the same, are as exact as training had them.
+        if self.normalization == "pixel":
+            same = np.allclose(mean, dataset.pixel_mean, rtol=1e-6, atol=0)
+            return dataset if same else dataclasses.replace(dataset, pixel_mean=mean)
+        theirs = (*mean.flatten().tolist(), *std)
+        same = np.allclose(theirs, (*dataset.mean, *dataset.std), rtol=1e-6, atol=0)
+        return dataset if same else dataclasses.replace(dataset, mean=theirs[:3], std=std)
 
 
 class Normalized(nn.Module):
@@ -83,7 +104,7 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
     state, description = _read(path)
     if description is not None:
         config = description.get("config")
-        state = take_prefix("model", state) or state
+        state = take_prefix("averaged", state) or take_prefix("model", state) or state
         name, shortcut = _described(config, path, model)
     else:
         config = None
@@ -128,8 +149,13 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
     """Model name and shortcut option that a file of this program gives."""
     config = config if isinstance(config, dict) else {}
     name, shortcut = model or config.get("model"), config.get("shortcut")
-    if name not in list_models() or shortcut not in SHORTCUTS:
+    if name not in list_models() or shortcut not in model_shortcuts(name):
         raise DataError(f"{path} describes no network known here (model {name!r}, shortcut {shortcut!r}).")
+    if not isinstance(config.get("data"), str):
+        raise DataError(f"{path} describes a training without a data set (data {config.get('data')!r}).")
+    for setting, known in (("normalization", NORMALIZATIONS), ("precision", _PRECISIONS)):
+        if (value := config.get(setting)) not in known:
+            raise DataError(f"{path} describes a training of unknown {setting} {value!r}. Known: {', '.join(known)}.")
     return name, shortcut
 
 

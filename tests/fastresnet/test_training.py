@@ -8,9 +8,11 @@ import shutil
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fastresnet import cli
@@ -19,8 +21,11 @@ from fastresnet.config import from_toml
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.recipes import RECIPES
 from fastresnet.training.step import TrainStep
+from fastresnet.training.trainer import train
+from fastresnet.weights import Normalized, load_weights
 from pipelines import is_installed
 from pipelines.convert import prepare
+from pipelines.store import RawData, write_store
 
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 64, "--precision", "fp32")
 
@@ -211,6 +216,25 @@ def test_resuming_a_finished_run_shows_its_result_again(finished, run):
     assert again == out[out.index("result") :]
 
 
+def test_a_compiled_run_that_was_stopped_in_its_last_evaluation_is_finished(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    arguments = ("train", *SMALL, "--iterations", 3, "--compile", "on", "--out", tmp_path / "run")
+    run(*arguments)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").unlink()
+    code, _, err = run(*arguments, "--resume")
+    assert (code, err) == (0, "")
+    finished = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert finished["test_accuracy_mirror"] == summary["test_accuracy_mirror"]
+
+
+def test_the_time_in_all_begins_with_the_command(tmp_path, dataset):
+    config = dataclasses.replace(RECIPES["smoke"](), data="shapes10", batch_size=64, iterations=1, out=tmp_path / "run")
+    began = time.perf_counter()
+    summary = train(config, dataset, Console(quiet=True), {"import": 1000.0, "data": 2000.0})
+    assert 3000 < summary["total_seconds"] - summary["train_seconds"] < 3000 + time.perf_counter() - began
+
+
 def test_resuming_with_other_settings_is_refused_and_names_them(finished, run):
     folder, _ = finished
     code, _, err = run("train", *SMALL, "--epochs", 2, "--lr", 0.2, "--seed", 5, "--out", folder, "--resume")
@@ -382,6 +406,24 @@ def test_eval_reproduces_the_accuracy_of_the_run(finished, run, tmp_path, file):
     }
 
 
+@pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])
+def test_on_another_data_set_eval_normalises_as_the_training_did(run, tmp_path, dataset, normalization):
+    run("train", *SMALL, "--iterations", 3, "--normalization", normalization, "--out", tmp_path / "run")
+    darker = RawData(
+        dataset.classes,
+        *(array for part in (dataset.train, dataset.test) for array in (part.images // 2, np.array(part.labels))),
+    )
+    write_store(tmp_path / "darker", darker, source="by hand", version="0")
+    file, figures = tmp_path / "run" / "model.safetensors", tmp_path / "figures.json"
+    code, *_ = run("eval", "--weights", file, "--data", tmp_path / "darker", "--json", figures)
+    assert code == 0
+    images = torch.from_numpy(darker.test_images).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        logits = Normalized(load_weights(file))(images)
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(darker.test_labels))
+    assert json.loads(figures.read_text())["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
 def test_tensorboard_holds_the_same_figures(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -484,6 +526,11 @@ def test_a_dry_run_tells_what_to_expect_and_leaves_nothing(run, tmp_path, monkey
     assert "466,906" in out
     assert re.search(r"time training +│ +\d+:\d\d ", out)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_is_no_longer_than_the_run(run):
+    code, _, err = run("train", "smoke", "--data", "shapes10", "--batch-size", 16, "--iterations", 3, "--dry-run")
+    assert (code, err) == (0, "")
 
 
 def test_a_dry_run_takes_no_notice_of_a_run_in_the_folder(finished, run):

@@ -248,7 +248,10 @@ def own_network(name="resnet20", shortcut="B"):
 @pytest.mark.parametrize(("name", "shortcut"), OWN)
 @pytest.mark.parametrize("resumable", [False, True], ids=["best.ckpt", "last.ckpt"])
 def test_own_checkpoints_say_what_they_are(tmp_path, name, shortcut, resumable):
-    network, config = own_network(name, shortcut), TrainConfig(model=name, shortcut=shortcut, data="shapes10")
+    network, config = (
+        own_network(name, shortcut),
+        TrainConfig(model=name, shortcut=shortcut, data="shapes10", precision="fp32"),
+    )
     tensors = network.state_dict()
     if resumable:
         tensors = {**with_prefix("model", tensors), "optimizer.fc.weight": torch.ones(10, 64), "totals": torch.zeros(2)}
@@ -261,7 +264,9 @@ def test_own_checkpoints_say_what_they_are(tmp_path, name, shortcut, resumable):
 
 def test_the_name_given_overrides_the_one_in_the_file(tmp_path):
     network = own_network("plain20")
-    save_tensors(tmp_path / "w.ckpt", network.state_dict(), {"config": TrainConfig(shortcut="A").to_dict()})
+    save_tensors(
+        tmp_path / "w.ckpt", network.state_dict(), {"config": TrainConfig(shortcut="A", precision="fp32").to_dict()}
+    )
     weights = load_weights(tmp_path / "w.ckpt", "plain20")
     assert weights.name == "plain20"
     assert_same_logits(weights, network)
@@ -270,6 +275,7 @@ def test_the_name_given_overrides_the_one_in_the_file(tmp_path):
 UNKNOWN_NETWORKS = {
     "unknown model": {"config": {"model": "resnet2000", "shortcut": "B"}},
     "unknown shortcut": {"config": {"model": "resnet20", "shortcut": "C"}},
+    "undefined shortcut": {"config": {"model": "wrn16-2", "shortcut": "A"}},
     "no model": {"config": {"shortcut": "B"}},
     "empty config": {"config": None},
     "no config": {},
@@ -280,6 +286,22 @@ UNKNOWN_NETWORKS = {
 def test_own_files_that_describe_no_network_known_here_are_refused(tmp_path, description):
     save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), description)
     assert_refused(tmp_path / "w.ckpt")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"data": 5}, {"normalization": "quarter"}, {"normalization": None}, {"precision": "fp31"}], ids=str
+)
+def test_own_files_that_describe_an_impossible_training_are_refused(tmp_path, wrong):
+    config = {**TrainConfig(precision="fp32").to_dict(), **wrong}
+    save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), {"config": config})
+    assert_refused(tmp_path / "w.ckpt")
+
+
+def test_of_a_run_that_averages_its_weights_the_average_is_loaded(tmp_path):
+    network, raw = own_network(), trained(create_model("resnet20"), seed=1)
+    tensors = {**with_prefix("model", raw.state_dict()), **with_prefix("averaged", network.state_dict())}
+    save_tensors(tmp_path / "last.ckpt", tensors, {"config": TrainConfig(precision="fp32").to_dict()})
+    assert_same_logits(load_weights(tmp_path / "last.ckpt"), network)
 
 
 # --- files that are no weights -----------------------------------------------------------------------------------
@@ -424,7 +446,7 @@ def test_a_model_that_the_file_does_not_fit_is_refused(tmp_path, make, model):
 
 @pytest.mark.parametrize("model", ["resnet32", "plain20"])
 def test_a_model_that_an_own_file_does_not_fit_is_refused(tmp_path, model):
-    save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), {"config": TrainConfig().to_dict()})
+    save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), {"config": TrainConfig(precision="fp32").to_dict()})
     assert_refused(tmp_path / "w.ckpt", model)
 
 

@@ -100,7 +100,9 @@ def _weights(folder: Path) -> Iterator[Kind]:
     torch.manual_seed(0)
     state = create_model("resnet20").state_dict()
     place = _new(folder / "checkpoint")
-    save_tensors(place / "last.ckpt", state, {"config": TrainConfig().to_dict(), "progress": {"step": 3}})
+    save_tensors(
+        place / "last.ckpt", state, {"config": TrainConfig(precision="fp32").to_dict(), "progress": {"step": 3}}
+    )
     yield Kind("checkpoint", place, ("last.ckpt",), lambda f: _tensors(load_tensors(f / "last.ckpt")[0]))
     for name, new_format in (("state dict (zip)", True), ("state dict (pickle)", False)):
         place = _new(folder / name)
