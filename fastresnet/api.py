@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pipelines.errors import check_choice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,12 +17,13 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     """Train a network by `recipe` and return its run: `folder`, `rows` of metrics.csv, and `summary`.
 
     `settings` are fields of `fastresnet.config.TrainConfig`, such as `model="resnet56"`, `data="shapes10"`,
-    `epochs=3` or `out=Path("runs/first")`. With `quiet` nothing is printed. Raises `UsageError` on impossible settings
-    and where `out` holds a run (unless `resume=True`), `DataError` where the data set is missing or damaged, `RunError`
+    `epochs=3` or `out="runs/first"`. With `quiet` nothing is printed. Raises `UsageError` on impossible settings and
+    where `out` holds a run (unless `resume=True`), `DataError` where the data set is missing or damaged, `RunError`
     where loss or gradients are not finite or memory runs out.
     """
     from rich.console import Console
 
+    from fastresnet.config import from_dict
     from fastresnet.recipes import create_config
     from fastresnet.runs import read_run
     from fastresnet.terminal import find_dataset
@@ -33,9 +31,7 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     from fastresnet.training.trainer import train as train_run
 
     base = create_config(recipe, settings.get("model"))
-    for name in settings:
-        check_choice("setting", name, [field.name for field in dataclasses.fields(base)])
-    config = dataclasses.replace(base, **settings)
+    config = from_dict(base.to_dict() | settings, "fastresnet.train")
     dataset = find_dataset(config.data, config.root)
     train_run(config, dataset, Console(quiet=quiet))
     return read_run(run_folder(config, dataset))
@@ -44,7 +40,7 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
 def evaluate(
     weights: nn.Module | Path | str,
     *,
-    data: str = "cifar10",
+    data: str | None = None,
     root: Path | None = None,
     normalization: str = "channel",
     precision: str = "fp32",
@@ -55,8 +51,9 @@ def evaluate(
 
     `weights` is a network, which takes images [N, 3, 32, 32] normalised as `normalization` says (`half`, `channel` or
     `pixel`, see `pipelines.Augmentation`) and returns logits [N, classes]; or a file as for `fastresnet eval`, or
-    `pretrained:NAME`, which say themselves how their images are normalised. `mirror` adds the accuracy with mirrored
-    views averaged. Raises `DataError` where a file or the data set is missing, damaged or does not fit.
+    `pretrained:NAME`, which say themselves how their images are normalised, and what stands in for `data` if it is left
+    out: the data set of their training. For others that is cifar10. `mirror` adds the accuracy with mirrored views
+    averaged. Raises `DataError` where a file or the data set is missing, damaged or does not fit.
     """
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
@@ -71,7 +68,7 @@ def evaluate(
         network = loaded.model
         normalization = loaded.normalization if loaded.training else normalization
     else:
-        dataset, network = find_dataset(data, root), weights
+        dataset, network = find_dataset(data or "cifar10", root), weights
     on = resolve_device(device)
     precision = resolve_precision(precision, on)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)

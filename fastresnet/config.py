@@ -239,14 +239,14 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             raise UsageError(f"{where}: {name} = {value!r} is no list.")
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
     kinds = _plain_types(hint)
     if float in kinds and type(value) is int and abs(value) < 1 << 63:
         return float(value)
-    if Path in kinds and isinstance(value, str):
+    if Path in kinds and isinstance(value, str | Path):
         return Path(value)
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))

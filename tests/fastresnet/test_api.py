@@ -31,6 +31,13 @@ def test_quiet_training_says_nothing(data_root, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_settings_are_taken_as_the_command_and_python_write_them(data_root, tmp_path):
+    settings = {**SMALL, "iterations": 1, "lr": 1, "milestones": (0.25, 0.5), "lr_batch_size": None}
+    run = fastresnet.train("smoke", root=str(data_root), out=str(tmp_path / "run"), quiet=True, **settings)
+    assert run.folder == tmp_path / "run"
+    assert (run.summary["settings"]["lr"], run.summary["settings"]["milestones"]) == (1.0, [0.25, 0.5])
+
+
 def test_evaluation_of_a_file_and_of_its_network_is_that_of_the_command(run, trained, data_root):
     file = trained.folder / "model.safetensors"
     of_file = fastresnet.evaluate(file, data="shapes10", root=data_root, mirror=True)
@@ -42,6 +49,7 @@ def test_evaluation_of_a_file_and_of_its_network_is_that_of_the_command(run, tra
     for value in (of_file.accuracy, of_file.mirror_accuracy):
         assert f"{value:.2f} %" in out
     assert of_file.accuracy == pytest.approx(trained.summary["test_accuracy"])
+    assert fastresnet.evaluate(file, root=data_root).loss == of_file.loss  # on the data set that the file names
 
 
 @pytest.mark.parametrize(
@@ -49,6 +57,8 @@ def test_evaluation_of_a_file_and_of_its_network_is_that_of_the_command(run, tra
     [
         ({"epoch": 3}, "did you mean 'epochs'"),
         ({"epochs": 0}, "--epochs 0"),
+        ({"epochs": "3"}, "epochs = '3' is no int"),
+        ({"milestones": 0.5}, "milestones = 0.5 is no list"),
         ({"model": "resnet21"}, "did you mean 'resnet20'"),
     ],
 )
