@@ -4,7 +4,7 @@ import functools as _functools
 
 import fastresnet as _fastresnet
 
-dependencies = ["torch", "numpy", "safetensors", "tyro", "tomli_w"]
+dependencies = ["torch", "numpy", "safetensors"]
 
 
 def _network(name, *, pretrained=False, **options):

@@ -4,6 +4,8 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,13 @@ def test_weights_that_are_not_the_cards_are_refused(copies, run):
     assert "SHA-256" in err
 
 
+def hub_module():
+    spec = importlib.util.spec_from_file_location("hubconf", PROJECT / "hubconf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("model", ["resnet20", "se_resnet20"])
 def test_torch_hub_builds_networks(model):
     network = torch.hub.load(str(PROJECT), model, source="local", trust_repo=True, num_classes=7)
@@ -98,10 +107,19 @@ def test_torch_hub_loads_pretrained_weights():
     assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
 
 
+def test_torch_hub_needs_the_libraries_that_it_names_and_no_other():
+    program = (
+        "import sys, torch, torch.hub, numpy\nbefore = set(sys.modules)\n"
+        "torch.hub.load('.', 'resnet20', source='local', trust_repo=True, pretrained=True)\n"
+        "print(*{name.partition('.')[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    ours = {"fastresnet", "pipelines", "hubconf"}
+    assert set(done.stdout.split()) - ours <= set(hub_module().dependencies)
+
+
 def test_torch_hub_has_the_networks_for_entry_points_and_nothing_else():
-    spec = importlib.util.spec_from_file_location("hubconf", PROJECT / "hubconf.py")
-    hubconf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hubconf)
+    hubconf = hub_module()
     found = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
     assert found == {name.replace("-", "_") for name in fastresnet.list_models()}
     with pytest.raises(TypeError, match="num_classes"):  # pretrained networks have ten
