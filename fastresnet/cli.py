@@ -16,7 +16,7 @@ Train the CIFAR ResNets of He et al. 2015, fast and reproducibly.
 
 commands:
   prepare     make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
-  train       train a network by a recipe: fast (the default), best, paper, baseline or smoke
+  train       train a network by a recipe: fast (the default), best, speedrun, paper, baseline or smoke
   eval        measure weights: this program's, or another repository's state dict
   predict     classify image files
   plot        pictures of runs: curves of one or many, confusion matrix, worst mistakes

@@ -130,14 +130,16 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
         raise UsageError("--seeds goes neither with --seed nor with torchrun.")
     import torch
 
+    from fastresnet.device import resolve_device
     from fastresnet.training.trainer import run_folder
 
+    device = resolve_device(config.device)
     dataset = find_dataset(config.data, config.root)
     folders = {
         seed: config.out / f"seed{seed}" if config.out else run_folder(dataclasses.replace(config, seed=seed), dataset)
         for seed in seeds
     }
-    gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     where = f"{gpus} at once, one on each GPU" if gpus else "one after the other, on the CPU"
     print(
         f"{len(seeds)} trainings, {where}; each tells its progress in train.log in its folder: {folders[seeds[0]]} ..."

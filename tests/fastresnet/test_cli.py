@@ -1,5 +1,6 @@
 """The command line: what people type, and what they are told when it is wrong."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+
+import benchmarks.__main__
+from fastresnet import cli
+from fastresnet.recipes import RECIPES
 
 
 def one_or_two_lines(err):
@@ -31,14 +36,16 @@ def test_help_answers_without_loading_torch():
 def test_the_overview_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f"\n  {command} " in out for command in ("prepare", "train", "eval", "bench"))
+    assert all(f"\n  {command} " in out for command in cli.COMMANDS)
+    (trained_by,) = [line for line in out.splitlines() if line.startswith("  train ")]
+    assert set(RECIPES) <= set(re.findall(r"\w+", trained_by))
     assert run()[0] == 2
 
 
 def test_the_help_of_bench_names_every_benchmark(run):
     code, out, _ = run("bench", "--help")
     assert code == 0
-    assert all(f"\n  {benchmark} " in out for benchmark in ("loaders", "show"))
+    assert all(f"\n  {benchmark} " in out for benchmark in benchmarks.__main__.COMMANDS)
     assert run("bench")[0] == 2
 
 
@@ -106,7 +113,9 @@ def test_wrong_arguments_exit_with_2_and_name_the_nearest_right_one(run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "command", [["train", "smoke"], ["eval", "--weights", "x"], ["bench", "loaders"]], ids=" ".join
+    "command",
+    [["train", "smoke"], ["train", "smoke", "--seeds", "0-1"], ["eval", "--weights", "x"], ["bench", "loaders"]],
+    ids=" ".join,
 )
 def test_a_gpu_that_is_not_there_is_no_argument(run, tmp_path, monkeypatch, command):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
