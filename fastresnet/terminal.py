@@ -74,9 +74,7 @@ def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> 
     """`options` (a dataclass) filled from the command line; tyro exits with 2 on unknown flags and unfit values."""
     import tyro
 
-    return tyro.cli(
-        options, prog=f"fastresnet {command}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **settings
-    )
+    return tyro.cli(options, prog=f"fastresnet {command}", args=arguments, **settings)
 
 
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:

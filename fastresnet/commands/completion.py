@@ -80,15 +80,12 @@ def _options() -> dict[str, type]:
 def _flags(command: str, options: type) -> dict[str, str]:
     """The flags of a command, and the type of what each takes."""
     from fastresnet.commands import train
-    from fastresnet.recipes import RECIPES, create_config
 
     flags: dict[str, str] = {}
     for field in dataclasses.fields(options):
         kind, name = str(field.type), field.name.replace("_", "-")
-        if kind == "bool":  # a flag turns over what is the default, which a recipe sets
-            configs = [create_config(recipe) for recipe in RECIPES] if command == "train" else []
-            defaults = {getattr(config, field.name) for config in configs} or {field.default}
-            flags |= {f"--no-{name}" if default else f"--{name}": kind for default in sorted(defaults)}
+        if kind == "bool":
+            flags |= {f"--{name}": kind, f"--no-{name}": kind}
         elif not kind.startswith(("Positional", "Suppress")):
             flags[f"--{name}"] = kind
     return {**flags, **(train.FLAGS if command == "train" else {}), "--help": "bool"}
