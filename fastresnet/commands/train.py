@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from pathlib import Path
@@ -38,7 +39,8 @@ def run(arguments: list[str]) -> int:
     else:
         recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
         base = create_config(recipe, _take_option(arguments, "--model")[0])
-    config: TrainConfig = parse(
+    read = functools.partial(
+        parse,
         TrainConfig,
         "train [RECIPE]",
         arguments,
@@ -49,6 +51,12 @@ def run(arguments: list[str]) -> int:
         "expect of a run after 20 steps that leave nothing behind; --find-lr FILE draws the loss (.png or .svg) while "
         "--lr grows from 1e-5 to 10 in 100 steps, and leaves no run; --print-config shows the settings as TOML.",
     )
+    _, unknown = read(return_unknown_args=True)
+    if misplaced := [word for word in unknown if word in RECIPES]:
+        raise UsageError(
+            f"{misplaced[0]} is out of place: a recipe is the first word after train, and goes not with --config."
+        )
+    config: TrainConfig = read()
     if "--print-config" in modes:
         print(config.to_toml(), end="")
         return 0
@@ -171,9 +179,13 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it."""
+    """The value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it. Raises `UsageError`
+    where the value is missing.
+    """
     for i, argument in enumerate(arguments):
-        if argument == name and i + 1 < len(arguments):
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise UsageError(f"{name} needs {'a file' if FLAGS.get(name) == 'Path' else 'a value'}.")
             return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]

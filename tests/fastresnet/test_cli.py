@@ -345,3 +345,31 @@ def test_a_switch_takes_both_forms_whatever_the_recipe_has_set(run, recipe, swit
         code, out, err = run("train", recipe, flag, "--print-config")
         assert (code, err) == (0, "")
         assert f"\n{switch.replace('-', '_')} = {value}\n" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config"], "--config needs a file."),
+        (["fast", "--find-lr"], "--find-lr needs a file."),
+        (["--seeds", "--dry-run"], "--seeds needs a value."),
+        (["--data", "shapes10", "best"], "best is out of place: a recipe is the first word"),
+        (["fast", "--resume", "best"], "best is out of place: a recipe is the first word"),
+        (["fast", "--config", "config.toml"], "fast is out of place: a recipe"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_missing_value_and_a_misplaced_recipe_are_told(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").touch()
+    code, _, err = run("train", *arguments)
+    assert code == 2
+    assert one_or_two_lines(err)
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_a_folder_may_have_the_name_of_a_recipe(run):
+    code, out, err = run("train", "smoke", "--data", "best", "--root", "paper", "--print-config")
+    assert (code, err) == (0, "")
+    assert 'data = "best"' in out
