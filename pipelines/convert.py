@@ -16,9 +16,8 @@ from .errors import DataError, Note, UsageError, check_choice
 from .shapes10 import draw_shapes10
 from .shards import JpegSettings, write_shard
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
-from .store import DERIVED_FILES, STORE_FILES, Dataset, RawData, Split, open_store, write_store
+from .store import CIFAR10, DERIVED_FILES, SHAPES10, STORE_FILES, Dataset, RawData, Split, open_store, write_store
 
-CIFAR10, SHAPES10 = "cifar10", "shapes10"
 FORMATS = ("raw", *DERIVED_FILES)
 DEFAULT_JPEG = JpegSettings()
 

@@ -26,6 +26,9 @@ from .errors import DataError, UsageError
 from .files import sha256, sync_folder
 from .sampling import IMAGE_SIZE, Purpose, permutation, stream_key
 
+CIFAR10, SHAPES10 = "cifar10", "shapes10"
+"""The data sets that are prepared without files of one's own."""
+
 SCHEMA = 1
 _ARRAYS = {
     "train_images": np.dtype(np.uint8),
@@ -220,7 +223,7 @@ def open_store(folder: Path) -> Dataset:
 
 
 def prepare_command(folder: Path) -> str:
-    """The command that prepares the store `folder`."""
+    """The command that prepares the store `folder`, or what is made from it once it is there."""
     folder = folder.absolute()
     return shlex.join(["fastresnet", "prepare", "--data", folder.name, "--root", str(folder.parent)])
 
@@ -230,8 +233,9 @@ def _whole_split(name: str, arrays: dict[str, np.ndarray]) -> Split:
     return Split(name, arrays[f"{name}_images"], labels, np.arange(len(labels), dtype=np.int64))
 
 
-def _remedy(folder: Path) -> str:
-    return f"Prepare it again: {prepare_command(folder)}"
+def _remedy(folder: Path, what: str = "Prepare it again") -> str:
+    source = "" if folder.absolute().name in (CIFAR10, SHAPES10) else " --source PATH"
+    return f"{what}: {prepare_command(folder)}{source}"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -241,7 +245,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if inside := sorted(path.parent for path in folder.glob("*/meta.json")):
             raise DataError(f"no prepared data set in {folder} itself, but there is one in {inside[0]}.") from None
-        raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_command(folder)}") from None
+        raise DataError(f"no prepared data set in {folder}. {_remedy(folder, 'Prepare it')}") from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:

@@ -373,3 +373,16 @@ def test_a_folder_may_have_the_name_of_a_recipe(run):
     code, out, err = run("train", "smoke", "--data", "best", "--root", "paper", "--print-config")
     assert (code, err) == (0, "")
     assert 'data = "best"' in out
+
+
+def test_a_data_set_of_ones_own_is_prepared_by_the_command_that_is_named(run, tmp_path):
+    for split, name in (("train", "rose"), ("train", "tulip"), ("test", "rose"), ("test", "tulip")):
+        (tmp_path / "images" / split / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / split / name / "a.png")
+    arguments = ("--data", "flowers", "--root", tmp_path, "--out", tmp_path / "run")
+    for what in ("Prepare it", "Prepare it again"):
+        code, _, err = run("train", "smoke", *arguments)
+        assert code == 3
+        remedy = err.partition(f"{what}: ")[2]
+        assert run(*remedy.replace("PATH", str(tmp_path / "images")).split()[1:])[0] == 0
+        (tmp_path / "flowers" / "test_labels.npy").write_bytes(b"")

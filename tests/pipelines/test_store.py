@@ -211,7 +211,14 @@ def test_folder_without_store_gives_the_command_that_makes_it(tmp_path, exists):
         (tmp_path / "toy").mkdir()
     with pytest.raises(DataError, match="no prepared data set") as caught:
         open_store(tmp_path / "toy")
-    assert f"fastresnet prepare --data toy --root {tmp_path}" in str(caught.value)
+    assert f"fastresnet prepare --data toy --root {tmp_path} --source PATH" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "shapes10"])
+def test_what_is_downloaded_or_drawn_is_prepared_without_a_source(tmp_path, name):
+    with pytest.raises(DataError, match="no prepared data set") as caught:
+        open_store(tmp_path / name)
+    assert str(caught.value).endswith(f"fastresnet prepare --data {name} --root {tmp_path}")
 
 
 def test_file_in_the_place_of_the_store_is_named(tmp_path):
