@@ -48,7 +48,7 @@ def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
     rate.set_yscale("log" if falls_in_steps else "linear")
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _finish(loss, "cross-entropy loss (nats)")
     _finish(accuracy, "top-1 accuracy (%)")
     _finish(rate, "learning rate at the end of the epoch")

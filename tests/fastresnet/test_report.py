@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastresnet.examination import Examined, examine
+from fastresnet.plotting import curves
 from fastresnet.runs import read_run
 from fastresnet.weights import load_weights
 
@@ -102,6 +103,19 @@ def test_curves_of_several_runs_name_each_of_them(run, finished, other, tmp_path
         last = read_run(folder).rows[-1]
         assert f"{folder.name}, train ({last['train_accuracy']:.2f} %)" in text
         assert f"{folder.name}, {split} ({last[f'{split}_accuracy']:.2f} %)" in text
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 20])
+def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
+    rows = [
+        {"epoch": epoch, "lr": 0.1, "train_loss": 1, "train_accuracy": 50, "test_loss": 1, "test_accuracy": 50}
+        for epoch in range(1, epochs + 1)
+    ]
+    for axes in curves({"run": (rows, "test")}).axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == int(tick) for tick in ticks)
 
 
 @pytest.mark.parametrize(
