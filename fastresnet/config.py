@@ -40,7 +40,7 @@ class TrainConfig:
     recipe: Suppress[str] = "baseline"
 
     model: str = "resnet20"
-    """Network: resnet20, 32, 44, 56, 110, 1202, plain20 ... without shortcuts, se-resnet, preresnet, wrn, resnext."""
+    """resnet20, plain20, preresnet20, wrn16-2, resnext29-2x16d, se-resnet20, resnet9 ...: `summary --help` has all."""
     shortcut: str = "B"
     """Where the width changes: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 

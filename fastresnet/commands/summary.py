@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from fastresnet.models import create_model, list_models, shortcut_matters
 from fastresnet.terminal import check_output, parse, print_table
 from pipelines.errors import UsageError
 
@@ -14,7 +15,7 @@ class Options:
     """Show the layers of a network: what comes out of each, its parameters, its multiply-adds for an image."""
 
     model: str = "resnet20"
-    """Name of the network: see fastresnet train --help."""
+    """Name of the network."""
     shortcut: str = "B"
     """A (padded identity) or B (1x1 convolution)."""
     classes: int = 10
@@ -32,8 +33,8 @@ class Options:
 
 
 def run(arguments: list[str]) -> int:
-    options: Options = parse(Options, "summary", arguments)
-    from fastresnet.models import create_model, shortcut_matters
+    description = f"{Options.__doc__} The networks are {', '.join(list_models())}."
+    options: Options = parse(Options, "summary", arguments, description=description)
     from fastresnet.models.layers import layers
     from pipelines.files import write_bytes, write_json
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,3 +387,23 @@ def test_a_data_set_of_ones_own_is_prepared_by_the_command_that_is_named(run, tm
         remedy = err.partition(f"{what}: ")[2]
         assert run(*remedy.replace("PATH", str(tmp_path / "images")).split()[1:])[0] == 0
         (tmp_path / "flowers" / "test_labels.npy").write_bytes(b"")
+
+
+def test_the_helps_name_every_network_and_one_of_each_family(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    networks = set(re.findall(r"`(\S+)`", text.partition("## Networks")[2].partition("`--shortcut")[0])) - {"--model"}
+    assert set(re.findall(r"[a-z0-9-]+", run("summary", "--help")[1])) >= networks
+    example = re.search(r"--model STR (.*)", run("train", "--help")[1])[1]
+    named = set(re.findall(r"[a-z0-9-]+", example)) & networks
+    assert {re.match(r"\D+", name)[0] for name in named} == {re.match(r"\D+", name)[0] for name in networks}
+    assert "resnet9" in named
+
+
+def test_the_help_of_summary_does_not_load_torch():
+    program = (
+        "import sys\nfrom fastresnet import cli\n"
+        "try: cli.main(['summary', '--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "resnet20" in done.stdout
