@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import os
 import time
 from pathlib import Path
@@ -49,21 +50,39 @@ class Logger:
         """The run is over, well or not."""
 
 
+_LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
 def create_loggers(
     config: TrainConfig, folder: Path, console: Console, *, total_steps: int, start_step: int
 ) -> list[Logger]:
     """A progress bar on a terminal, plain lines elsewhere, and what `config` asks for. Raises `UsageError` where a
-    library is missing.
+    library is missing or has nowhere to log to; then none is left open.
     """
+    _check_libraries(config)
     loggers: list[Logger] = []
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(folder, start_step))
-    if config.wandb:
-        loggers.append(WandbLogger(config, folder))
-    if config.mlflow:
-        loggers.append(MlflowLogger(config, folder))
+    try:  # what writes into the run folder comes last
+        if config.mlflow:
+            loggers.append(MlflowLogger(config, folder))
+        if config.wandb:
+            loggers.append(WandbLogger(config, folder))
+        if config.tensorboard:
+            loggers.append(TensorBoardLogger(folder, start_step))
+    except BaseException:
+        for logger in loggers:
+            logger.close()
+        raise
     loggers.append(TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps))
     return loggers
+
+
+def _check_libraries(config: TrainConfig) -> None:
+    for option, library in _LIBRARIES.items():
+        try:
+            if getattr(config, option):
+                importlib.import_module(library)
+        except ImportError:
+            raise UsageError(f"--{option} needs an extra: pip install 'fastresnet[{option}]'") from None
 
 
 class TerminalLogger(Logger):
@@ -124,10 +143,8 @@ class TensorBoardLogger(Logger):
     """Scalars for every epoch, by optimisation step."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("--tensorboard needs TensorBoard: pip install 'fastresnet[tensorboard]'") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def epoch(self, row: Row, status: Status) -> None:
@@ -145,18 +162,20 @@ class WandbLogger(Logger):
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
+        import wandb
+
         try:
-            import wandb
-        except ImportError:
-            raise UsageError("--wandb needs Weights & Biases: pip install 'fastresnet[wandb]'") from None
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fastresnet"),
-            name=folder.absolute().name,
-            id=_identity(folder),
-            resume="allow",
-            dir=str(folder),
-            config=config.to_dict(),
-        )
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "fastresnet"),
+                name=folder.absolute().name,
+                id=_identity(folder),
+                resume="allow",
+                dir=str(folder),
+                config=config.to_dict(),
+            )
+        except wandb.Error as error:
+            remedy = "Log in with `wandb login`, or set WANDB_MODE=offline."
+            raise UsageError(f"--wandb: {_first_sentence(error)}. {remedy}") from None
 
     def epoch(self, row: Row, status: Status) -> None:
         self._run.log(scalars(row, status), step=row["step"])
@@ -173,11 +192,20 @@ class MlflowLogger(Logger):
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
         try:
-            import mlflow
-        except ImportError:
-            raise UsageError("--mlflow needs MLflow: pip install 'fastresnet[mlflow]'") from None
-        self._mlflow, identity = mlflow, _identity(folder)
+            self._start(config, folder)
+        except mlflow.MlflowException as error:
+            remedy = (
+                "Set MLFLOW_TRACKING_URI to the address of a server, or to a folder (file:/path/to/mlruns) with "
+                "MLFLOW_ALLOW_FILE_STORE=true."
+            )
+            raise UsageError(f"--mlflow: {_first_sentence(error)}. {remedy}") from None
+
+    def _start(self, config: TrainConfig, folder: Path) -> None:
+        mlflow, identity = self._mlflow, _identity(folder)
         begun = mlflow.search_runs(filter_string=f"tags.fastresnet = '{identity}'", output_format="list")
         if begun:
             mlflow.start_run(run_id=begun[0].info.run_id)
@@ -195,6 +223,11 @@ class MlflowLogger(Logger):
 def _identity(folder: Path) -> str:
     """A name for the run in `folder` that stays when it is resumed."""
     return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of what a library says at length."""
+    return " ".join(str(error).split()).partition(". ")[0].removesuffix(".")
 
 
 def scalars(row: Row, status: Status) -> dict[str, float]:

@@ -3,7 +3,9 @@
 import csv
 import glob
 import json
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,9 +98,53 @@ def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkey
         assert history[step] == pytest.approx(value)
 
 
-@pytest.mark.parametrize("library", ["wandb", "mlflow"])
-def test_without_the_library_the_extra_is_named(run, tmp_path, monkeypatch, library):
+@pytest.mark.parametrize(
+    ("option", "library"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
+)
+def test_without_the_library_the_extra_is_named_and_nothing_begun(run, tmp_path, monkeypatch, option, library):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(sys.modules, library, None)
-    code, _, err = run("train", *SMALL, f"--{library}", "--out", tmp_path / "run")
+    code, _, err = run("train", *SMALL, "--tensorboard", "--wandb", f"--{option}", "--out", tmp_path / "run")
     assert code == 2
-    assert f"fastresnet[{library}]" in err
+    assert f"fastresnet[{option}]" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "remedies"),
+    [
+        ("wandb", ["No API key configured", "`wandb login`", "WANDB_MODE=offline"]),
+        ("mlflow", ["nowhere", "MLFLOW_TRACKING_URI", "file:", "MLFLOW_ALLOW_FILE_STORE=true"]),
+    ],
+)
+def test_where_there_is_nowhere_to_log_to_one_line_says_so_and_nothing_is_left(tmp_path, data_root, option, remedies):
+    pytest.importorskip(option)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "fastresnet", "train", *map(str, SMALL), "--tensorboard", f"--{option}", "--out", "run"],
+        env={**own, "HOME": str(tmp_path), "FASTRESNET_DATA": str(data_root), "MLFLOW_TRACKING_URI": "nowhere:/at/all"},
+        cwd=tmp_path / "here", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert all(remedy in line for remedy in remedies)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_where_one_cannot_log_the_others_are_closed(run, tmp_path, monkeypatch):
+    mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+
+    def refuse(**_):
+        raise wandb.Error("Not logged in.\nAnd more. Much more.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    code, _, err = run("train", *SMALL, "--tensorboard", "--wandb", "--mlflow", "--out", tmp_path / "run")
+    assert code == 2
+    assert "--wandb: Not logged in. Log in with" in err
+    assert mlflow.active_run() is None
+    assert not (tmp_path / "run").exists()
