@@ -51,12 +51,14 @@ def run(arguments: list[str]) -> int:
         "expect of a run after 20 steps that leave nothing behind; --find-lr FILE draws the loss (.png or .svg) while "
         "--lr grows from 1e-5 to 10 in 100 steps, and leaves no run; --print-config shows the settings as TOML.",
     )
-    _, unknown = read(return_unknown_args=True)
+    config: TrainConfig
+    config, unknown = read(return_unknown_args=True)
     if misplaced := [word for word in unknown if word in RECIPES]:
         raise UsageError(
             f"{misplaced[0]} is out of place: a recipe is the first word after train, and goes not with --config."
         )
-    config: TrainConfig = read()
+    if unknown:
+        read()  # exits, with words on what may have been meant
     if "--print-config" in modes:
         print(config.to_toml(), end="")
         return 0
