@@ -19,7 +19,7 @@ from pipelines import PIPELINES, free_memory
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.convert import CIFAR10, data_root
 from pipelines.errors import UserError
-from pipelines.store import open_store
+from pipelines.store import open_store, prepare_anew_command
 
 _LIBRARIES = (
     *("torch", "torchvision", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv", "tensorboard", "onnx"),
@@ -146,7 +146,7 @@ def _data(root: Path) -> Iterator[Finding]:
         try:
             dataset = open_store(root / name)
         except UserError as error:
-            yield Finding(f"data {name}", "broken", str(error), f"fastresnet prepare --data {name}")
+            yield Finding(f"data {name}", "broken", str(error), prepare_anew_command(root / name))
         else:
             counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
             yield Finding(f"data {name}", "works", f"{counts}, verified, in {dataset.folder.absolute()}")

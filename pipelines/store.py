@@ -228,14 +228,19 @@ def prepare_command(folder: Path) -> str:
     return shlex.join(["fastresnet", "prepare", "--data", folder.name, "--root", str(folder.parent)])
 
 
+def prepare_anew_command(folder: Path) -> str:
+    """The same for a store that is missing or damaged: it is made from files, if it is one of one's own."""
+    source = "" if folder.absolute().name in (CIFAR10, SHAPES10) else " --source PATH"
+    return f"{prepare_command(folder)}{source}"
+
+
 def _whole_split(name: str, arrays: dict[str, np.ndarray]) -> Split:
     labels = arrays[f"{name}_labels"]
     return Split(name, arrays[f"{name}_images"], labels, np.arange(len(labels), dtype=np.int64))
 
 
-def _remedy(folder: Path, what: str = "Prepare it again") -> str:
-    source = "" if folder.absolute().name in (CIFAR10, SHAPES10) else " --source PATH"
-    return f"{what}: {prepare_command(folder)}{source}"
+def _remedy(folder: Path) -> str:
+    return f"Prepare it again: {prepare_anew_command(folder)}"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -245,7 +250,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if inside := sorted(path.parent for path in folder.glob("*/meta.json")):
             raise DataError(f"no prepared data set in {folder} itself, but there is one in {inside[0]}.") from None
-        raise DataError(f"no prepared data set in {folder}. {_remedy(folder, 'Prepare it')}") from None
+        raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_anew_command(folder)}") from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:

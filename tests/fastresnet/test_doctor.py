@@ -83,14 +83,15 @@ def test_a_machine_without_compilers(run, tmp_path, monkeypatch):
     assert found["torch.compile"]["detail"] == "InvalidCxxCompiler: no working C++ compiler"
 
 
-def test_a_damaged_data_set(run, tmp_path, data_root):
-    shutil.copytree(data_root / "shapes10", tmp_path / "data" / "shapes10")
-    labels = tmp_path / "data" / "shapes10" / "test_labels.npy"
+@pytest.mark.parametrize(("name", "source"), [("shapes10", ""), ("cats", " --source PATH")])
+def test_a_damaged_data_set(run, tmp_path, data_root, name, source):
+    shutil.copytree(data_root / "shapes10", tmp_path / "data" / name)
+    labels = tmp_path / "data" / name / "test_labels.npy"
     labels.write_bytes(labels.read_bytes()[:-1])
-    found = findings(run, tmp_path, "--root", tmp_path / "data")["data shapes10"]
+    found = findings(run, tmp_path, "--root", tmp_path / "data")[f"data {name}"]
     assert found["state"] == "broken"
     assert str(labels) in found["detail"]
-    assert found["remedy"] == "fastresnet prepare --data shapes10"
+    assert found["remedy"] == f"fastresnet prepare --data {name} --root {tmp_path / 'data'}{source}"
 
 
 def test_little_room(run, tmp_path, monkeypatch):
