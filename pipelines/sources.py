@@ -356,7 +356,7 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, 
 def read_image(file: Path) -> tuple[np.ndarray, bool]:
     """RGB pixels of an image file, uint8 [32, 32, 3], and whether it had to be cropped to a square and resized.
 
-    Raises `DataError` where the file is no image, or one too large to decode safely.
+    Raises `DataError` where the file is no image, one too large to decode safely, or of more than 8 bits a channel.
     """
     from PIL import Image, ImageOps
 
@@ -365,6 +365,8 @@ def read_image(file: Path) -> tuple[np.ndarray, bool]:
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = stack.enter_context(Image.open(file))
+            if image.mode[0] in "IF":  # integers of 16 or 32 bits, and floats: Pillow would cut them off at 255
+                raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}). Save it with 8.")
             resized = image.size != size
             rgb = image.convert("RGB")
             return np.asarray(ImageOps.fit(rgb, size) if resized else rgb), resized

@@ -552,6 +552,19 @@ def test_images_of_other_modes_become_rgb(image_folder, read):
         np.testing.assert_array_equal(image, pixels if pixels.ndim == 3 else pixels[..., None].repeat(3, 2))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(np.uint16, "png"), (">u2", "tiff"), (np.int32, "tiff"), (np.float32, "tiff")],
+    ids=["16 bits", "16 bits, big-endian", "32 bits", "float"],
+)
+def test_image_of_more_than_8_bits_a_channel_is_refused(image_folder, refused, dtype, kind):
+    path, _ = image_folder
+    file = path / "train" / "ape" / "5.png"
+    gradient = np.linspace(0, 60_000, 1024).reshape(32, 32).astype(dtype)
+    write_image(file, Image.fromarray(gradient), kind)
+    refused(path, str(file), "more than 8 bits a channel", "Save it with 8")
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_class_of_one_split_only_is_refused(image_folder, refused, split):
     path, _ = image_folder
