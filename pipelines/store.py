@@ -168,7 +168,7 @@ def _write_files(folder: Path, name: str, data: RawData, source: str, version: s
     for key, array in arrays.items():
         path = folder / f"{key}.npy"
         with open(path, "wb") as file:
-            np.save(file, array, allow_pickle=False)
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -290,4 +290,6 @@ def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {error}. {_remedy(folder)}") from None
     if array.dtype != _ARRAYS[key]:
         raise DataError(f"{path} holds {array.dtype}, not {_ARRAYS[key]}. {_remedy(folder)}")
+    if not array.flags.c_contiguous:  # compiled code goes through its memory
+        raise DataError(f"{path} is not in C order. {_remedy(folder)}")
     return array

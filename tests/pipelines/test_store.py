@@ -154,6 +154,13 @@ def test_store_in_a_folder_that_does_not_exist_yet(tmp_path, data):
     assert_holds(tmp_path / "a" / "b" / "toy", data)
 
 
+def test_arrays_in_fortran_order_make_the_same_files(tmp_path, store, data):
+    turned = RawData(data.classes, *(np.asfortranarray(getattr(data, key)) for key in FILES[:4]))
+    write_store(tmp_path / "turned" / "toy", turned, source="somewhere", version="9.9")
+    for path in store.iterdir():
+        assert path.read_bytes() == (tmp_path / "turned" / "toy" / path.name).read_bytes()
+
+
 def test_same_data_gives_the_same_files(tmp_path, store, data):
     write_store(tmp_path / "again" / "toy", data, source="somewhere", version="9.9")
     for path in store.iterdir():
@@ -274,6 +281,7 @@ def test_splits_that_changed_places_are_refused(store):
         ("train_images", np.zeros((23, 3, 32, 32), np.uint8)),
         ("train_images", np.zeros((23, 32, 32), np.uint8)),
         ("train_images", np.zeros((), np.uint8)),
+        ("train_images", np.zeros((23, 32, 32, 3), np.uint8, "F")),
         ("test_images", np.zeros((9, 32, 32, 3), np.int8)),
         ("test_images", np.zeros((9, 32, 32, 3), np.float32)),
         ("train_labels", np.zeros(22, np.int64)),
@@ -288,8 +296,9 @@ def test_splits_that_changed_places_are_refused(store):
         ("pixel_mean", np.zeros((3, 32, 32), np.float32)),
         ("pixel_mean", np.zeros((32, 32, 3), np.float64)),
         ("pixel_mean", np.zeros((), np.float32)),
+        ("pixel_mean", np.zeros((32, 32, 3), np.float32, "F")),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{value.dtype}{value.shape}",
+    ids=lambda value: value if isinstance(value, str) else f"{value.dtype}{value.shape}{value.strides}",
 )
 def test_array_of_the_wrong_kind_is_refused_though_its_sha_is_right(store, key, array):
     replace_file(store, key, npy(array))
