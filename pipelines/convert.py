@@ -16,7 +16,18 @@ from .errors import DataError, Note, UsageError, check_choice
 from .shapes10 import draw_shapes10
 from .shards import JpegSettings, write_shard
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
-from .store import CIFAR10, DERIVED_FILES, SHAPES10, STORE_FILES, Dataset, RawData, Split, open_store, write_store
+from .store import (
+    CIFAR10,
+    DERIVED_FILES,
+    SHAPES10,
+    STORE_FILES,
+    Dataset,
+    RawData,
+    Split,
+    is_name,
+    open_store,
+    write_store,
+)
 
 FORMATS = ("raw", *DERIVED_FILES)
 DEFAULT_JPEG = JpegSettings()
@@ -49,7 +60,7 @@ def prepare(
         check_choice("format", kind, FORMATS)
     if "beton" in formats:
         from . import ffcv  # noqa: F401  before the work, not after it: it may be missing
-    if not name or name != Path(name).name or name.startswith("."):
+    if not is_name(name):
         raise UsageError(f"{name!r} is no name for a data set: use letters, digits and dashes.")
     folder = root / name
     derived = [kind for kind in formats if kind != "raw"]

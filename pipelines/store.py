@@ -222,6 +222,11 @@ def open_store(folder: Path) -> Dataset:
     )
 
 
+def is_name(name: str) -> bool:
+    """Whether a data set may be called `name`: it becomes the name of a folder, and a part of others'."""
+    return bool(name) and name == Path(name).name and not name.startswith(".")
+
+
 def prepare_command(folder: Path) -> str:
     """The command that prepares the store `folder`, or what is made from it once it is there."""
     folder = folder.absolute()
@@ -256,7 +261,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise DataError(f"{path} does not describe a store that this version reads. {_remedy(folder)}")
     checks = {
-        "name": lambda value: isinstance(value, str),
+        "name": lambda value: isinstance(value, str) and is_name(value),
         "classes": lambda value: isinstance(value, list) and value and all(isinstance(c, str) for c in value),
         "mean": _is_three_fractions,
         "std": _is_three_fractions,
