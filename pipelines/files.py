@@ -20,6 +20,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(name: str) -> str:
+    """Under which `replacing` writes the file `name`: one fixed, so that what a killed writer left is replaced."""
+    return f".{name}.tmp"
+
+
 @contextmanager
 def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it becomes `path`, on failure it is removed.
@@ -27,7 +32,7 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     What was `path` before becomes `previous`, if one is given. Raises `OSError` with the name `path`, whatever was
     being written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one fixed name: what a killed writer left, the next one replaces
+    temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)  # it may be a link, which writing would follow
     try:
         yield temporary

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError, UsageError
-from .files import sha256, sync_folder
+from .files import sha256, sync_folder, temporary_name
 from .sampling import IMAGE_SIZE, Purpose, permutation, stream_key
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
@@ -44,13 +44,9 @@ DERIVED_FILES = {
 }
 """The files of each format that is made from a store (`derived.py`)."""
 
-STORE_FILES = frozenset(
-    {
-        *("meta.json", *(f"{key}.npy" for key in _ARRAYS)),
-        *(name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)),
-    }
-)
-"""Everything that may lie in the folder of a store."""
+_DERIVED = [name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)]
+STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS), *_DERIVED, *map(temporary_name, _DERIVED)})
+"""Everything that may lie in the folder of a store, with what a killed writer of derived files left."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -337,6 +340,26 @@ def test_what_a_killed_writer_left_is_in_nobodys_way(bare, kind):
     dataset, _ = prepare_again(bare, formats=[kind])
     open_derived(dataset, kind, "train")
     assert names(bare) == RAW_FILES | {f"{kind}.json", *FILES[kind]}
+
+
+KILLED_PROCESS = """
+import os, signal, sys
+from pathlib import Path
+from pipelines.convert import prepare
+
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+prepare("shapes10", Path(sys.argv[1]), lambda *_: None, formats=[sys.argv[2]])
+"""
+
+
+def test_a_damaged_store_is_made_anew_although_a_killed_writer_left_files_in_its_folder(bare, kind):
+    command = [sys.executable, "-c", KILLED_PROCESS, str(bare.parent), kind]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert names(bare) > RAW_FILES
+    flip_bit(bare / "train_images.npy")
+    with pytest.warns(Note, match="making .* anew"):
+        assert prepare_again(bare, train_images=331, test_images=90)[1]
+    assert names(bare) == RAW_FILES
 
 
 # --- failing to make them ----------------------------------------------------------------------------------------
