@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import os
 import statistics
 import warnings
 from importlib import metadata
@@ -27,7 +26,7 @@ from benchmarks.report import (
     title,
     write_report,
 )
-from pipelines import PIPELINES, is_installed
+from pipelines import PIPELINES, is_installed, usable_processors
 from pipelines.convert import prepare
 from pipelines.errors import Note
 from pipelines.sampling import IMAGE_SIZE
@@ -102,13 +101,13 @@ def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
 
 def _available(dataset: Dataset) -> list[Entry]:
     """All contestants whose libraries are installed; a `Note` names the others."""
-    cores = os.cpu_count() or 1
+    workers = usable_processors()
     entries = [
         *(_ours(name) for name in PIPELINES),
         _peer("torchvision-w0", "torchvision_dataloader", 0),
-        _peer("torchvision-wN", "torchvision_dataloader", cores),
-        _peer("dali", "dali_example", cores),
-        _peer("ffcv", "ffcv_example", cores),
+        _peer("torchvision-wN", "torchvision_dataloader", workers),
+        _peer("dali", "dali_example", workers),
+        _peer("ffcv", "ffcv_example", workers),
     ]
     missing = {library for library, module in LIBRARIES.items() if not is_installed(module)}
     for library in sorted(missing):

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.report import markdown_table
 from fastresnet.device import environment
+from pipelines import usable_processors
 from pipelines.files import write_json
 
 MODEL = "resnet20"
@@ -120,7 +121,7 @@ def measure(data: str, rounds: int) -> dict[str, Any]:
         "environment": surroundings,
         "model": MODEL,
         "gradient_bytes": size,
-        "processors": os.cpu_count(),
+        "processors": usable_processors(),
         "exchange_s": {"bytes": [1024, size], "seconds": [small, large]},
         "runs": [{"processes": n, "batch_size": b, "images_per_s": values} for (n, b), values in seen.items()],
     }

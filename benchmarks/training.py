@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from benchmarks.report import (
 )
 from fastresnet.config import COMPILE
 from fastresnet.models import list_models
+from pipelines import usable_processors
 from pipelines.errors import check_choice
 
 STEPS = 1_000_000
@@ -70,7 +70,7 @@ def measure_training(options: TrainingOptions) -> None:
         "backend": backend,
     }
     ours = {"model": options.model, "precision": precision, "backend": backend}
-    peers = {"model": options.model, "workers": os.cpu_count() or 1}
+    peers = {"model": options.model, "workers": usable_processors()}
     entries = [
         Entry(name="resident", kind="ours", opener=f"{__name__}:open_ours", options=ours | {"data": True}),
         Entry(name="step-only", kind="ours", opener=f"{__name__}:open_ours", options=ours | {"data": False}),

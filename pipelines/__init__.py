@@ -79,6 +79,13 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def usable_processors() -> int:
+    """How many processors this process may use: not all of the machine's under taskset, Slurm or a cpuset."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_installed(module: str) -> bool:
     """Whether `module` could be imported, without doing it."""
     try:

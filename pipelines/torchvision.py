@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
-from . import Batch
+from . import Batch, usable_processors
 from .augment import Normalization, fill_color, normalize
 from .sampling import IMAGE_SIZE, Augmentation, Sampler, draw
 from .store import Dataset, Split
@@ -73,7 +72,7 @@ def _outlive_stop_signals(_: int) -> None:
 
 
 class TorchvisionPipeline:
-    """Uses a worker process for each core while training, and none for evaluation."""
+    """Uses a worker process for each usable processor, 8 at most, while training, and none for evaluation."""
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class TorchvisionPipeline:
         self._device, self._dtype = device, dtype
         self._normalization = Normalization.of(augmentation.normalization, dataset, device)
         self._plan = _Plan()
-        workers = min(os.cpu_count() or 1, 8) if sampler.train else 0
+        workers = min(usable_processors(), 8) if sampler.train else 0
         self._loader = DataLoader(
             _AugmentedSamples(split, augmentation, fill_color(dataset)),
             batch_sampler=self._plan,

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import loaders
 from benchmarks.__main__ import main
 from benchmarks.contestant import Contestant, Entry, Work
 from benchmarks.measurement import ratio, spread
 from fastresnet import cli, terminal
-from pipelines.errors import RunError
+from pipelines.errors import Note, RunError
 
 OURS = ["resident", "dali", "ffcv", "torchvision"]
 PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
@@ -92,6 +93,14 @@ def test_ratios_are_taken_round_by_round():
         "high": 3.0,
     }
     assert spread([3.0, 1.0, 2.0], "x") == {"x": 2.0, "x_low": 1.0, "x_high": 3.0}
+
+
+def test_peers_have_a_worker_for_each_usable_processor(dataset, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
+    monkeypatch.setattr(loaders, "is_installed", lambda _: False)
+    with pytest.warns(Note, match="takes no part"):
+        entries = {entry.name: entry for entry in loaders._available(dataset)}
+    assert [entries[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
 
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):

@@ -1,7 +1,10 @@
 """The model of a step against sums by hand, and tables from made-up measurements."""
 
+import os
+
 import pytest
 
+from benchmarks import scaling
 from benchmarks.scaling import RUNS, Machine, fitted, gradient_bytes, measured_table
 
 MACHINE = Machine(overhead=0.01, per_image=0.001, latency=0.0001, bandwidth=1e9, processors=4)
@@ -35,6 +38,13 @@ def test_the_batch_from_which_a_process_keeps_its_speed():
     """Alone 0.01 + 0.001 b, together 0.0126 more: 80 % where alone is 0.0504, and so from 41 images on."""
     assert MACHINE.fitting_batch(8_000_000, 4) == 64
     assert MACHINE.fitting_batch(8_000_000, 4, share=0.99) == 2048
+
+
+def test_processors_are_those_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
+    monkeypatch.setattr(scaling, "_images_per_s", lambda *_: 1.0)
+    monkeypatch.setattr(scaling, "_torchrun", lambda *_: "0.1\n0.2\n")
+    assert scaling.measure("cifar10", rounds=1)["processors"] == 77
 
 
 def test_the_machine_is_found_again_from_what_it_would_measure():

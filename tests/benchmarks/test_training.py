@@ -1,6 +1,7 @@
 """The training benchmark, whole and small, and its peers against the textbook."""
 
 import json
+import os
 from contextlib import closing
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks import training
 from benchmarks.__main__ import main
 from benchmarks.contestant import WaitTimer
 from benchmarks.peers import plain_torch, timm_style
@@ -71,6 +73,20 @@ def test_an_interrupted_run_leaves_the_rounds_that_are_finished(data_root, tmp_p
     assert terminal.guarded(main, ["train", *SMALL, "--json", str(tmp_path / "train.json")]) == 130
     assert {row["rounds"] for row in json.loads((tmp_path / "train.json").read_text())["rows"]} == {1}
     assert not any(each._process.is_alive() for each in turns)
+
+
+def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
+    class Asked(Exception):
+        """Stops the benchmark where it would begin."""
+
+    def race(entries, *_, **__):
+        raise Asked({entry.name: entry.options.get("workers") for entry in entries})
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
+    monkeypatch.setattr(training, "race", race)
+    with pytest.raises(Asked) as caught:
+        training.measure_training(training.TrainingOptions(data="shapes10", root=data_root, batch_size=16, quick=True))
+    assert caught.value.args[0] == dict(zip(NAMES, [None, None, 77, 77], strict=True))
 
 
 @pytest.mark.parametrize("peer", [plain_torch, timm_style])

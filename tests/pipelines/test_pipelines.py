@@ -1,6 +1,8 @@
 """The contract that all pipelines share, checked against images augmented one by one in NumPy."""
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import pipelines
-from pipelines import PIPELINES, Augmentation, choose_pipeline, free_memory
+from pipelines import PIPELINES, Augmentation, choose_pipeline, free_memory, usable_processors
 from pipelines.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -298,6 +300,23 @@ def test_the_free_memory_of_a_cpu_is_a_part_of_what_it_has():
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total = 1024 * int(lines["MemTotal"].split()[0])
     assert 0 < free_memory(CPU) <= total
+
+
+def test_processors_are_those_that_the_process_may_use(monkeypatch):
+    """As under taskset; where the system does not tell, it is all of them."""
+    code = "import os, pipelines; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    command = [sys.executable, "-c", f"{code}; print(pipelines.usable_processors())"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_processors() == os.cpu_count()
+
+
+@pytest.mark.parametrize(("processors", "workers"), [(3, 3), (64, 8)])
+def test_torchvision_has_a_worker_for_each_usable_processor(dataset, helpers, monkeypatch, processors, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    pipeline = helpers.open_small("torchvision", dataset)
+    assert pipeline._loader.num_workers == workers
+    pipeline.close()
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------
