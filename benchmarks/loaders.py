@@ -113,7 +113,8 @@ def _available(dataset: Dataset) -> list[Entry]:
     for library in sorted(missing):
         warnings.warn(f"{library} is not installed and takes no part.", Note, stacklevel=2)
     if "ffcv" not in missing:
-        prepare(dataset.folder.name, dataset.folder.parent, lambda *_: None, formats=("raw", "beton"))
+        folder = dataset.folder.absolute()
+        prepare(folder.name, folder.parent, lambda *_: None, formats=("raw", "beton"))
     return [entry for entry in entries if entry.name.removeprefix("peer:") not in missing]
 
 

@@ -14,6 +14,7 @@ from benchmarks.contestant import Contestant, Entry, Work
 from benchmarks.measurement import ratio, spread
 from fastresnet import cli, terminal
 from pipelines.errors import Note, RunError
+from pipelines.store import open_store
 
 OURS = ["resident", "dali", "ffcv", "torchvision"]
 PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
@@ -101,6 +102,12 @@ def test_peers_have_a_worker_for_each_usable_processor(dataset, monkeypatch):
     with pytest.warns(Note, match="takes no part"):
         entries = {entry.name: entry for entry in loaders._available(dataset)}
     assert [entries[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
+
+
+def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
+    need("ffcv")
+    monkeypatch.chdir(dataset.folder)
+    assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()))]
 
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
