@@ -28,14 +28,26 @@ def read_report(path: Path) -> Report:
     try:
         report = json.loads(path.read_bytes())
         known = report["schema"] == SCHEMA and report["benchmark"] in BENCHMARKS
-        known = known and {"environment", "limits", "rows", "ratios"} <= report.keys()
+        known = known and {"limits", "ratios"} <= report.keys() and isinstance(report["environment"], dict)
+        known = known and all(_is_row(row) for row in report["rows"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
-        raise UsageError(f"{path} is no result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
+        raise no_result(path)
     return report
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether `row` has what those of all benchmarks have."""
+    low, median, high = (row[f"images_per_s{end}"] for end in ("_low", "", "_high"))
+    return isinstance(row["name"], str) and 0 < low <= median <= high
+
+
+def no_result(path: Path) -> UsageError:
+    """What to raise where the file `path` is no result, or not a whole one."""
+    return UsageError(f"{path} is no result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
 
 
 def write_report(report: Report, path: Path | None) -> None:

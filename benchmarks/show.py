@@ -9,7 +9,7 @@ from types import ModuleType
 from tyro.conf import Positional
 
 from benchmarks import loaders, steps, training
-from benchmarks.report import Report, print_report, read_report, short, table
+from benchmarks.report import Report, no_result, print_report, read_report, short, table
 from pipelines.errors import UsageError
 
 _MODULES: dict[str, ModuleType] = {"loaders": loaders, "step": steps, "train": training}
@@ -39,10 +39,14 @@ def show(options: ShowOptions) -> None:
     """Print a stored result. Raises `UsageError` where the file is none."""
     report = read_report(options.result)
     module = _MODULES[report["benchmark"]]
+    try:
+        markdown, tables, notes = module.markdown_table(report), module.tables(report), module.notes(report)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # what only this benchmark has
+        raise no_result(options.result) from None
     if options.markdown:
-        print(as_markdown(report), end="")
+        print(markdown, end="")
     else:
-        print_report(module.tables(report), module.notes(report))
+        print_report(tables, notes)
 
 
 def as_markdown(report: Report) -> str:

@@ -1,8 +1,12 @@
 """Results compared with one another, and files that are none."""
 
+import functools
 import json
+from operator import getitem
 
 import pytest
+
+from benchmarks.readme import RESULTS
 
 ENVIRONMENT = {"device": "a CPU", "threads": 2, "data": "shapes10", "batch_size": 8, "precision": "fp32"}
 
@@ -58,6 +62,46 @@ def test_results_of_different_benchmarks_are_refused(write, run):
     code, _, err = run("bench", "compare", write("a.json", x=(1, 2, 3)), write("b.json", y=(1, 2, 3)))
     assert code == 2
     assert "no row in common" in err
+
+
+def without(report, *keys):
+    """Take out of `report` what these lead to."""
+    *path, last = keys
+    for key in path:
+        report = report[key]
+    del report[last]
+
+
+@pytest.mark.parametrize("benchmark", ["loaders", "step", "train"])
+def test_a_result_with_something_missing_is_refused_in_one_line(tmp_path, run, benchmark):
+    """Every single key is taken out of a real one; not all are needed to show it, but none ends in a traceback."""
+    whole = (RESULTS / f"{benchmark}-2-cores.json").read_text()
+    first = {"rows": 0, "ratios": 0, "splits": 0}
+    report, path = json.loads(whole), tmp_path / "bad.json"
+    places = [(key, *([first[key]] if key in first else [])) for key in report if key not in ("schema", "benchmark")]
+    inner = [(*place, key) for place in places for key in functools.reduce(getitem, place, report)]
+    refused = set()
+    for place in [*((key,) for key in report), *inner]:
+        without(report := json.loads(whole), *place)
+        path.write_text(json.dumps(report))
+        for command in (["show", path], ["show", path, "--markdown"], ["compare", path, path]):
+            code, _, err = run("bench", *command)
+            assert (code, err.count("\n")) in {(0, 0), (2, 1)}, (place, command)
+            assert str(path) in err or code == 0
+            if code:
+                refused.add((command[0], place[0], place[-1]))
+    own = {"loaders": "threads", "step": "percent_of_roof", "train": "waiting_percent"}[benchmark]
+    assert {("show", "rows", own), ("show", "environment", "device"), ("show", "ratios", "median")} <= refused
+    assert {("compare", "rows", "images_per_s_low"), ("compare", "environment", "environment")} <= refused
+
+
+@pytest.mark.parametrize("command", ["show", "compare"])
+@pytest.mark.parametrize("value", ["fast", None, [], {}, 0, -1, float("nan")], ids=repr)
+def test_a_result_with_impossible_figures_is_refused_in_one_line(write, run, command, value):
+    path = write("bad.json", x=(value, value, value))
+    code, _, err = run("bench", command, *[path] * (1 + (command == "compare")))
+    assert (code, err.count("\n")) == (2, 1)
+    assert str(path) in err
 
 
 @pytest.mark.parametrize(
