@@ -17,6 +17,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,9 +168,14 @@ class Contestant:
         """Memory, processes, threads and share of waiting, so far."""
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, entry, work))
-        self._process.start()
-        theirs.close()
-        self.start: dict[str, float] = self._receive()
+        with _interruptions_held_back():
+            self._process.start()
+        try:
+            theirs.close()
+            self.start: dict[str, float] = self._receive()
+        except BaseException:
+            self._process.kill()
+            raise
 
     def take_turn(self, seconds: float) -> None:
         """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was read ahead."""
@@ -196,7 +202,24 @@ class Contestant:
         return answer
 
 
+@contextlib.contextmanager
+def _interruptions_held_back() -> Iterator[None]:
+    """A Ctrl-C, which a terminal sends to all processes, arrives after the block; those begun in it never see one."""
+    resource_tracker.ensure_running()  # the first process begun would begin it, and Python 3.11 then lets signals in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, entry: Entry, work: Work) -> None:
+    with contextlib.suppress(ConnectionError):  # the parent listens no more
+        _serve_turns(connection, entry, work)
+    os._exit(0)  # the libraries' threads and processes have nothing left to save
+
+
+def _serve_turns(connection: Connection, entry: Entry, work: Work) -> None:
     try:
         import torch  # before the clock starts: every contestant needs it
 
@@ -215,7 +238,6 @@ def _serve(connection: Connection, entry: Entry, work: Work) -> None:
         connection.send(f"\n{traceback.format_exc()}")
     finally:
         connection.close()
-    os._exit(0)  # the libraries' threads and processes have nothing left to save
 
 
 def _messages(connection: Connection) -> Iterator[Any]:

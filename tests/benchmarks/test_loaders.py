@@ -1,9 +1,13 @@
 """The loader benchmark, whole and small: every contestant runs, and the figures agree with one another."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -153,6 +157,88 @@ def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, command, ar
     code = cli.main(["bench", *arguments]) if command == "fastresnet bench" else terminal.guarded(main, arguments)
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+RACE = """
+import sys
+from pathlib import Path
+from benchmarks.contestant import Entry, Work, race
+from fastresnet import terminal
+
+def main(arguments):
+    entries = [Entry(name="slow", kind="peer", opener=f"test_loaders:{arguments[0]}")]
+    for _ in race(entries, Work(folder=Path(), batch_size=1, device="cpu", dtype="float32"), rounds=1, seconds=0.01):
+        pass
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(terminal.guarded(main, sys.argv[1:]))
+"""
+
+
+def opens_slowly(*_):
+    print("working", flush=True)
+    time.sleep(3600)
+
+
+def works_until_told(*_):
+    """The first batch is there at once; those of a turn come when there is a file `go`."""
+
+    def epoch(_):
+        yield
+        print("working", flush=True)
+        while not Path("go").exists():
+            time.sleep(0.01)
+        yield from itertools.repeat(None)
+
+    return epoch
+
+
+@pytest.fixture
+def race(tmp_path, monkeypatch):
+    """Start a race of one contestant in a session of its own, and wait until that is at work."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "race.py").write_text(RACE)
+    started = []
+
+    def start(opener):
+        command = [sys.executable, "race.py", opener]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes))
+        assert started[0].stdout.readline() == "working\n"
+        return started[0]
+
+    yield start
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started[0].pid, signal.SIGKILL)
+    started[0].communicate()
+
+
+STOPS = {
+    "Ctrl-C": (lambda pid: os.killpg(pid, signal.SIGINT), 130, "fastresnet: interrupted.\n"),
+    "SIGTERM": (lambda pid: os.kill(pid, signal.SIGTERM), 143, ""),
+    "SIGTERM to all": (lambda pid: os.killpg(pid, signal.SIGTERM), 143, ""),
+    "SIGKILL": (lambda pid: os.kill(pid, signal.SIGKILL), -9, ""),
+}
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM", "SIGTERM to all"])
+def test_a_race_that_is_stopped_while_a_contestant_starts_ends_without_it(race, stop):
+    process, (send, code, words) = race("opens_slowly"), STOPS[stop]
+    send(process.pid)
+    assert process.communicate(timeout=60) == ("", words)  # all that hold the pipes have ended
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_contestant_that_nobody_waits_for_ends_in_silence(race, tmp_path, stop):
+    process, (send, code, words) = race("works_until_told"), STOPS[stop]
+    send(process.pid)
+    if stop == "SIGKILL":
+        process.wait()
+    (tmp_path / "go").touch()
+    assert process.communicate(timeout=60) == ("", words)
+    assert process.returncode == code
 
 
 def out_of_memory(*_):
