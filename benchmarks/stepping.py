@@ -102,7 +102,11 @@ class Contender:
 
 
 class SplitContender:
-    """An eager training step of which each part is timed: forward pass, backward pass and update."""
+    """An eager training step of which each part is timed: forward pass, backward pass and update.
+
+    Without what `TrainStep` does beside them: metrics, learning rates, the scaling of losses in fp16, and looking for
+    losses and gradients that are not finite.
+    """
 
     PARTS = ("forward", "backward", "optimizer")
 
@@ -110,8 +114,10 @@ class SplitContender:
         self.case, self._device = case, device
         self.ms: dict[str, list[float]] = {part: [] for part in self.PARTS}
         """Milliseconds a step of every turn, by part."""
-        self._batch, self._model = _random_batch(case, device), _network(case, device).train()
-        (self._optimizer,) = create_optimizers(self._model, TrainConfig())
+        step = _train_step(case, device)
+        self._batch, self._model, (self._optimizer,) = _random_batch(case, device), step.model, step.optimizers
+        for group in self._optimizer.param_groups:
+            group["lr"].zero_()  # as the step does
         self._seconds_per_step = math.inf
         self._take(0), self._take(0)
 

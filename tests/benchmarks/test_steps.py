@@ -16,8 +16,10 @@ from benchmarks.stepping import Case
 from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, tables
 from fastresnet import terminal
 from fastresnet.models import create_model
+from fastresnet.models.batchnorm import BatchNorm2d
 from pipelines.errors import RunError
 
+CPU = torch.device("cpu")
 SMALL = {"models": ("resnet20",), "batch_sizes": (4,), "backends": ("eager",), "seconds": 0.001, "device": "cpu"}
 BASE = "train/resnet20/b4/fp32/channels_last/eager"
 
@@ -152,6 +154,25 @@ def test_every_case_is_measured_in_every_round(result):
     (split,) = report["splits"]
     assert split["model"] == "resnet20"
     assert all(split[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer"))
+
+
+def test_the_parts_are_those_of_the_step_beside_them():
+    """The same batch norms, and nothing is learned."""
+    case = Case(
+        mode="train",
+        model="resnet20",
+        batch_size=4,
+        precision="fp32",
+        memory_format="channels_last",
+        backend="eager",
+    )
+    split, step = stepping.SplitContender(case, CPU), stepping._train_step(case, CPU)
+    fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, step.model)]
+    assert fused[0] == fused[1] != []
+    before = [parameter.clone() for parameter in split._model.parameters()]
+    split.take_turn(0.001)
+    assert all(map(torch.equal, before, split._model.parameters()))
+    assert all(ms > 0 for (ms,) in split.ms.values())
 
 
 def test_the_report_tells_where_it_was_measured(result):
