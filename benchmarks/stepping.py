@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
@@ -79,17 +80,22 @@ class Contender:
         self.images_per_s.append(self.case.batch_size / self._seconds_per_step)
 
     def profile(self, path: Path, steps: int = 3) -> list[tuple[str, float, float]]:
-        """Write a Chrome trace of `steps` steps to `path`; returns operators, their own ms and their calls a step."""
+        """Write a Chrome trace of `steps` steps to `path`; returns operators, their own ms and their calls a step.
+
+        On a GPU kernels take the place of operators.
+        """
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
         with profile(activities=kinds) as profiler:
             self._steps(steps)
             _synchronize(self._device)
         with replacing(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        own = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        operators = [
-            (each.key, getattr(each, own) / 1000 / steps, each.count / steps) for each in profiler.key_averages()
-        ]
+        events, own = profiler.key_averages(), "self_cpu_time_total"
+        if self._device.type == "cuda":
+            # The time of a kernel also stands at the operator that launched it, and at the regions that it lies in.
+            events = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+            own = "self_device_time_total"
+        operators = [(each.key, getattr(each, own) / 1000 / steps, each.count / steps) for each in events]
         return sorted(operators, key=lambda operator: -operator[1])
 
     def _take(self, seconds: float) -> None:

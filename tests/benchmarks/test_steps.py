@@ -1,12 +1,15 @@
 """The step benchmark: its counts are those made by hand, and its figures agree with one another and survive a stop."""
 
 import json
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.autograd import DeviceType
 
 from benchmarks import stepping, steps
 from benchmarks.__main__ import main
@@ -22,6 +25,17 @@ from pipelines.errors import RunError
 CPU = torch.device("cpu")
 SMALL = {"models": ("resnet20",), "batch_sizes": (4,), "backends": ("eager",), "seconds": 0.001, "device": "cpu"}
 BASE = "train/resnet20/b4/fp32/channels_last/eager"
+
+
+def small_case(mode: str = "train", batch_size: int = 4) -> Case:
+    return Case(
+        mode=mode,
+        model="resnet20",
+        batch_size=batch_size,
+        precision="fp32",
+        memory_format="channels_last",
+        backend="eager",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -158,14 +172,7 @@ def test_every_case_is_measured_in_every_round(result):
 
 def test_the_parts_are_those_of_the_step_beside_them():
     """The same batch norms, and nothing is learned."""
-    case = Case(
-        mode="train",
-        model="resnet20",
-        batch_size=4,
-        precision="fp32",
-        memory_format="channels_last",
-        backend="eager",
-    )
+    case = small_case()
     split, step = stepping.SplitContender(case, CPU), stepping._train_step(case, CPU)
     fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, step.model)]
     assert fused[0] == fused[1] != []
@@ -249,6 +256,54 @@ def test_chart_and_trace_are_files_of_their_kinds(result):
     assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
 
 
+def test_operators_of_a_gpu_are_its_kernels(tmp_path, monkeypatch):
+    """As PyTorch tells of 3 convolutions in a region: the GPU's 300 us stand at operator, kernel and region."""
+
+    class Profiler:
+        def __init__(self, **_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def export_chrome_trace(self, path):
+            Path(path).write_text("{}")
+
+        def key_averages(self):
+            return [
+                event("aten::convolution", DeviceType.CPU, 0),
+                event("aten::cudnn_convolution", DeviceType.CPU, 300),
+                event("ProfilerStep*", DeviceType.CUDA, 300, is_user_annotation=True),
+                event("cudnn::conv_kernel", DeviceType.CUDA, 300),
+                event("Memset (Device)", DeviceType.CUDA, 6),
+            ]
+
+    def event(key, device_type, microseconds, is_user_annotation=False):
+        return types.SimpleNamespace(
+            key=key, device_type=device_type, self_device_time_total=microseconds, self_cpu_time_total=1, count=3,
+            is_user_annotation=is_user_annotation,
+        )  # fmt: skip
+
+    contender = stepping.Contender(small_case(), CPU)
+    monkeypatch.setattr(stepping, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    contender._device = torch.device("cuda")
+    operators = contender.profile(tmp_path / "trace.json")
+    assert operators == [("cudnn::conv_kernel", pytest.approx(0.1), 1), ("Memset (Device)", pytest.approx(0.002), 1)]
+
+
+@pytest.mark.gpu
+def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path):
+    operators = stepping.Contender(small_case(), torch.device("cuda")).profile(tmp_path / "trace.json", steps=3)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    on_gpu = [event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    assert sum(ms for _, ms, _ in operators) == pytest.approx(sum(on_gpu) / 1000 / 3)
+    assert sum(calls for _, _, calls in operators) == pytest.approx(len(on_gpu) / 3)
+
+
 def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
     turns = []
     take_turn = stepping.Contender.take_turn
@@ -316,13 +371,6 @@ def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
     monkeypatch.setattr(stepping, "free_memory", lambda _: 10 << 20)
-    case = Case(
-        mode=mode,
-        model="resnet20",
-        batch_size=1 << 16,
-        precision="fp32",
-        memory_format="channels_last",
-        backend="eager",
-    )
+    case = small_case(mode, 1 << 16)
     with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
         steps._prepared(stepping.Contender, case, torch.device("cpu"), lambda _: None)
