@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +23,37 @@ def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
+def stamp(device: torch.device) -> Any:
+    """Now; on a GPU, when it comes to this point of its work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Waits for the second stamp."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> float:
+    """Seconds that the fastest of so many runs of `work` takes; a GPU has the next one before it is done with one."""
+    stamps = [stamp(device)]
+    for _ in range(times):
+        work()
+        stamps.append(stamp(device))
+    return min(seconds_between(*pair) for pair in itertools.pairwise(stamps))
+
+
 def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
-    """Bytes a second that a large copy reads and writes together on `device`; the best of 5."""
+    """Bytes a second that a large copy reads and writes together on `device`; the best of 6."""
     source = torch.ones(size, dtype=torch.uint8, device=device)  # pages never written would all be one cached page
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(6):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size / best
+    return 2 * size / _shortest(lambda: target.copy_(source), device, 6)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05, largest: int = 8192) -> float:
@@ -44,14 +65,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05,
     best, size, shortest = 0.0, 256, 0.0
     while shortest < seconds and size <= largest:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out, shortest = torch.empty_like(a), float("inf")
-        for _ in range(4):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            torch.mm(a, b, out=out)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            shortest = min(shortest, time.perf_counter() - started)
+        shortest = _shortest(functools.partial(torch.mm, a, b, out=torch.empty_like(a)), device, 4)
         best, size = max(best, 2 * size**3 / shortest), 2 * size
     return best

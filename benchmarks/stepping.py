@@ -18,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
+from benchmarks.measurement import seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
@@ -102,9 +103,9 @@ class Contender:
         # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
         count = min(max(round(seconds / self._seconds_per_step), 1), MOST_STEPS)
         _synchronize(self._device)
-        begin = _stamp(self._device)
+        begin = stamp(self._device)
         self._steps(count)
-        self._seconds_per_step = _seconds_between(begin, _stamp(self._device)) / count
+        self._seconds_per_step = seconds_between(begin, stamp(self._device)) / count
 
 
 class SplitContender:
@@ -140,23 +141,23 @@ class SplitContender:
         stamps = [self._stamped_step() for _ in range(count)]
         _synchronize(self._device)
         totals = [
-            sum(_seconds_between(*pair) for pair in pairs)
+            sum(seconds_between(*pair) for pair in pairs)
             for pairs in zip(*(itertools.pairwise(step) for step in stamps), strict=True)
         ]
         self._seconds_per_step = sum(totals) / count
         return [1000 * total / count for total in totals]
 
     def _stamped_step(self) -> list[Any]:
-        stamps = [_stamp(self._device)]
+        stamps = [stamp(self._device)]
         with autocast(self.case.precision, self._device):
             logits = self._model(self._batch.images).float()
             loss = F.cross_entropy(logits, self._batch.labels)
-        stamps.append(_stamp(self._device))
+        stamps.append(stamp(self._device))
         loss.backward()
-        stamps.append(_stamp(self._device))
+        stamps.append(stamp(self._device))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return [*stamps, _stamp(self._device)]
+        return [*stamps, stamp(self._device)]
 
 
 def _training(case: Case, device: torch.device) -> Steps:
@@ -280,20 +281,3 @@ def _count(case: Case, device: torch.device) -> tuple[int, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _stamp(device: torch.device) -> Any:
-    """Now; on a GPU, when it comes to this point of its work."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds_between(begin: Any, end: Any) -> float:
-    """Waits for the second stamp."""
-    if isinstance(begin, float):
-        return end - begin
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000

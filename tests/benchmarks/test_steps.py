@@ -1,5 +1,6 @@
 """The step benchmark: its counts are those made by hand, and its figures agree with one another and survive a stop."""
 
+import itertools
 import json
 import types
 from pathlib import Path
@@ -11,10 +12,10 @@ from PIL import Image
 from torch import nn
 from torch.autograd import DeviceType
 
-from benchmarks import stepping, steps
+from benchmarks import measurement, stepping, steps
 from benchmarks.__main__ import main
 from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
-from benchmarks.measurement import matmul_rate
+from benchmarks.measurement import copy_bandwidth, matmul_rate
 from benchmarks.stepping import Case
 from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, tables
 from fastresnet import terminal
@@ -41,8 +42,6 @@ def small_case(mode: str = "train", batch_size: int = 4) -> Case:
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch):
     """Small copies and products: what they are worth is not tested."""
-    from benchmarks import measurement
-
     copy, product = measurement.copy_bandwidth, measurement.matmul_rate
     monkeypatch.setattr(measurement, "copy_bandwidth", lambda device: copy(device, 1 << 20))
     monkeypatch.setattr(measurement, "matmul_rate", lambda device, dtype: product(device, dtype, largest=256))
@@ -141,7 +140,25 @@ def test_memory_of_a_training_step_is_what_the_backward_pass_needs():
 
 
 def test_the_rate_of_matrix_products_is_positive():
-    assert matmul_rate(torch.device("cpu"), torch.float32, largest=256) > 0
+    assert matmul_rate(CPU, torch.float32, largest=256) > 0
+
+
+def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypatch):
+    """A clock that says when a device has come so far: the second run takes 2 s, all others more."""
+    begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
+    monkeypatch.setattr(measurement, "stamp", lambda _: begin.pop() if begin else next(ends))
+    assert copy_bandwidth(CPU, 1000) == 2 * 1000 / 2
+    begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
+    assert matmul_rate(CPU, torch.float32) == 2 * 256**3 / 2
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed_without_its_host(monkeypatch):
+    """Whose clock stands still here."""
+    monkeypatch.setattr(measurement, "time", types.SimpleNamespace(perf_counter=lambda: 0.0))
+    device = torch.device("cuda")
+    assert 0 < copy_bandwidth(device) < float("inf")
+    assert 0 < matmul_rate(device, torch.float32) < float("inf")
 
 
 # --- the whole ---------------------------------------------------------------------------------------------------
