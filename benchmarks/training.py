@@ -31,9 +31,6 @@ from fastresnet.models import list_models
 from pipelines import usable_processors
 from pipelines.errors import check_choice
 
-STEPS = 1_000_000
-"""More than any contestant takes: as many learning rates are laid out."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions(RaceOptions):
@@ -99,7 +96,7 @@ def measure_training(options: TrainingOptions) -> None:
 def _backend(options: TrainingOptions, work: Work, precision: str) -> str:
     """What `fastresnet train` would choose for a long run."""
     from fastresnet.device import explained_failures, resolve_compile, resolve_device
-    from fastresnet.training.engine import faster_backend
+    from fastresnet.training.engine import PAYS_AFTER_STEPS, faster_backend
 
     device = resolve_device(work.device)
     compile_ = resolve_compile(options.compile, device)
@@ -108,8 +105,9 @@ def _backend(options: TrainingOptions, work: Work, precision: str) -> str:
     if options.quick:
         return "eager"
     with explained_failures("give a smaller --batch-size"):
-        batch = next(_open_pipeline(work, device).epoch(0))
-        return faster_backend(_create_step(options.model, precision, device), batch, STEPS)[0]
+        pipeline = _open_pipeline(work, device)
+        step = _create_step(options.model, precision, device, len(pipeline))
+        return faster_backend(step, next(pipeline.epoch(0)), PAYS_AFTER_STEPS)[0]
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backend: str, data: bool) -> Epochs:
@@ -123,11 +121,12 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backe
     batch = next(pipeline.epoch(0))
     if not data:
         pipeline = _OneBatch(batch, len(pipeline))
-    step = _create_step(model, precision, device)
+    step = _create_step(model, precision, device, len(pipeline))
     engine = Engine(step, pipeline, backend)
     engine.prepare(batch)
 
     def epoch(number: int) -> Iterator[None]:
+        step.count.zero_()  # the learning rates begin anew
         for taken, _ in enumerate(engine.steps(number, 0, len(pipeline))):
             if taken % STATUS_EVERY[device.type] == 0:
                 step.failed_at()
@@ -156,7 +155,8 @@ def _open_pipeline(work: Work, device: Any) -> Any:
     )
 
 
-def _create_step(model: str, precision: str, device: Any) -> Any:
+def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
+    """A training step with learning rates for so many `steps`."""
     import torch
 
     from fastresnet.config import TrainConfig
@@ -166,7 +166,7 @@ def _create_step(model: str, precision: str, device: Any) -> Any:
 
     network = create_model(model).to(device).to(memory_format=torch.channels_last).train()
     optimizers = create_optimizers(network, TrainConfig(model=model))
-    return TrainStep(network, optimizers, [1.0] * STEPS, precision=precision, device=device)
+    return TrainStep(network, optimizers, [1.0] * steps, precision=precision, device=device)
 
 
 class _OneBatch:

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import training
 from benchmarks.__main__ import main
-from benchmarks.contestant import WaitTimer
+from benchmarks.contestant import WaitTimer, Work
 from benchmarks.peers import plain_torch, timm_style
 from fastresnet import terminal
 from fastresnet.models import create_model
@@ -87,6 +87,24 @@ def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
     with pytest.raises(Asked) as caught:
         training.measure_training(training.TrainingOptions(data="shapes10", root=data_root, batch_size=16, quick=True))
     assert caught.value.args[0] == dict(zip(NAMES, [None, None, 77, 77], strict=True))
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, data):
+    """Those of one epoch serve for all."""
+    created, create = [], training._create_step
+
+    def recorded(*arguments):
+        created.append(create(*arguments))
+        return created[0]
+
+    monkeypatch.setattr(training, "_create_step", recorded)
+    work = Work(folder=dataset.folder, batch_size=100, device="cpu", dtype="float32")
+    settings = {"model": "resnet20", "precision": "fp32", "backend": "eager", "data": data}
+    epoch = training.open_ours(work, WaitTimer(), **settings)
+    for number in range(3):
+        assert len(list(epoch(number))) == 3  # of 331 images
+        assert int(created[0].count) == 3
 
 
 @pytest.mark.parametrize("peer", [plain_torch, timm_style])
