@@ -41,6 +41,9 @@ def open_training(
     workers: int,
 ) -> Callable[[int], Iterator[None]]:
     """See `benchmarks.peers`."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     loader = DataLoader(
         _Images(dataset.train),
         batch_size=batch_size,

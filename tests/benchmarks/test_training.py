@@ -107,6 +107,23 @@ def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, da
         assert int(created[0].count) == 3
 
 
+@pytest.fixture
+def slow_backends():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.benchmark = False
+    yield
+    matmul.allow_tf32, cudnn.benchmark = before
+
+
+@pytest.mark.gpu
+def test_the_timm_style_loop_computes_as_timm_s_does_on_a_gpu(dataset, slow_backends):
+    device = torch.device("cuda")
+    timm_style.open_training(dataset, create_model("resnet20"), iter, batch_size=100, device=device, workers=0)
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize("peer", [plain_torch, timm_style])
 def test_a_peer_trains_the_network_through_every_batch(peer, dataset):
     torch.manual_seed(0)
