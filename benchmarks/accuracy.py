@@ -57,11 +57,18 @@ def read_summaries(folder: Path = RESULTS) -> list[Summary]:
     Raises `UsageError` on settings that there are no more.
     """
     summaries = {str(path): json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return [
-        summary
-        for path, summary in summaries.items()
-        if summary["data"] == "cifar10" and not changed_settings(from_dict(summary["settings"], path))
-    ]
+    return [summary for path, summary in summaries.items() if not _objection(summary, path)]
+
+
+def _objection(summary: Summary, where: str) -> str:
+    """Why the run of which `where` tells does not count; empty where it does."""
+    if summary["data"] != "cifar10":
+        return f"it was trained on {summary['data']}, not on cifar10"
+    if "settings" not in summary:
+        return "an older version wrote its summary.json, without the settings"
+    changed = changed_settings(from_dict(summary["settings"], where))
+    values = ", ".join(f"{name} = {value!r}" for name, value in changed.items())
+    return values and f"it was trained with {values}, which are not the settings of recipe {summary['recipe']}"
 
 
 def reproduction_table(summaries: Iterable[Summary]) -> str:
@@ -148,14 +155,31 @@ TABLES = {"reproduction": reproduction_table, "runs": runs_table, "speedrun": sp
 
 
 def add(runs: Iterable[Path]) -> None:
-    """Copy what is to be kept of finished `runs`. Raises `DataError` where one is not finished."""
-    for run in runs:
-        summary = _summary(run)
+    """Copy what is to be kept of finished `runs`: of all or of none.
+
+    Raises `DataError` where one is not finished, does not count or would replace another.
+    """
+    summaries, files = {run: _summary(run) for run in runs}, dict[Path, bytes]()
+    for run, summary in summaries.items():
         name = _stem(summary)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        write_bytes(RESULTS / f"{name}.json", (json.dumps(summary, indent=2) + "\n").encode())
-        write_bytes(RESULTS / f"{name}.csv", (run / "metrics.csv").read_bytes())
-        print(f"{name}: {summary['test_accuracy']:.2f} %")
+        if objection := _objection(summary, str(run)):
+            command = f"fastresnet train {summary['recipe']} --model {summary['model']} --seed {summary['seed']}"
+            raise DataError(f"{run} would not count in the tables: {objection}. Train what does: {command}")
+        of_run = {
+            RESULTS / f"{name}.json": (json.dumps(summary, indent=2) + "\n").encode(),
+            RESULTS / f"{name}.csv": (run / "metrics.csv").read_bytes(),
+        }
+        for path, content in of_run.items():
+            if content != files.setdefault(path, path.read_bytes() if path.exists() else content):
+                raise DataError(
+                    f"{path} is of another run than {run}. To have {run} in its place, remove {name}.json and "
+                    f"{name}.csv in that folder."
+                )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        write_bytes(path, content)
+    for summary in summaries.values():
+        print(f"{_stem(summary)}: {summary['test_accuracy']:.2f} %")
 
 
 def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:

@@ -106,6 +106,72 @@ def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkey
     assert (tmp_path / "results" / "paper-resnet20-seed3.csv").read_text() == "epoch\n1\n"
 
 
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Write a run folder with this summary and these curves."""
+
+    def write(name, summary, curves="epoch\n1\n"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+        (tmp_path / name / "metrics.csv").write_text(curves)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("unfit", "words"),
+    [
+        ({"data": "shapes10"}, "trained on shapes10, not on cifar10"),
+        ({"recipe": "fast", "settings": {"iterations": 2}}, "iterations = 2, which are not the settings of recipe"),
+        ({"settings": None}, "without the settings"),
+    ],
+    ids=["other data", "other settings", "no settings"],
+)
+def test_a_run_that_would_not_count_is_not_added_nor_are_those_beside_it(results, run_folder, unfit, words):
+    without, unfit = unfit == {"settings": None}, summary(5, 90.0, **unfit)
+    if without:
+        del unfit["settings"]
+    runs = [run_folder("good", summary(4, 91.0)), run_folder("unfit", unfit)]
+    with pytest.raises(DataError, match=words) as caught:
+        accuracy.add(runs)
+    assert str(runs[1]) in str(caught.value)
+    assert f"fastresnet train {unfit['recipe']} --model resnet20 --seed 5" in str(caught.value)
+    assert not results.exists()
+
+
+def test_a_summary_of_an_older_version_does_not_count(tmp_path):
+    old = summary(0, 91.0)
+    del old["settings"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_summaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("curves", ["epoch\n1\n", "epoch\n1\n2\n"])
+def test_a_run_takes_no_other_s_place(results, run_folder, together, curves):
+    percent = 91.0 if curves != "epoch\n1\n" else 92.0  # they differ in one file or the other
+    first, second = run_folder("first", summary(3, 91.0)), run_folder("second", summary(3, percent), curves)
+    if not together:
+        accuracy.add([first])
+        accuracy.add([first])  # again: nothing to object to
+    before = {path: path.read_bytes() for path in results.glob("*")}
+    with pytest.raises(DataError, match=r"remove paper-resnet20-seed3\.json and paper-resnet20-seed3\.csv") as caught:
+        accuracy.add([first, second] if together else [second])
+    assert str(results) in str(caught.value)
+    assert {path: path.read_bytes() for path in results.glob("*")} == before
+    for path in before:
+        path.unlink()
+    accuracy.add([second])
+    assert json.loads((results / "paper-resnet20-seed3.json").read_text())["test_accuracy"] == percent
+
+
 def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_path):
     with pytest.raises(DataError, match="has no run of recipe 'paper'"):
         accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
