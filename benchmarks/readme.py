@@ -16,6 +16,8 @@ from pathlib import Path
 from benchmarks import accuracy, reliability, scaling
 from benchmarks.report import read_report
 from benchmarks.show import as_markdown
+from fastresnet import terminal
+from pipelines.errors import UsageError
 from pipelines.files import write_bytes
 
 RESULTS = Path(__file__).with_name("results")
@@ -50,8 +52,19 @@ def _provenance(report: dict) -> str:
     return f"{environment['device']}; commit {environment['commit']}; {environment['started'][:10]}; {versions}.\n"
 
 
+def main(arguments: list[str]) -> int:
+    """Write the tables into the files that `arguments` name. Raises `UsageError` where one cannot be read."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, end="")
+        return 0 if arguments else 2
+    for path in map(Path, arguments):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}.") from None
+        write_bytes(path, with_tables(text).encode())
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    for path in map(Path, sys.argv[1:]):
-        write_bytes(path, with_tables(path.read_text()).encode())
+    sys.exit(terminal.guarded(main, sys.argv[1:]))

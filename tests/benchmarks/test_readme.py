@@ -1,11 +1,13 @@
 """The README's tables say what the committed results say."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import RESULTS, with_tables
+from benchmarks.readme import RESULTS, main, with_tables
 
 PROJECT = Path(__file__).parents[2]
 
@@ -27,6 +29,27 @@ def test_a_table_is_replaced_and_nothing_else():
     assert made.endswith("<!-- end -->\nafter\n")
     assert "old" not in made
     assert with_tables(made) == made
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "out", "err"),
+    [
+        ("--help", 0, "usage: python -m benchmarks.readme FILE...", ""),
+        ("no-such-file.md", 2, "", "fastresnet: cannot read no-such-file.md: No such file or directory.\n"),
+    ],
+)
+def test_the_command_line_explains_itself(argument, code, out, err):
+    command = [sys.executable, "-m", "benchmarks.readme", argument]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.partition("\n")[0], done.stderr) == (code, out, err)
+
+
+def test_the_command_line_writes_the_tables(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("é\n<!-- results: loaders-2-cores.json -->\nold\n<!-- end -->\n", encoding="utf-8")
+    assert main([str(path)]) == 0
+    assert "old" not in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == with_tables(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
