@@ -188,16 +188,14 @@ def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
     To the left the plain networks, to the right the residual ones; the first seed of each. Raises `DataError` where
     there is no run of `recipe`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
     groups = _grouped(run for run in read_summaries(folder) if run["recipe"] == recipe)
     if not groups:
         raise DataError(f"{folder} has no run of recipe {recipe!r}. Add one: python -m benchmarks.accuracy add RUN")
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, (family, heading) in zip(panels, (("plain", "plain networks"), ("resnet", "ResNets")), strict=True):
         for model, color in ((f"{family}20", "tab:orange"), (f"{family}56", "tab:blue")):
             if (recipe, model) in groups:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastresnet import terminal
 from fastresnet.config import DEVICES, PRECISIONS
+from pipelines import Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
 
@@ -39,8 +40,27 @@ class Work:
     """The store."""
     batch_size: int
     device: str
-    dtype: str
-    """Name of a torch type."""
+    precision: str
+    """fp32, bf16 or fp16."""
+
+    def open_pipeline(self, name: str) -> Pipeline:
+        """A pipeline of this program, for training with the usual augmentation."""
+        import torch
+
+        from fastresnet.device import DTYPES
+        from pipelines import Augmentation, open_pipeline
+        from pipelines.store import open_store
+
+        return open_pipeline(
+            name,
+            open_store(self.folder),
+            train=True,
+            batch_size=self.batch_size,
+            device=torch.device(self.device),
+            dtype=DTYPES[self.precision],
+            seed=0,
+            augmentation=Augmentation(),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +102,12 @@ class RaceOptions:
             )
 
 
-def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, str, Work]:
-    """Data set, device and precision that `options` stand for, and the work they make.
+def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, Work]:
+    """Data set and device that `options` stand for, and the work they make.
 
     Raises `UsageError` and `DataError` where they do not exist or do not fit together.
     """
-    from fastresnet.device import DTYPES, resolve_device, resolve_precision
+    from fastresnet.device import resolve_device, resolve_precision
 
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
@@ -98,9 +118,9 @@ def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, str, Wor
         folder=dataset.folder.absolute(),
         batch_size=options.batch_size,
         device=device.type,
-        dtype=str(DTYPES[precision]).removeprefix("torch."),
+        precision=precision,
     )
-    return dataset, device, precision, work
+    return dataset, device, work
 
 
 Epochs = Callable[[int], Iterable[Any]]
@@ -132,13 +152,16 @@ class Entry:
     """Who takes part."""
 
     name: str
-    kind: str
-    """`ours` or `peer`."""
+    """`peer:` begins that of a peer."""
     opener: str
     """`module:function`, called with the `Work`, a `WaitTimer` to use or not, and the options; returns `Epochs`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
     """Whether the first batch waits for a compiler, which is then told apart."""
+
+    @property
+    def kind(self) -> str:
+        return "peer" if self.name.startswith("peer:") else "ours"
 
 
 def race(entries: Sequence[Entry], work: Work, *, rounds: int, seconds: float) -> Iterator[list[Contestant]]:

@@ -10,29 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.sampling import IMAGE_SIZE
+from fastresnet.models.layers import one_image
 
 # They allocate and write nothing.
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 # What they write over is not read before.
 _OVERWRITING = {"copy_", "fill_", "zero_"}
-
-
-def flops_per_image(model: nn.Module, *, training: bool) -> int:
-    """Floating-point operations for one image, a multiply-add counted as 2; with the backward pass if `training`.
-
-    Of convolutions and matrix products, which PyTorch counts on the meta device: nearly all that a residual network
-    computes.
-    """
-    twin = copy.deepcopy(model).to("meta").train(training)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        logits = twin(_one_image())
-        if training:
-            logits.sum().backward()
-    return counter.get_total_flops()
 
 
 def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
@@ -52,12 +37,8 @@ def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
 
     twin = copy.deepcopy(model).to("meta").train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        twin(_one_image())
+        twin(one_image())
     return sum(sizes.values()) if training else 3 * max(sizes.values())
-
-
-def _one_image() -> Tensor:
-    return torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
 
 
 class ByteCounter(TorchDispatchMode):

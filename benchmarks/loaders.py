@@ -49,14 +49,14 @@ def measure_loaders(options: LoadersOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
     from benchmarks.measurement import copy_bandwidth
 
-    dataset, device, precision, work = describe_work(options)
+    dataset, device, work = describe_work(options)
     entries = _available(dataset)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
     surroundings = _surroundings(device)
     limits: list[float] = []
     for contestants in race(entries, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
-        report = _report(contestants, limits, options, surroundings, precision, dataset)
+        report = _report(contestants, limits, work, surroundings, dataset)
         write_report(report, options.json)
     print_report(tables(report), notes(report))
     if options.chart is not None:
@@ -65,35 +65,21 @@ def measure_loaders(options: LoadersOptions) -> None:
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
     """A pipeline of this program."""
-    import torch
-
-    from pipelines import Augmentation, open_pipeline
-    from pipelines.store import open_store
-
-    opened = open_pipeline(
-        pipeline,
-        open_store(work.folder),
-        train=True,
-        batch_size=work.batch_size,
-        device=torch.device(work.device),
-        dtype=getattr(torch, work.dtype),
-        seed=0,
-        augmentation=Augmentation(),
-    )
-    return opened.epoch
+    return work.open_pipeline(pipeline).epoch
 
 
 def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
     """A loader of `benchmarks.peers`; `workers` is how many processes or threads it is told to use."""
     import torch
 
+    from fastresnet.device import DTYPES
     from pipelines.store import open_store
 
     loader = importlib.import_module(f"benchmarks.peers.{module}").open_loader(
         open_store(work.folder),
         batch_size=work.batch_size,
         device=torch.device(work.device),
-        dtype=getattr(torch, work.dtype),
+        dtype=DTYPES[work.precision],
         workers=workers,
     )
     return lambda _: loader
@@ -120,18 +106,12 @@ def _available(dataset: Dataset) -> list[Entry]:
 
 def _ours(name: str) -> Entry:
     options = {"pipeline": name}
-    return Entry(name=name, kind="ours", opener=f"{__name__}:open_ours", options=options, compiles=name == "ffcv")
+    return Entry(name=name, opener=f"{__name__}:open_ours", options=options, compiles=name == "ffcv")
 
 
 def _peer(name: str, module: str, workers: int) -> Entry:
     options = {"module": module, "workers": workers}
-    return Entry(
-        name=f"peer:{name}",
-        kind="peer",
-        opener=f"{__name__}:open_peer",
-        options=options,
-        compiles=name == "ffcv",
-    )
+    return Entry(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
 
 
 def _surroundings(device: Any) -> dict[str, Any]:
@@ -148,9 +128,8 @@ def _surroundings(device: Any) -> dict[str, Any]:
 def _report(
     contestants: list[Contestant],
     limits: list[float],
-    options: LoadersOptions,
+    work: Work,
     surroundings: dict[str, Any],
-    precision: str,
     dataset: Dataset,
 ) -> dict[str, Any]:
     from benchmarks.measurement import ratio, spread
@@ -158,7 +137,7 @@ def _report(
 
     bandwidth = statistics.median(limits)
     # Each pixel must be read as a byte and written in the output's type once.
-    roof = bandwidth / (PIXELS * (1 + DTYPES[precision].itemsize))
+    roof = bandwidth / (PIXELS * (1 + DTYPES[work.precision].itemsize))
     rows = [
         {
             "name": contestant.entry.name,
@@ -178,8 +157,8 @@ def _report(
         "benchmark": "loaders",
         "environment": {
             **surroundings,
-            "precision": precision,
-            "batch_size": options.batch_size,
+            "precision": work.precision,
+            "batch_size": work.batch_size,
             "data": dataset.name,
             "data_mb": (dataset.train.images.nbytes + dataset.test.images.nbytes) / 1e6,
         },
@@ -199,7 +178,7 @@ def tables(report: Report) -> list[Table]:
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
-    return [figures_table(report, f"Loaders: {title(report)}", columns), ratios_table(report)]
+    return [figures_table(report["rows"], f"Loaders: {title(report)}", columns), ratios_table(report)]
 
 
 def notes(report: Report) -> list[str]:

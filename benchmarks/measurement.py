@@ -6,10 +6,12 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from pipelines import Batch
 
 
 def spread(values: Sequence[float], name: str) -> dict[str, float]:
@@ -21,6 +23,22 @@ def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]
     """How many times `others`' figure each of `values` is, round by round: machines drift, ratios less so."""
     ratios = [value / other for value, other in zip(values, others, strict=True)]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+class SameBatch:
+    """A pipeline of `length` batches that costs nothing."""
+
+    def __init__(self, batch: Batch, length: int) -> None:
+        self._batch, self._length = batch, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def epoch(self, _: int, start: int = 0) -> Iterator[Batch]:
+        return itertools.repeat(self._batch, self._length - start)
+
+    def close(self) -> None:
+        pass
 
 
 def stamp(device: torch.device) -> Any:

@@ -81,10 +81,10 @@ def table(heading: str, *columns: str) -> Table:
     return made
 
 
-def figures_table(report: Report, heading: str, columns: Sequence[Column]) -> Table:
-    """A line for each row of `report`."""
+def figures_table(rows: Sequence[dict[str, Any]], heading: str, columns: Sequence[Column]) -> Table:
+    """A line for each of `rows`."""
     made = table(heading, *(name for name, _ in columns))
-    for row in report["rows"]:
+    for row in rows:
         made.add_row(*(text(row) for _, text in columns))
     return made
 
@@ -148,10 +148,7 @@ def grouped(value: float) -> str:
 
 def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
     """Bars of images/s with their spread, and the `limit` with its name; logarithmic where they differ widely."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = sorted(report["rows"], key=lambda row: row["images_per_s"])
     medians = [row["images_per_s"] for row in rows]
@@ -160,7 +157,8 @@ def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str]
         [row["images_per_s_high"] - row["images_per_s"] for row in rows],
     ]
     colors = ["tab:blue" if row["kind"] == "ours" else "tab:gray" for row in rows]
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
+    figure = Figure(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
+    axes = figure.subplots()
     bars = axes.barh([row["name"] for row in rows], medians, xerr=errors, color=colors, ecolor="black", capsize=3)
     axes.bar_label(bars, labels=[grouped(median) for median in medians], label_type="center", color="white")
     axes.bar(0, 0, color="tab:blue", label="this program")
@@ -178,8 +176,5 @@ def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str]
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure in the format that the name of `path` ends with."""
-    from matplotlib import pyplot as plt
-
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=120)
-    plt.close(figure)

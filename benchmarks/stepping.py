@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
-from benchmarks.measurement import seconds_between, stamp
+from benchmarks.counting import ByteCounter, memory_per_image
+from benchmarks.measurement import SameBatch, seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
+from fastresnet.models.layers import flops_per_image
 from fastresnet.training.engine import Engine
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
@@ -162,7 +163,7 @@ class SplitContender:
 
 def _training(case: Case, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
-    engine = Engine(step, _SameBatch(batch), case.backend)
+    engine = Engine(step, SameBatch(batch, MOST_STEPS), case.backend)
     engine.prepare(batch)
 
     def take(count: int) -> None:
@@ -203,22 +204,6 @@ def _recorded(work: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream):
         work()
     return graph.replay
-
-
-class _SameBatch:
-    """A pipeline that costs nothing."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-
-    def __len__(self) -> int:
-        return MOST_STEPS
-
-    def epoch(self, _: int, start: int = 0) -> Iterator[Batch]:
-        return itertools.repeat(self._batch, MOST_STEPS - start)
-
-    def close(self) -> None:
-        pass
 
 
 def _network(case: Case, device: torch.device) -> nn.Module:

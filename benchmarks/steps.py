@@ -21,7 +21,9 @@ from benchmarks.report import (
     SCHEMA,
     Column,
     Report,
+    figures_table,
     grouped,
+    markdown,
     print_report,
     save_figure,
     short,
@@ -128,7 +130,8 @@ def measure_steps(options: StepOptions) -> None:
     device = resolve_device(options.device)
     cases = _sweep(options, device)
     base = cases[0]
-    surroundings = {**environment(device), **{key: value for key, value in _parts(base) if key != "mode"}}
+    of_base = {key: value for key, value in dataclasses.asdict(base).items() if key != "mode"}
+    surroundings = {**environment(device), **of_base}
     rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
     split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
     split_cases.insert(0, dataclasses.replace(base, backend="eager"))
@@ -280,7 +283,7 @@ def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
         "kind": "ours",
         **spread(contender.images_per_s, "images_per_s"),
         "rounds": len(contender.images_per_s),
-        **dict(_parts(case)),
+        **dataclasses.asdict(case),
         "ms_per_step": 1000 * case.batch_size / statistics.median(contender.images_per_s),
         "prepare_s": contender.prepare_s,
         "flops_per_image": contender.flops_per_image,
@@ -309,10 +312,6 @@ def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
             if getattr(case, field) == value and other is not None:
                 ratios.append(ratio(case.name, contender.images_per_s, other.case.name, other.images_per_s))
     return ratios
-
-
-def _parts(case: Case) -> Iterator[tuple[str, Any]]:
-    yield from dataclasses.asdict(case).items()
 
 
 # --- tables and chart --------------------------------------------------------------------------------------------
@@ -356,11 +355,8 @@ def _figures_table(report: Report, heading: str, mode: str) -> Table:
         ("ms/step", lambda row: short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
     ]
-    made = table(f"{heading}: {report['environment']['device']}", *(name for name, _ in columns))
-    for row in report["rows"]:
-        if row["mode"] == mode:
-            made.add_row(*(text(row) for _, text in columns))
-    return made
+    rows = [row for row in report["rows"] if row["mode"] == mode]
+    return figures_table(rows, f"{heading}: {report['environment']['device']}", columns)
 
 
 def _short_name(row: dict[str, Any]) -> str:
@@ -412,28 +408,20 @@ def markdown_table(report: Report) -> str:
         return ", ".join(f"{short(median, 3)}× {part.pop()}" for (_, median), part in zip(found, parts, strict=True))
 
     columns: list[Column] = [
-        ("case", lambda row: f"`{row['name']}`"),
-        (
-            "images/s (lowest–highest)",
-            lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
-        ),
+        ("case", lambda row: row["name"]),
         ("step", lambda row: f"{short(row['ms_per_step'], 3)} ms"),
         ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
         ("times as fast as", compared),
     ]
-    lines = [[heading for heading, _ in columns], ["---"] * len(columns)]
-    lines += [[text(row) for _, text in columns] for row in report["rows"]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown({**report, "ratios": []}, columns)  # which the last column tells
 
 
 def draw_chart(report: Report, path: Path) -> None:
     """Left: images/s by batch size, with the roofs. Right: of what a training step consists, by network."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     _draw_throughput(report, left)
     _draw_splits(report, right)
     figure.suptitle(f"Steps: {_base(report)}; {report['environment']['device']}", fontsize=10)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import itertools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,33 +55,23 @@ def measure_training(options: TrainingOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
     from fastresnet.device import environment
 
-    dataset, device, precision, work = describe_work(options)
-    backend = _backend(options, work, precision)
+    dataset, device, work = describe_work(options)
+    backend = _backend(options, work)
     surroundings = {
         **environment(device),
-        "precision": precision,
+        "precision": work.precision,
         "batch_size": options.batch_size,
         "data": dataset.name,
         "model": options.model,
         "backend": backend,
     }
-    ours = {"model": options.model, "precision": precision, "backend": backend}
+    ours = {"model": options.model, "backend": backend}
     peers = {"model": options.model, "workers": usable_processors()}
     entries = [
-        Entry(name="resident", kind="ours", opener=f"{__name__}:open_ours", options=ours | {"data": True}),
-        Entry(name="step-only", kind="ours", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
-        Entry(
-            name="peer:plain-torch",
-            kind="peer",
-            opener=f"{__name__}:open_peer",
-            options=peers | {"module": "plain_torch"},
-        ),
-        Entry(
-            name="peer:timm-style",
-            kind="peer",
-            opener=f"{__name__}:open_peer",
-            options=peers | {"module": "timm_style"},
-        ),
+        Entry(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}),
+        Entry(name="step-only", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
+        Entry(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
+        Entry(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
     ]
     rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
     for contestants in race(entries, work, rounds=rounds, seconds=seconds):
@@ -93,7 +82,7 @@ def measure_training(options: TrainingOptions) -> None:
         draw_chart(report, options.chart)
 
 
-def _backend(options: TrainingOptions, work: Work, precision: str) -> str:
+def _backend(options: TrainingOptions, work: Work) -> str:
     """What `fastresnet train` would choose for a long run."""
     from fastresnet.device import explained_failures, resolve_compile, resolve_device
     from fastresnet.training.engine import PAYS_AFTER_STEPS, faster_backend
@@ -105,23 +94,24 @@ def _backend(options: TrainingOptions, work: Work, precision: str) -> str:
     if options.quick:
         return "eager"
     with explained_failures("give a smaller --batch-size"):
-        pipeline = _open_pipeline(work, device)
-        step = _create_step(options.model, precision, device, len(pipeline))
+        pipeline = work.open_pipeline("resident")
+        step = _create_step(options.model, work.precision, device, len(pipeline))
         return faster_backend(step, next(pipeline.epoch(0)), PAYS_AFTER_STEPS)[0]
 
 
-def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backend: str, data: bool) -> Epochs:
+def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
     """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
+    from benchmarks.measurement import SameBatch
     from fastresnet.device import resolve_device
     from fastresnet.training.engine import Engine
     from fastresnet.training.trainer import STATUS_EVERY
 
     device = resolve_device(work.device)
-    pipeline = _open_pipeline(work, device)
+    pipeline = work.open_pipeline("resident")
     batch = next(pipeline.epoch(0))
     if not data:
-        pipeline = _OneBatch(batch, len(pipeline))
-    step = _create_step(model, precision, device, len(pipeline))
+        pipeline = SameBatch(batch, len(pipeline))
+    step = _create_step(model, work.precision, device, len(pipeline))
     engine = Engine(step, pipeline, backend)
     engine.prepare(batch)
 
@@ -137,24 +127,6 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, precision: str, backe
     return epoch
 
 
-def _open_pipeline(work: Work, device: Any) -> Any:
-    import torch
-
-    from pipelines import Augmentation, open_pipeline
-    from pipelines.store import open_store
-
-    return open_pipeline(
-        "resident",
-        open_store(work.folder),
-        train=True,
-        batch_size=work.batch_size,
-        device=device,
-        dtype=getattr(torch, work.dtype),
-        seed=0,
-        augmentation=Augmentation(),
-    )
-
-
 def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
     """A training step with learning rates for so many `steps`."""
     import torch
@@ -167,19 +139,6 @@ def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
     network = create_model(model).to(device).to(memory_format=torch.channels_last).train()
     optimizers = create_optimizers(network, TrainConfig(model=model))
     return TrainStep(network, optimizers, [1.0] * steps, precision=precision, device=device)
-
-
-class _OneBatch:
-    """A pipeline that costs nothing."""
-
-    def __init__(self, batch: Any, length: int) -> None:
-        self._batch, self._length = batch, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def epoch(self, _: int, start: int = 0) -> Iterator[Any]:
-        return itertools.repeat(self._batch, self._length - start)
 
 
 def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers: int) -> Epochs:
@@ -239,7 +198,7 @@ def tables(report: Report) -> list[Table]:
     ]
     environment = report["environment"]
     heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
-    return [figures_table(report, heading, columns), ratios_table(report)]
+    return [figures_table(report["rows"], heading, columns), ratios_table(report)]
 
 
 def notes(_: Report) -> list[str]:

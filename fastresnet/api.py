@@ -63,7 +63,7 @@ def evaluate(
     from fastresnet.weights import load_weights
 
     if isinstance(weights, str | Path):
-        loaded = load_weights(find_weights(weights)[0])
+        loaded = load_weights(find_weights(weights))
         dataset = find_dataset_for(loaded, weights, data, root)
         network = loaded.model
         normalization = loaded.normalization if loaded.training else normalization

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -243,7 +242,7 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
             raise UsageError(f"{where}: {name} = {value!r} is no list.")
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
-    kinds = _plain_types(hint)
+    kinds = get_args(hint) or (hint,)
     if float in kinds and type(value) is int and abs(value) < 1 << 63:
         return float(value)
     if Path in kinds and isinstance(value, str | Path):
@@ -252,7 +251,3 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
         expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
         raise UsageError(f"{where}: {name} = {value!r} is no {expected}.")
     return value
-
-
-def _plain_types(hint: Any) -> Iterable[type]:
-    return get_args(hint) or (hint,)

@@ -73,7 +73,8 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
         yield Finding("GPU", "works", f"{', '.join(names)}; CUDA {torch.version.cuda}, driver {_driver()}")
     else:
-        yield Finding("GPU", "missing", f"none that PyTorch can use{_why_no_gpu()}", _gpu_remedy())
+        reason, remedy = _without_gpu()
+        yield Finding("GPU", "missing", f"none that PyTorch can use: {reason}", remedy)
     yield Finding("precision", "works", f"auto is {precision} on this {'GPU' if device.type == 'cuda' else 'CPU'}")
 
 
@@ -87,20 +88,17 @@ def _driver() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
 
 
-def _why_no_gpu() -> str:
+def _without_gpu() -> tuple[str, str]:
+    """Why PyTorch finds none, and what to do."""
     if torch.version.cuda is None:
-        return ": this PyTorch is built for CPUs"
+        return "this PyTorch is built for CPUs", "pip install torch from PyPI, which has CUDA, if there is a GPU"
     if (driver := _driver()) is None:
-        return ": nvidia-smi finds no driver"
-    return f": driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} does not start"
-
-
-def _gpu_remedy() -> str:
-    if torch.version.cuda is None:
-        return "pip install torch from PyPI, which has CUDA, if there is a GPU"
-    if _driver() is None:
-        return "install NVIDIA's driver if there is a GPU; in Docker, run with --gpus all; a CPU works too, more slowly"
-    return "install a newer driver, or a PyTorch for the CUDA version that nvidia-smi shows"
+        return (
+            "nvidia-smi finds no driver",
+            "install NVIDIA's driver if there is a GPU; in Docker, run with --gpus all; a CPU works too, more slowly",
+        )
+    reason = f"driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} does not start"
+    return reason, "install a newer driver, or a PyTorch for the CUDA version that nvidia-smi shows"
 
 
 def _pipelines() -> Iterator[Finding]:

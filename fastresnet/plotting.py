@@ -18,14 +18,6 @@ from pipelines.files import write_bytes
 _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
-def plot_curves(path: Path, rows: Sequence[Row], *, title: str, evaluated_on: str) -> None:
-    """Loss, accuracy and learning rate of the rows of `metrics.csv` over the epochs.
-
-    `evaluated_on` is the split measured after every epoch, `test` or `val`.
-    """
-    save_figure(curves({title: (rows, evaluated_on)}), path)
-
-
 def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
     """Loss, accuracy and learning rate of runs over their epochs: by name, the rows of `metrics.csv` and the split
     measured after every epoch. One run has a colour for each split; of several, each has its own, training dashed.
@@ -100,7 +92,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
     return figure
 
 
-def plot_saliency(path: Path, images: Tensor, saliency: Tensor, titles: Sequence[str]) -> None:
+def saliency_grid(images: Tensor, saliency: Tensor, titles: Sequence[str]) -> Figure:
     """Images [N, 3, 32, 32] in 0..1 and, under each, its saliency [N, 32, 32] in 0..1."""
     columns = min(len(images), 4)
     rows = -(-len(images) // columns)
@@ -113,7 +105,7 @@ def plot_saliency(path: Path, images: Tensor, saliency: Tensor, titles: Sequence
         grid[row, column].imshow(images[number].permute(1, 2, 0).numpy())
         grid[row, column].set_title(title, fontsize=9)
         grid[row + 1, column].imshow(saliency[number].numpy(), cmap="magma", vmin=0, vmax=1)
-    save_figure(figure, path)
+    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,8 +63,11 @@ def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -
 
     with ThreadPoolExecutor(max(gpus, 1)) as pool:
         jobs = {seed: pool.submit(run, seed, folder) for seed, folder in folders.items()}
-        with _set_on_the_way_out(stopping):
+        try:
             codes = {seed: job.result() for seed, job in jobs.items()}
+        except BaseException:
+            stopping.set()
+            raise
     if failed := [seed for seed, code in codes.items() if code]:
         logs = ", ".join(f"{folders[seed] / 'train.log'} (exit code {codes[seed]})" for seed in failed)
         raise RunError(f"{len(failed)} of {len(codes)} trainings failed; see {logs}. --resume goes on with them.")
@@ -89,12 +92,3 @@ def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, s
             if stopping.is_set():
                 process.terminate()
                 return process.wait()
-
-
-@contextlib.contextmanager
-def _set_on_the_way_out(event: threading.Event) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        event.set()
-        raise

@@ -220,12 +220,9 @@ def _infer(state: dict[str, Tensor], path: Path, model: str | None) -> tuple[str
     shortcut = "B" if any(".downsample." in name for name in state) else "A"
     name = model or f"resnet{6 * blocks + 2}"
     if name not in list_models():
-        raise DataError(f"{path} fits no network known here ({blocks} blocks in layer1). Known: {_depths()}.")
+        known = ", ".join(list_models())
+        raise DataError(f"{path} fits no network known here ({blocks} blocks in layer1). Known: {known}.")
     return name, shortcut
-
-
-def _depths() -> str:
-    return ", ".join(list_models())
 
 
 def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:

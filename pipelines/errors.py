@@ -15,8 +15,6 @@ class UserError(Exception):
 class RunError(UserError):
     """The work itself failed, for example the loss became non-finite."""
 
-    exit_code = 1
-
 
 class UsageError(UserError):
     """An argument is unknown, out of range or impossible here."""

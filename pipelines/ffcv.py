@@ -125,9 +125,10 @@ class FfcvPipeline:
         self._order.rows = rows = self._rows(epoch)[start:]
         if not len(rows):
             return
-        place: Callable[[np.ndarray], Array] = _as_it_is if self._device.type == "cpu" else self._to_device
-        draws = draw(self._sampler.seed, epoch, rows, self._augmentation).map(place)
-        everything = place(np.arange(rows.shape[1]))
+        draws = draw(self._sampler.seed, epoch, rows, self._augmentation)
+        everything: Array = np.arange(rows.shape[1])
+        if self._device.type != "cpu":
+            draws, everything = draws.map(self._to_device), self._to_device(everything)
         batches = self._batches = iter(self._loader)
         try:
             for step, (images, labels) in enumerate(batches):
@@ -145,10 +146,6 @@ class FfcvPipeline:
         if self._batches is not None:
             self._batches.stop()  # somebody may hold on to the epoch, as a traceback does
         del self._loader, self._batches
-
-
-def _as_it_is(array: np.ndarray) -> np.ndarray:
-    return array
 
 
 class _Order(TraversalOrder):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError, UsageError
-from .files import sha256, sync_folder, temporary_name
+from .files import sha256, sync_folder, temporary_name, write_json
 from .sampling import IMAGE_SIZE, Purpose, permutation, stream_key
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
@@ -132,7 +132,7 @@ def write_store(folder: Path, data: RawData, *, source: str, version: str) -> No
 
     The caller holds the lock of `folder`, so the one temporary name cannot be in use. Raises `OSError`.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(temporary_name(folder.name))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -180,11 +180,7 @@ def _write_files(folder: Path, name: str, data: RawData, source: str, version: s
         "files": files,
     }
     meta["sha256"] = _meta_digest(meta)
-    with open(folder / "meta.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    write_json(folder / "meta.json", meta)  # which syncs the folder too
 
 
 def open_store(folder: Path) -> Dataset:

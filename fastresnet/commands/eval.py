@@ -57,12 +57,11 @@ def run(arguments: list[str]) -> int:
 
     from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
     from fastresnet.evaluation import evaluate, open_evaluation
-    from fastresnet.pretrained import find_weights
+    from fastresnet.pretrained import PREFIX, find_weights
     from fastresnet.weights import load_weights
 
     device = resolve_device(options.device)
-    source, is_pretrained = find_weights(options.weights)
-    weights = load_weights(source, options.model)
+    weights = load_weights(find_weights(options.weights), options.model)
     training = weights.training or {}
     dataset = find_dataset_for(weights, options.weights, options.data, options.root)
     normalization = weights.normalization
@@ -71,7 +70,7 @@ def run(arguments: list[str]) -> int:
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
         print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
-    trained_in = "fp32" if is_pretrained else training.get("precision", "fp32")
+    trained_in = "fp32" if str(options.weights).startswith(PREFIX) else training.get("precision", "fp32")
     if options.precision != "auto":
         precision = resolve_precision(options.precision, device)
     elif supports(trained_in, device):

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     from fastresnet.pretrained import find_weights
     from fastresnet.weights import load_weights
 
-    weights = load_weights(find_weights(options.weights)[0], options.model)
+    weights = load_weights(find_weights(options.weights), options.model)
     path = options.out or Path(f"{weights.name}{SUFFIXES[options.format]}")
     difference = export(weights, path, options.format, normalize=options.normalize)
     print(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")

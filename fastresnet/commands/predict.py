@@ -14,9 +14,7 @@ from fastresnet.terminal import check_output, parse, print_table
 from pipelines.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fastresnet.weights import Weights
+    from torch import Tensor, nn
 
 BATCH_SIZE = 256
 _NOTED = 40  # lines of the table on a terminal; --csv holds all
@@ -59,7 +57,7 @@ def run(arguments: list[str]) -> int:
     from fastresnet.weights import Normalized, load_weights
 
     device = resolve_device(options.device)
-    weights = load_weights(find_weights(options.weights)[0], options.model)
+    weights = load_weights(find_weights(options.weights), options.model)
     pixels = _read(files)
     network = Normalized(weights).to(device)
     with torch.inference_mode():
@@ -79,11 +77,12 @@ def run(arguments: list[str]) -> int:
     if options.csv is not None:
         _write_csv(options.csv, files, [[weights.classes[c] for c in row] for row in classes.tolist()], probabilities)
     if options.saliency is not None:
-        from fastresnet.plotting import plot_saliency
+        from fastresnet.plotting import saliency_grid, save_figure
 
-        shown = pixels[:16].to(device)
+        shown = pixels[:16]
         titles = [f"{Path(line[0]).name}\n{line[1]}" for line in lines]
-        plot_saliency(options.saliency, shown.cpu(), _saliency(weights, shown).cpu(), titles[:16])
+        saliency = _saliency(network, shown.to(device)).cpu()
+        save_figure(saliency_grid(shown, saliency, titles[:16]), options.saliency)
     return 0
 
 
@@ -116,16 +115,14 @@ def _read(files: list[Path]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def _saliency(weights: Weights, images: Tensor) -> Tensor:
+def _saliency(network: nn.Module, images: Tensor) -> Tensor:
     """How much the logit of the likeliest class changes with each pixel, [N, 32, 32], at most 1: the largest absolute
     gradient of its colours (Simonyan, Vedaldi & Zisserman, "Deep Inside Convolutional Networks", 2013, section 3).
     """
     import torch
 
-    from fastresnet.weights import Normalized
-
     images = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(Normalized(weights).to(images.device)(images).amax(1).sum(), images)
+    (gradient,) = torch.autograd.grad(network(images).amax(1).sum(), images)
     gradient = gradient.abs().amax(1)
     return gradient / gradient.amax((1, 2), keepdim=True).clamp_min(1e-12)
 

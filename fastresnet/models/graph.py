@@ -7,15 +7,12 @@ import dataclasses
 import html
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
-from pipelines.sampling import IMAGE_SIZE
-
 from .batchnorm import BatchNorm2d
-from .layers import layer_kind
+from .layers import layer_kind, one_image
 from .resnet import SqueezeExcitation
 from .resnet9 import PatchWhitening
 
@@ -74,7 +71,7 @@ def graph(model: nn.Module) -> list[Box]:
     """The boxes of `model` on images [3, 32, 32], in the order in which they are run; the first is the images."""
     twin = copy.deepcopy(model).to("meta").eval()
     traced = _Tracer().trace(twin)
-    ShapeProp(GraphModule(twin, traced)).propagate(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+    ShapeProp(GraphModule(twin, traced)).propagate(one_image())
     boxes: list[Box] = []
     numbers: dict[Node, int] = {}
     for node in traced.nodes:

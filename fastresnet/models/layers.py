@@ -40,7 +40,7 @@ def layers(model: nn.Module) -> list[Layer]:
         if not any(module.children()) and not isinstance(module, nn.Identity):
             watch(name, module)
     with torch.inference_mode():
-        twin(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+        twin(one_image())
     return found
 
 
@@ -52,6 +52,27 @@ def layer_kind(module: nn.Module) -> str:
     (size, _), (stride, _) = module.kernel_size, module.stride
     groups = f", {module.groups} groups" if module.groups > 1 else ""
     return f"{name} {size}x{size}" + (f", stride {stride}" if stride > 1 else "") + groups
+
+
+def flops_per_image(model: nn.Module, *, training: bool) -> int:
+    """Floating-point operations for one image, a multiply-add counted as 2; with the backward pass if `training`.
+
+    Of convolutions and matrix products, which PyTorch counts on the meta device: nearly all that a residual network
+    computes.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # loads the machinery of torch.compile, two seconds
+
+    twin = copy.deepcopy(model).to("meta").train(training)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        logits = twin(one_image())
+        if training:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def one_image() -> Tensor:
+    """Without pixels, on the meta device."""
+    return torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:

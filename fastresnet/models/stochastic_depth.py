@@ -23,16 +23,12 @@ class StochasticDepth(nn.Module):
     def __init__(self, rate: float, block: int) -> None:
         super().__init__()
         self.rate, self.block = rate, block
-        self.seed = self.first_row = 0
+        self.first_row = 0
+        self.draw_with(0)
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64), persistent=False)
 
-    @property
-    def seed(self) -> int:
-        return self._seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self._seed = seed
+    def draw_with(self, seed: int) -> None:
+        self.seed = seed
         self._key = stream_key(seed, Purpose.DROP_PATH, self.block)  # NumPy: not for torch.compile to see
 
     def forward(self, branch: Tensor) -> Tensor:
@@ -59,4 +55,5 @@ def seed_stochastic_depth(model: nn.Module, seed: int, step: Tensor, first_row: 
     """
     for module in model.modules():
         if isinstance(module, StochasticDepth):
-            module.seed, module.step, module.first_row = seed, step, first_row
+            module.draw_with(seed)
+            module.step, module.first_row = step, first_row

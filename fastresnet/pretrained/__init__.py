@@ -66,11 +66,10 @@ def pretrained_file(name: str) -> Path:
     return path
 
 
-def find_weights(given: str | Path) -> tuple[Path, bool]:
-    """The file that `given` names, and whether it is a pretrained network's. Raises as `pretrained_file` does."""
-    if str(given).startswith(PREFIX):
-        return pretrained_file(str(given).removeprefix(PREFIX)), True
-    return Path(given), False
+def find_weights(given: str | Path) -> Path:
+    """The file that `given` names. Raises as `pretrained_file` does."""
+    name = str(given)
+    return pretrained_file(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(given)
 
 
 def load_pretrained(name: str) -> nn.Module:

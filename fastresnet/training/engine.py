@@ -16,15 +16,13 @@ from pipelines import Batch, Pipeline
 from pipelines.errors import RunError
 from pipelines.resident import DevicePipeline
 
-BACKENDS = ("eager", "compile", "graph")
-
 PAYS_AFTER_STEPS = 5000
 """How many steps a run on a CPU must have for `auto` to try compilation, which takes as long as 300 eager steps of
 ResNet-20 (50 s on 2 cores)."""
 
 
 class Engine:
-    """Runs steps of `step` on batches of `pipeline`; `backend` is one of `BACKENDS`.
+    """Runs steps of `step` on batches of `pipeline`; `backend` is one of `config.COMPILE`'s values.
 
     `graph` records the compiled step once, from gathering the batch to counting the hits, and replays it: at batch 128
     a GPU takes less time for a step than the host for launching its kernels one by one.

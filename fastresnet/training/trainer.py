@@ -38,6 +38,7 @@ from fastresnet.distributed import ALONE, Ranks, connected
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model, shortcut_matters
 from fastresnet.models.batchnorm import synchronize_batch_norms
+from fastresnet.models.layers import flops_per_image
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import RECIPES
@@ -153,12 +154,13 @@ class Trainer:
         self.cold_start = {"import": 0.0, "data": 0.0, **(cold_start or {})}
         """Seconds up to the end of the first step, by cause."""
         self.device, self.ranks = resolve_device(config.device), ranks
+        pipeline, self.pipeline_reason = self._choose_pipeline(config, dataset)
         self.config = config = dataclasses.replace(
             config,
             device=self.device.type,
             precision=resolve_precision(config.precision, self.device),
             compile=resolve_compile(config.compile, self.device, alone=ranks.alone),
-            pipeline=self._choose_pipeline(config, dataset),
+            pipeline=pipeline,
         )
         self._environment = {**environment(self.device), "ranks": ranks.world_size}
         self.console, self.dataset, self.folder = console, dataset, run_folder(config, dataset)
@@ -210,17 +212,16 @@ class Trainer:
         seed_stochastic_depth(self.model, config.seed, self.step.count, self._rows.start)
         self.progress = Progress()
         self._loggers: list[Logger] = []
+        self._signals = _StopSignals()
 
-    def _choose_pipeline(self, config: TrainConfig, dataset: Dataset) -> str:
-        """What `auto` stands for; `self.pipeline_reason` tells why it was chosen."""
-        self.pipeline_reason = ""
+    def _choose_pipeline(self, config: TrainConfig, dataset: Dataset) -> tuple[str, str]:
+        """What `auto` stands for, and why, in brackets."""
         if config.pipeline != "auto":
-            return config.pipeline
+            return config.pipeline, ""
         if config.decode == "jpeg":
-            return "dali"
+            return "dali", ""
         name, reason = choose_pipeline(dataset, self.device)
-        self.pipeline_reason = f" ({reason})"
-        return name
+        return name, f" ({reason})"
 
     @property
     def _rows(self) -> slice:
@@ -278,7 +279,7 @@ class Trainer:
         self._prepare_engine()
         self._open_loggers()
         self._write_config()
-        with _StopSignals() as self._signals:
+        with self._signals:
             while self.progress.step < self.total_steps or self.progress.epoch * len(self.pipeline) < self.total_steps:
                 self._train_epoch()
                 self._finish_epoch()
@@ -292,7 +293,6 @@ class Trainer:
             count = min(_REHEARSED_STEPS, len(self.pipeline), self.total_steps)
             steps = self._engine.steps(0, 0, count)
             seconds = statistics.median(self._seconds(lambda: next(steps)) for _ in range(count))
-        self._signals = _StopSignals()
         evaluation = self._seconds(lambda: self._evaluate(self.model, self._evaluated))
         epochs = -(-self.total_steps // len(self.pipeline))
         on_gpu = self.device.type == "cuda"
@@ -324,7 +324,8 @@ class Trainer:
         """The rest of the current epoch, up to the end of the run."""
         self._add_time(training=False)
         self.model.train()
-        progress, start = self.progress, self._batches_taken()
+        progress = self.progress
+        start = progress.step - progress.epoch * len(self.pipeline)  # batches of this epoch that are taken
         count = min(len(self.pipeline) - start, self.total_steps - progress.step)
         status_every, checkpoint_every = STATUS_EVERY[self.device.type], self.config.checkpoint_steps
         for _ in self._engine.steps(progress.epoch, start, count):
@@ -341,10 +342,6 @@ class Trainer:
         self._check_loss()
         self._add_time(training=True)
 
-    def _batches_taken(self) -> int:
-        """Steps of the current epoch that are done."""
-        return self.progress.step - self.progress.epoch * len(self.pipeline)
-
     def _finish_epoch(self) -> None:
         """Evaluate, record, and save."""
         progress = self.progress
@@ -352,11 +349,10 @@ class Trainer:
         result = self._evaluate(self._best_weights, self._evaluated)
         self.ranks.sum(self.step.totals)
         loss, accuracy = self.step.metrics()
-        lr = self._last_lr()
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "lr": lr,
+            "lr": self._last_lr(),
             "train_loss": loss,
             "train_accuracy": accuracy,
             f"{self.evaluated_on}_loss": result.loss,
@@ -372,7 +368,7 @@ class Trainer:
         self._save()
         self._write_metrics()
         for logger in self._loggers:
-            logger.epoch(row, self._status(loss, accuracy, lr))
+            logger.epoch(row, self._status(loss, accuracy))
 
     @property
     def _best_weights(self) -> nn.Module:
@@ -425,7 +421,7 @@ class Trainer:
             "train_seconds": progress.train_seconds,
             "total_seconds": progress.total_seconds,
             "cold_start": self.cold_start,
-            "flops": _training_flops(self._create_model()) * config.batch_size * progress.step,
+            "flops": flops_per_image(self._create_model(), training=True) * config.batch_size * progress.step,
             "settings": config.to_dict(),
             "environment": self._environment,
         }
@@ -608,14 +604,13 @@ class Trainer:
             self._resources.callback(logger.close)
 
     def _log_status(self) -> None:
-        lr = self._last_lr()
         metrics = self.step.metrics()
         self._add_time(training=True)
-        status = self._status(*metrics, lr)
+        status = self._status(*metrics)
         for logger in self._loggers:
             logger.status(status)
 
-    def _status(self, loss: float, accuracy: float, lr: float) -> Status:
+    def _status(self, loss: float, accuracy: float) -> Status:
         progress = self.progress
         seconds_per_step = progress.train_seconds / progress.step
         return Status(
@@ -623,7 +618,7 @@ class Trainer:
             step=progress.step,
             loss=loss,
             accuracy=accuracy,
-            lr=lr,
+            lr=self._last_lr(),
             images_per_s=self.config.batch_size / seconds_per_step,
             eta_s=(self.total_steps - progress.step) * seconds_per_step,
         )
@@ -663,10 +658,10 @@ class Trainer:
 
     def _plot(self) -> None:
         if self.progress.rows and self.ranks.first:
-            from fastresnet.plotting import plot_curves  # matplotlib takes half a second to load
+            from fastresnet.plotting import curves, save_figure  # matplotlib takes half a second to load
 
             title = f"{self.config.model} on {self.dataset.name}, recipe {self.config.recipe}, seed {self.config.seed}"
-            plot_curves(self.folder / "curves.png", self.progress.rows, title=title, evaluated_on=self.evaluated_on)
+            save_figure(curves({title: (self.progress.rows, self.evaluated_on)}), self.folder / "curves.png")
 
 
 def _fit_whitening(model: nn.Module, dataset: Dataset, normalization: str) -> None:
@@ -695,11 +690,10 @@ class _StopSignals:
         """The last signal, 0 for none."""
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._previous[signum] = signal.signal(signum, self._note)
-        return self
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.received = signum
@@ -709,16 +703,6 @@ class _StopSignals:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-
-
-def _training_flops(model: nn.Module) -> int:
-    """Floating-point operations of forward and backward pass for one image, counted by PyTorch on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode  # loads the machinery of torch.compile, two seconds
-
-    twin = model.to("meta").train()
-    with FlopCounterMode(display=False) as counter:
-        twin(torch.empty(1, 3, 32, 32, device="meta")).sum().backward()
-    return counter.get_total_flops()
 
 
 def _csv(rows: list[Row]) -> bytes:

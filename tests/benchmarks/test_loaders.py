@@ -80,8 +80,8 @@ def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(d
     module.open_loader = open_loader
     monkeypatch.setitem(sys.modules, "slow_loader", module)
     monkeypatch.setattr(contestant, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    entry = Entry(name="slow", kind="peer", opener="slow_loader:open_loader", compiles=compiles)
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
+    entry = Entry(name="slow", opener="slow_loader:open_loader", compiles=compiles)
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
     assert tuple(contestant._Turns(entry, work).start.values()) == start
 
 
@@ -134,9 +134,9 @@ def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
 
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
     with pytest.raises(RunError, match=r"broken failed: \n(.*\n)*.*no_such_peer"):
-        Contestant(Entry(name="broken", kind="peer", opener="benchmarks.peers.no_such_peer:open"), work)
+        Contestant(Entry(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ from benchmarks.contestant import Entry, Work, race
 from fastresnet import terminal
 
 def main(arguments):
-    entries = [Entry(name="slow", kind="peer", opener=f"test_loaders:{arguments[0]}")]
-    for _ in race(entries, Work(folder=Path(), batch_size=1, device="cpu", dtype="float32"), rounds=1, seconds=0.01):
+    entries = [Entry(name="slow", opener=f"test_loaders:{arguments[0]}")]
+    for _ in race(entries, Work(folder=Path(), batch_size=1, device="cpu", precision="fp32"), rounds=1, seconds=0.01):
         pass
     return 0
 
@@ -256,7 +256,7 @@ def killed(*_):
 def test_a_contestant_without_memory_is_told_in_one_line(dataset, monkeypatch, opener, message):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", dtype="float32")
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
     with pytest.raises(RunError, match=message) as caught:
-        Contestant(Entry(name="broken", kind="peer", opener=f"test_loaders:{opener}"), work)
+        Contestant(Entry(name="broken", opener=f"test_loaders:{opener}"), work)
     assert len(str(caught.value).splitlines()) == 1

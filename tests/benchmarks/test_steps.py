@@ -14,13 +14,14 @@ from torch.autograd import DeviceType
 
 from benchmarks import measurement, stepping, steps
 from benchmarks.__main__ import main
-from benchmarks.counting import ByteCounter, flops_per_image, memory_per_image
+from benchmarks.counting import ByteCounter, memory_per_image
 from benchmarks.measurement import copy_bandwidth, matmul_rate
 from benchmarks.stepping import Case
 from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, tables
 from fastresnet import terminal
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import BatchNorm2d
+from fastresnet.models.layers import flops_per_image
 from pipelines.errors import RunError
 
 CPU = torch.device("cpu")

@@ -99,8 +99,8 @@ def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, da
         return created[0]
 
     monkeypatch.setattr(training, "_create_step", recorded)
-    work = Work(folder=dataset.folder, batch_size=100, device="cpu", dtype="float32")
-    settings = {"model": "resnet20", "precision": "fp32", "backend": "eager", "data": data}
+    work = Work(folder=dataset.folder, batch_size=100, device="cpu", precision="fp32")
+    settings = {"model": "resnet20", "backend": "eager", "data": data}
     epoch = training.open_ours(work, WaitTimer(), **settings)
     for number in range(3):
         assert len(list(epoch(number))) == 3  # of 331 images
