@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from fastresnet.config import TrainConfig
+from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.models import create_model
 from fastresnet.training import engine
 from fastresnet.training.engine import Engine, faster_backend
@@ -137,7 +137,7 @@ def test_every_optimizer_takes_part_in_a_recorded_step(dataset, optimizer):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", engine.BACKENDS)
+@pytest.mark.parametrize("backend", COMPILE.values())
 def test_the_steady_loop_never_waits_for_the_gpu(dataset, backend):
     made, step = make_engine(dataset, backend, device=torch.device("cuda"), precision="bf16")
     for _ in made.steps(0, 0, 6):

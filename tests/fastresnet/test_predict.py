@@ -12,7 +12,7 @@ from torch import nn
 from fastresnet import load_pretrained
 from fastresnet.commands import predict
 from fastresnet.pretrained import pretrained_card, pretrained_file
-from fastresnet.weights import load_weights
+from fastresnet.weights import Normalized, load_weights
 from pipelines.sources import CIFAR10_CLASSES
 
 
@@ -118,7 +118,7 @@ def test_saliency_of_a_linear_network_is_the_largest_of_its_weights():
     chosen = linear(normalized.flatten(1)).argmax(1)
     gradient = (linear.weight[chosen].view(5, 3, 32, 32) / weights.std).abs().amax(1)
     expected = gradient / gradient.flatten(1).amax(1)[:, None, None]
-    torch.testing.assert_close(predict._saliency(weights, images), expected)
+    torch.testing.assert_close(predict._saliency(Normalized(weights), images), expected)
 
 
 def test_the_picture_shows_each_image_and_its_saliency(run, images, tmp_path):
