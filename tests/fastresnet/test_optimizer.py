@@ -25,8 +25,10 @@ OPTIMIZERS = {
 
 def small_network(seed=0):
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, bias=False), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(8, 4)).double()
+    """With two convolutions of one shape, and a norm and a linear layer at 1 and 4."""
+    convolutions = [nn.Conv2d(channels, 8, 3, bias=False) for channels in (3, 8, 8)]
+    layers = [convolutions[0], nn.BatchNorm2d(8), convolutions[1], nn.Flatten(), nn.Linear(8, 4), convolutions[2]]
+    return nn.Sequential(*layers).double()
 
 
 def fill_gradients(network, seed):
@@ -114,7 +116,7 @@ def test_muon_equals_the_published_update():
     network, reference = small_network(), small_network()
     optimizers = create_optimizers(network, TrainConfig(**OPTIMIZERS["muon"]))
     take_steps(network, optimizers, range(3))
-    gradients = {0: [], 2: []}
+    gradients = {0: [], 2: [], 5: []}
     for seed in range(3):
         fill_gradients(reference, seed)
         for i in gradients:
@@ -142,6 +144,8 @@ def test_muon_leaves_what_is_no_convolution_to_sgd(norm_lr):
 def test_orthogonalisation_keeps_the_singular_vectors_and_levels_the_values(shape):
     matrices = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    for matrix, together in zip(matrices, orthogonalized(matrices), strict=True):
+        torch.testing.assert_close(orthogonalized(matrix[None])[0], together)
     inner = left.mT @ orthogonalized(matrices) @ right.mT  # diagonal, if the vectors are the same
     values = inner.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-9)

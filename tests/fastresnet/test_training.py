@@ -351,7 +351,7 @@ def test_iterations_end_a_run_within_an_epoch_and_it_is_evaluated(run, tmp_path)
     assert [row["step"] for row in rows] == ["5", "7"]
 
 
-def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tmp_path, monkeypatch):
+def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tmp_path, monkeypatch, dataset):
     from fastresnet.training import trainer
 
     sizes = []
@@ -361,11 +361,22 @@ def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tm
         sizes.append(sum(batch.valid for batch in pipeline.epoch(0)))
         return original(model, pipeline, *arguments, **settings)
 
+    trained_on = []
+    open_original = trainer.open_pipeline
+
+    def opened(name, dataset, **settings):
+        trained_on.append(dataset.train.ids)
+        return open_original(name, dataset, **settings)
+
     monkeypatch.setattr(trainer, "evaluate", counting)
+    monkeypatch.setattr(trainer, "open_pipeline", opened)
     code, out, _ = run("train", *SMALL, "--epochs", 3, "--val-split", 60, "--out", tmp_path / "run")
     assert code == 0
     assert sizes == [60, 60, 60, 90, 90]  # each epoch on the held-out images; last and best weights on the test set
+    (ids,) = trained_on
+    assert np.array_equal(ids, dataset.hold_out(60)[0].train.ids)
     rows = read_csv(tmp_path / "run" / "metrics.csv")
+    assert rows[0]["step"] == "4"  # 64 of 271 images at a time
     assert "test_accuracy" not in rows[0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best_chosen_on"] == "validation"
@@ -373,6 +384,20 @@ def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tm
     code, _, _ = run("eval", "--weights", tmp_path / "run" / "best.ckpt", "--json", tmp_path / "best.json")
     assert code == 0
     assert json.loads((tmp_path / "best.json").read_text())["test_accuracy"] == summary["best_accuracy"]
+
+
+def test_an_average_of_the_weights_is_what_is_saved_and_evaluated(run, tmp_path):
+    code, *_ = run("train", *SMALL, "--epochs", 2, "--ema-decay", 0.9, "--out", tmp_path / "run")
+    assert code == 0
+    saved, (state, _) = load_file(tmp_path / "run" / "model.safetensors"), load_tensors(tmp_path / "run" / "last.ckpt")
+    averaged, raw = take_prefix("averaged", state), take_prefix("model", state)
+    assert all(torch.equal(saved[name], averaged[name]) for name in averaged)
+    assert not torch.equal(saved["conv1.weight"], raw["conv1.weight"])
+    for file in ("model.safetensors", "last.ckpt"):
+        run("eval", "--weights", tmp_path / "run" / file, "--json", tmp_path / "figures.json")
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        row = read_csv(tmp_path / "run" / "metrics.csv")[-1]
+        assert figures["loss"] == pytest.approx(float(row["test_loss"]), rel=1e-6)
 
 
 def test_whitening_is_of_the_training_images_and_is_not_trained(run, tmp_path, dataset):

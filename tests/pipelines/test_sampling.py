@@ -91,6 +91,19 @@ def test_crops_of_neighbouring_epochs_and_seeds_are_independent():
     assert_uniform(a.top * 9 + c.top, 81)
 
 
+def test_flips_and_cutouts_of_neighbouring_epochs_and_seeds_are_independent():
+    ids, augmentation = np.arange(100_000), Augmentation(cutout=8)
+    a, *others = (draw(seed, epoch, ids, augmentation) for seed, epoch in ((0, 0), (0, 1), (1, 0)))
+    for other in others:
+        assert_uniform(a.flip * 2 + other.flip, 4)
+        for column in ("cutout_top", "cutout_left"):
+            first, second = (getattr(draws, column) - getattr(a, column).min() for draws in (a, other))
+            cells = int(first.max()) + 1
+            assert_uniform(first * cells + second, cells * cells)
+    tops = int(a.cutout_top.max() - a.cutout_top.min()) + 1
+    assert_uniform(a.top * tops + a.cutout_top - a.cutout_top.min(), 9 * tops)
+
+
 def test_first_and_last_place_of_the_order_are_uniform_over_epochs():
     ids = np.arange(50)
     orders = np.array([permutation(stream_key(3, epoch, Purpose.ORDER), ids) for epoch in range(20_000)])
