@@ -83,7 +83,7 @@ class TrainConfig:
     momentum: float = 0.9
     """Momentum of SGD and muon."""
     nesterov: bool = False
-    """Nesterov's momentum, for SGD and muon."""
+    """Nesterov's momentum for SGD; what muon orthogonalises always has it."""
     weight_decay: float = 1e-4
     """L2 penalty (sgd), or decay relative to the learning rate (adamw); muon scales weights to a fixed norm instead."""
     decay_norms: bool = True

@@ -160,6 +160,7 @@ def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, command, ar
 
 
 RACE = """
+import signal
 import sys
 from pathlib import Path
 from benchmarks.contestant import Entry, Work, race
@@ -172,6 +173,7 @@ def main(arguments):
     return 0
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & would ignore
     sys.exit(terminal.guarded(main, sys.argv[1:]))
 """
 
