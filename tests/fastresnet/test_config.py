@@ -40,7 +40,7 @@ def test_every_recipe_takes_every_model(recipe, model):
 
 def test_without_a_model_recipes_train_resnet20_and_the_speedrun_a_network_of_its_own():
     models = {name: recipe().model for name, recipe in RECIPES.items()}
-    assert models.pop("speedrun") == "resnet9-narrow"
+    assert models.pop("speedrun") == "resnet9-medium"
     assert set(models.values()) == {"resnet20"}
 
 
