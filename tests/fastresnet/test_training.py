@@ -1,5 +1,6 @@
 """Whole runs on the small drawn data set, in this process."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -14,16 +15,21 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.nn.functional import one_hot
+from torch.nn.utils import parameters_to_vector
 
 from fastresnet import cli
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
 from fastresnet.config import from_toml
+from fastresnet.models import create_model
 from fastresnet.models.resnet9 import PatchWhitening
+from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import RECIPES
+from fastresnet.training.regularization import Mixer
 from fastresnet.training.step import TrainStep
 from fastresnet.training.trainer import train
 from fastresnet.weights import Normalized, load_weights
-from pipelines import is_installed
+from pipelines import Augmentation, is_installed, open_pipeline
 from pipelines.convert import prepare
 from pipelines.store import RawData, write_store
 
@@ -349,6 +355,79 @@ def test_iterations_end_a_run_within_an_epoch_and_it_is_evaluated(run, tmp_path)
     assert code == 0
     rows = read_csv(tmp_path / "run" / "metrics.csv")
     assert [row["step"] for row in rows] == ["5", "7"]
+
+
+EVERYTHING = {
+    "seed": 1, "lr": 0.2, "lr-batch-size": 128, "schedule": "cosine", "warmup": 0.3, "weight-decay": 0.01,
+    "clip-norm": 0.5, "ema-decay": 0.8, "label-smoothing": 0.1, "mixup": 0.4, "cutmix": 1.0, "drop-path": 0.3,
+    "crop-padding": 2, "padding-mode": "reflect", "flip": "alternating", "cutout": 8, "normalization": "channel",
+}  # fmt: skip
+
+
+def test_a_run_does_what_every_setting_says(run, tmp_path, dataset):
+    """Seven steps put together by hand: five in the first epoch, two in the second."""
+    settings = [text for name, value in EVERYTHING.items() for text in (f"--{name}", value)]
+    switches = ("--nesterov", "--no-decay-norms", "--zero-init-residual", "--compile", "off")
+    arguments = (*SMALL, "--epochs", 2, "--iterations", 7, *settings, *switches, "--out", tmp_path / "run")
+    assert run("train", *arguments)[0] == 0
+
+    augmentation = Augmentation(
+        crop_padding=2, padding_mode="reflect", flip="alternating", cutout=8, normalization="channel"
+    )
+    cpu, step = torch.device("cpu"), torch.zeros(1, dtype=torch.int64)
+    pipeline = open_pipeline(
+        "torchvision", dataset, train=True, batch_size=64, device=cpu, dtype=torch.float32, seed=1,
+        augmentation=augmentation,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    network = create_model("resnet20", drop_path=0.3, zero_init_residual=True).train()
+    names, initial = [name for name, _ in network.named_parameters()], copy.deepcopy(network.state_dict())
+    seed_stochastic_depth(network, 1, step)
+    mixer = Mixer(mixup=0.4, cutmix=1.0, seed=1, device=cpu)
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8), use_buffers=True
+    )
+    average.update_parameters(network)  # the first call copies
+    rates = [0.1 / 3, 0.2 / 3, 0.1, 0.0904508497, 0.0654508497, 0.0345491503, 0.0095491503]  # cosine, after two steps
+    losses = []
+    for (epoch, batch), rate in zip(((e, b) for e in (0, 1) for b in pipeline.epoch(e)), rates, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images, others, share = mixer(batch.images, batch.labels, step)
+        pairs = [one_hot(labels, 10) for labels in (batch.labels, others)]
+        targets = 0.9 * (share[:, None] * pairs[0] + (1 - share[:, None]) * pairs[1]) + 0.1 / 10
+        loss = -(targets * network(images).log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        average.update_parameters(network)
+        step += 1
+        losses.append((epoch, float(loss.detach())))
+    pipeline.close()
+
+    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    for epoch, row in enumerate(rows):
+        expected = np.mean([loss for of_epoch, loss in losses if of_epoch == epoch])
+        assert float(row["train_loss"]) == pytest.approx(expected, rel=1e-4)
+    assert float(rows[-1]["lr"]) == pytest.approx(rates[-1])
+    saved, averaged = load_file(tmp_path / "run" / "model.safetensors"), average.module.eval()
+    found, expected, started = (
+        parameters_to_vector(state[name] for name in names) for state in (saved, averaged.state_dict(), initial)
+    )
+    # Rounding grows from step to step; it is small beside the way that the weights have come.
+    assert (found - expected).norm() < 0.01 * (expected - started).norm()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
+    images = torch.from_numpy(np.array(dataset.test.images)).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(averaged((images - mean) / std), torch.tensor(dataset.test.labels))
+    assert float(rows[-1]["test_loss"]) == pytest.approx(float(loss), rel=1e-3)
 
 
 def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tmp_path, monkeypatch, dataset):
