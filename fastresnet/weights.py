@@ -66,14 +66,13 @@ class Weights:
         """
         if self.training is None:
             return dataset
-        mean, std = self.mean.permute(1, 2, 0).numpy(), tuple(self.std.flatten().tolist())
-        # The file has them in float32: the data set's own, where they are the same, are as exact as training had them.
         if self.normalization == "pixel":
-            same = np.allclose(mean, dataset.pixel_mean, rtol=1e-6, atol=0)
-            return dataset if same else dataclasses.replace(dataset, pixel_mean=mean)
-        theirs = (*mean.flatten().tolist(), *std)
-        same = np.allclose(theirs, (*dataset.mean, *dataset.std), rtol=1e-6, atol=0)
-        return dataset if same else dataclasses.replace(dataset, mean=theirs[:3], std=std)
+            constants: dict[str, Any] = {"pixel_mean": self.mean.permute(1, 2, 0).numpy()}
+        else:
+            constants = {"mean": tuple(self.mean.flatten().tolist()), "std": tuple(self.std.flatten().tolist())}
+        # The file has them in float32: the data set's own, where they are the same, are as exact as training had them.
+        same = all(np.allclose(theirs, getattr(dataset, name), rtol=1e-6, atol=0) for name, theirs in constants.items())
+        return dataset if same else dataclasses.replace(dataset, **constants)
 
 
 class Normalized(nn.Module):
