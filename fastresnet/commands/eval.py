@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
 
     from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
     from fastresnet.evaluation import evaluate, open_evaluation
-    from fastresnet.pretrained import PREFIX, find_weights
+    from fastresnet.pretrained import find_weights, is_pretrained
     from fastresnet.weights import load_weights
 
     device = resolve_device(options.device)
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
         print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
-    trained_in = "fp32" if str(options.weights).startswith(PREFIX) else training.get("precision", "fp32")
+    trained_in = "fp32" if is_pretrained(options.weights) else training.get("precision", "fp32")
     if options.precision != "auto":
         precision = resolve_precision(options.precision, device)
     elif supports(trained_in, device):

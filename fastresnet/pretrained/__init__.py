@@ -66,10 +66,14 @@ def pretrained_file(name: str) -> Path:
     return path
 
 
+def is_pretrained(given: str | Path) -> bool:
+    """Whether `given` names a pretrained network, in place of a file."""
+    return str(given).startswith(PREFIX)
+
+
 def find_weights(given: str | Path) -> Path:
     """The file that `given` names. Raises as `pretrained_file` does."""
-    name = str(given)
-    return pretrained_file(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(given)
+    return pretrained_file(str(given).removeprefix(PREFIX)) if is_pretrained(given) else Path(given)
 
 
 def load_pretrained(name: str) -> nn.Module:
