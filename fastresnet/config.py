@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 from tyro.conf import Suppress
 
 from fastresnet.models import check_model
+from fastresnet.threads import Threads, check_threads
 from pipelines import DECODERS, PIPELINES, Augmentation
 from pipelines.errors import UsageError, check_choice
 from pipelines.sampling import IMAGE_SIZE
@@ -118,6 +119,9 @@ class TrainConfig:
     """Decides initial weights, order and augmentation."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that a CPU computes with: a number, or auto, which tries 1, half and all of the usable processors for a
+    few steps and takes the fastest. The last bits of a run depend on it."""
     precision: str = "auto"
     """auto, fp32, bf16 or fp16 (with a gradient scaler)."""
     compile: str = "auto"
@@ -147,6 +151,7 @@ class TrainConfig:
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, ("auto", *COMPILE))
+        check_threads(self.threads)
         for name, low, high in (
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1 << 20),
@@ -243,11 +248,15 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
     kinds = get_args(hint) or (hint,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if value in words:
+        return value
     if float in kinds and type(value) is int and abs(value) < 1 << 63:
         return float(value)
     if Path in kinds and isinstance(value, str | Path):
         return Path(value)
     if type(value) not in kinds:
-        expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        names = [kind.__name__ for kind in kinds if isinstance(kind, type) and kind is not type(None)]
+        expected = " or ".join([*names, *words])
         raise UsageError(f"{where}: {name} = {value!r} is no {expected}.")
     return value

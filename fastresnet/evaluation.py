@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from fastresnet.device import DTYPES, autocast
 from fastresnet.distributed import ALONE, Ranks
+from fastresnet.threads import Threads, settled_threads
 from pipelines import Augmentation, Pipeline, open_pipeline
 from pipelines.store import Dataset
 
@@ -109,6 +111,23 @@ def evaluate(
         images_per_s=total / (time.perf_counter() - started),
         mirror_accuracy=100 * int(mirror_correct) / total if mirror else None,
     )
+
+
+@contextlib.contextmanager
+def evaluation_threads(
+    threads: Threads, model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
+) -> Iterator[str]:
+    """Settle with how many threads `model` is evaluated inside; see `settled_threads`."""
+    batch = next(iter(pipeline.epoch(0)))
+    model.eval()
+
+    @torch.no_grad()
+    def forward(images: int) -> None:
+        with autocast(precision, device):
+            model(batch.images[:images])
+
+    with settled_threads(threads, device, forward, len(batch.labels), len(pipeline)) as reason:
+        yield reason
 
 
 @torch.inference_mode()

@@ -129,7 +129,7 @@ def create_config(recipe: str, model: str | None = None) -> TrainConfig:
 
 
 # What every run chooses for itself, whatever its recipe.
-_FREE = {"model", "data", "seed", "pipeline", "decode", "device", "precision", "compile"}
+_FREE = {"model", "data", "seed", "pipeline", "decode", "device", "threads", "precision", "compile"}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:

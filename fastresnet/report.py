@@ -91,11 +91,12 @@ def _picture(figure: Figure) -> str:
 def _times(summary: dict[str, Any]) -> str:
     """Start, training and the rest (evaluation, checkpoints) as one bar."""
     cold = summary["cold_start"]
-    start = cold["import"] + cold["data"] + cold.get("compile", 0.0)
+    start = cold["import"] + cold["data"] + cold.get("threads", 0.0) + cold.get("compile", 0.0)
     rest = max(summary["total_seconds"] - summary["train_seconds"] - start, 0.0)
     parts = [
         ("imports", cold["import"]),
         ("opening the data", cold["data"]),
+        ("choosing threads", cold.get("threads", 0.0)),
         ("compiling", cold.get("compile", 0.0)),
         ("training steps", summary["train_seconds"]),
         ("evaluation and checkpoints", rest),

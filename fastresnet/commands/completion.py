@@ -142,6 +142,7 @@ def _choices() -> dict[str, Sequence[str]]:
         "--flip": FLIPS,
         "--normalization": NORMALIZATIONS,
         "--device": DEVICES,
+        "--threads": ("auto",),
         "--precision": PRECISIONS,
         "--precisions": PRECISIONS[1:],
         "--compile": ("auto", *COMPILE),

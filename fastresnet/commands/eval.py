@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from fastresnet.terminal import check_output, find_dataset_for, parse, print_table
+from fastresnet.threads import Threads, check_threads
 from pipelines.errors import Note, UsageError, check_choice
 
 
@@ -29,6 +30,8 @@ class Options:
     """Channel standard deviations that the weights expect, in 0..1; given together with --mean."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
     precision: str = "auto"
     """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
     mirror: bool = False
@@ -38,6 +41,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_output("--json", self.json)
+        check_threads(self.threads)
         if (self.mean is None) != (self.std is None):
             raise UsageError("--mean and --std go together.")
         for name, values in (("mean", self.mean or ()), ("std", self.std or ())):
@@ -56,7 +60,7 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
-    from fastresnet.evaluation import evaluate, open_evaluation
+    from fastresnet.evaluation import evaluate, evaluation_threads, open_evaluation
     from fastresnet.pretrained import find_weights, is_pretrained
     from fastresnet.weights import load_weights
 
@@ -80,8 +84,13 @@ def run(arguments: list[str]) -> int:
         warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
     model = weights.model.to(device).to(memory_format=torch.channels_last)
-    surroundings = environment(device)
-    with explained_failures("try --device cpu"):
+    with (
+        explained_failures("try --device cpu"),
+        evaluation_threads(options.threads, model, pipeline, precision=precision, device=device) as reason,
+    ):
+        if reason:
+            print(reason)
+        surroundings = environment(device)
         result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)
     print_table(
         f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",

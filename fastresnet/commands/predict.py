@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from fastresnet.terminal import check_output, parse, print_table
+from fastresnet.threads import Threads, check_threads, settled_threads
 from pipelines.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Options:
     """How many classes to tell for each image."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
     csv: Path | None = None
     """Write all predictions to this file."""
     saliency: Path | None = None
@@ -42,6 +45,7 @@ class Options:
     def __post_init__(self) -> None:
         for option in ("csv", "saliency"):
             check_output(f"--{option}", getattr(self, option))
+        check_threads(self.threads)
         if self.top < 1:
             raise UsageError(f"--top {self.top}: give 1 or more.")
 
@@ -60,8 +64,18 @@ def run(arguments: list[str]) -> int:
     weights = load_weights(find_weights(options.weights), options.model)
     pixels = _read(files)
     network = Normalized(weights).to(device)
-    with torch.inference_mode():
-        parts = [network(batch.to(device)).softmax(1).cpu() for batch in pixels.split(BATCH_SIZE)]
+    batches = pixels.split(BATCH_SIZE)
+
+    def forward(images: int) -> None:
+        network(batches[0][:images].to(device))
+
+    with (
+        torch.inference_mode(),
+        settled_threads(options.threads, device, forward, len(batches[0]), len(batches)) as reason,
+    ):
+        if reason:
+            print(reason)
+        parts = [network(batch.to(device)).softmax(1).cpu() for batch in batches]
     probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
     lines = [
         (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(of, likely, strict=True)))

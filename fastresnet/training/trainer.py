@@ -42,13 +42,14 @@ from fastresnet.models.layers import flops_per_image
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import RECIPES
+from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.engine import Engine, faster_backend
 from fastresnet.training.loggers import Logger, Row, Status, create_loggers
 from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
 from fastresnet.training.regularization import Mixer
 from fastresnet.training.schedule import lr_factor
 from fastresnet.training.step import TrainStep
-from pipelines import Pipeline, choose_pipeline, open_pipeline
+from pipelines import Batch, Pipeline, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
 from pipelines.errors import DataError, Note, RunError, UsageError, UserError, check_choice
 from pipelines.files import write_bytes, write_json
@@ -59,7 +60,7 @@ STATUS_EVERY = {"cpu": 1, "cuda": 100}
 """Steps between readings of the metrics."""
 
 # A resumed run may change these, at the price of the last bits.
-_INEXACT_ON_RESUME = {"pipeline", "device", "precision", "compile"}
+_INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile"}
 
 _REHEARSED_STEPS = 20
 
@@ -169,6 +170,9 @@ class Trainer:
             (training, evaluated), self.evaluated_on = dataset.hold_out(config.val_split), "val"
 
         with contextlib.ExitStack() as resources:
+            resources.callback(torch.set_num_threads, torch.get_num_threads())
+            if config.threads != "auto":
+                use_threads(config.threads)
             self.pipeline = open_pipeline(
                 config.pipeline,
                 training,
@@ -423,7 +427,7 @@ class Trainer:
             "cold_start": self.cold_start,
             "flops": flops_per_image(self._create_model(), training=True) * config.batch_size * progress.step,
             "settings": config.to_dict(),
-            "environment": self._environment,
+            "environment": {**self._environment, "threads": torch.get_num_threads()},
         }
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -483,6 +487,9 @@ class Trainer:
         begun_with = from_dict(description["config"], f"the checkpoint in {self.folder}")
         if self.config.compile == "auto" and begun_with.compile != "graph":
             self.config = dataclasses.replace(self.config, compile=begun_with.compile)  # as measured, for the same bits
+        if self.config.threads == "auto" and begun_with.threads != "auto":
+            self.config = dataclasses.replace(self.config, threads=begun_with.threads)
+            use_threads(begun_with.threads)
         changed = [n for n in differences(self.config.to_dict(), begun_with.to_dict()) if n != "data"]
         if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
             raise UsageError(
@@ -575,6 +582,7 @@ class Trainer:
         self.model.train()
         batch = next(self.pipeline.epoch(self.progress.epoch))
         self.cold_start["data"] += time.perf_counter() - self._mark
+        self._settle_threads(batch)
         began, reason = time.perf_counter(), ""
         if self.config.compile == "auto":
             backend, reason = faster_backend(self.step, batch, self.total_steps - self.progress.step)
@@ -587,12 +595,30 @@ class Trainer:
         self.cold_start["compile"] = time.perf_counter() - began
         self.console.print(f"backend {self._engine.backend}{reason}", highlight=False, soft_wrap=True)
 
+    def _settle_threads(self, batch: Batch) -> None:
+        """Choose with how many threads a CPU computes, where that is left to be chosen."""
+        steps = self.total_steps - self.progress.step
+        if self.config.threads != "auto" or self.device.type != "cpu" or not self.ranks.alone or not steps:
+            return
+
+        def trial_step(images: int) -> None:
+            with self.step.undone():
+                self.step(batch.images[:images], batch.labels[:images])
+
+        began = time.perf_counter()
+        threads, reason = fastest_threads(trial_step, len(batch.labels), steps)
+        use_threads(threads)
+        self.config = dataclasses.replace(self.config, threads=threads)
+        self.cold_start["threads"] = time.perf_counter() - began
+        if reason:
+            self.console.print(reason, highlight=False, soft_wrap=True)
+
     def _tell_cold_start(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.cold_start["first_step"] = time.perf_counter() - self._mark
         parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in self.cold_start.items())
-        self.console.print(f"cold start: {parts}", highlight=False)
+        self.console.print(f"cold start: {parts}", highlight=False, soft_wrap=True)
 
     def _open_loggers(self) -> None:
         if not self.ranks.first:

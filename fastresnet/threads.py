@@ -1,0 +1,167 @@
+"""How many threads a CPU computes with: as many as asked for, or the number with which trial steps are fastest.
+
+PyTorch takes one for each core, the best choice on a quiet machine. Beside a busy process every parallel region waits
+for the core that is taken: 31 images/s with 2 threads and 589 with 1 (steps of ResNet-20 on 2 cores, one of them busy).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines import usable_processors
+from pipelines.errors import Note, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Threads = int | Literal["auto"]
+
+MOST_THREADS = 1024
+
+TRIAL_SECONDS, TRIAL_SHARE = 2.0, 0.02
+"""What a choice may cost: so many seconds, or this share of the work that follows."""
+
+_TIMED = 3  # steps with each number of threads, after an untimed one
+_HOPELESS = 2.0  # times the fastest step so far: a step is not waited for any longer
+
+
+class _TooSlowError(Exception):
+    """A trial step has taken too long, and is given up."""
+
+
+def check_threads(threads: Threads) -> None:
+    """Raise `UsageError` where `threads` is no possible number."""
+    if threads != "auto" and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise UsageError(f"--threads {threads} is neither auto nor in 1..{MOST_THREADS}.")
+
+
+@contextlib.contextmanager
+def settled_threads(
+    threads: Threads, device: torch.device, work: Callable[[int], object], images: int, repetitions: int
+) -> Iterator[str]:
+    """Compute with `threads` threads inside; yields which number that is, and why, or "" where nothing was chosen.
+
+    `auto` chooses on a CPU, see `fastest_threads`, and leaves a GPU's host alone.
+    """
+    import torch
+
+    before, reason = torch.get_num_threads(), ""
+    try:
+        if threads != "auto":
+            use_threads(threads)
+        elif device.type == "cpu":
+            chosen, reason = fastest_threads(work, images, repetitions)
+            use_threads(chosen)
+        yield reason
+    finally:
+        torch.set_num_threads(before)
+
+
+def use_threads(threads: int) -> None:
+    """Compute with `threads` threads from here on; a `Note` says so where there are fewer processors."""
+    import torch
+
+    if threads > (processors := usable_processors()):
+        told = f"{threads} threads are more than the usable processors ({processors}), and slow; see --threads."
+        warnings.warn(told, Note, stacklevel=2)
+    torch.set_num_threads(threads)
+
+
+def fastest_threads(
+    work: Callable[[int], object], images: int, repetitions: int, *, clock: Callable[[], float] = time.perf_counter
+) -> tuple[int, str]:
+    """Of 1, half and all usable processors, the number of threads with which `work` is fastest; and why, in a line.
+
+    `work(n)` is to compute `n` images without leaving a trace; `repetitions` times `images` of them follow. The trial
+    takes 2 s or 2 % of that, whichever is more. $OMP_NUM_THREADS, which schedulers set, is taken as it is. A single
+    batch is not worth a trial, and computed by one thread.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads(), f"threads {torch.get_num_threads()}: as OMP_NUM_THREADS says"
+    processors = usable_processors()
+    if processors == 1 or repetitions <= 1:
+        return 1, ""
+    before = torch.get_num_threads()
+    try:
+        numbers = sorted({1, processors // 2, processors})
+        trial = _Trial(work, images, repetitions, len(numbers), clock)
+        seconds = {threads: trial.step_seconds(threads) for threads in numbers}
+    finally:
+        torch.set_num_threads(before)
+    chosen = min(seconds, key=seconds.__getitem__)
+    rates = ", ".join(
+        f"too slow with {threads}" if math.isinf(took) else f"{trial.images / took:,.0f} images/s with {threads}"
+        for threads, took in seconds.items()
+    )
+    return chosen, f"threads {chosen}: trial steps reach {rates}"
+
+
+class _Trial:
+    """Steps with different numbers of threads, on as many images as the time allows."""
+
+    def __init__(
+        self, work: Callable[[int], object], images: int, repetitions: int, numbers: int, clock: Callable[[], float]
+    ) -> None:
+        self._work, self._clock = work, clock
+        self._end, self._fastest = math.inf, math.inf
+        self.images = self._affordable_images(images, repetitions, numbers * (1 + _TIMED) + 2)
+
+    def step_seconds(self, threads: int) -> float:
+        """Median time of a step; infinite where it is given up."""
+        import torch
+
+        torch.set_num_threads(threads)
+        limit = self._fastest * _HOPELESS
+        try:
+            self._timed(self.images, limit)  # the first one sets up more than those that follow
+            seconds = statistics.median(self._timed(self.images, limit) for _ in range(_TIMED))
+        except _TooSlowError:
+            return math.inf
+        self._fastest = min(self._fastest, seconds)
+        return seconds
+
+    def _affordable_images(self, images: int, repetitions: int, steps: int) -> int:
+        """So many that `steps` steps with one thread stay within what the trial may cost; the search takes two more."""
+        import torch
+
+        torch.set_num_threads(1)
+        began, count = self._clock(), min(images, 2)
+        self._timed(count, math.inf)
+        while True:
+            seconds = self._timed(count, math.inf)
+            budget = max(TRIAL_SECONDS, TRIAL_SHARE * repetitions * images / count * seconds)
+            if 2 * seconds > budget / steps or count == images:
+                break
+            count = min(2 * count, images)
+        self._end = began + budget
+        return count
+
+    def _timed(self, images: int, limit: float) -> float:
+        """Seconds of a step on so many images. Raises `_TooSlowError` after `limit` seconds, and when time is up."""
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        began = self._clock()
+        end = min(began + limit, self._end)
+
+        def give_up(*_: Any) -> None:
+            if self._clock() > end:
+                raise _TooSlowError
+
+        hook = register_module_forward_pre_hook(give_up)
+        try:
+            self._work(images)
+        finally:
+            hook.remove()
+        seconds = self._clock() - began
+        if seconds > limit:
+            raise _TooSlowError
+        return seconds
