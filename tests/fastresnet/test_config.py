@@ -316,6 +316,7 @@ CHANGED = {
     "normalization": "channel",
     "seed": 2**63 - 1,
     "device": "cpu",
+    "threads": 3,
     "precision": "bf16",
     "compile": "off",
 }
@@ -349,6 +350,8 @@ def test_settings_left_out_of_the_toml_file_have_their_defaults(tmp_path):
         ('root = "/data"', TrainConfig(root=Path("/data"))),
         ('out = "here"', TrainConfig(out=Path("here"))),
         ("tensorboard = true", TrainConfig(tensorboard=True)),
+        ("threads = 3", TrainConfig(threads=3)),
+        ('threads = "auto"', TrainConfig(threads="auto")),
     ],
 )
 def test_toml_values_get_the_fields_type(tmp_path, line, config):
@@ -391,6 +394,9 @@ WRONG_TYPES = [
     'resume = "yes"',
     "tensorboard = 1",
     "root = 3",
+    'threads = "3"',
+    "threads = 1.0",
+    "threads = true",
     "out = false",
     "milestones = 0.5",
     "milestones = 1",
@@ -511,6 +517,7 @@ VALID = {
     "normalization": st.sampled_from(["half", "channel", "pixel"]),
     "seed": st.integers(0, 2**63 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
+    "threads": st.just("auto") | st.integers(1, 1024),
     "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
     "compile": st.sampled_from(["auto", "off", "on", "graph"]),
     "out": paths(),
