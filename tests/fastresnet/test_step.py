@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,7 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch):
 
 def test_a_container_without_its_gpu_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("fastresnet.device.NVIDIA_CONTROL", Path("no/such/file"))
     monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
     with pytest.warns(Note, match="docker run --gpus all"):
         assert resolve_device("auto") == CPU
