@@ -14,7 +14,7 @@ import pipelines
 from fastresnet import cli
 from pipelines.convert import prepare
 
-LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
 """The libraries that pipelines need beside PyTorch."""
 
 
@@ -130,3 +130,14 @@ def run(capsys, monkeypatch, data_root):
         return code, out, err
 
     return run_command
+
+
+@pytest.fixture
+def without_torchvision(tmp_path) -> dict[str, str]:
+    """The environment of a process that finds no torchvision."""
+    package = tmp_path / "hidden" / "torchvision"
+    package.mkdir(parents=True)
+    error = """ModuleNotFoundError("No module named 'torchvision'", name=__name__)"""
+    (package / "__init__.py").write_text(f"raise {error}\n")
+    paths = [str(package.parent), str(Path(__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
