@@ -392,3 +392,18 @@ def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
     case = small_case(mode, 1 << 16)
     with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
         steps._prepared(stepping.Contender, case, torch.device("cpu"), lambda _: None)
+
+
+def test_bytes_of_batch_norm():
+    """Training reads the input once for its mean and variance and once to apply them. Backward both the input and the
+    gradient of the output are read once for two sums, and once to apply these. Inference reads the input once.
+    """
+    layer, x = nn.BatchNorm2d(16), torch.ones(8, 16, 32, 32, requires_grad=True)
+    activation, few = 4 * x.numel(), 4 * 16 * 16  # at most so many vectors of 16 channels
+    gradient = torch.ones_like(x)
+    forward = bytes_of(lambda: layer(x))
+    assert forward == pytest.approx((2 + 1) * activation, abs=few)
+    assert bytes_of(lambda: layer(x).backward(gradient)) == pytest.approx(forward + (2 + 2 + 1) * activation, abs=few)
+    layer.eval()
+    with torch.no_grad():
+        assert bytes_of(lambda: layer(x)) == pytest.approx((1 + 1) * activation, abs=few)
