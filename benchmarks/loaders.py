@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import statistics
 import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from benchmarks.report import (
     SCHEMA,
     Report,
     draw_bars,
+    failure_notes,
     figures_table,
     markdown,
     print_report,
@@ -54,9 +53,9 @@ def measure_loaders(options: LoadersOptions) -> None:
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
     surroundings = _surroundings(device)
     limits: list[float] = []
-    for contestants in race(entries, work, rounds=rounds, seconds=seconds):
+    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
-        report = _report(contestants, limits, work, surroundings, dataset)
+        report = _report(contestants, limits, work, surroundings, dataset) | {"failed": failures}
         write_report(report, options.json)
     print_report(tables(report), notes(report))
     if options.chart is not None:
@@ -116,12 +115,10 @@ def _peer(name: str, module: str, workers: int) -> Entry:
 
 def _surroundings(device: Any) -> dict[str, Any]:
     """What every figure carries, with the versions of the optional libraries."""
-    from fastresnet.device import environment
+    from fastresnet.device import environment, versions_of
 
     surroundings = environment(device)
-    for library in ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            surroundings["versions"][library] = metadata.version(library)
+    surroundings["versions"] |= versions_of("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
     return surroundings
 
 
@@ -193,6 +190,7 @@ def notes(report: Report) -> list[str]:
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
         f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
+        *failure_notes(report),
     ]
 
 

@@ -20,8 +20,11 @@ def spread(values: Sequence[float], name: str) -> dict[str, float]:
 
 
 def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]) -> dict[str, Any]:
-    """How many times `others`' figure each of `values` is, round by round: machines drift, ratios less so."""
-    ratios = [value / other for value, other in zip(values, others, strict=True)]
+    """How many times `others`' figure each of `values` is, round by round: machines drift, ratios less so.
+
+    Of the rounds that both have had: one may be a turn ahead.
+    """
+    ratios = [value / other for value, other in zip(values, others, strict=False)]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
