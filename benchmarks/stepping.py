@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import ByteCounter, memory_per_image
-from benchmarks.measurement import SameBatch, seconds_between, stamp
+from benchmarks.measurement import SameBatch, recorded, seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
@@ -184,26 +184,13 @@ def _inference(case: Case, device: torch.device) -> Steps:
             compiled(images)
 
     predict()
-    once = _recorded(predict) if case.backend == "graph" else predict
+    once = recorded(predict) if case.backend == "graph" else predict
 
     def take(count: int) -> None:
         for _ in range(count):
             once()
 
     return take
-
-
-def _recorded(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` as a CUDA graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph.replay
 
 
 def _network(case: Case, device: torch.device) -> nn.Module:

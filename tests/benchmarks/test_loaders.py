@@ -124,14 +124,14 @@ def test_peers_have_a_worker_for_each_usable_processor(dataset, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
     monkeypatch.setattr(loaders, "is_installed", lambda _: False)
     with pytest.warns(Note, match="takes no part"):
-        entries = {entry.name: entry for entry in loaders._available(dataset)}
+        entries = {entry.name: entry for entry in loaders._available(dataset, "cpu")}
     assert [entries[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
 
 
 def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
     need("ffcv")
     monkeypatch.chdir(dataset.folder)
-    assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()))]
+    assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()), "cpu")]
 
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
