@@ -330,6 +330,8 @@ class _Turns:
 
     def _used(self) -> dict[str, int | float]:
         """Memory beyond PyTorch's own at its highest, processes and threads now, share of the turns spent waiting."""
+        import torch
+
         processes = _process_tree()
         used = {
             "peak_memory_mb": (self._peak - self._baseline) / 1e6,
@@ -338,6 +340,8 @@ class _Turns:
         }
         if self._timer.seconds:
             used["waiting_percent"] = 100 * self._waited / self._worked
+        if self._work.device == "cuda":  # PyTorch's share: what DALI takes of the GPU by itself is not in it
+            used["gpu_memory_mb"] = torch.cuda.max_memory_reserved() / 1e6
         return used
 
 

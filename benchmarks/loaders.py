@@ -19,6 +19,7 @@ from benchmarks.report import (
     draw_bars,
     failure_notes,
     figures_table,
+    gpu_memory,
     markdown,
     print_report,
     ratios_table,
@@ -208,6 +209,7 @@ def tables(report: Report) -> list[Table]:
         ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
     return [figures_table(report["rows"], f"Loaders: {title(report)}", columns), ratios_table(report)]
@@ -236,6 +238,7 @@ def markdown_table(report: Report) -> str:
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("first batch", _first_batch),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
     ]
     return markdown(report, columns)
 

@@ -126,6 +126,12 @@ def throughput(row: dict[str, Any]) -> str:
     return f"{median} ({low}–{high})"
 
 
+def gpu_memory(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """A column for what PyTorch has taken of a GPU's memory, where `rows` tell."""
+    column: Column = ("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB")
+    return [column] if any("gpu_memory_mb" in row for row in rows) else []
+
+
 def ratios_table(report: Report) -> Table:
     """Ours down, what they are compared with across: median and extremes of the rounds."""
     cells = {

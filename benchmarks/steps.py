@@ -24,6 +24,7 @@ from benchmarks.report import (
     Report,
     failure_notes,
     figures_table,
+    gpu_memory,
     grouped,
     markdown,
     print_report,
@@ -308,6 +309,7 @@ def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
         "prepare_s": contender.prepare_s,
         "flops_per_image": contender.flops_per_image,
         "bytes_per_image": contender.bytes_per_image,
+        **contender.memory,
     }
     roof, bound = _roof(row, limits)
     return {**row, "percent_of_roof": 100 * row["images_per_s"] / roof, "bound": bound}
@@ -374,6 +376,7 @@ def _figures_table(report: Report, heading: str, mode: str) -> Table:
         ("1000 images/s", throughput),
         ("ms/step", lambda row: short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
+        *gpu_memory(report["rows"]),
     ]
     rows = [row for row in report["rows"] if row["mode"] == mode]
     return figures_table(rows, f"{heading}: {report['environment']['device']}", columns)

@@ -19,6 +19,7 @@ from benchmarks.report import (
     draw_bars,
     failure_notes,
     figures_table,
+    gpu_memory,
     markdown,
     print_report,
     ratios_table,
@@ -197,6 +198,7 @@ def tables(report: Report) -> list[Table]:
         ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
     ]
     environment = report["environment"]
     heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
@@ -217,6 +219,7 @@ def markdown_table(report: Report) -> str:
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
     ]
     return markdown(report, columns)
 

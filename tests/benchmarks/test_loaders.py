@@ -318,7 +318,7 @@ def test_a_race_without_any_of_ours_or_without_one_that_is_needed_is_a_failure(r
         list(race_of(needed=["resident"], resident="killed", dali="works"))
 
 
-def test_tables_tell_of_those_left_out(capsys, monkeypatch):
+def test_tables_tell_of_those_left_out_and_of_the_memory_of_a_gpu(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     row = {"name": "resident", "images_per_s": 2e6, "images_per_s_low": 1e6, "images_per_s_high": 3e6}
     row |= {"percent_of_limit": 9.0, "first_batch_s": 1.0, "peak_memory_mb": 1234.0, "processes": 1, "threads": 20}
@@ -329,8 +329,15 @@ def test_tables_tell_of_those_left_out(capsys, monkeypatch):
         "ratios": [],
     }
     print_report(loaders.tables(report), loaders.notes(report))
-    assert "left out" not in capsys.readouterr().out
+    assert "left out" not in (without := capsys.readouterr().out)
+    assert "GPU memory" not in without
+    report["rows"] = [row | {"gpu_memory_mb": 5678.0}]
     report["failed"] = {"peer:dali": "peer:dali failed: no DALI"}
     print_report(loaders.tables(report), loaders.notes(report))
     out = capsys.readouterr().out
+    assert "GPU memory" in out
+    assert "5,678 MB" in out
+    assert "1,234 MB" in out
+    assert "…" not in out
     assert "left out: peer:dali failed: no DALI" in out
+    assert "5,678 MB" in loaders.markdown_table(report)
