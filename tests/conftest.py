@@ -132,12 +132,23 @@ def run(capsys, monkeypatch, data_root):
     return run_command
 
 
+WITHOUT_TORCHVISION = """
+import sys
+from importlib import metadata
+
+def version(name, original=metadata.version):
+    if name == "torchvision":
+        raise metadata.PackageNotFoundError(name)
+    return original(name)
+
+metadata.version = version
+sys.modules["torchvision"] = None
+"""
+
+
 @pytest.fixture
 def without_torchvision(tmp_path) -> dict[str, str]:
-    """The environment of a process that finds no torchvision."""
-    package = tmp_path / "hidden" / "torchvision"
-    package.mkdir(parents=True)
-    error = """ModuleNotFoundError("No module named 'torchvision'", name=__name__)"""
-    (package / "__init__.py").write_text(f"raise {error}\n")
-    paths = [str(package.parent), str(Path(__file__).parents[1])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    """The environment of a process in which, and in those that it starts, there is no torchvision."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text(WITHOUT_TORCHVISION)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "hidden"), str(Path(__file__).parents[1])])}
