@@ -5,7 +5,7 @@ BIN := .venv/bin
 # FFCV is built on the spot and needs OpenCV's headers: its tests run where they are.
 TEST_EXTRAS := test,dali$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,ffcv)
 
-.PHONY: demo test lint bench docker-check install install-test clean
+.PHONY: demo test gpu-rehearsal lint bench docker-check install install-test clean
 
 demo: install
 	$(BIN)/fastresnet prepare --data shapes10 --root runs/demo/data --train-images 10000 --test-images 2000
@@ -14,6 +14,10 @@ demo: install
 
 test: install-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# The CUDA half without a GPU: compiles for one that is pretended. Needs g++.
+gpu-rehearsal: install-test
+	tests/fake_gpu/run.sh $(BIN)/python -m pytest tests/fake_gpu/rehearsal.py
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -15,13 +15,13 @@ import multiprocessing
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.report import Failures, in_one_line
 from fastresnet import terminal
 from fastresnet.config import DEVICES, PRECISIONS
 from pipelines import Pipeline
@@ -158,26 +158,42 @@ class Entry:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
     """Whether the first batch waits for a compiler, which is then told apart."""
+    needed: bool = False
+    """Whether there is nothing to compare without it."""
 
     @property
     def kind(self) -> str:
         return "peer" if self.name.startswith("peer:") else "ours"
 
 
-def race(entries: Sequence[Entry], work: Work, *, rounds: int, seconds: float) -> Iterator[list[Contestant]]:
-    """Start all contestants and give them turns of about `seconds`; yields them after every round.
+def race(
+    entries: Sequence[Entry], work: Work, *, rounds: int, seconds: float
+) -> Iterator[tuple[list[Contestant], Failures]]:
+    """Start all contestants and give them turns of about `seconds`; yields, after every round, those that have had all
+    of their turns, and why the others have not.
 
-    Raises `RunError` where one fails.
+    Raises `RunError` where one fails that is needed, or all of this program's own.
     """
+    failures, contestants = Failures(), []
     with contextlib.ExitStack() as stack:
-        contestants = []
         for entry in entries:
-            contestants.append(Contestant(entry, work))
-            stack.callback(contestants[-1].stop)
+            with failures.left_out(entry.name, needed=entry.needed):
+                contestants.append(Contestant(entry, work))
+                stack.callback(contestants[-1].stop)
+        contestants = _remaining(contestants, failures)
         for _ in range(rounds):
             for contestant in contestants:
-                contestant.take_turn(seconds)
-            yield contestants
+                with failures.left_out(contestant.entry.name, needed=contestant.entry.needed):
+                    contestant.take_turn(seconds)
+            contestants = _remaining(contestants, failures)
+            yield contestants, failures
+
+
+def _remaining(contestants: list[Contestant], failures: Failures) -> list[Contestant]:
+    remaining = [contestant for contestant in contestants if contestant.entry.name not in failures]
+    if not any(contestant.entry.kind == "ours" for contestant in remaining):
+        raise RunError("all of this program's own contestants have failed: nothing is left to compare.")
+    return remaining
 
 
 class Contestant:
@@ -202,7 +218,8 @@ class Contestant:
 
     def take_turn(self, seconds: float) -> None:
         """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was read ahead."""
-        self._connection.send(seconds)
+        with contextlib.suppress(ConnectionError):  # of a process that has died, as `_receive` tells
+            self._connection.send(seconds)
         images_per_s, self.used = self._receive()
         self.images_per_s.append(images_per_s)
 
@@ -257,8 +274,8 @@ def _serve_turns(connection: Connection, entry: Entry, work: Work) -> None:
                 connection.send(turns.take(seconds))
     except UserError as error:
         connection.send(str(error))
-    except Exception:  # noqa: BLE001  told to the parent, who ends the run with it
-        connection.send(f"\n{traceback.format_exc()}")
+    except Exception as error:  # noqa: BLE001  told to the parent
+        connection.send(in_one_line(error))
     finally:
         connection.close()
 
@@ -313,13 +330,19 @@ class _Turns:
 
     def _used(self) -> dict[str, int | float]:
         """Memory beyond PyTorch's own at its highest, processes and threads now, share of the turns spent waiting."""
+        import torch
+
         processes = _process_tree()
-        waiting = {"waiting_percent": 100 * self._waited / self._worked} if self._timer.seconds else {}
-        return waiting | {
+        used = {
             "peak_memory_mb": (self._peak - self._baseline) / 1e6,
             "processes": len(processes),
             "threads": sum(len(os.listdir(f"/proc/{process}/task")) for process in processes),
         }
+        if self._timer.seconds:
+            used["waiting_percent"] = 100 * self._waited / self._worked
+        if self._work.device == "cuda":  # PyTorch's share: what DALI takes of the GPU by itself is not in it
+            used["gpu_memory_mb"] = torch.cuda.max_memory_reserved() / 1e6
+        return used
 
 
 def _endless(start_epoch: Epochs) -> Iterator[Any]:

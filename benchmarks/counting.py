@@ -19,6 +19,10 @@ _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_stride
 # What they write over is not read before.
 _OVERWRITING = {"copy_", "fill_", "zero_"}
 
+# What batch norm reads twice in training: it knows neither the statistics of its input nor, on the way back, the sums
+# that they take part in before it has read everything.
+_TWICE = {"input", "grad_out", "grad_output"}
+
 
 def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
     """Bytes of activations that a step holds at once for one image, each of whose values takes `itemsize` bytes.
@@ -42,7 +46,8 @@ def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Sums the bytes that the operators run inside read and write: each tensor that goes in, and each that comes out.
+    """Sums the bytes that the operators run inside read and write: each tensor that goes in, and each that comes out;
+    twice what batch norm reads twice.
 
     Eager operators, that is, none of which hands its result to the next in a register. Views and allocations move
     nothing; an expanded tensor has as many bytes as lie in memory.
@@ -70,7 +75,17 @@ def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     storages = {tensor.untyped_storage()._cdata for tensor in (*read, *written)}
     # What shares memory with an argument is that argument, changed in place, or a view of it.
     new = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in storages]
-    return sum(map(_size, (*read, *written, *new)))
+    return sum(map(_size, (*read, *written, *new, *_read_again(func, args, kwargs))))
+
+
+def _read_again(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """What batch norm takes from memory a second time: activations and their gradients, while it trains."""
+    arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    if "batch_norm" not in func._schema.name or "_no_" in func._schema.name:
+        return []
+    if not arguments.get("training", arguments.get("train", True)):
+        return []
+    return [value for name, value in arguments.items() if name in _TWICE]
 
 
 def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import statistics
 import warnings
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -18,7 +17,9 @@ from benchmarks.report import (
     SCHEMA,
     Report,
     draw_bars,
+    failure_notes,
     figures_table,
+    gpu_memory,
     markdown,
     print_report,
     ratios_table,
@@ -31,6 +32,11 @@ from pipelines.convert import prepare
 from pipelines.errors import Note
 from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipelines import GatheringPipeline
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
@@ -50,13 +56,13 @@ def measure_loaders(options: LoadersOptions) -> None:
     from benchmarks.measurement import copy_bandwidth
 
     dataset, device, work = describe_work(options)
-    entries = _available(dataset)
+    entries = _available(dataset, device.type)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
     surroundings = _surroundings(device)
     limits: list[float] = []
-    for contestants in race(entries, work, rounds=rounds, seconds=seconds):
+    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
-        report = _report(contestants, limits, work, surroundings, dataset)
+        report = _report(contestants, limits, work, surroundings, dataset) | {"failed": failures}
         write_report(report, options.json)
     print_report(tables(report), notes(report))
     if options.chart is not None:
@@ -64,8 +70,37 @@ def measure_loaders(options: LoadersOptions) -> None:
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
-    """A pipeline of this program."""
-    return work.open_pipeline(pipeline).epoch
+    """A pipeline of this program, whose batches are delivered as training gets them."""
+    from pipelines import GatheringPipeline
+
+    opened = work.open_pipeline(pipeline)
+    return _recorded_epochs(opened) if isinstance(opened, GatheringPipeline) else opened.epoch
+
+
+def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
+    """Batches that a CUDA graph gathers, one for each replay, as the graph of a training step begins."""
+    import torch
+
+    from benchmarks.measurement import recorded
+
+    gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
+    step = torch.zeros(1, dtype=torch.int64, device="cuda")
+    batch: list[Tensor] = []
+
+    def gather_next() -> None:
+        batch[:] = gather(step % len(pipeline))
+        step.add_(1)
+
+    replay = recorded(gather_next)
+
+    def epoch(number: int) -> Iterator[list[Tensor]]:
+        pipeline.load(number)
+        step.zero_()
+        for _ in range(len(pipeline)):
+            replay()
+            yield batch
+
+    return epoch
 
 
 def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
@@ -85,11 +120,11 @@ def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
     return lambda _: loader
 
 
-def _available(dataset: Dataset) -> list[Entry]:
+def _available(dataset: Dataset, device: str) -> list[Entry]:
     """All contestants whose libraries are installed; a `Note` names the others."""
     workers = usable_processors()
     entries = [
-        *(_ours(name) for name in PIPELINES),
+        *(_ours(name, device) for name in PIPELINES),
         _peer("torchvision-w0", "torchvision_dataloader", 0),
         _peer("torchvision-wN", "torchvision_dataloader", workers),
         _peer("dali", "dali_example", workers),
@@ -104,9 +139,9 @@ def _available(dataset: Dataset) -> list[Entry]:
     return [entry for entry in entries if entry.name.removeprefix("peer:") not in missing]
 
 
-def _ours(name: str) -> Entry:
-    options = {"pipeline": name}
-    return Entry(name=name, opener=f"{__name__}:open_ours", options=options, compiles=name == "ffcv")
+def _ours(name: str, device: str) -> Entry:
+    compiles = name == "ffcv" or (name, device) == ("resident", "cuda")
+    return Entry(name=name, opener=f"{__name__}:open_ours", options={"pipeline": name}, compiles=compiles)
 
 
 def _peer(name: str, module: str, workers: int) -> Entry:
@@ -116,12 +151,10 @@ def _peer(name: str, module: str, workers: int) -> Entry:
 
 def _surroundings(device: Any) -> dict[str, Any]:
     """What every figure carries, with the versions of the optional libraries."""
-    from fastresnet.device import environment
+    from fastresnet.device import environment, versions_of
 
     surroundings = environment(device)
-    for library in ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            surroundings["versions"][library] = metadata.version(library)
+    surroundings["versions"] |= versions_of("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
     return surroundings
 
 
@@ -176,6 +209,7 @@ def tables(report: Report) -> list[Table]:
         ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
     return [figures_table(report["rows"], f"Loaders: {title(report)}", columns), ratios_table(report)]
@@ -187,12 +221,13 @@ def notes(report: Report) -> list[str]:
     return [
         *(
             f"{row['name']}: {row['compile_s']:.1f} s of the {row['first_batch_s']:.1f} s to the first batch are "
-            "numba's compilation"
+            f"{_compiler(row)}'s compilation"
             for row in report["rows"]
             if "compile_s" in row
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
         f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
+        *failure_notes(report),
     ]
 
 
@@ -203,12 +238,17 @@ def markdown_table(report: Report) -> str:
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("first batch", _first_batch),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
     ]
     return markdown(report, columns)
 
 
+def _compiler(row: dict[str, Any]) -> str:
+    return "numba" if "ffcv" in row["name"] else "torch.compile"
+
+
 def _first_batch(row: dict[str, Any]) -> str:
-    compilation = f", {row['compile_s']:.1f} s of it numba" if "compile_s" in row else ""
+    compilation = f", {row['compile_s']:.1f} s of it {_compiler(row)}" if "compile_s" in row else ""
     return f"{row['first_batch_s']:.2f} s{compilation}"
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import UsageError
+from pipelines.errors import Note, UsageError, UserError
 from pipelines.files import replacing, write_json
 
 SCHEMA = 1
@@ -21,6 +24,34 @@ BENCHMARKS = ("loaders", "step", "train")
 Report = dict[str, Any]
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 """A heading, and what stands under it for a row."""
+
+
+class Failures(dict[str, str]):
+    """Why those that failed have no row, by name; what `failed` is in a report."""
+
+    @contextlib.contextmanager
+    def left_out(self, name: str, *, needed: bool = False) -> Iterator[None]:
+        """An error inside leaves `name` out, as a `Note` tells; raises it where `name` is `needed`."""
+        try:
+            yield
+        except Exception as error:  # PyTorch and the libraries of peers raise anything
+            if needed:
+                raise
+            self[name] = str(error) if isinstance(error, UserError) else f"{name} failed: {in_one_line(error)}"
+            warnings.warn(f"left out: {self[name]}", Note, stacklevel=1)
+
+
+def in_one_line(error: Exception) -> str:
+    """`error`, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # which importing has of its own
+    reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def failure_notes(report: Report) -> list[str]:
+    """A line for each that has no row."""
+    return [f"left out: {reason}" for reason in report.get("failed", {}).values()]
 
 
 def read_report(path: Path) -> Report:
@@ -93,6 +124,12 @@ def throughput(row: dict[str, Any]) -> str:
     """Median and extremes, in 1000 images/s."""
     median, low, high = (short(row[f"images_per_s{end}"] / 1000, 3) for end in ("", "_low", "_high"))
     return f"{median} ({low}–{high})"
+
+
+def gpu_memory(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """A column for what PyTorch has taken of a GPU's memory, where `rows` tell."""
+    column: Column = ("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB")
+    return [column] if any("gpu_memory_mb" in row for row in rows) else []
 
 
 def ratios_table(report: Report) -> Table:

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import ByteCounter, memory_per_image
-from benchmarks.measurement import SameBatch, seconds_between, stamp
+from benchmarks.measurement import SameBatch, recorded, seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
@@ -67,6 +67,7 @@ class Contender:
         """Of every turn."""
         _check_memory(case, device)
         self.flops_per_image, self.bytes_per_image = _count(dataclasses.replace(case, backend="eager"), device)
+        held = _memory_held(device)
         began = time.perf_counter()
         self._steps = (_training if case.mode == "train" else _inference)(case, device)
         self._seconds_per_step = math.inf  # of the latest steps
@@ -74,6 +75,8 @@ class Contender:
         self.prepare_s = time.perf_counter() - began
         """Compilation, recording and the first step."""
         self._take(0)
+        self.memory = {"gpu_memory_mb": (torch.cuda.max_memory_reserved() - held) / 1e6} if held is not None else {}
+        """The most that PyTorch has taken of a GPU's for this case."""
 
     def take_turn(self, seconds: float) -> None:
         """Take steps for about `seconds`, after a third of that untimed."""
@@ -184,26 +187,13 @@ def _inference(case: Case, device: torch.device) -> Steps:
             compiled(images)
 
     predict()
-    once = _recorded(predict) if case.backend == "graph" else predict
+    once = recorded(predict) if case.backend == "graph" else predict
 
     def take(count: int) -> None:
         for _ in range(count):
             once()
 
     return take
-
-
-def _recorded(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` as a CUDA graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph.replay
 
 
 def _network(case: Case, device: torch.device) -> nn.Module:
@@ -237,6 +227,15 @@ def _check_memory(case: Case, device: torch.device) -> None:
     needed = case.batch_size * _memory_per_image(case.model, itemsize, training=case.mode == "train")
     if needed > free_memory(device):
         raise MemoryError
+
+
+def _memory_held(device: torch.device) -> int | None:
+    """Bytes that PyTorch keeps on a GPU for what is in use; the highest is counted from here on."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved()
 
 
 @functools.cache

@@ -20,8 +20,11 @@ from rich.table import Table
 from benchmarks.report import (
     SCHEMA,
     Column,
+    Failures,
     Report,
+    failure_notes,
     figures_table,
+    gpu_memory,
     grouped,
     markdown,
     print_report,
@@ -34,7 +37,7 @@ from benchmarks.report import (
 from fastresnet import terminal
 from fastresnet.config import COMPILE, DEVICES, PRECISIONS
 from fastresnet.models import list_models
-from pipelines.errors import UsageError, check_choice
+from pipelines.errors import RunError, UsageError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +94,7 @@ class StepOptions:
     device: str = "auto"
     """auto, cpu or cuda."""
     json: Path | None = None
-    """Write the figures to this file, after every round."""
+    """Write the figures to this file, after every turn."""
     chart: Path | None = None
     """Draw them in this file (.png, .svg or .pdf)."""
     profile: Path | None = None
@@ -136,23 +139,37 @@ def measure_steps(options: StepOptions) -> None:
     split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
     split_cases.insert(0, dataclasses.replace(base, backend="eager"))
     limits = _Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
-    total = (1 + rounds) * (len(cases) + len(split_cases))
+    entrants: dict[str, tuple[type[Contender | SplitContender], Case]] = {
+        case.name: (Contender, case) for case in cases
+    }
+    entrants |= {f"parts of {case.name}": (SplitContender, case) for case in split_cases}
+    ready: dict[str, Contender | SplitContender] = {}
+    failures = Failures()
     # Every case compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
     many = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with many, _progress(total) as tell:
-        contenders = [_prepared(Contender, case, device, tell) for case in cases]
-        splits = [_prepared(SplitContender, case, device, tell) for case in split_cases]
+    with many, _progress((1 + rounds) * len(entrants)) as tell:
         for number in range(rounds):
             limits.measure()
-            for contender in (*contenders, *splits):
-                tell(f"round {number + 1} of {rounds}: {contender.case.name}")
-                with _explained(contender.case):
-                    contender.take_turn(seconds)
-            report = _report(contenders, splits, limits, surroundings)
-            write_report(report, options.json)
+            for name, (kind, case) in entrants.items():
+                if name in failures:
+                    continue
+                with failures.left_out(name):
+                    # Preparing may take half a minute: what comes before has its turn, and is written, by then.
+                    if number == 0:
+                        ready[name] = _prepared(kind, case, device, tell)
+                    tell(f"round {number + 1} of {rounds}: {name}")
+                    with _explained(case):
+                        ready[name].take_turn(seconds)
+                if name in failures:
+                    ready.pop(name, None)
+                report = _report(list(ready.values()), failures, limits, surroundings)
+                write_report(report, options.json)
+    if not report["rows"]:
+        raise RunError("every case has failed: there is nothing to show.")
     shown = tables(report)
-    if options.profile is not None:
-        shown.append(_operators_table(base, contenders[0].profile(options.profile)))
+    profiled = ready.get(base.name)
+    if options.profile is not None and isinstance(profiled, Contender):
+        shown.append(_operators_table(base, profiled.profile(options.profile)))
     print_report(shown, notes(report))
     if options.chart is not None:
         draw_chart(report, options.chart)
@@ -252,10 +269,12 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _report(
-    contenders: list[Contender], splits: list[SplitContender], limits: _Limits, surroundings: dict[str, Any]
+    ready: list[Contender | SplitContender], failures: Failures, limits: _Limits, surroundings: dict[str, Any]
 ) -> Report:
     from benchmarks.measurement import spread
+    from benchmarks.stepping import Contender, SplitContender
 
+    contenders = [each for each in ready if isinstance(each, Contender)]
     measured = limits.to_dict()
     return {
         "schema": SCHEMA,
@@ -268,9 +287,11 @@ def _report(
                 "model": split.case.model,
                 **{key: value for part, ms in split.ms.items() for key, value in spread(ms, f"{part}_ms").items()},
             }
-            for split in splits
+            for split in ready
+            if isinstance(split, SplitContender)
         ],
         "ratios": _ratios(contenders),
+        "failed": failures,
     }
 
 
@@ -288,6 +309,7 @@ def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
         "prepare_s": contender.prepare_s,
         "flops_per_image": contender.flops_per_image,
         "bytes_per_image": contender.bytes_per_image,
+        **contender.memory,
     }
     roof, bound = _roof(row, limits)
     return {**row, "percent_of_roof": 100 * row["images_per_s"] / roof, "bound": bound}
@@ -337,7 +359,7 @@ def notes(report: Report) -> list[str]:
             f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
             "write what passes between them"
         )
-    return lines
+    return lines + failure_notes(report)
 
 
 def _base(report: Report) -> str:
@@ -354,6 +376,7 @@ def _figures_table(report: Report, heading: str, mode: str) -> Table:
         ("1000 images/s", throughput),
         ("ms/step", lambda row: short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
+        *gpu_memory(report["rows"]),
     ]
     rows = [row for row in report["rows"] if row["mode"] == mode]
     return figures_table(rows, f"{heading}: {report['environment']['device']}", columns)
@@ -464,6 +487,8 @@ def _draw_throughput(report: Report, axes: Any) -> None:
 
 def _draw_splits(report: Report, axes: Any) -> None:
     models = [split["model"] for split in report["splits"]]
+    if not models:  # all have failed
+        return
     parts = list(zip(*map(_split_ms, report["splits"]), strict=True))
     bottom = [0.0] * len(models)
     colors = ("tab:blue", "tab:cyan", "tab:red")

@@ -17,7 +17,9 @@ from benchmarks.report import (
     SCHEMA,
     Report,
     draw_bars,
+    failure_notes,
     figures_table,
+    gpu_memory,
     markdown,
     print_report,
     ratios_table,
@@ -68,14 +70,14 @@ def measure_training(options: TrainingOptions) -> None:
     ours = {"model": options.model, "backend": backend}
     peers = {"model": options.model, "workers": usable_processors()}
     entries = [
-        Entry(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}),
+        Entry(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}, needed=True),
         Entry(name="step-only", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
         Entry(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
         Entry(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
     ]
     rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
-    for contestants in race(entries, work, rounds=rounds, seconds=seconds):
-        report = _report(contestants, surroundings)
+    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
+        report = _report(contestants, surroundings) | {"failed": failures}
         write_report(report, options.json)
     print_report(tables(report), notes(report))
     if options.chart is not None:
@@ -175,12 +177,13 @@ def _report(contestants: list[Contestant], surroundings: dict[str, Any]) -> Repo
         for contestant in contestants
     ]
     resident, *others = contestants
+    step_only = [row["images_per_s"] for row in rows if row["name"] == "step-only"]
     compare = functools.partial(ratio, resident.entry.name, resident.images_per_s)
     return {
         "schema": SCHEMA,
         "benchmark": "train",
         "environment": surroundings,
-        "limits": {"step_only_images_per_s": rows[1]["images_per_s"]},
+        "limits": {"step_only_images_per_s": step_only[0]} if step_only else {},
         "rows": rows,
         "ratios": [compare(other.entry.name, other.images_per_s) for other in others],
     }
@@ -195,15 +198,19 @@ def tables(report: Report) -> list[Table]:
         ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
     ]
     environment = report["environment"]
     heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
     return [figures_table(report["rows"], heading, columns), ratios_table(report)]
 
 
-def notes(_: Report) -> list[str]:
+def notes(report: Report) -> list[str]:
     """What the tables do not say."""
-    return ["waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own"]
+    return [
+        "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
+        *failure_notes(report),
+    ]
 
 
 def markdown_table(report: Report) -> str:
@@ -212,6 +219,7 @@ def markdown_table(report: Report) -> str:
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
+        *gpu_memory(report["rows"]),
     ]
     return markdown(report, columns)
 

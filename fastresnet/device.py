@@ -23,18 +23,21 @@ from fastresnet import __version__
 from fastresnet.config import DEVICES
 from pipelines.errors import Note, RunError, UsageError, check_choice
 
+NVIDIA_CONTROL = Path("/dev/nvidiactl")
+"""There where NVIDIA's driver is."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; in a container made for GPUs that has none, a `Note` says so. Raises
-    `UsageError` where a GPU is asked for and absent, and on an unknown name.
+    """`auto` is the GPU where there is one; where one seems to be meant that PyTorch cannot use, a `Note` says so.
+    Raises `UsageError` where a GPU is asked for and absent, and on an unknown name.
     """
     check_choice("device", name, DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and "NVIDIA_VISIBLE_DEVICES" in os.environ:  # NVIDIA's container runtime reads it
-            told = "no GPU here, so the CPU computes. A container sees GPUs after docker run --gpus all."
+        if name == "cpu" and (reason := _missing_gpu()):
+            told = f"no GPU here that PyTorch can use, so the CPU computes. {reason}"
             warnings.warn(told, Note, stacklevel=1)  # of this line, so that it is shown once
     if name == "cuda":
         if not torch.cuda.is_available():
@@ -45,6 +48,17 @@ def resolve_device(name: str) -> torch.device:
     else:
         _keep_freed_memory()
     return torch.device(name)
+
+
+def _missing_gpu() -> str:
+    """Why there may be a GPU that PyTorch does not find, and what to do; empty where nothing speaks for one."""
+    if NVIDIA_CONTROL.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # which hide it
+        if torch.version.cuda is None:
+            return "NVIDIA's driver is there, but this PyTorch is built for CPUs: pip install torch from PyPI has CUDA."
+        return f"NVIDIA's driver is there, most likely too old for CUDA {torch.version.cuda}: see fastresnet doctor."
+    if "NVIDIA_VISIBLE_DEVICES" in os.environ:  # NVIDIA's container runtime reads it
+        return "A container sees GPUs after docker run --gpus all."
+    return ""
 
 
 def _keep_freed_memory() -> None:
@@ -138,13 +152,21 @@ def environment(device: torch.device) -> dict[str, Any]:
             "fastresnet": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": metadata.version("torchvision"),
-            "numpy": metadata.version("numpy"),
+            **versions_of("torchvision", "numpy"),
         },
         "commit": _commit(),
         "command": _command(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def versions_of(*libraries: str) -> dict[str, str]:
+    """Versions of those of `libraries` that are installed."""
+    versions = {}
+    for library in libraries:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[library] = metadata.version(library)
+    return versions
 
 
 def _command() -> str:

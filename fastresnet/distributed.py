@@ -104,22 +104,29 @@ def connected(device: torch.device) -> Iterator[Ranks]:
     if ranks.alone:
         yield ranks
         return
-    if device.type == "cuda":
-        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
     with _explained_disconnection():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(), rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=_store(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=TIMEOUT,
+            device_id=gpu,  # NCCL would guess it at the first barrier, with a warning
+        )
         yield ranks
         dist.destroy_process_group()  # not after a failure, when it could wait for those that are gone
 
 
-def _take_gpu(number: int) -> None:
+def _take_gpu(number: int) -> torch.device:
+    """Make it what `cuda` means from here on."""
     if number >= torch.cuda.device_count():
         raise UsageError(
             f"process {number + 1} on this machine finds {torch.cuda.device_count()} GPUs. Start one process for each "
             "GPU: torchrun --nproc-per-node gpu."
         )
     torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _store() -> dist.Store:

@@ -9,12 +9,11 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from fastresnet.device import environment, resolve_precision
+from fastresnet.device import NVIDIA_CONTROL, environment, resolve_precision, versions_of
 from pipelines import PIPELINES, free_memory
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.convert import CIFAR10, data_root
@@ -57,14 +56,7 @@ def _versions(device: torch.device) -> Iterator[Finding]:
     yield Finding("fastresnet", "works", f"{facts['versions']['fastresnet']}, commit {facts['commit']}")
     yield Finding("Python", "works", f"{platform.python_version()} on {platform.platform()}")
     yield Finding("processor", "works", f"{facts['device'] if device.type == 'cpu' else os.cpu_count()}")
-    yield Finding("libraries", "works", ", ".join(f"{name} {v}" for name in _LIBRARIES if (v := _version(name))))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    yield Finding("libraries", "works", ", ".join(map(" ".join, versions_of(*_LIBRARIES).items())))
 
 
 def _gpu(device: torch.device) -> Iterator[Finding]:
@@ -92,12 +84,12 @@ def _without_gpu() -> tuple[str, str]:
     """Why PyTorch finds none, and what to do."""
     if torch.version.cuda is None:
         return "this PyTorch is built for CPUs", "pip install torch from PyPI, which has CUDA, if there is a GPU"
-    if (driver := _driver()) is None:
+    if (driver := _driver()) is None and not NVIDIA_CONTROL.exists():
         return (
             "nvidia-smi finds no driver",
             "install NVIDIA's driver if there is a GPU; in Docker, run with --gpus all; a CPU works too, more slowly",
         )
-    reason = f"driver {driver} is there, but PyTorch's CUDA {torch.version.cuda} does not start"
+    reason = f"driver {driver or 'of unknown version'} is there, but PyTorch's CUDA {torch.version.cuda} does not start"
     return reason, "install a newer driver, or a PyTorch for the CUDA version that nvidia-smi shows"
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .errors import UsageError, check_choice
 from .sampling import Augmentation, Sampler
@@ -48,6 +48,17 @@ class Pipeline(Protocol):
 
     def close(self) -> None:
         """Let go of memory and worker processes."""
+
+
+@runtime_checkable
+class GatheringPipeline(Pipeline, Protocol):
+    """Batches that lie on the device: a captured step gathers them itself, and needs nothing from the host."""
+
+    def load(self, epoch: int) -> None:
+        """Have `gather` give the batches of `epoch`."""
+
+    def gather(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of batch `step`, int64 [1] on the device; always from the same memory."""
 
 
 def choose_pipeline(dataset: Dataset, device: torch.device) -> tuple[str, str]:

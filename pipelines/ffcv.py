@@ -209,4 +209,7 @@ class _EpochIterator(EpochIterator):
             while not self.output_queue.empty():
                 self.output_queue.get_nowait()
             self.join(timeout=0.01)
+        if IS_CUDA:
+            for stream in self.cuda_streams:  # a copy that still waits would transfer from memory that is given back
+                stream.synchronize()
         self.close()

@@ -10,12 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as F
 
 from . import Batch, usable_processors
 from .augment import Normalization, fill_color, normalize
+from .errors import UsageError
 from .sampling import IMAGE_SIZE, Augmentation, Sampler, draw
 from .store import Dataset, Split
+
+try:
+    from torchvision.transforms.v2 import functional as F
+except ModuleNotFoundError as error:
+    raise UsageError(f"torchvision is not installed ({error}): pip install torchvision") from None
 
 _GRACE_S = 20
 """How long a worker lives after SIGTERM."""

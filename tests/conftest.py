@@ -14,7 +14,7 @@ import pipelines
 from fastresnet import cli
 from pipelines.convert import prepare
 
-LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
 """The libraries that pipelines need beside PyTorch."""
 
 
@@ -130,3 +130,25 @@ def run(capsys, monkeypatch, data_root):
         return code, out, err
 
     return run_command
+
+
+WITHOUT_TORCHVISION = """
+import sys
+from importlib import metadata
+
+def version(name, original=metadata.version):
+    if name == "torchvision":
+        raise metadata.PackageNotFoundError(name)
+    return original(name)
+
+metadata.version = version
+sys.modules["torchvision"] = None
+"""
+
+
+@pytest.fixture
+def without_torchvision(tmp_path) -> dict[str, str]:
+    """The environment of a process in which, and in those that it starts, there is no torchvision."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text(WITHOUT_TORCHVISION)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "hidden"), str(Path(__file__).parents[1])])}

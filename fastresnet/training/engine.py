@@ -12,9 +12,8 @@ import torch
 
 from fastresnet.device import explained_failures
 from fastresnet.training.step import TrainStep
-from pipelines import Batch, Pipeline
+from pipelines import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
-from pipelines.resident import DevicePipeline
 
 PAYS_AFTER_STEPS = 5000
 """How many steps a run on a CPU must have for `auto` to try compilation, which takes as long as 300 eager steps of
@@ -48,7 +47,7 @@ class Engine:
 
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
         """Take `count` steps from batch `start` of `epoch` on; yields after each, which a GPU may not have finished."""
-        if self._graph is not None and isinstance(self._pipeline, DevicePipeline):
+        if self._graph is not None and isinstance(self._pipeline, GatheringPipeline):
             self._pipeline.load(epoch)
             for _ in range(count):
                 self._graph.replay()
@@ -74,7 +73,7 @@ class Engine:
         """Record the graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
         self._images, self._labels = batch.images.clone(), batch.labels.clone()
         step_once: Callable[[], None] = functools.partial(self._step, self._images, self._labels)
-        if isinstance(self._pipeline, DevicePipeline):
+        if isinstance(self._pipeline, GatheringPipeline):
             step_once = self._gathering_step(self._pipeline)
         stream = torch.cuda.Stream()
         for _ in range(3):
@@ -89,7 +88,7 @@ class Engine:
             step_once()
         self._graph = graph
 
-    def _gathering_step(self, pipeline: DevicePipeline) -> Callable[[], None]:
+    def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
         gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
         return lambda: self._step(*gather(self._step.count % len(pipeline)))
 

@@ -98,8 +98,7 @@ class Muon(Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
         super().__init__(groups, {"momentum": momentum})
-        self._step_supports_amp_scaling = True  # what GradScaler asks for before it sets the two below
-        self.grad_scale: Tensor | None = None
+        self.grad_scale: Tensor | None = None  # set from outside, like those of PyTorch's fused optimisers
         self.found_inf: Tensor | None = None
         for parameter in _parameters(self):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -150,6 +149,31 @@ def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.mT if tall else x
+
+
+class JointUpdate:
+    """All optimisers of a network as the one that a gradient scaler sees.
+
+    Given several, a scaler decides for each of them whether its gradients have overflowed: one would update its
+    parameters while another does not.
+    """
+
+    found_inf: Tensor
+    """Above 0, it calls off the update."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        # With it GradScaler leaves the decision to the device: for `step` it sets `found_inf` and, while gradients are
+        # still scaled, `grad_scale`, which must not be there before.
+        self._step_supports_amp_scaling = True
+
+    def step(self) -> None:
+        """Update all parameters, or none."""
+        for optimizer in self._optimizers:
+            optimizer.grad_scale = getattr(self, "grad_scale", None)  # type: ignore[attr-defined]
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+            optimizer.step()
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:

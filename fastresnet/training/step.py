@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastresnet.device import autocast
 from fastresnet.distributed import ALONE, Ranks
 from fastresnet.models.batchnorm import fuse_batch_norms
-from fastresnet.training.optimizer import optimizer_state
+from fastresnet.training.optimizer import JointUpdate, optimizer_state
 from fastresnet.training.regularization import Mixer
 
 MAX_OVERFLOWS = 32
@@ -60,6 +60,7 @@ class TrainStep:
         # What makes the mean of the ranks' gradients that of all images, where some ranks have one more than others.
         self._weight = 1.0 if ranks.alone else (rows.stop - rows.start) * ranks.world_size / batch_size
         self.model, self.optimizers = model, list(optimizers)
+        self._joint_update = JointUpdate(self.optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         """Steps taken, and so the number of the next: 0 is the first."""
@@ -103,8 +104,7 @@ class TrainStep:
     def _clip(self) -> Tensor:
         """Clip the gradients, if asked for; whether all of them are finite."""
         if self._clip_norm:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(self._joint_update)  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         if self._clip_norm:
@@ -118,11 +118,8 @@ class TrainStep:
             self.overflows[1] *= ~finite
             self._note_failure(self.overflows[1] >= MAX_OVERFLOWS)
         else:
-            failed = self._note_failure(~finite)
-            for optimizer in self.optimizers:
-                optimizer.found_inf = failed.float()  # type: ignore[attr-defined]  # which torch does not declare
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            self._joint_update.found_inf = self._note_failure(~finite).float()
+        self.scaler.step(self._joint_update)  # type: ignore[arg-type]
         self.scaler.update()
 
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

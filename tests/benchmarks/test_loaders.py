@@ -18,6 +18,7 @@ from benchmarks import contestant, loaders
 from benchmarks.__main__ import main
 from benchmarks.contestant import Contestant, Entry, Work
 from benchmarks.measurement import ratio, spread
+from benchmarks.report import print_report
 from fastresnet import cli, terminal
 from pipelines.errors import Note, RunError
 from pipelines.store import open_store
@@ -123,19 +124,19 @@ def test_peers_have_a_worker_for_each_usable_processor(dataset, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
     monkeypatch.setattr(loaders, "is_installed", lambda _: False)
     with pytest.warns(Note, match="takes no part"):
-        entries = {entry.name: entry for entry in loaders._available(dataset)}
+        entries = {entry.name: entry for entry in loaders._available(dataset, "cpu")}
     assert [entries[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
 
 
 def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
     need("ffcv")
     monkeypatch.chdir(dataset.folder)
-    assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()))]
+    assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()), "cpu")]
 
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
-    with pytest.raises(RunError, match=r"broken failed: \n(.*\n)*.*no_such_peer"):
+    with pytest.raises(RunError, match=r"^broken failed: ModuleNotFoundError: .*no_such_peer.* \(.*\.py:\d+\)$"):
         Contestant(Entry(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
 
 
@@ -262,3 +263,81 @@ def test_a_contestant_without_memory_is_told_in_one_line(dataset, monkeypatch, o
     with pytest.raises(RunError, match=message) as caught:
         Contestant(Entry(name="broken", opener=f"test_loaders:{opener}"), work)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def works(*_):
+    return lambda _: itertools.repeat(None)
+
+
+def fails_in_its_second_turn(*_):
+    """The first batch, then a turn of two parts of one batch each; more is too much."""
+
+    def epoch(_):
+        yield from (None, None, None)
+        raise ValueError("no more\nthan this")
+
+    return epoch
+
+
+@pytest.fixture
+def race_of(dataset, monkeypatch):
+    """The rounds of a race: who took part, and why the others did not."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
+
+    def rounds(count=1, needed=(), **openers):
+        entries = [
+            Entry(name=name.replace("_", ":"), opener=f"test_loaders:{opener}", needed=name in needed)
+            for name, opener in openers.items()
+        ]
+        for contestants, failures in contestant.race(entries, work, rounds=count, seconds=1e-9):
+            yield [(each.entry.name, len(each.images_per_s)) for each in contestants], dict(failures)
+
+    return rounds
+
+
+def test_who_fails_is_left_out_and_the_others_go_on(race_of):
+    with pytest.warns(Note) as notes:
+        first, second = race_of(
+            2, resident="works", peer_early="out_of_memory", peer_late="fails_in_its_second_turn", peer_plain="works"
+        )
+    early = {"peer:early": "peer:early failed: out of memory: give a smaller --batch-size."}
+    assert first == ([("resident", 1), ("peer:late", 1), ("peer:plain", 1)], early)
+    left, failures = second
+    assert left == [("resident", 2), ("peer:plain", 2)]
+    assert failures.keys() == {"peer:early", "peer:late"}
+    assert "peer:late failed: ValueError: no more (test_loaders.py:" in failures["peer:late"]
+    assert [str(note.message) for note in notes] == [f"left out: {reason}" for reason in failures.values()]
+
+
+def test_a_race_without_any_of_ours_or_without_one_that_is_needed_is_a_failure(race_of):
+    with pytest.warns(Note), pytest.raises(RunError, match="nothing is left to compare"):
+        list(race_of(resident="out_of_memory", peer_plain="works"))
+    with pytest.raises(RunError, match=r"^resident died with exit code -9"):
+        list(race_of(needed=["resident"], resident="killed", dali="works"))
+
+
+def test_tables_tell_of_those_left_out_and_of_the_memory_of_a_gpu(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"name": "resident", "images_per_s": 2e6, "images_per_s_low": 1e6, "images_per_s_high": 3e6}
+    row |= {"percent_of_limit": 9.0, "first_batch_s": 1.0, "peak_memory_mb": 1234.0, "processes": 1, "threads": 20}
+    report = {
+        "environment": {"data": "cifar10", "batch_size": 512, "precision": "bf16", "device": "GPU", "data_mb": 184.0},
+        "limits": {"images_per_s": 1e7, "copy_gb_per_s": 3000.0},
+        "rows": [row],
+        "ratios": [],
+    }
+    print_report(loaders.tables(report), loaders.notes(report))
+    assert "left out" not in (without := capsys.readouterr().out)
+    assert "GPU memory" not in without
+    report["rows"] = [row | {"gpu_memory_mb": 5678.0}]
+    report["failed"] = {"peer:dali": "peer:dali failed: no DALI"}
+    print_report(loaders.tables(report), loaders.notes(report))
+    out = capsys.readouterr().out
+    assert "GPU memory" in out
+    assert "5,678 MB" in out
+    assert "1,234 MB" in out
+    assert "…" not in out
+    assert "left out: peer:dali failed: no DALI" in out
+    assert "5,678 MB" in loaders.markdown_table(report)

@@ -392,3 +392,68 @@ def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
     case = small_case(mode, 1 << 16)
     with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
         steps._prepared(stepping.Contender, case, torch.device("cpu"), lambda _: None)
+
+
+def test_bytes_of_batch_norm():
+    """Training reads the input once for its mean and variance and once to apply them. Backward both the input and the
+    gradient of the output are read once for two sums, and once to apply these. Inference reads the input once.
+    """
+    layer, x = nn.BatchNorm2d(16), torch.ones(8, 16, 32, 32, requires_grad=True)
+    activation, few = 4 * x.numel(), 4 * 16 * 16  # at most so many vectors of 16 channels
+    gradient = torch.ones_like(x)
+    forward = bytes_of(lambda: layer(x))
+    assert forward == pytest.approx((2 + 1) * activation, abs=few)
+    assert bytes_of(lambda: layer(x).backward(gradient)) == pytest.approx(forward + (2 + 2 + 1) * activation, abs=few)
+    layer.eval()
+    with torch.no_grad():
+        assert bytes_of(lambda: layer(x)) == pytest.approx((1 + 1) * activation, abs=few)
+
+
+def failing(monkeypatch, error, *names):
+    """Raise `error` where one of the cases `names` is prepared."""
+    original = stepping._training
+
+    def training(case, device):
+        if case.name in names:
+            raise error
+        return original(case, device)
+
+    monkeypatch.setattr(stepping, "_training", training)
+
+
+SMALLEST = ["step", "--models", "resnet20", "--backends", "eager", "--precisions", "fp32", "--batch-sizes", "2", "3"]
+SMALLEST += ["--rounds", "1", "--seconds", "0.001", "--device", "cpu"]
+FIRST, SECOND = (f"train/resnet20/b{size}/fp32/channels_last/eager" for size in (2, 3))
+
+
+def test_a_stop_while_a_case_is_prepared_leaves_those_before_it(tmp_path, monkeypatch):
+    failing(monkeypatch, KeyboardInterrupt(), SECOND)
+    assert terminal.guarded(main, [*SMALLEST, "--json", str(tmp_path / "steps.json")]) == 130
+    report = json.loads((tmp_path / "steps.json").read_text())
+    assert [(row["name"], row["rounds"]) for row in report["rows"]] == [(FIRST, 1)]
+
+
+def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
+    """Even the base, of which there is then no trace either."""
+    failing(monkeypatch, RuntimeError("PassManager::run failed\nmore"), FIRST)
+    files = ["--json", tmp_path / "steps.json", "--profile", tmp_path / "trace.json", "--chart", tmp_path / "chart.png"]
+    assert terminal.guarded(main, [*SMALLEST, *map(str, files)]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads((tmp_path / "steps.json").read_text())
+    assert FIRST not in [row["name"] for row in report["rows"]]
+    assert len(report["rows"]) == 4
+    assert report["failed"].keys() == {FIRST}
+    told = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_steps.py:"
+    assert told in out
+    assert f"fastresnet: note: {told}" in err
+
+
+def test_a_benchmark_of_which_every_case_fails_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(stepping, "free_memory", lambda _: 0)
+    monkeypatch.setattr(stepping, "SplitContender", stepping.Contender)
+    assert terminal.guarded(main, SMALLEST) == 1
+    assert "every case has failed" in capsys.readouterr().err
+
+
+def test_a_ratio_is_of_the_rounds_that_both_have_had():
+    assert measurement.ratio("a", [4.0, 9.0], "b", [2.0])["high"] == 2.0

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -12,9 +14,10 @@ from torch import nn
 from benchmarks import training
 from benchmarks.__main__ import main
 from benchmarks.contestant import WaitTimer, Work
-from benchmarks.peers import plain_torch, timm_style
 from fastresnet import terminal
 from fastresnet.models import create_model
+
+plain_torch, timm_style = (pytest.importorskip(f"benchmarks.peers.{name}") for name in ("plain_torch", "timm_style"))
 
 NAMES = ["resident", "step-only", "peer:plain-torch", "peer:timm-style"]
 SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05"]
@@ -182,3 +185,16 @@ def test_wrong_arguments_exit_with_2(run, monkeypatch, arguments, message):
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_without_torchvision_only_the_peers_are_left_out(data_root, tmp_path, without_torchvision):
+    command = [sys.executable, "-m", "benchmarks", "train", *SMALL, "--root", str(data_root), "--compile", "off"]
+    command += ["--json", str(tmp_path / "train.json")]
+    done = subprocess.run(command, env=without_torchvision, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert [row["name"] for row in report["rows"]] == NAMES[:2]
+    assert list(report["failed"]) == NAMES[2:]
+    notes = done.stderr.splitlines()
+    assert len(notes) == 2
+    assert all("ModuleNotFoundError: import of torchvision halted" in note for note in notes)

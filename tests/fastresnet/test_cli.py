@@ -407,3 +407,11 @@ def test_the_help_of_summary_does_not_load_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "resnet20" in done.stdout
+
+
+def test_training_needs_no_torchvision(data_root, tmp_path, without_torchvision):
+    arguments = ["train", "smoke", "--data", "shapes10", "--root", data_root, "--iterations", "1", "--batch-size", "16"]
+    command = [sys.executable, "-m", "fastresnet", *map(str, arguments), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=without_torchvision, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()

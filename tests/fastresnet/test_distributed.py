@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastresnet import distributed
 from fastresnet.checkpoint import load_tensors
 from fastresnet.distributed import ALONE, ranks_of_torchrun
 from tests.fastresnet import rank_program, tiny_runs
@@ -235,3 +236,20 @@ def test_what_several_ranks_cannot_do_is_refused(start, tmp_path, arguments, mes
     assert code != 0
     assert message in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "backend", "gpu"), [("cuda", "nccl", torch.device("cuda", 1)), ("cpu", "gloo", None)])
+def test_nccl_is_told_its_gpu(monkeypatch, kind, backend, gpu):
+    """It would guess it at the first barrier, with a warning."""
+    told = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: told.update(current=number))
+    monkeypatch.setattr(distributed, "_store", lambda: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *names, **rest: told.update(rest, names=names))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with distributed.connected(torch.device(kind)):
+        pass
+    assert (told["names"], told["rank"], told["device_id"]) == ((backend,), 3, gpu)
+    assert told.get("current") == (gpu.index if gpu else None)

@@ -3,11 +3,16 @@
 import importlib
 import json
 import shutil
+import warnings
+from importlib import metadata
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-from fastresnet import doctor
+from fastresnet import device, doctor
+from pipelines.errors import Note
 
 
 def findings(run, tmp_path, *arguments):
@@ -36,6 +41,7 @@ def test_a_machine_on_which_all_is_well(run, tmp_path, need, monkeypatch, data_r
 
 def test_a_machine_without_a_gpu_is_told_why(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "NVIDIA_CONTROL", Path("no/such/file"))
     for version, driver, reason in (
         (None, None, "built for CPUs"),
         ("13.0", None, "no driver"),
@@ -100,3 +106,60 @@ def test_little_room(run, tmp_path, monkeypatch):
     found = findings(run, tmp_path)
     assert (found["disk"]["state"], found["disk"]["detail"]) == ("broken", "0.0 GB free")
     assert (found["memory"]["state"], found["memory"]["detail"]) == ("broken", "0.2 GB free")
+
+
+def test_a_library_that_is_not_installed_has_no_version(run, tmp_path, monkeypatch):
+    def version(name, original=metadata.version):
+        if name == "torchvision":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    versions = device.environment(torch.device("cpu"))["versions"]
+    assert "torchvision" not in versions
+    assert versions["numpy"] == numpy.__version__
+    libraries = findings(run, tmp_path)["libraries"]["detail"]
+    assert f"numpy {numpy.__version__}" in libraries
+    assert "torchvision" not in libraries
+
+
+def test_a_pipeline_without_torchvision_is_missing(run, tmp_path, break_import):
+    break_import("torchvision", ModuleNotFoundError("No module named 'torchvision'"))
+    found = findings(run, tmp_path)["pipeline torchvision"]
+    assert (found["state"], found["remedy"]) == ("missing", "pip install torchvision")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "visible", "told"),
+    [
+        ("13.0", None, "too old for CUDA 13.0"),
+        (None, None, "built for CPUs"),
+        ("13.0", "0", "too old for CUDA 13.0"),
+        ("13.0", "", None),
+        ("13.0", "-1", None),
+    ],
+)
+def test_a_driver_whose_gpu_pytorch_does_not_find_is_told_of(tmp_path, monkeypatch, built_for, visible, told):
+    """Unless somebody has hidden the GPU."""
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(device, "NVIDIA_CONTROL", tmp_path)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        assert device.resolve_device("auto").type == "cpu"
+    assert [note.category for note in notes] == [Note] * (told is not None)
+    assert told is None or told in str(notes[0].message)
+
+
+def test_a_driver_without_nvidia_smi_is_not_called_missing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_driver", lambda: None)
+    monkeypatch.setattr(doctor, "NVIDIA_CONTROL", tmp_path)
+    gpu = findings(run, tmp_path)["GPU"]
+    assert "CUDA 13.0 does not start" in gpu["detail"]
+    assert "newer driver" in gpu["remedy"]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -594,6 +593,7 @@ def test_gradients_in_training_equal_those_of_the_layers_written_out(name, short
 
 def torchvision_resnext(cardinality, width):
     """ResNeXt-29 of torchvision's blocks, under torchvision's names."""
+    torchvision = pytest.importorskip("torchvision")
     network, in_channels = nn.Module(), 64
     network.conv1, network.bn1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
     for stage in range(3):

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,7 @@ def test_a_gpu_that_is_absent_is_refused(monkeypatch):
 
 def test_a_container_without_its_gpu_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("fastresnet.device.NVIDIA_CONTROL", Path("no/such/file"))
     monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
     with pytest.warns(Note, match="docker run --gpus all"):
         assert resolve_device("auto") == CPU
@@ -300,3 +302,58 @@ def test_steps_on_the_gpu_agree_with_the_cpu_and_never_wait_for_it(precision, co
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert on_gpu.failed_at() is None
+
+
+def textbook_muon(weight, gradient, lr, momentum):
+    """A first update in float64 of airbench94_muon.py, its orthogonalisation by singular values."""
+    weight, update = weight.double().reshape(len(weight), -1), (1 + momentum) * gradient.reshape(len(weight), -1)
+    left, values, right = torch.linalg.svd(update / update.norm(), full_matrices=False)
+    for _ in range(3):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return weight * len(weight) ** 0.5 / weight.norm() - lr * left @ torch.diag(values) @ right
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_an_update_in_fp16_is_that_of_unscaled_gradients_in_float64(clip_norm):
+    """Muon and SGD beside it: the scaler multiplies by 2**16, which divides out exactly."""
+    settings = {"optimizer": "muon", "lr": 0.1, "sgd_lr": 0.2, "momentum": 0.6, "nesterov": True, "weight_decay": 0.01}
+    network, step = make_step("fp16", rates=[1.0], step_settings={"clip_norm": clip_norm}, **settings)
+    reference = copy.deepcopy(network)
+    ((images, labels),) = small_batches(1)
+    step(images, labels)
+    with torch.autocast("cpu", torch.float16):
+        loss = F.cross_entropy(reference(images).float(), labels)
+    (2**16 * loss).backward()
+    gradients = {name: parameter.grad.double() / 2**16 for name, parameter in reference.named_parameters()}
+    norm = sum(gradient.square().sum() for gradient in gradients.values()) ** 0.5
+    assert norm > 0.5
+    for name, parameter in reference.named_parameters():
+        gradient = gradients[name] * (min(1.0, clip_norm / norm) if clip_norm else 1.0)
+        if parameter.ndim == 4:
+            expected = textbook_muon(parameter, gradient, 0.1, 0.6)
+        else:
+            expected = parameter.double() - 0.2 * 1.6 * (gradient + 0.01 * parameter.double())
+        updated = network.get_parameter(name).double()
+        torch.testing.assert_close(updated, expected.reshape(updated.shape), rtol=1e-4, atol=1e-5)
+    assert step.overflows.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("layer", ["layer2.1.conv1", "fc"])
+def test_an_overflow_in_the_gradients_of_one_optimizer_leaves_out_the_update_of_all(layer, clip_norm, value):
+    settings = {"optimizer": "muon", "momentum": 0.6, "step_settings": {"clip_norm": clip_norm}}
+    network, step = make_step("fp16", rates=[0.01] * 3, **settings)
+    batches = list(small_batches(3))
+    step(*batches[0])
+    before = {**network.state_dict(), **optimizer_state(step.optimizers, network)}
+    before = {name: tensor.clone() for name, tensor in before.items() if "running" not in name and "num_" not in name}
+    weight = network.get_submodule(layer).weight
+    mend = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
+    step(*batches[1])
+    mend()
+    after = {**network.state_dict(), **optimizer_state(step.optimizers, network)}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert (step.overflows.tolist(), step.scaler.get_scale(), step.failed_at()) == ([1, 1], 2.0**15, None)
+    step(*batches[2])
+    assert not any(torch.equal(before[name], parameter) for name, parameter in network.named_parameters())

@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from fastresnet.checkpoint import save_tensors, with_prefix
@@ -21,6 +20,8 @@ from fastresnet.config import TrainConfig
 from fastresnet.models import create_model
 from fastresnet.weights import load_weights
 from pipelines.errors import DataError, UsageError
+
+torchvision = pytest.importorskip("torchvision")
 
 DEPTHS = (20, 32, 44, 56, 110)
 

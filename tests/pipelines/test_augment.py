@@ -3,7 +3,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
 
 from pipelines.augment import Normalization, crop_flip_cutout, fill_color, normalize
 from pipelines.sampling import Augmentation, draw
@@ -70,6 +69,7 @@ def test_fill_color_is_the_rounded_mean(dataset):
 
 @pytest.mark.parametrize("name", ["half", "channel"])
 def test_normalisation_equals_torchvisions(images, dataset, name):
+    v2 = pytest.importorskip("torchvision.transforms.v2")
     mean, std = ((0.5,) * 3, (0.5,) * 3) if name == "half" else (dataset.mean, dataset.std)
     transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     expected = transform(torch.from_numpy(images).permute(0, 3, 1, 2))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines import Augmentation
 from pipelines.convert import prepare
 from pipelines.errors import UsageError
 from pipelines.shards import JpegSettings
+
+torchvision_io = pytest.importorskip("torchvision.io")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -32,7 +33,7 @@ def by_pillow(encoded):
 
 def by_torchvision(encoded):
     buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    return decode_jpeg(buffer, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return torchvision_io.decode_jpeg(buffer, torchvision_io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
 def decoded_images(dataset, split, decode=by_pillow):

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines import derived, shards
 from pipelines.convert import prepare
@@ -29,6 +28,8 @@ from pipelines.derived import open_derived, read_manifest
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.shards import SUBSAMPLINGS, JpegSettings, open_shard, write_shard
 from pipelines.store import open_store
+
+torchvision_io = pytest.importorskip("torchvision.io")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 
@@ -512,7 +513,7 @@ def read_tar(path):
 def decode(encoded):
     """uint8 [32, 32, 3], by torchvision."""
     buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    return decode_jpeg(buffer, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return torchvision_io.decode_jpeg(buffer, torchvision_io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
 def cost(images, tar):

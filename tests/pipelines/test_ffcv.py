@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,3 +232,17 @@ def test_without_it_commands_exit_with_2_before_the_work(run, tmp_path, error, c
     assert (code, out) == (2, "")
     assert_tells_how_to_install(err.strip(), error)
     assert not (tmp_path / "made").exists()
+
+
+def test_copies_of_batches_that_nobody_took_are_over_before_their_memory_is_given_back(need, monkeypatch):
+    need("ffcv")
+    from pipelines import ffcv
+
+    done = []
+    iterator = ffcv._EpochIterator.__new__(ffcv._EpochIterator)
+    iterator.terminate_event, iterator._hangs, iterator.is_alive = threading.Event(), False, lambda: False
+    iterator.cuda_streams = [SimpleNamespace(synchronize=partial(done.append, number)) for number in (1, 2)]
+    iterator.close = lambda: done.append("closed")
+    monkeypatch.setattr(ffcv, "IS_CUDA", True)
+    iterator.stop()
+    assert done == [1, 2, "closed"]

@@ -1,0 +1,108 @@
+"""The CUDA half of the program on a pretended GPU: what is recorded, what is launched and when the host waits.
+
+`make gpu-rehearsal` runs it, in some minutes. No value is looked at: nothing is computed.
+"""
+
+import itertools
+import json
+
+import fakegpu  # first: PyTorch is told of it
+import pytest
+import torch
+
+from benchmarks import loaders
+from benchmarks.__main__ import main
+from benchmarks.contestant import WaitTimer, Work
+from benchmarks.measurement import SameBatch
+from fastresnet import terminal
+from fastresnet.config import TrainConfig
+from fastresnet.device import DTYPES
+from fastresnet.models import create_model
+from fastresnet.training.engine import Engine
+from fastresnet.training.optimizer import create_optimizers
+from fastresnet.training.step import TrainStep
+from pipelines import Augmentation, open_pipeline
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def nothing_forbidden():
+    """No test may do what CUDA forbids while a graph is recorded."""
+    yield
+    assert fakegpu.violations() == []
+
+
+def open_resident(dataset, precision):
+    settings = {"batch_size": 32, "dtype": DTYPES[precision], "augmentation": Augmentation(cutout=8)}
+    return open_pipeline("resident", dataset, train=True, device=CUDA, seed=0, **settings)
+
+
+def recorded_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
+    network = create_model("resnet20").to(CUDA, memory_format=torch.channels_last).train()
+    optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer))
+    settings = {"precision": precision, "device": CUDA, "ema_decay": 0.9}
+    engine = Engine(TrainStep(network, optimizers, [1.0] * 20, **settings), pipeline, "graph")
+    engine.prepare(batch)
+    return engine
+
+
+def assert_replays_alone(units):
+    """All that the host does from the second unit of work on is to launch its graph."""
+    next(units)
+    waits = fakegpu.host_waits()
+    with fakegpu.launches() as launched:
+        count = sum(1 for _ in itertools.islice(units, 5))
+    assert launched == ["GRAPH"] * count
+    assert count == 5
+    assert fakegpu.host_waits() == waits
+
+
+def test_the_rehearsal_would_see_a_host_that_waits_and_what_a_recording_forbids():
+    waits, stream = fakegpu.host_waits(), torch.cuda.Stream()
+    number = torch.ones(1, device=CUDA)
+    number.item()
+    assert fakegpu.host_waits() > waits
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        number.item()
+    assert fakegpu.violations() != []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_a_step_is_recorded_once_and_replayed_without_the_host(dataset, optimizer, precision):
+    pipeline = open_resident(dataset, precision)
+    engine = recorded_engine(pipeline, next(pipeline.epoch(0)), optimizer=optimizer, precision=precision)
+    kernels = [name.split()[1] for name in fakegpu.nodes() if name.startswith("CUDNN")]
+    # 19 convolutions of ResNet-20 and 2 of its shortcuts; the images need no gradient.
+    assert [kernels.count(kind) for kind in ("fprop", "wgrad", "dgrad")] == [21, 21, 20]
+    assert_replays_alone(engine.steps(0, 0, 6))
+
+
+def test_a_step_on_the_same_batch_copies_nothing(dataset):
+    batch = next(open_resident(dataset, "bf16").epoch(0))
+    assert_replays_alone(recorded_engine(SameBatch(batch, 20), batch).steps(0, 0, 6))
+
+
+def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(dataset):
+    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16")
+    epochs = loaders.open_ours(work, WaitTimer(), pipeline="resident")
+    names = [name for name in fakegpu.nodes() if name.startswith("triton")]
+    assert 1 <= len(names) <= 2
+    assert len(fakegpu.nodes()) == len(names) + 2  # and which step it is, and one more
+    assert_replays_alone(iter(epochs(0)))
+    images, labels = next(iter(epochs(1)))
+    assert images.shape == (32, 3, 32, 32)
+    assert images.dtype == torch.bfloat16
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.shape == (32,)
+
+
+def test_the_step_benchmark_comes_to_its_end(tmp_path):
+    cases = ["--models", "resnet20", "--batch-sizes", "32", "--precisions", "bf16", "--backends", "eager", "graph"]
+    assert terminal.guarded(main, ["step", "--quick", *cases, "--json", str(tmp_path / "step.json")]) == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert report["failed"] == {}
+    names = {row["name"] for row in report["rows"]}
+    assert {f"{mode}/resnet20/b32/bf16/channels_last/graph" for mode in ("train", "inference")} <= names
+    assert all(row["gpu_memory_mb"] > 0 for row in report["rows"])
