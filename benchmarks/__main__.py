@@ -24,6 +24,7 @@ from benchmarks.steps import StepOptions, measure_steps
 from benchmarks.training import TrainingOptions, measure_training
 from fastresnet import terminal
 from fastresnet.config import DEVICES
+from fastresnet.threads import Threads, check_threads
 from pipelines.errors import check_choice
 
 
@@ -37,6 +38,8 @@ class AllOptions:
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide."""
     quick: bool = False
     """A first look, in under 5 minutes on 2 CPU cores."""
     out: Path = Path("bench")
@@ -44,6 +47,7 @@ class AllOptions:
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
+        check_threads(self.threads)
 
 
 def measure_all(options: AllOptions) -> None:
@@ -52,7 +56,7 @@ def measure_all(options: AllOptions) -> None:
 
     def common(name: str) -> dict:
         files = {"json": options.out / f"{name}.json", "chart": options.out / f"{name}.png"}
-        return {"device": options.device, "quick": options.quick, **files}
+        return {"device": options.device, "threads": options.threads, "quick": options.quick, **files}
 
     measure_loaders(LoadersOptions(data=options.data, root=options.root, **common("loaders")))
     measure_steps(StepOptions(**common("step")))

@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.load import process_tree
 from benchmarks.report import Failures, in_one_line
 from fastresnet import terminal
 from fastresnet.config import DEVICES, PRECISIONS
+from fastresnet.threads import Threads, check_threads
 from pipelines import Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
@@ -42,6 +44,8 @@ class Work:
     device: str
     precision: str
     """fp32, bf16 or fp16."""
+    threads: int
+    """Threads that PyTorch computes with on a CPU, in each contestant."""
 
     def open_pipeline(self, name: str) -> Pipeline:
         """A pipeline of this program, for training with the usual augmentation."""
@@ -81,6 +85,9 @@ class RaceOptions:
     """3 short rounds, for a first look; compiles nothing on a CPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that PyTorch computes with on a CPU, in all contestants: a number, or auto, for which a few trial steps
+    decide; loaders, which have no steps, take PyTorch's default."""
     precision: str = "auto"
     """Of this program: auto, fp32, bf16 or fp16."""
     json: Path | None = None
@@ -91,6 +98,7 @@ class RaceOptions:
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
         check_choice("precision", self.precision, PRECISIONS)
+        check_threads(self.threads)
         terminal.check_output("--json", self.json)
         terminal.check_output("--chart", self.chart)
         if self.chart is not None:
@@ -107,6 +115,8 @@ def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, Work]:
 
     Raises `UsageError` and `DataError` where they do not exist or do not fit together.
     """
+    import torch
+
     from fastresnet.device import resolve_device, resolve_precision
 
     device = resolve_device(options.device)
@@ -119,6 +129,7 @@ def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, Work]:
         batch_size=options.batch_size,
         device=device.type,
         precision=precision,
+        threads=torch.get_num_threads() if options.threads == "auto" else options.threads,
     )
     return dataset, device, work
 
@@ -266,6 +277,7 @@ def _serve_turns(connection: Connection, entry: Entry, work: Work) -> None:
         from fastresnet.device import explained_failures
 
         multiprocessing.set_start_method(None, force=True)  # that of a program by itself, for the loaders' own workers
+        torch.set_num_threads(work.threads)
         torch.zeros(1, device=work.device)  # so is the GPU's context
         with explained_failures("give a smaller --batch-size"):
             turns = _Turns(entry, work)
@@ -332,7 +344,7 @@ class _Turns:
         """Memory beyond PyTorch's own at its highest, processes and threads now, share of the turns spent waiting."""
         import torch
 
-        processes = _process_tree()
+        processes = process_tree()
         used = {
             "peak_memory_mb": (self._peak - self._baseline) / 1e6,
             "processes": len(processes),
@@ -350,14 +362,6 @@ def _endless(start_epoch: Epochs) -> Iterator[Any]:
         yield from start_epoch(epoch)
 
 
-def _process_tree() -> list[int]:
-    """This process and all below it."""
-    tree = [os.getpid()]
-    for process in tree:  # grows while it is read
-        tree += map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
-    return tree
-
-
 def _memory() -> int:
     """Bytes that this process and those below it hold: pages of their own, and files that this one has in memory.
 
@@ -366,7 +370,7 @@ def _memory() -> int:
     shared = _fields("/proc/self/smaps_rollup")
     files = shared["Rss"] - shared["Anonymous"] - shared.get("Shmem", 0)
     own = 0
-    for process in _process_tree():
+    for process in process_tree():
         fields = _fields(f"/proc/{process}/smaps_rollup")
         own += fields["Pss_Anon"] + fields["Pss_Shmem"]
     return 1024 * (files + own)

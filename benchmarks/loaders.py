@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
+from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Report,
+    common_notes,
     draw_bars,
-    failure_notes,
     figures_table,
     gpu_memory,
     markdown,
@@ -58,10 +59,11 @@ def measure_loaders(options: LoadersOptions) -> None:
     dataset, device, work = describe_work(options)
     entries = _available(dataset, device.type)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
-    surroundings = _surroundings(device)
-    limits: list[float] = []
+    surroundings = {**_surroundings(device), "threads": work.threads}
+    load, limits = OtherLoad(), list[float]()
     for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
+        surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
         report = _report(contestants, limits, work, surroundings, dataset) | {"failed": failures}
         write_report(report, options.json)
     print_report(tables(report), notes(report))
@@ -227,7 +229,7 @@ def notes(report: Report) -> list[str]:
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
         f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
-        *failure_notes(report),
+        *common_notes(report),
     ]
 
 

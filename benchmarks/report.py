@@ -49,9 +49,16 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-def failure_notes(report: Report) -> list[str]:
-    """A line for each that has no row."""
-    return [f"left out: {reason}" for reason in report.get("failed", {}).values()]
+def common_notes(report: Report) -> list[str]:
+    """A line for each that has no row, and one where others took processors that were being measured."""
+    lines = [f"left out: {reason}" for reason in report.get("failed", {}).values()]
+    environment = report["environment"]
+    if environment.get("overloaded"):
+        lines.append(
+            f"busy machine: others kept {environment['other_load']:.2f} of {environment['processors']} processors "
+            "busy; the figures are too low, and the ratios uncertain"
+        )
+    return lines
 
 
 def read_report(path: Path) -> Report:

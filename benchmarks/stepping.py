@@ -164,6 +164,12 @@ class SplitContender:
         return [*stamps, stamp(self._device)]
 
 
+def trial_step(case: Case, device: torch.device) -> Callable[[int], None]:
+    """Takes an eager step of `case` on so many images, which leaves no trace."""
+    step, batch = _train_step(case, device), _random_batch(case, device)
+    return lambda images: step.trial(batch.images[:images], batch.labels[:images])
+
+
 def _training(case: Case, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
     engine = Engine(step, SameBatch(batch, MOST_STEPS), case.backend)

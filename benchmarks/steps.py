@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Column,
     Failures,
     Report,
-    failure_notes,
+    common_notes,
     figures_table,
     gpu_memory,
     grouped,
@@ -37,6 +38,7 @@ from benchmarks.report import (
 from fastresnet import terminal
 from fastresnet.config import COMPILE, DEVICES, PRECISIONS
 from fastresnet.models import list_models
+from fastresnet.threads import Threads, check_threads, settled_threads
 from pipelines.errors import RunError, UsageError, check_choice
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ class StepOptions:
     """Few cases in 3 rounds of 0.4 seconds, for a first look; compiles nothing on a CPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide."""
     json: Path | None = None
     """Write the figures to this file, after every turn."""
     chart: Path | None = None
@@ -108,6 +112,7 @@ class StepOptions:
         for backend in self.backends:
             check_choice("backend", backend, COMPILE.values())
         check_choice("device", self.device, DEVICES)
+        check_threads(self.threads)
         terminal.check_output("--json", self.json)
         terminal.check_output("--chart", self.chart)
         terminal.check_output("--profile", self.profile)
@@ -125,14 +130,25 @@ class StepOptions:
 
 def measure_steps(options: StepOptions) -> None:
     """Run the benchmark, print tables, write the JSON and draw the chart."""
-    import torch._dynamo
-
-    from benchmarks.stepping import Contender, SplitContender
-    from fastresnet.device import environment, resolve_device
+    from benchmarks.stepping import trial_step
+    from fastresnet.device import resolve_device
 
     device = resolve_device(options.device)
     cases = _sweep(options, device)
-    base = cases[0]
+    tried = dataclasses.replace(cases[0], batch_size=min(cases[0].batch_size, 128))
+    with settled_threads(options.threads, device, trial_step(tried, device), tried.batch_size, 2) as reason:
+        if reason:
+            print(reason)
+        _measure_cases(options, cases, device)
+
+
+def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.device) -> None:
+    import torch._dynamo
+
+    from benchmarks.stepping import Contender, SplitContender
+    from fastresnet.device import environment
+
+    base, load = cases[0], OtherLoad()
     of_base = {key: value for key, value in dataclasses.asdict(base).items() if key != "mode"}
     surroundings = {**environment(device), **of_base}
     rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
@@ -162,6 +178,7 @@ def measure_steps(options: StepOptions) -> None:
                         ready[name].take_turn(seconds)
                 if name in failures:
                     ready.pop(name, None)
+                surroundings |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
                 report = _report(list(ready.values()), failures, limits, surroundings)
                 write_report(report, options.json)
     if not report["rows"]:
@@ -359,7 +376,7 @@ def notes(report: Report) -> list[str]:
             f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
             "write what passes between them"
         )
-    return lines + failure_notes(report)
+    return lines + common_notes(report)
 
 
 def _base(report: Report) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
+from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Report,
+    common_notes,
     draw_bars,
-    failure_notes,
     figures_table,
     gpu_memory,
     markdown,
@@ -31,6 +33,9 @@ from fastresnet.config import COMPILE
 from fastresnet.models import list_models
 from pipelines import usable_processors
 from pipelines.errors import check_choice
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +63,11 @@ def measure_training(options: TrainingOptions) -> None:
     from fastresnet.device import environment
 
     dataset, device, work = describe_work(options)
-    backend = _backend(options, work)
+    work, backend = _settle(options, work, device)
+    load = OtherLoad()
     surroundings = {
         **environment(device),
+        "threads": work.threads,
         "precision": work.precision,
         "batch_size": options.batch_size,
         "data": dataset.name,
@@ -77,6 +84,7 @@ def measure_training(options: TrainingOptions) -> None:
     ]
     rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
     for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
+        surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
         report = _report(contestants, surroundings) | {"failed": failures}
         write_report(report, options.json)
     print_report(tables(report), notes(report))
@@ -84,21 +92,30 @@ def measure_training(options: TrainingOptions) -> None:
         draw_chart(report, options.chart)
 
 
-def _backend(options: TrainingOptions, work: Work) -> str:
-    """What `fastresnet train` would choose for a long run."""
-    from fastresnet.device import explained_failures, resolve_compile, resolve_device
+def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple[Work, str]:
+    """The work with the threads, and the backend, that `fastresnet train` would choose for a long run."""
+    import torch
+
+    from fastresnet.device import explained_failures, resolve_compile
+    from fastresnet.threads import settled_threads
     from fastresnet.training.engine import PAYS_AFTER_STEPS, faster_backend
 
-    device = resolve_device(work.device)
     compile_ = resolve_compile(options.compile, device)
-    if compile_ != "auto":
-        return COMPILE[compile_]
-    if options.quick:
-        return "eager"
-    with explained_failures("give a smaller --batch-size"):
-        pipeline = work.open_pipeline("resident")
-        step = _create_step(options.model, work.precision, device, len(pipeline))
-        return faster_backend(step, next(pipeline.epoch(0)), PAYS_AFTER_STEPS)[0]
+    if device.type != "cpu":
+        return work, COMPILE[compile_]
+    with explained_failures("give a smaller --batch-size"), contextlib.closing(work.open_pipeline("resident")) as data:
+        batch, step = next(data.epoch(0)), _create_step(options.model, work.precision, device, len(data))
+
+        def trial(images: int) -> None:
+            step.trial(batch.images[:images], batch.labels[:images])
+
+        with settled_threads(options.threads, device, trial, options.batch_size, 2) as reason:
+            if reason:
+                print(reason)
+            work = dataclasses.replace(work, threads=torch.get_num_threads())
+            if compile_ != "auto":
+                return work, COMPILE[compile_]
+            return work, "eager" if options.quick else faster_backend(step, batch, PAYS_AFTER_STEPS)[0]
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
@@ -209,7 +226,7 @@ def notes(report: Report) -> list[str]:
     """What the tables do not say."""
     return [
         "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
-        *failure_notes(report),
+        *common_notes(report),
     ]
 
 

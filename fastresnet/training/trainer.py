@@ -601,12 +601,10 @@ class Trainer:
         if self.config.threads != "auto" or self.device.type != "cpu" or not self.ranks.alone or not steps:
             return
 
-        def trial_step(images: int) -> None:
-            with self.step.undone():
-                self.step(batch.images[:images], batch.labels[:images])
-
         began = time.perf_counter()
-        threads, reason = fastest_threads(trial_step, len(batch.labels), steps)
+        threads, reason = fastest_threads(
+            lambda images: self.step.trial(batch.images[:images], batch.labels[:images]), len(batch.labels), steps
+        )
         use_threads(threads)
         self.config = dataclasses.replace(self.config, threads=threads)
         self.cold_start["threads"] = time.perf_counter() - began

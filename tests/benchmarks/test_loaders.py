@@ -82,7 +82,7 @@ def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(d
     monkeypatch.setitem(sys.modules, "slow_loader", module)
     monkeypatch.setattr(contestant, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     entry = Entry(name="slow", opener="slow_loader:open_loader", compiles=compiles)
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     assert tuple(contestant._Turns(entry, work).start.values()) == start
 
 
@@ -135,7 +135,7 @@ def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
 
 
 def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=r"^broken failed: ModuleNotFoundError: .*no_such_peer.* \(.*\.py:\d+\)$"):
         Contestant(Entry(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
 
@@ -169,7 +169,7 @@ from fastresnet import terminal
 
 def main(arguments):
     entries = [Entry(name="slow", opener=f"test_loaders:{arguments[0]}")]
-    for _ in race(entries, Work(folder=Path(), batch_size=1, device="cpu", precision="fp32"), rounds=1, seconds=0.01):
+    for _ in race(entries, Work(folder=Path(), batch_size=1, device="cpu", precision="fp32", threads=1), rounds=1, seconds=0.01):
         pass
     return 0
 
@@ -259,7 +259,7 @@ def killed(*_):
 def test_a_contestant_without_memory_is_told_in_one_line(dataset, monkeypatch, opener, message):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=message) as caught:
         Contestant(Entry(name="broken", opener=f"test_loaders:{opener}"), work)
     assert len(str(caught.value).splitlines()) == 1
@@ -284,7 +284,7 @@ def race_of(dataset, monkeypatch):
     """The rounds of a race: who took part, and why the others did not."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32")
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
 
     def rounds(count=1, needed=(), **openers):
         entries = [

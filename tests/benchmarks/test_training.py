@@ -102,7 +102,7 @@ def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, da
         return created[0]
 
     monkeypatch.setattr(training, "_create_step", recorded)
-    work = Work(folder=dataset.folder, batch_size=100, device="cpu", precision="fp32")
+    work = Work(folder=dataset.folder, batch_size=100, device="cpu", precision="fp32", threads=1)
     settings = {"model": "resnet20", "backend": "eager", "data": data}
     epoch = training.open_ours(work, WaitTimer(), **settings)
     for number in range(3):

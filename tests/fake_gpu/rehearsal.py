@@ -85,7 +85,7 @@ def test_a_step_on_the_same_batch_copies_nothing(dataset):
 
 
 def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(dataset):
-    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16")
+    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16", threads=1)
     epochs = loaders.open_ours(work, WaitTimer(), pipeline="resident")
     names = [name for name in fakegpu.nodes() if name.startswith("triton")]
     assert 1 <= len(names) <= 2
