@@ -169,7 +169,8 @@ from fastresnet import terminal
 
 def main(arguments):
     entries = [Entry(name="slow", opener=f"test_loaders:{arguments[0]}")]
-    for _ in race(entries, Work(folder=Path(), batch_size=1, device="cpu", precision="fp32", threads=1), rounds=1, seconds=0.01):
+    work = Work(folder=Path(), batch_size=1, device="cpu", precision="fp32", threads=1)
+    for _ in race(entries, work, rounds=1, seconds=0.01):
         pass
     return 0
 
