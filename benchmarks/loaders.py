@@ -20,8 +20,8 @@ from benchmarks.report import (
     common_notes,
     draw_bars,
     figures_table,
-    gpu_memory,
     markdown,
+    memory,
     print_report,
     ratios_table,
     throughput,
@@ -210,8 +210,7 @@ def tables(report: Report) -> list[Table]:
         ("1000 images/s", throughput),
         ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
-        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
-        *gpu_memory(report["rows"]),
+        memory(report["rows"]),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
     return [figures_table(report["rows"], f"Loaders: {title(report)}", columns), ratios_table(report)]
@@ -239,8 +238,7 @@ def markdown_table(report: Report) -> str:
         ("loader", lambda row: row["name"]),
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("first batch", _first_batch),
-        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
-        *gpu_memory(report["rows"]),
+        memory(report["rows"]),
     ]
     return markdown(report, columns)
 

@@ -133,10 +133,11 @@ def throughput(row: dict[str, Any]) -> str:
     return f"{median} ({low}–{high})"
 
 
-def gpu_memory(rows: Sequence[dict[str, Any]]) -> list[Column]:
-    """A column for what PyTorch has taken of a GPU's memory, where `rows` tell."""
-    column: Column = ("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB")
-    return [column] if any("gpu_memory_mb" in row for row in rows) else []
+def memory(rows: Sequence[dict[str, Any]]) -> Column:
+    """What a contestant has taken of the host's memory and, by PyTorch, of a GPU's where there is one."""
+    if any("gpu_memory_mb" in row for row in rows):
+        return "MB host/GPU", lambda row: f"{row['peak_memory_mb']:,.0f}/{row['gpu_memory_mb']:,.0f}"
+    return "memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"
 
 
 def ratios_table(report: Report) -> Table:

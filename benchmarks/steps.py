@@ -25,7 +25,6 @@ from benchmarks.report import (
     Report,
     common_notes,
     figures_table,
-    gpu_memory,
     grouped,
     markdown,
     print_report,
@@ -393,9 +392,10 @@ def _figures_table(report: Report, heading: str, mode: str) -> Table:
         ("1000 images/s", throughput),
         ("ms/step", lambda row: short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
-        *gpu_memory(report["rows"]),
     ]
     rows = [row for row in report["rows"] if row["mode"] == mode]
+    if any("gpu_memory_mb" in row for row in rows):
+        columns.append(("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB"))
     return figures_table(rows, f"{heading}: {report['environment']['device']}", columns)
 
 

@@ -21,8 +21,8 @@ from benchmarks.report import (
     common_notes,
     draw_bars,
     figures_table,
-    gpu_memory,
     markdown,
+    memory,
     print_report,
     ratios_table,
     throughput,
@@ -214,8 +214,7 @@ def tables(report: Report) -> list[Table]:
         ("per step", lambda row: f"{row['ms_per_step']:.1f} ms"),
         ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
-        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
-        *gpu_memory(report["rows"]),
+        memory(report["rows"]),
     ]
     environment = report["environment"]
     heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
@@ -235,8 +234,7 @@ def markdown_table(report: Report) -> str:
     columns = [
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
-        ("memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"),
-        *gpu_memory(report["rows"]),
+        memory(report["rows"]),
     ]
     return markdown(report, columns)
 

@@ -113,9 +113,14 @@ def download_cifar10(folder: Path) -> Path:
 
     Raises `DataError` with the address that failed and the ways out.
     """
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
-
+    try:
+        from torchvision.datasets import CIFAR10
+        from torchvision.datasets.utils import download_url
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"torchvision, which downloads CIFAR-10, is not installed ({error}): pip install torchvision. Without it: "
+            "fastresnet prepare --source FILE with a copy of the archive, or --data shapes10 for a drawn stand-in."
+        ) from None
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / CIFAR10.filename
     patience = socket.getdefaulttimeout()

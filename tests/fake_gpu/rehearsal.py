@@ -10,7 +10,7 @@ import fakegpu  # first: PyTorch is told of it
 import pytest
 import torch
 
-from benchmarks import loaders
+from benchmarks import loaders, training
 from benchmarks.__main__ import main
 from benchmarks.contestant import WaitTimer, Work
 from benchmarks.measurement import SameBatch
@@ -96,6 +96,13 @@ def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(data
     assert images.dtype == torch.bfloat16
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.shape == (32,)
+
+
+@pytest.mark.parametrize("data", [True, False], ids=["resident", "step-only"])
+def test_the_training_benchmark_replays_its_steps(dataset, data):
+    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16")
+    epochs = training.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
+    assert_replays_alone(iter(epochs(0)))
 
 
 def test_the_step_benchmark_comes_to_its_end(tmp_path):

@@ -819,3 +819,9 @@ def test_real_data_with_one_change_is_refused(real, what, split):
         labels[[0, other]] = labels[[other, 0]]
     with pytest.raises(DataError, match=f"{split} images are not those of CIFAR-10"):
         verify_cifar10(replace(real, **arrays), Path("changed"))
+
+
+def test_a_download_without_torchvision_tells_the_ways_out(tmp_path, break_import):
+    break_import("torchvision", ModuleNotFoundError("No module named 'torchvision'"))
+    with pytest.raises(DataError, match=r"pip install torchvision\. .* prepare --source FILE"):
+        download_cifar10(tmp_path)
