@@ -3,6 +3,7 @@ no silent skips in CI."""
 
 import importlib.util
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import pipelines
 from fastresnet import cli
 from pipelines.convert import prepare
+from tests import forks
 
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 """The libraries that pipelines need beside PyTorch."""
@@ -87,6 +89,18 @@ def break_import(monkeypatch):
     threads = torch.get_num_threads()
     yield break_library
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> list[str]:
+    """What begins a command line in place of `sys.executable` and starts in no time (tests/forks.py)."""
+    path = str(tmp_path_factory.mktemp("forks") / "socket")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command, root = [sys.executable, "-m", "tests.forks", path], Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline()
+        yield [sys.executable, "-S", "-E", forks.__file__, path]
+        server.terminate()
 
 
 @pytest.fixture(scope="session")

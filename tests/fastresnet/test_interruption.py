@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.fixture
-def start(tiny_root):
+def start(python, tiny_root):
     def start_process(folder, *, step=-1, fault="pass", resume=False, expect, arguments=()):
-        command = [sys.executable, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
+        command = [*python, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
         command += arguments
         done = subprocess.run(
             command + ["--resume"] * resume,
@@ -49,10 +48,10 @@ def start(tiny_root):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, tiny_root):
+def unbroken(python, tmp_path_factory, tiny_root):
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     subprocess.run(
-        [sys.executable, "-m", "fastresnet", *ARGUMENTS, "--out", folder],
+        [*python, "-m", "fastresnet", *ARGUMENTS, "--out", folder],
         env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
         check=True,
         timeout=120,
@@ -193,14 +192,14 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(sta
     assert_same_run(folder, unbroken)
 
 
-def test_sigterm_while_a_data_set_is_written_leaves_nothing_half_done(tmp_path):
+def test_sigterm_while_a_data_set_is_written_leaves_nothing_half_done(python, tmp_path):
     program = (
         "import os, signal, sys, pipelines.store as store\nfrom fastresnet import cli\n"
         "write = store._write_files\n"
         "def armed(*arguments): write(*arguments); os.kill(os.getpid(), signal.SIGTERM)\n"
         "store._write_files = armed\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
+    command = [*python, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
     assert subprocess.run([*command, "--root", tmp_path], timeout=120, check=False).returncode == 143
     assert [entry.name for entry in tmp_path.iterdir()] == [".shapes10.lock"]
 
