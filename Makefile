@@ -12,8 +12,9 @@ demo: install
 	$(BIN)/fastresnet train smoke --data shapes10 --root runs/demo/data --epochs 3 --out runs/demo/run --resume
 	@ls -l runs/demo/run
 
+# Threads and compiling processes of their own would only stand in the way of two workers on two cores.
 test: install-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install-test
 	$(BIN)/ruff check .

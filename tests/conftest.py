@@ -2,6 +2,7 @@
 no silent skips in CI."""
 
 import importlib.util
+import multiprocessing.spawn
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import torch
 import pipelines
 from fastresnet import cli
 from pipelines.convert import prepare
-from tests import forks
 
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 """The libraries that pipelines need beside PyTorch."""
@@ -92,15 +92,25 @@ def break_import(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory) -> list[str]:
-    """What begins a command line in place of `sys.executable` and starts in no time (tests/forks.py)."""
-    path = str(tmp_path_factory.mktemp("forks") / "socket")
+def python(tmp_path_factory) -> str:
+    """A program that takes the place of `sys.executable` and starts in no time (tests/forks.py)."""
+    folder, root = tmp_path_factory.mktemp("forks"), Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command, root = [sys.executable, "-m", "tests.forks", path], Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.forks", folder]
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE) as server:
         assert server.stdout.readline()
-        yield [sys.executable, "-S", "-E", forks.__file__, path]
+        yield str(folder / "python")
         server.terminate()
+
+
+@pytest.fixture
+def quick_processes(python, monkeypatch):
+    """Python programs that the test starts, or what it tests, are those of `python`."""
+    monkeypatch.setattr(sys, "executable", python)
+    before = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(python)
+    yield
+    multiprocessing.set_executable(before)
 
 
 @pytest.fixture(scope="session")

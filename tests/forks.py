@@ -1,13 +1,14 @@
 """A Python that has imported everything before it starts: that takes seconds, and some tests start dozens of processes.
 
-`python -m tests.forks SOCKET` listens there and forks for whoever connects. `python tests/forks.py SOCKET ...` stands
-for `python ...`: it hands arguments, environment, folder and standard files over, and ends as the forked process does,
-which in turn does not outlive it. There, PARENT in the environment is what the parent of the process would be.
+`python -m tests.forks FOLDER` makes the program `FOLDER/python`, which hands its arguments, environment, folder and
+open files over to a process that is forked here, and ends as that does. The process, in turn, does not outlive it;
+PARENT in its environment is what its parent would be.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -17,22 +18,26 @@ import select
 import signal
 import socket
 import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
-# --- the client, which imports next to nothing -------------------------------------------------------------------
+# --- the program, which imports next to nothing ------------------------------------------------------------------
 
 
 def run_there(path: str, arguments: list[str]) -> int:
     """Exit code of `python ARGUMENTS` in a process that the server at `path` forks; signals are passed on to it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    files = [int(name) for name in os.listdir("/proc/self/fd")]
+    files = [file for file in files if file < 3 or _is_inherited(file)]
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
-        socket.send_fds(connection, [b"."], [0, 1, 2])
-        job = [arguments, {**os.environ, "PARENT": str(os.getppid())}, os.getcwd()]
+        socket.send_fds(connection, [b"."], files)
+        job = [arguments, {**os.environ, "PARENT": str(os.getppid())}, os.getcwd(), files]
         with connection.makefile("rw") as messages:
             print(json.dumps(job), file=messages, flush=True)
             process = int(messages.readline())
@@ -44,7 +49,16 @@ def run_there(path: str, arguments: list[str]) -> int:
             for number in PASSED_ON:
                 signal.signal(number, pass_on)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+            for file in files:  # so that whoever reads from the process sees where it ends
+                os.close(file)
             return int(messages.readline())
+
+
+def _is_inherited(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # that of the list itself
+        return False
 
 
 def end(code: int) -> None:
@@ -53,7 +67,7 @@ def end(code: int) -> None:
         signal.signal(-code, signal.SIG_DFL)
     if code < 0:
         os.kill(os.getpid(), -code)
-    sys.exit(code)
+    os._exit(code)
 
 
 # --- the server --------------------------------------------------------------------------------------------------
@@ -66,10 +80,17 @@ EVERYTHING = (
 """What a training imports. No thread may be started by it."""
 
 
-def serve(path: str) -> Callable[[], object]:
+def serve(folder: Path) -> Callable[[], object]:
     """Fork for every connection. Returns in the forked processes only: with what they have to do."""
+    for module in EVERYTHING:
+        importlib.import_module(module)
+    gc.freeze()
     signal.signal(signal.SIGCHLD, reap)  # so that their processor time counts as ours
-    with socket.create_server(path, family=socket.AF_UNIX) as listener:
+    program = folder / "python"
+    with socket.create_server(f"{folder}/socket", family=socket.AF_UNIX) as listener:
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" "{folder}/socket" "$@"\n')
+        program.chmod(0o755)
+        sys.executable = str(program)
         print(flush=True)  # ready
         while True:
             connection, _ = listener.accept()
@@ -85,36 +106,41 @@ def reap(*_: object) -> None:
 
 
 def answer(connection: socket.socket) -> Callable[[], object]:
-    """Fork again, and tell the client the new process and its exit code; returns in that process only."""
+    """Fork again, and tell the program the new process and its exit code; returns in that process only."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    _, received, _, _ = socket.recv_fds(connection, 1, 50)
     with connection.makefile("r") as messages:
-        arguments, environment, folder = json.loads(messages.readline())
+        arguments, environment, folder, files = json.loads(messages.readline())
     if not (process := os.fork()):
         os.setsid()
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-            os.close(file)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        return lambda: run_here(arguments)
+        return lambda: run_here(arguments, dict(zip(files, received, strict=True)))
+    for file in {0, 1, 2, *received}:
+        os.close(file)
     connection.sendall(b"%d\n" % process)
     ended = os.pidfd_open(process)
     if ended not in select.select([connection, ended], [], [])[0]:
-        os.kill(process, signal.SIGKILL)  # the client has been
+        os.kill(process, signal.SIGKILL)  # the program has been
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     with contextlib.suppress(ConnectionError):
         connection.sendall(b"%d\n" % code)
     os._exit(0)
 
 
-def run_here(arguments: list[str]) -> None:
-    """Do what `python ARGUMENTS` does."""
+def run_here(arguments: list[str], files: dict[int, int]) -> None:
+    """Do what `python ARGUMENTS` does, with these open files by their numbers there."""
+    for number, file in [(number, fcntl.fcntl(file, fcntl.F_DUPFD, 100)) for number, file in files.items()]:
+        os.dup2(file, number)
+        os.close(file)
+    while arguments[0] in ("-u", "-W"):
+        del arguments[: 1 + (arguments[0] == "-W")]
     kind, *rest = arguments
     if kind == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
-        exec(rest[0], {"__name__": "__main__"})
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(rest[0], main.__dict__)
     elif kind == "-m":
         sys.argv, sys.path[0] = rest, ""
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -125,9 +151,6 @@ def run_here(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if __spec__:  # -m
-        for module in EVERYTHING:
-            importlib.import_module(module)
-        gc.freeze()
-        serve(sys.argv[1])()
+        serve(Path(sys.argv[1]))()
     else:
         end(run_there(sys.argv[1], sys.argv[2:]))

@@ -1,6 +1,7 @@
 """The training benchmark, whole and small, and its peers against the textbook."""
 
 import json
+import multiprocessing.spawn
 import os
 from contextlib import closing
 
@@ -17,7 +18,16 @@ from fastresnet import terminal
 from fastresnet.models import create_model
 
 NAMES = ["resident", "step-only", "peer:plain-torch", "peer:timm-style"]
-SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05"]
+SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05", "--compile", "off"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_processes(python):
+    """Contestants are processes of their own."""
+    before = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(python)
+    yield
+    multiprocessing.set_executable(before)
 
 
 @pytest.fixture(scope="module")

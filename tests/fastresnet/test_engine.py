@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastresnet.config import COMPILE, TrainConfig
-from fastresnet.models import create_model
+from fastresnet.models.resnet import create_resnet
 from fastresnet.training import engine
 from fastresnet.training.engine import Engine, faster_backend
 from fastresnet.training.optimizer import create_optimizers
@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 
 
 def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True, optimizer="sgd"):
+    """With a network of three blocks, one for each way through, that compiles in a third of the time of ResNet-20."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     opened = open_pipeline(
         pipeline,
@@ -30,7 +31,11 @@ def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="res
         augmentation=Augmentation(cutout=8),
     )
     torch.manual_seed(0)
-    network = create_model("resnet20").to(device, memory_format=torch.channels_last).train()
+    network = (
+        create_resnet(8, num_classes=10, shortcut="B", drop_path=0.0)
+        .to(device, memory_format=torch.channels_last)
+        .train()
+    )
     optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer, lr=1e-3, sgd_lr=1e-3))
     step = TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
     made = Engine(step, opened, backend)

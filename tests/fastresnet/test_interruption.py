@@ -11,9 +11,11 @@ import pytest
 from fastresnet.checkpoint import load_tensors
 from tests.fastresnet.tiny_runs import ARGUMENTS, assert_same_run
 
-# Runs the command line with a fault armed: when training step {step} begins, {fault} happens.
+# Runs the command line with a fault armed: when training step {step} begins, {fault} happens. No picture is drawn for
+# the file of the curves, which would take a third of the time.
 PROGRAM = """
 import os, resource, signal, sys, time
+import fastresnet.plotting as plotting
 import fastresnet.training.trainer as trainer
 from fastresnet import cli
 from fastresnet.training.step import TrainStep
@@ -23,6 +25,7 @@ def armed(self, images, labels):
         {fault}
     original(self, images, labels)
 TrainStep.__call__ = armed
+plotting.rendered = lambda *_: b"a picture"
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -30,7 +33,7 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.fixture
 def start(python, tiny_root):
     def start_process(folder, *, step=-1, fault="pass", resume=False, expect, arguments=()):
-        command = [*python, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
+        command = [python, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
         command += arguments
         done = subprocess.run(
             command + ["--resume"] * resume,
@@ -51,7 +54,7 @@ def start(python, tiny_root):
 def unbroken(python, tmp_path_factory, tiny_root):
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     subprocess.run(
-        [*python, "-m", "fastresnet", *ARGUMENTS, "--out", folder],
+        [python, "-m", "fastresnet", *ARGUMENTS, "--out", folder],
         env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
         check=True,
         timeout=120,
@@ -199,7 +202,7 @@ def test_sigterm_while_a_data_set_is_written_leaves_nothing_half_done(python, tm
         "def armed(*arguments): write(*arguments); os.kill(os.getpid(), signal.SIGTERM)\n"
         "store._write_files = armed\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [*python, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
+    command = [python, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
     assert subprocess.run([*command, "--root", tmp_path], timeout=120, check=False).returncode == 143
     assert [entry.name for entry in tmp_path.iterdir()] == [".shapes10.lock"]
 

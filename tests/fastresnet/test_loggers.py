@@ -124,7 +124,7 @@ def test_where_there_is_nowhere_to_log_to_one_line_says_so_and_nothing_is_left(
     own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
     (tmp_path / "here").mkdir()
     done = subprocess.run(
-        [*python, "-m", "fastresnet", "train", *map(str, SMALL), "--tensorboard", f"--{option}", "--out", "run"],
+        [python, "-m", "fastresnet", "train", *map(str, SMALL), "--tensorboard", f"--{option}", "--out", "run"],
         env={**own, "HOME": str(tmp_path), "FASTRESNET_DATA": str(data_root), "MLFLOW_TRACKING_URI": "nowhere:/at/all"},
         cwd=tmp_path / "here", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip

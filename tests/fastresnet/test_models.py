@@ -73,9 +73,13 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@functools.cache
-def on_meta(name, **options):
+def on_meta(name, *, num_classes=10, shortcut="B", drop_path=0.0):
     """The network without memory for its weights: enough to count."""
+    return _on_meta(name, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path)
+
+
+@functools.cache
+def _on_meta(name, **options):
     with torch.device("meta"):
         return create_model(name, **options)
 

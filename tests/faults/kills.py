@@ -34,9 +34,6 @@ from pipelines.store import open_store
 INTERVAL = 2
 """Steps between the checkpoints of a training: the most that a kill may cost."""
 
-PYTHON = [sys.executable]
-"""What begins the command lines."""
-
 PREPARE = ["prepare", "--data", "shapes10", "--train-images", "80", "--test-images", "30"]
 TRAIN = [
     "train", "smoke", "--data", "shapes10", "--batch-size", "16", "--epochs", "3", "--precision", "fp32",
@@ -120,7 +117,7 @@ def run_command(arguments: list[str], root: Path, *, fatal: int = 0, after: floa
     left.unlink(missing_ok=True)
     began = time.monotonic()
     process = subprocess.Popen(
-        [*PYTHON, "-c", PROGRAM, str(fatal), str(left), *arguments],
+        [sys.executable, "-c", PROGRAM, str(fatal), str(left), *arguments],
         env={**os.environ, "FASTRESNET_DATA": str(root), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -93,8 +93,8 @@ def test_a_crash_of_a_reader_would_be_found(kinds, tmp_path):
         fuzz.in_a_child(dataclasses.replace(kind, read=read), range(1), tmp_path)
 
 
-def test_what_is_killed_ends_as_if_nothing_had_happened(python, tmp_path, monkeypatch):
-    monkeypatch.setattr(kills, "PYTHON", python)
+@pytest.mark.usefixtures("quick_processes")
+def test_what_is_killed_ends_as_if_nothing_had_happened(tmp_path):
     tally = kills.Tally()
     campaign = kills.Campaign("resident", tmp_path, random.Random(2), tally)
     assert campaign.run(3) == 3
