@@ -2,7 +2,7 @@
 no silent skips in CI."""
 
 import importlib.util
-import multiprocessing.spawn
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -103,14 +103,16 @@ def python(tmp_path_factory) -> str:
         server.terminate()
 
 
-@pytest.fixture
-def quick_processes(python, monkeypatch):
-    """Python programs that the test starts, or what it tests, are those of `python`."""
-    monkeypatch.setattr(sys, "executable", python)
-    before = multiprocessing.spawn.get_executable()
+@pytest.fixture(scope="session")
+def quick_contestants(python):
+    """Processes that `multiprocessing` spawns are those of `python`, from now on."""
     multiprocessing.set_executable(python)
-    yield
-    multiprocessing.set_executable(before)
+
+
+@pytest.fixture
+def quick_processes(python, quick_contestants, monkeypatch):
+    """So are those that the test or what it tests starts with `sys.executable`."""
+    monkeypatch.setattr(sys, "executable", python)
 
 
 @pytest.fixture(scope="session")

@@ -134,8 +134,9 @@ def run_here(arguments: list[str], files: dict[int, int]) -> None:
     for number, file in [(number, fcntl.fcntl(file, fcntl.F_DUPFD, 100)) for number, file in files.items()]:
         os.dup2(file, number)
         os.close(file)
-    while arguments[0] in ("-u", "-W"):
-        del arguments[: 1 + (arguments[0] == "-W")]
+    while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
+        del arguments[0]  # -u, -B
+    sys.path[1:1] = [folder for folder in os.environ.get("PYTHONPATH", "").split(":") if folder not in sys.path]
     kind, *rest = arguments
     if kind == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
