@@ -17,8 +17,9 @@ from pipelines.errors import RunError
 CPU = torch.device("cpu")
 
 
-def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True, optimizer="sgd"):
-    """With a network of three blocks, one for each way through, that compiles in a third of the time of ResNet-20."""
+def make_engine(
+    dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True, optimizer="sgd", depth=20
+):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     opened = open_pipeline(
         pipeline,
@@ -32,7 +33,7 @@ def make_engine(dataset, backend, *, device=CPU, precision="fp32", pipeline="res
     )
     torch.manual_seed(0)
     network = (
-        create_resnet(8, num_classes=10, shortcut="B", drop_path=0.0)
+        create_resnet(depth, num_classes=10, shortcut="B", drop_path=0.0)
         .to(device, memory_format=torch.channels_last)
         .train()
     )
@@ -56,11 +57,11 @@ def losses(made, step):
 
 def test_compiled_steps_equal_eager_ones_without_a_break_or_a_second_compilation(dataset):
     """A graph break is an error by `fullgraph`. The first losses differ in the seventh digit; training makes that grow,
-    at this low learning rate to the fifth."""
+    at this low learning rate to the fifth. Three blocks, one for each way through, take a third of the time of nine."""
     torch._dynamo.reset()  # what other tests have compiled would count as the first compilation
-    eager = losses(*make_engine(dataset, "eager"))
+    eager = losses(*make_engine(dataset, "eager", depth=8))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = losses(*make_engine(dataset, "compile"))
+        compiled = losses(*make_engine(dataset, "compile", depth=8))
     assert len(eager) == 10
     assert compiled[0] == pytest.approx(eager[0], rel=1e-6)
     assert compiled == pytest.approx(eager, rel=2e-4)
