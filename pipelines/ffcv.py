@@ -27,7 +27,6 @@ from .store import Dataset, Split
 
 _threads = torch.get_num_threads()
 try:
-    import numba
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader
@@ -37,6 +36,7 @@ try:
     from ffcv.transforms import ToDevice, ToTensor
     from ffcv.traversal_order.base import TraversalOrder
     from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
+    from numba import config as numba_config
 except (ImportError, OSError) as error:  # a shared library that is missing is an OSError
     raise UsageError(
         f"FFCV is not installed ({error}). It is built on the spot: apt-get install libopencv-dev libturbojpeg0-dev "
@@ -106,7 +106,7 @@ class FfcvPipeline:
             str(path),
             batch_size=sampler.rows_per_batch,
             # FFCV imposes this number on torch too, and numba takes no more than it has
-            num_workers=min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS),
+            num_workers=min(torch.get_num_threads(), numba_config.NUMBA_NUM_THREADS),
             order=self._order,
             drop_last=False,
             pipelines={"image": [SimpleRGBImageDecoder(), *move], "label": [IntDecoder(), *move]},

@@ -2,7 +2,9 @@
 no silent skips in CI."""
 
 import importlib.util
+import multiprocessing
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -87,6 +89,30 @@ def break_import(monkeypatch):
     threads = torch.get_num_threads()
     yield break_library
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> str:
+    """A program that takes the place of `sys.executable` and starts in no time (tests/forks.py)."""
+    folder, root = tmp_path_factory.mktemp("forks"), Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.forks", folder]
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline()
+        yield str(folder / "python")
+        server.terminate()
+
+
+@pytest.fixture(scope="session")
+def quick_contestants(python):
+    """Processes that `multiprocessing` spawns are those of `python`, from now on."""
+    multiprocessing.set_executable(python)
+
+
+@pytest.fixture
+def quick_processes(python, quick_contestants, monkeypatch):
+    """So are those that the test or what it tests starts with `sys.executable`."""
+    monkeypatch.setattr(sys, "executable", python)
 
 
 @pytest.fixture(scope="session")

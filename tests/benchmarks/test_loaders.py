@@ -28,7 +28,7 @@ PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
 
 
 @pytest.fixture(scope="module")
-def report(data_root, tmp_path_factory):
+def report(quick_contestants, data_root, tmp_path_factory):
     pytest.importorskip("nvidia.dali")
     pytest.importorskip("ffcv")
     folder = tmp_path_factory.mktemp("report")
@@ -134,7 +134,7 @@ def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
     assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()), "cpu")]
 
 
-def test_a_contestant_that_fails_ends_the_run_with_its_own_error(dataset):
+def test_a_contestant_that_fails_ends_the_run_with_its_own_error(quick_contestants, dataset):
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=r"^broken failed: ModuleNotFoundError: .*no_such_peer.* \(.*\.py:\d+\)$"):
         Contestant(Entry(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
@@ -257,7 +257,7 @@ def killed(*_):
     ("opener", "message"),
     [("out_of_memory", "broken failed: out of memory: give a smaller"), ("killed", "broken died with exit code -9")],
 )
-def test_a_contestant_without_memory_is_told_in_one_line(dataset, monkeypatch, opener, message):
+def test_a_contestant_without_memory_is_told_in_one_line(quick_contestants, dataset, monkeypatch, opener, message):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)

@@ -35,6 +35,7 @@ def test_a_table_is_replaced_and_nothing_else():
     assert with_tables(made) == made
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize(
     ("argument", "code", "out", "err"),
     [

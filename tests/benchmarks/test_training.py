@@ -20,11 +20,11 @@ from fastresnet.models import create_model
 plain_torch, timm_style = (pytest.importorskip(f"benchmarks.peers.{name}") for name in ("plain_torch", "timm_style"))
 
 NAMES = ["resident", "step-only", "peer:plain-torch", "peer:timm-style"]
-SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05"]
+SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05", "--compile", "off"]
 
 
 @pytest.fixture(scope="module")
-def report(data_root, tmp_path_factory):
+def report(quick_contestants, data_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTRESNET_DATA", str(data_root))
@@ -59,7 +59,7 @@ def test_a_result_can_be_shown_again(report, run):
     assert len({line.count("|") for line in out.splitlines()}) == 1
 
 
-def test_an_interrupted_run_leaves_the_rounds_that_are_finished(data_root, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_the_rounds_that_are_finished(quick_contestants, data_root, tmp_path, monkeypatch):
     from benchmarks import contestant
 
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
@@ -76,6 +76,22 @@ def test_an_interrupted_run_leaves_the_rounds_that_are_finished(data_root, tmp_p
     assert terminal.guarded(main, ["train", *SMALL, "--json", str(tmp_path / "train.json")]) == 130
     assert {row["rounds"] for row in json.loads((tmp_path / "train.json").read_text())["rows"]} == {1}
     assert not any(each._process.is_alive() for each in turns)
+
+
+def test_auto_is_what_measures_faster(data_root, monkeypatch):
+    """For our loops; the peers are not compiled."""
+
+    def race(entries, *_, **__):
+        backends.extend(entry.options.get("backend") for entry in entries)
+        yield from ()
+
+    backends = []
+    monkeypatch.setattr("fastresnet.training.engine.faster_backend", lambda *_: ("compile", "faster"))
+    monkeypatch.setattr(training, "race", race)
+    options = training.TrainingOptions(data="shapes10", root=data_root, batch_size=16, device="cpu")
+    with pytest.raises(UnboundLocalError):  # there is no round to report
+        training.measure_training(options)
+    assert backends == ["compile", "compile", None, None]
 
 
 def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):

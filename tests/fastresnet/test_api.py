@@ -82,12 +82,20 @@ def test_the_packages_say_that_they_are_typed():
         assert (NOTEBOOK.parents[1] / package / "py.typed").exists()
 
 
-def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
-    """Every cell; the residual network has learned, and better than the plain one."""
+SMALLER = {"train_images=4000, test_images=500": "train_images=320, test_images=100", "epochs=3": "epochs=1"}
+
+
+@pytest.mark.parametrize("size", ["smaller", pytest.param("as it stands", marks=pytest.mark.slow)])
+def test_the_notebook_runs_and_shows_what_it_says(monkeypatch, size):
+    """Every cell; as it stands, the residual network has learned, and better than the plain one."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    text = NOTEBOOK.read_text()
+    for whole, part in SMALLER.items() if size == "smaller" else ():
+        assert whole in text
+        text = text.replace(whole, part)
+    notebook = nbformat.reads(text, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
@@ -96,5 +104,6 @@ def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
         o["data"]["text/plain"] for o in outputs if "'resnet32'" in o.get("data", {}).get("text/plain", "")
     )
     plain, residual = (float(text.split("'")[0].rstrip(" %")) for text in accuracies.split(": '")[1:])
-    assert residual > 80
-    assert residual > plain + 10
+    if size == "as it stands":
+        assert residual > 80
+        assert residual > plain + 10

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,9 +24,9 @@ PIPELINES = [
 ]
 
 
-def torchrun(processes, *arguments, root, restarts=0):
+def torchrun(python, processes, *arguments, root, restarts=0):
     """Start `processes` of a program; its output goes to a pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [f"--max-restarts={restarts}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRESNET_DATA": str(root), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -48,22 +47,22 @@ def finish(process, timeout=240):
 # --- the parts ---------------------------------------------------------------------------------------------------
 
 
-def results_of(processes, pipelines, out, dataset, root):
+def results_of(python, processes, pipelines, out, dataset, root):
     """What every rank has computed."""
-    process = torchrun(processes, Path(rank_program.__file__), dataset.folder, out, *pipelines, root=root)
+    process = torchrun(python, processes, Path(rank_program.__file__), dataset.folder, out, *pipelines, root=root)
     code, _, err = finish(process)
     assert code == 0, err
     return [torch.load(out / f"rank{rank}.pt") for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory, data_root, dataset):
-    return results_of(2, PIPELINES, tmp_path_factory.mktemp("two"), dataset, data_root)
+def of_two(python, tmp_path_factory, data_root, dataset):
+    return results_of(python, 2, PIPELINES, tmp_path_factory.mktemp("two"), dataset, data_root)
 
 
 @pytest.fixture(scope="module")
-def of_four(tmp_path_factory, data_root, dataset):
-    return results_of(4, ["resident"], tmp_path_factory.mktemp("four"), dataset, data_root)
+def of_four(python, tmp_path_factory, data_root, dataset):
+    return results_of(python, 4, ["resident"], tmp_path_factory.mktemp("four"), dataset, data_root)
 
 
 @pytest.fixture(params=["of_two", "of_four"])
@@ -146,21 +145,21 @@ ARGUMENTS = [*tiny_runs.ARGUMENTS, "--lr", "0.01"]
 
 
 @pytest.fixture
-def start(tmp_path, tiny_root):
+def start(python, tmp_path, tiny_root):
     def start_ranks(processes, folder, *arguments, step=-1, rank=1, fault="pass", restarts=0):
         program = tmp_path / f"program{len(list(tmp_path.glob('program*.py')))}.py"
         program.write_text(PROGRAM.format(step=step, rank=rank, fault=fault, done=str(program.with_suffix(".done"))))
         given = [*ARGUMENTS, *arguments, "--out", folder]
-        return torchrun(processes, program, *given, root=tiny_root, restarts=restarts)
+        return torchrun(python, processes, program, *given, root=tiny_root, restarts=restarts)
 
     return start_ranks
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, tiny_root):
+def unbroken(python, tmp_path_factory, tiny_root):
     """A run of two ranks to its end."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    code, out, err = finish(torchrun(2, "-m", "fastresnet", *ARGUMENTS, "--out", folder, root=tiny_root))
+    code, out, err = finish(torchrun(python, 2, "-m", "fastresnet", *ARGUMENTS, "--out", folder, root=tiny_root))
     assert code == 0, err
     assert "steps of 16 images (8 on each of 2 processes)" in out
     assert out.count("epoch   1") == 1
@@ -188,7 +187,7 @@ def test_torchrun_restarts_a_run_by_itself(start, unbroken, tmp_path):
 
 def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, unbroken, tmp_path):
     """The signal comes to each rank on its own, and within a step."""
-    process = start(2, tmp_path / "run", step=8, fault="os.kill(os.getppid(), signal.SIGTERM)")
+    process = start(2, tmp_path / "run", step=8, fault="os.kill(int(os.environ['PARENT']), signal.SIGTERM)")
     code, _, err = finish(process)
     assert code != 0
     assert err.count("stopped by SIGTERM after step") == 1

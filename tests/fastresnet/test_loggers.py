@@ -117,12 +117,14 @@ def test_without_the_library_the_extra_is_named_and_nothing_begun(run, tmp_path,
         ("mlflow", ["nowhere", "MLFLOW_TRACKING_URI", "file:", "MLFLOW_ALLOW_FILE_STORE=true"]),
     ],
 )
-def test_where_there_is_nowhere_to_log_to_one_line_says_so_and_nothing_is_left(tmp_path, data_root, option, remedies):
+def test_where_there_is_nowhere_to_log_to_one_line_says_so_and_nothing_is_left(
+    python, tmp_path, data_root, option, remedies
+):
     pytest.importorskip(option)
     own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
     (tmp_path / "here").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "fastresnet", "train", *map(str, SMALL), "--tensorboard", f"--{option}", "--out", "run"],
+        [python, "-m", "fastresnet", "train", *map(str, SMALL), "--tensorboard", f"--{option}", "--out", "run"],
         env={**own, "HOME": str(tmp_path), "FASTRESNET_DATA": str(data_root), "MLFLOW_TRACKING_URI": "nowhere:/at/all"},
         cwd=tmp_path / "here", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip

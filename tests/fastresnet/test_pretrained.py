@@ -52,7 +52,9 @@ def test_the_network_is_ready_for_use(name):
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", list_pretrained())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "resnet20")) for name in list_pretrained()]
+)
 def test_eval_gives_the_figures_of_the_card(run, tmp_path, cifar10_archive, name):
     root, figures = str(tmp_path / "data"), tmp_path / "figures.json"
     assert run("prepare", "--source", cifar10_archive, "--root", root)[0] == 0

@@ -30,6 +30,7 @@ def test_other_seeds_are_refused(text):
         parse_seeds(text)
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(run, tmp_path):
     code, out, _ = run("train", *SMALL, "--seeds", "3-4", "--out", tmp_path / "runs")
     assert code == 0
@@ -44,6 +45,7 @@ def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(ru
     assert f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %" in out
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_a_training_that_fails_is_named_and_the_others_go_on(run, tmp_path):
     (tmp_path / "seed1").mkdir()
     (tmp_path / "seed1" / "last.ckpt").touch()
@@ -54,6 +56,7 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(run, tmp_path):
     assert (tmp_path / "seed2" / "summary.json").exists()
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_a_signal_stops_the_training_that_runs_and_starts_no_other(tmp_path, data_root):
     command = [sys.executable, "-m", "fastresnet", "train", *SMALL[:-2], "--epochs", "500"]
     command += ["--seeds", "1-2", "--out", tmp_path]

@@ -34,7 +34,7 @@ from fastresnet.config import TrainConfig, from_toml
 from fastresnet.device import environment
 from fastresnet.models import create_model
 from fastresnet.weights import load_weights
-from pipelines import derived, shards, sources, store
+from pipelines import derived, is_installed, shards, sources, store
 from pipelines.convert import prepare
 from pipelines.derived import open_derived
 from pipelines.errors import UserError
@@ -69,7 +69,7 @@ class Kind:
 
 
 def kinds(folder: Path) -> dict[str, Kind]:
-    """All of them, made in `folder`."""
+    """All of them that can be made here, in `folder`."""
     fake = FakeCifar(("ant", "bee", "cat"))
     made = []
     for packing in ("tar.gz", "tar.xz", "zip", "tar"):
@@ -88,8 +88,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
 
 def _stores(folder: Path) -> Iterator[Kind]:
-    dataset, _ = prepare("shapes10", folder, _ignore, train_images=24, test_images=10, formats=("raw", *DERIVED_FILES))
     formats = {kind: (f"{kind}.json", *names) for kind, names in DERIVED_FILES.items()}
+    if not is_installed("ffcv"):
+        del formats["beton"]
+    dataset, _ = prepare("shapes10", folder, _ignore, train_images=24, test_images=10, formats=("raw", *formats))
     raw = {file.name for file in dataset.folder.iterdir()} - {name for names in formats.values() for name in names}
     yield Kind("store", dataset.folder, tuple(sorted(raw)), _store)
     for kind, names in formats.items():

@@ -1,0 +1,157 @@
+"""A Python that has imported everything before it starts: that takes seconds, and some tests start dozens of processes.
+
+`python -m tests.forks FOLDER` makes the program `FOLDER/python`, which hands its arguments, environment, folder and
+open files over to a process that is forked here, and ends as that does. The process, in turn, does not outlive it;
+PARENT in its environment is what its parent would be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+
+
+# --- the program, which imports next to nothing ------------------------------------------------------------------
+
+
+def run_there(path: str, arguments: list[str]) -> int:
+    """Exit code of `python ARGUMENTS` in a process that the server at `path` forks; signals are passed on to it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    files = [int(name) for name in os.listdir("/proc/self/fd")]
+    files = [file for file in files if file < 3 or _is_inherited(file)]
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        socket.send_fds(connection, [b"."], files)
+        job = [arguments, {**os.environ, "PARENT": str(os.getppid())}, os.getcwd(), files]
+        with connection.makefile("rw") as messages:
+            print(json.dumps(job), file=messages, flush=True)
+            process = int(messages.readline())
+
+            def pass_on(number: int, _: FrameType | None) -> None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+
+            for number in PASSED_ON:
+                signal.signal(number, pass_on)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+            for file in files:  # so that whoever reads from the process sees where it ends
+                os.close(file)
+            return int(messages.readline())
+
+
+def _is_inherited(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # that of the list itself
+        return False
+
+
+def end(code: int) -> None:
+    """End as a process with this exit code of `subprocess` has ended: by a signal, if that is negative."""
+    if -code in PASSED_ON:
+        signal.signal(-code, signal.SIG_DFL)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+# --- the server --------------------------------------------------------------------------------------------------
+
+EVERYTHING = (
+    *("matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "torch._dynamo", "torch.distributed.run"),
+    *("torch.utils.flop_counter", "fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes"),
+    *("fastresnet.training.trainer", "pipelines.convert"),
+)
+"""What a training imports. No thread may be started by it."""
+
+
+def serve(folder: Path) -> Callable[[], object]:
+    """Fork for every connection. Returns in the forked processes only: with what they have to do."""
+    for module in EVERYTHING:
+        importlib.import_module(module)
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, reap)  # so that their processor time counts as ours
+    program = folder / "python"
+    with socket.create_server(f"{folder}/socket", family=socket.AF_UNIX) as listener:
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" "{folder}/socket" "$@"\n')
+        program.chmod(0o755)
+        sys.executable = str(program)
+        print(flush=True)  # ready
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                if not os.fork():
+                    return answer(connection)
+
+
+def reap(*_: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def answer(connection: socket.socket) -> Callable[[], object]:
+    """Fork again, and tell the program the new process and its exit code; returns in that process only."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, received, _, _ = socket.recv_fds(connection, 1, 50)
+    with connection.makefile("r") as messages:
+        arguments, environment, folder, files = json.loads(messages.readline())
+    if not (process := os.fork()):
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        return lambda: run_here(arguments, dict(zip(files, received, strict=True)))
+    for file in {0, 1, 2, *received}:
+        os.close(file)
+    connection.sendall(b"%d\n" % process)
+    ended = os.pidfd_open(process)
+    if ended not in select.select([connection, ended], [], [])[0]:
+        os.kill(process, signal.SIGKILL)  # the program has been
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with contextlib.suppress(ConnectionError):
+        connection.sendall(b"%d\n" % code)
+    os._exit(0)
+
+
+def run_here(arguments: list[str], files: dict[int, int]) -> None:
+    """Do what `python ARGUMENTS` does, with these open files by their numbers there."""
+    for number, file in [(number, fcntl.fcntl(file, fcntl.F_DUPFD, 100)) for number, file in files.items()]:
+        os.dup2(file, number)
+        os.close(file)
+    while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
+        del arguments[0]  # -u, -B
+    sys.path[1:1] = [folder for folder in os.environ.get("PYTHONPATH", "").split(":") if folder not in sys.path]
+    kind, *rest = arguments
+    if kind == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(rest[0], main.__dict__)
+    elif kind == "-m":
+        sys.argv, sys.path[0] = rest, ""
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(kind))
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if __spec__:  # -m
+        serve(Path(sys.argv[1]))()
+    else:
+        end(run_there(sys.argv[1], sys.argv[2:]))
