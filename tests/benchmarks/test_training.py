@@ -203,6 +203,7 @@ def test_wrong_arguments_exit_with_2(run, monkeypatch, arguments, message):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_without_torchvision_only_the_peers_are_left_out(data_root, tmp_path, without_torchvision):
     command = [sys.executable, "-m", "benchmarks", "train", *SMALL, "--root", str(data_root), "--compile", "off"]
     command += ["--json", str(tmp_path / "train.json")]

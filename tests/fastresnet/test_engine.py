@@ -1,6 +1,7 @@
 """The backends take the same steps."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -56,9 +57,12 @@ def losses(made, step):
     return seen
 
 
-def test_compiled_steps_equal_eager_ones_without_a_break_or_a_second_compilation(dataset):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_equal_eager_ones_without_a_break_or_a_second_compilation(dataset, monkeypatch, backend):
     """A graph break is an error by `fullgraph`. The first losses differ in the seventh digit; training makes that grow,
-    at this low learning rate to the fifth. Three blocks, one for each way through, take a third of the time of nine."""
+    at this low learning rate to the fifth. Three blocks, one for each way through, take a third of the time of nine.
+    Inductor takes a minute to generate code, and is tried in a whole run (test_training.py) too."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()  # what other tests have compiled would count as the first compilation
     eager = losses(*make_engine(dataset, "eager", depth=8))
     with torch._dynamo.config.patch(error_on_recompile=True):
