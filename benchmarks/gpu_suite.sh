@@ -1,39 +1,267 @@
 #!/usr/bin/env bash
-# usage: benchmarks/gpu_suite.sh OUT [DATA_ROOT]
+# usage: benchmarks/gpu_suite.sh [--seconds N] [--rehearse] OUT [STAGE...]
 #
-# On a machine with a GPU: the gpu tests, all benchmarks and a training of the paper's full length, in about 8 minutes.
-# Writes gpu-tests.xml, loaders.json, step.json, train.json, their charts and paper/summary.json into OUT. Needs Python
-# (PYTHON, else python3) with PyTorch, and CIFAR-10 prepared in DATA_ROOT (else ./data); no network and no git. Packages
-# that Python lacks (tyro, rich, DALI, ...) can be given as wheels in WHEELS (else ./wheels): they are put beside OUT.
+# What a GPU rented for a quarter of an hour can tell, the most valuable first. Stages, all of them without STAGE:
+#
+#   ceilings     versions, and how fast the GPU copies and multiplies
+#   smoke        a short training, step by step and as a CUDA graph
+#   steps        captured steps of four trainings: images/s, memory, costliest kernels
+#   candidates   what may make them faster, on and off in turns
+#   tests        the tests that need a GPU
+#   peers        training from end to end, beside other people's loops
+#   accuracy     trainings on CIFAR-10, in what is left of the time
+#
+# Results lie in the folder OUT, and all of them in OUT.tar (at most 16 MiB), which is written anew after every stage
+# and every training: a kill costs what is under way. Data sets, packages and runs lie beside it, in OUT.*.
+#
+#   --seconds N  end within so many seconds, 840 without it: stages that would take longer are cut or left out
+#   --rehearse   small sizes and drawn images, to try this script anywhere, on a CPU too: NOTHING IS MEASURED THEN
+#   PYTHON       a Python (else python3) with PyTorch; no network and no git are needed
+#   WHEELS       a folder of wheels of what Python lacks (tyro, tomli_w, ...)
+#   DATA         CIFAR-10: a folder of prepared data sets, an archive, or a pattern that matches the parts of a split
+#                one ('cifar.tar.xz.part-*'). Without it accuracy is left out.
+#
+# Exit code: 0 where every stage passed, 1 where one did not, 2 on bad arguments.
 set -uo pipefail
-out=$(realpath -m "${1:?usage: benchmarks/gpu_suite.sh OUT [DATA_ROOT]}")
-root=$(realpath -m "${2:-data}")
-wheels=$(realpath -m "${WHEELS:-wheels}")
-python=${PYTHON:-python3}
-cd "$(dirname "$0")/.." || exit 1
-mkdir -p "$out" || exit 1
-export PYTHONPATH="$out.packages:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-failed=()
 
-stage() { # stage NAME SECONDS COMMAND...
-  local name=$1 seconds=$2 began=$SECONDS
-  shift 2
-  echo "=== $name"
-  timeout --signal=INT --kill-after=10 "$seconds" "$@" || failed+=("$name (exit $?)")
-  echo "=== $name: $((SECONDS - began)) s"
+STAGES=(ceilings smoke steps candidates tests peers accuracy)
+declare -A LIMITS=([ceilings]=30 [smoke]=60 [steps]=150 [candidates]=90 [tests]=120 [peers]=90 [accuracy]=86400)
+TRAININGS=( # recipe, network, seed
+  "fast resnet20 0" "fast resnet20 1" "fast resnet20 2" "fast resnet20 3" "fast resnet20 4"
+  "baseline resnet20 0" "paper resnet20 0"
+  "fast resnet56 0" "fast resnet56 1" "fast resnet56 2"
+  "speedrun resnet9-medium 0"
+  "baseline resnet32 0" "baseline resnet44 0" "baseline resnet56 0"
+)
+LARGEST_TAR=$((16 << 20)) LARGEST_LOG=$((1 << 20))
+TO_KILL=5 TO_PACK=5 # seconds that are kept for the two
+
+refuse() {
+  echo "gpu_suite.sh: $1" >&2
+  exit 2
 }
 
-if compgen -G "$wheels/*.whl" >/dev/null; then
-  "$python" -m pip install --quiet --no-index --no-deps --target "$out.packages" "$wheels"/*.whl || exit 1
-fi
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "PyTorch sees no GPU" >&2; exit 2; }
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+# --- arguments --------------------------------------------------------------------------------------------------------
 
-stage "gpu tests" 150 "$python" -m pytest -q -m gpu --junitxml "$out/gpu-tests.xml" tests
-stage "benchmarks" 200 "$python" -m benchmarks all --quick --root "$root" --out "$out"
-stage "paper" 120 "$python" -m fastresnet train paper --model resnet20 --root "$root" --out "$out/paper"
-
-if ((${#failed[@]})); then
-  printf 'FAILED: %s\n' "${failed[@]}" >&2
-  exit 1
+seconds=840 rehearse=() words=()
+while (($#)); do
+  case $1 in
+    --seconds)
+      [[ ${2:-} =~ ^[1-9][0-9]{0,5}$ ]] || refuse "--seconds ${2:-}: give a number of seconds."
+      seconds=$2
+      shift
+      ;;
+    --rehearse) rehearse=(--rehearse) ;;
+    -*) refuse "there is no option $1; see the top of $0." ;;
+    *) words+=("$1") ;;
+  esac
+  shift
+done
+((${#words[@]})) || refuse "name a folder for the results; see the top of $0."
+out=$(realpath -m "${words[0]}") || exit 2
+chosen=("${words[@]:1}")
+((${#chosen[@]})) || chosen=("${STAGES[@]}")
+for name in "${chosen[@]}"; do
+  [[ -v "LIMITS[$name]" ]] || refuse "there is no stage $name. Stages: ${STAGES[*]}."
+done
+((seconds > TO_KILL + TO_PACK)) || refuse "--seconds $seconds: ending and packing take up to $((TO_KILL + TO_PACK))."
+wheels=() parts=()
+if [[ -n ${WHEELS:-} ]]; then
+  mapfile -t wheels < <(compgen -G "$WHEELS/*.whl")
+  ((${#wheels[@]})) || refuse "WHEELS=$WHEELS: no wheels there."
+  mapfile -t wheels < <(realpath "${wheels[@]}")
 fi
+if [[ -n ${DATA:-} ]]; then
+  mapfile -t parts < <(compgen -G "$DATA" | LC_ALL=C sort)
+  ((${#parts[@]})) || refuse "DATA=$DATA: no such folder or file."
+  mapfile -t parts < <(realpath "${parts[@]}")
+fi
+
+python=$(realpath -s "$(command -v "${PYTHON:-python3}")" 2>/dev/null) || refuse "PYTHON=${PYTHON:-python3}: no such program."
+deadline=$((seconds - TO_KILL - TO_PACK)) # in SECONDS, which bash counts from the start
+cd "$(dirname "$0")/.." && mkdir -p "$out/logs" || exit 1
+export PYTHONPATH="$out.packages:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FASTRESNET_DATA="$out.data"
+
+# --- running and packing ----------------------------------------------------------------------------------------------
+
+stage_end=$deadline child="" signal=TERM
+exec 3>&2 # the terminal's, when a stage's goes to its log
+
+run() { # COMMAND...: for as long as the stage has time
+  local left=$((stage_end - SECONDS))
+  ((left > 0)) || return 124
+  timeout --signal="$signal" --kill-after="$TO_KILL" "$left" "$@" 3>&- &
+  child=$!
+  wait "$child"
+}
+
+was_cut() { (($1 == 124 || $1 == 137)); }
+
+pack() {
+  find "$out/logs" -type f -size +"$LARGEST_LOG"c -exec sh -c 'tail -c "$0" "$1" >"$1.end" && mv "$1.end" "$1"' \
+    "$LARGEST_LOG" {} \;
+  tar -C "$(dirname "$out")" -cf "$out.tar.new" "$(basename "$out")"
+  if (($(stat -c %s "$out.tar.new") > LARGEST_TAR)); then
+    echo "gpu_suite.sh: $out.tar leaves out files of more than $LARGEST_LOG bytes, or it would be too large" >&2
+    (cd "$(dirname "$out")" && find "$(basename "$out")" -type f ! -size +"$LARGEST_LOG"c -print0 |
+      tar --null -T - -cf "$out.tar.new")
+  fi
+  mv -f "$out.tar.new" "$out.tar"
+}
+
+stop() { # CODE
+  echo "gpu_suite.sh: stopped; what was finished is in $out.tar" >&3
+  [[ -z $child ]] || { kill "$child" 2>/dev/null && wait "$child"; }
+  pack
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+ceilings() {
+  nvidia-smi
+  run "$python" -m pip list --disable-pip-version-check
+  run "$python" -m benchmarks.gpu_cases ceilings --json "$out/ceilings.json" "${rehearse[@]}"
+}
+
+draw() { # shapes10, once
+  local images=()
+  ((${#rehearse[@]})) && images=(--train-images 2000 --test-images 200)
+  [[ -e $out.data/shapes10/meta.json ]] || run "$python" -m fastresnet prepare --data shapes10 "${images[@]}"
+}
+
+smoke() {
+  draw && train smoke --data shapes10 --compile off && train smoke --data shapes10 --compile "$captured"
+}
+
+steps() {
+  draw && run "$python" -m benchmarks.gpu_cases steps --json "$out/steps.json" "${rehearse[@]}"
+}
+
+candidates() {
+  draw && run "$python" -m benchmarks.gpu_cases candidates --json "$out/candidates.json" "${rehearse[@]}"
+}
+
+tests() {
+  local parallel=() code signal=INT # at which pytest writes what it has
+  "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  TORCHINDUCTOR_COMPILE_THREADS=2 run env --default-signal=INT \
+    "$python" -m pytest -v -m gpu "${parallel[@]}" --junitxml "$out/tests.xml" tests
+}
+
+peers() {
+  local length=(--rounds 3 --seconds 1.5)
+  ((${#rehearse[@]})) && length=(--quick --batch-size 16)
+  draw && run "$python" -m benchmarks train --data shapes10 "${length[@]}" --json "$out/peers.json"
+}
+
+accuracy() {
+  local training recipe model seed code finished=0 failed=0 data=()
+  local -x FASTRESNET_DATA=$out.data
+  ((${#rehearse[@]})) && TRAININGS=("fast resnet20 0" "speedrun resnet9-narrow 0")
+  if ((${#parts[@]})); then
+    find_cifar10 || return
+  else
+    data=(--data shapes10)
+    draw || return
+  fi
+  for training in "${TRAININGS[@]}"; do
+    read -r recipe model seed <<<"$training"
+    train "$recipe" --model "$model" --seed "$seed" "${data[@]}"
+    code=$?
+    if was_cut "$code"; then break; fi
+    if ((code)); then ((failed += 1)); else ((finished += 1)); fi
+    note="$finished of ${#TRAININGS[@]} trainings"
+    pack
+  done
+  if ((failed)); then return 1; fi
+  if ((!finished)); then return 124; fi
+}
+
+train() { # RECIPE OPTION...: a training whose summary, config and metrics are results if it comes to its end
+  local name folder small=() code
+  ((${#rehearse[@]})) && small=(--batch-size 16 --iterations 4)
+  name=$(printf '%s' "$*" | tr -cs '[:alnum:]' -) folder=$out.runs/$name
+  rm -rf "$folder"
+  run "$python" -m fastresnet train "$@" "${small[@]}" --out "$folder"
+  code=$?
+  if ((code == 0)); then
+    mkdir -p "$out/$stage/$name" && cp "$folder"/{summary.json,config.toml,metrics.csv} "$out/$stage/$name"
+    code=$?
+  fi
+  rm -rf "$folder"
+  return "$code"
+}
+
+find_cifar10() { # where DATA says
+  local archive=${parts[0]}
+  if [[ -e $archive/cifar10/meta.json ]]; then
+    FASTRESNET_DATA=$archive
+    return
+  fi
+  if ((${#parts[@]} > 1)); then
+    archive=$out.data/cifar10.joined
+    mkdir -p "$out.data" && cat "${parts[@]}" >"$archive" || return
+  fi
+  run "$python" -m fastresnet prepare --source "$archive"
+}
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+say() { echo "$*" | tee -a "$out/stages.txt"; }
+
+take() { # STAGE
+  local began=$SECONDS code result note=
+  stage=$1 stage_end=$((SECONDS + LIMITS[$1] * (${#rehearse[@]} ? 5 : 1)))
+  ((stage_end < deadline)) || stage_end=$deadline
+  if [[ $stage == accuracy ]] && ((${#parts[@]} + ${#rehearse[@]} == 0)); then
+    say "accuracy    left out: DATA does not name CIFAR-10"
+    return
+  fi
+  if ((stage_end <= SECONDS)); then
+    code=124 result="left out: no time"
+  else
+    echo "=== $stage, for at most $((stage_end - SECONDS)) s"
+    "$stage" >"$out/logs/$stage.log" 2>&1
+    code=$?
+    case $code in
+      0) result=passed ;;
+      124 | 137) result="cut" ;;
+      *) result="failed (exit $code)" ;;
+    esac
+    ((code == 0)) || tail -n 5 "$out/logs/$stage.log"
+  fi
+  ((code == 0)) || failed+=("$stage")
+  say "$(printf '%-11s %-45s %4d s' "$stage" "$result${note:+, $note}" "$((SECONDS - began))")"
+  pack
+}
+
+if ((${#wheels[@]})); then
+  run "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out.packages" "${wheels[@]}" || exit 1
+fi
+find_gpu='import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'
+device=$(run "$python" -c "$find_gpu") || exit 1
+captured=graph
+if [[ -z $device ]]; then
+  ((${#rehearse[@]})) || refuse "PyTorch sees no GPU. --rehearse tries this script on a CPU."
+  captured=off device="a CPU"
+  export OMP_NUM_THREADS=1 # on a machine with other work, threads wait for each other
+fi
+tell_rehearsal() {
+  ((!${#rehearse[@]})) || say "*** REHEARSAL, small sizes on $device: NOTHING OF THIS IS A MEASUREMENT ***"
+}
+
+say "$device, $(date -u +%FT%TZ), for at most $seconds s"
+tell_rehearsal
+failed=()
+for name in "${chosen[@]}"; do
+  take "$name"
+done
+tell_rehearsal
+pack
+echo
+cat "$out/stages.txt"
+echo "$out.tar: $(stat -c %s "$out.tar") bytes, after $SECONDS s"
+((${#failed[@]} == 0)) || { echo "not passed: ${failed[*]}" >&2 && exit 1; }

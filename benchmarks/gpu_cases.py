@@ -1,0 +1,378 @@
+"""usage: python -m benchmarks.gpu_cases ceilings|steps|candidates --json FILE [--rehearse]
+
+Measure, for gpu_suite.sh, what a GPU can do, what training steps take there, and what might make them faster.
+
+  ceilings     large copies and matrix products, and what the smallest kernel takes in a CUDA graph
+  steps        captured training steps of some recipes: images/s, memory, and their ten costliest kernels
+  candidates   each of some changes in turns with the step as it is
+
+Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short:
+nothing is measured then. A CPU does it too, with small batches, and steps that are not captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from rich.console import Console
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measurement import copy_bandwidth, matmul_rate, ratio, seconds_between, spread, stamp
+from benchmarks.report import SCHEMA, Report, short, write_report
+from fastresnet.device import DTYPES, environment, resolve_device
+from fastresnet.recipes import create_config
+from fastresnet.terminal import find_dataset, guarded
+from fastresnet.training.engine import Engine
+from fastresnet.training.step import TrainStep
+from fastresnet.training.trainer import Trainer
+from pipelines.errors import UsageError, check_choice
+from pipelines.store import Dataset
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Measurement in full, or its rehearsal."""
+
+    rehearsal: bool = False
+    rounds: int = 7
+    seconds: float = 0.4
+    """Length of a turn."""
+    batch_divisor: int = 1
+    """Of a CPU, for which full batches would be too much."""
+    profiled_steps: int = 10
+    copied_bytes: int = 256 << 20
+    largest_product: int = 8192
+    graph_kernels: int = 1000
+
+
+REHEARSAL = Extent(
+    rehearsal=True,
+    rounds=2,
+    seconds=0.01,
+    batch_divisor=64,
+    profiled_steps=2,
+    copied_bytes=1 << 20,
+    largest_product=256,
+    graph_kernels=10,
+)
+
+
+# --- what is measured --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """A recipe's training."""
+
+    recipe: str
+    model: str
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.model}/b{self.batch_size}"
+
+
+SGD, MUON = Case("baseline", "resnet20", 128), Case("fast", "resnet20", 128)
+CASES = (SGD, Case("baseline", "resnet20", 1024), MUON, Case("speedrun", "resnet9-medium", 512))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A change of a step that may make it faster."""
+
+    name: str
+    case: Case
+    compiled: bool = True
+    """Forward and backward pass by Inductor, else by PyTorch's own kernels, in a CUDA graph all the same."""
+    inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of Inductor that differ from its defaults."""
+    change: Callable[[TrainStep], None] = lambda _: None
+    """What else is changed, before the step is compiled and captured."""
+
+
+def compile_update(step: TrainStep) -> None:
+    """Have the first optimiser's update compiled too."""
+    optimizer = step.optimizers[0]
+    optimizer.step = torch.compile(optimizer.step, dynamic=False, **_compiler(step.count.device))  # type: ignore[assignment, method-assign]
+
+
+COMBINED = {"combo_kernels": True}
+# Without force, the reductions of batch norm stay plain ones over the pixels, with a block for each few channels: most
+# of the GPU would be idle.
+COOPERATIVE = {"triton.cooperative_reductions": True, "triton.force_cooperative_reductions": True}
+
+# What needs no new kernels for the network comes first: it is quickly compiled.
+CANDIDATES = (
+    Candidate(name="eager graph", case=SGD, compiled=False),
+    Candidate(name="eager graph", case=MUON, compiled=False),
+    Candidate(name="compiled Muon", case=MUON, change=compile_update),
+    Candidate(name="combo_kernels", case=SGD, inductor=COMBINED),
+    Candidate(name="cooperative_reductions", case=SGD, inductor=COOPERATIVE),
+    Candidate(name="combo_kernels and cooperative_reductions", case=SGD, inductor=COMBINED | COOPERATIVE),
+)
+
+
+# --- steps -------------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Steps of a training, to be taken over and over: its captured step on a GPU, one step after the other on a CPU."""
+
+    def __init__(self, case: Case, dataset: Dataset, device: torch.device, candidate: Candidate | None = None) -> None:
+        candidate = candidate or Candidate(name="", case=case, compiled=device.type == "cuda")
+        self.case, self._device = case, device
+        config = dataclasses.replace(
+            create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident", device=device.type
+        )
+        gc.collect()  # what is left of cases before
+        held = _memory_held(device)
+        began = time.perf_counter()
+        self._trainer = Trainer(config, dataset, Console(quiet=True))
+        step, pipeline = self._trainer.step, self._trainer.pipeline
+        candidate.change(step)
+        if candidate.inductor or device.type != "cuda":
+            # Each set of settings is a compiler of its own, so that no step takes over another's kernels.
+            step._compiled = torch.compile(
+                step._loss_and_hits, fullgraph=True, dynamic=False, **_compiler(device, candidate.inductor)
+            )
+        uncaptured = "compile" if candidate.compiled else "eager"
+        self._engine = Engine(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
+        step.compiled = candidate.compiled
+        self._trainer.model.train()
+        self._engine.prepare(next(pipeline.epoch(0)))
+        self._seconds_per_step = math.inf
+        self.take_turn(0)
+        self.prepare_s = time.perf_counter() - began
+        """Compilation and recording; the compiler's caches may have been warm."""
+        self._memory = _memory_held(device, since=held)
+
+    def take_turn(self, seconds: float) -> float:
+        """Take steps for about `seconds`; returns images/s."""
+        # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
+        most = self._trainer.total_steps - 1  # each has a learning rate
+        steps = self._begin(min(max(round(seconds / self._seconds_per_step), 1), most))
+        begin = stamp(self._device)
+        taken = sum(1 for _ in steps)
+        self._seconds_per_step = seconds_between(begin, stamp(self._device)) / taken
+        return self.case.batch_size / self._seconds_per_step
+
+    def _begin(self, count: int) -> Iterator[None]:
+        """`count` steps, to be taken after a first one, for which an epoch is planned."""
+        self._trainer.step.count.zero_()
+        steps = self._engine.steps(0, 0, count + 1)
+        next(steps)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return steps
+
+    def row(self, name: str, images_per_s: list[float]) -> dict[str, Any]:
+        """What turns gave, what it took to prepare them, and the memory that it needs."""
+        return {
+            "name": name,
+            "kind": "ours",
+            **dataclasses.asdict(self.case),
+            **spread(images_per_s, "images_per_s"),
+            "rounds": len(images_per_s),
+            "ms_per_step": 1000 * self.case.batch_size / statistics.median(images_per_s),
+            "prepare_s": self.prepare_s,
+            **self._memory,
+        }
+
+    def kernels(self, count: int) -> dict[str, Any]:
+        """Kernels of a step (of a CPU: operators), by the profiler: how many, ms of all, and the ten costliest."""
+        on_gpu = self._device.type == "cuda"
+        steps = self._begin(count)
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+            taken = sum(1 for _ in steps)
+            if on_gpu:
+                torch.cuda.synchronize()
+        time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        # On a GPU the time of a kernel also stands at the operator that launched it, and at the regions it lies in.
+        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        found = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
+        found.sort(key=lambda each: -getattr(each, time_of))
+
+        def per_step(*events: Any) -> dict[str, float]:
+            return {
+                "ms": sum(getattr(each, time_of) for each in events) / 1000 / taken,
+                "calls": sum(each.count for each in events) / taken,
+            }
+
+        return {
+            "kernels_per_step": per_step(*found),
+            "costliest": [{"name": each.key[:200]} | per_step(each) for each in found[:10]],
+        }
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Options of `torch.compile`. On a CPU, which only rehearses, nothing is generated."""
+    return {"options": inductor or None} if device.type == "cuda" else {"backend": "eager"}
+
+
+def _memory_held(device: torch.device, since: dict[str, float] | None = None) -> dict[str, float]:
+    """The most that PyTorch has taken of a GPU's memory `since` then; without it, what is in use, and count anew."""
+    if device.type != "cuda":
+        return {}
+    if since is not None:
+        return {"gpu_memory_mb": torch.cuda.max_memory_reserved() / 1e6 - since["gpu_memory_mb"]}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return {"gpu_memory_mb": torch.cuda.memory_reserved() / 1e6}
+
+
+# --- the three commands ------------------------------------------------------------------------------------------
+
+
+def measure_ceilings(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+    """Copy, multiply matrices, and replay a graph of very small kernels."""
+    report["limits"] = {
+        "copy_gb_per_s": copy_bandwidth(device, extent.copied_bytes) / 1e9,
+        "matmul_tflops": {
+            name: matmul_rate(device, dtype, largest=extent.largest_product) / 1e12 for name, dtype in DTYPES.items()
+        },
+        "kernel_us": 1e6 * _small_kernel_seconds(device, extent.graph_kernels),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        report["gpu"] = {
+            "capability": [properties.major, properties.minor],
+            "memory_gb": properties.total_memory / 1e9,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    write_report(report, path)
+    print(report["limits"])
+
+
+def _small_kernel_seconds(device: torch.device, count: int) -> float:
+    """Seconds that the addition of two numbers takes among `count` like it, one after the other, in a CUDA graph."""
+    number = torch.zeros(1, device=device)
+
+    def add() -> None:
+        for _ in range(count):
+            number.add_(1)
+
+    add()
+    work = add
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            add()
+        work = graph.replay
+        work()
+    begin = stamp(device)
+    for _ in range(10):
+        work()
+    return seconds_between(begin, stamp(device)) / (10 * count)
+
+
+def measure_cases(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+    """Measure `CASES` one after the other."""
+    dataset = find_dataset("shapes10", None)
+    for case in (_sized(case, device, extent) for case in CASES):
+        with _told(report, path, case.name):
+            _measure_case(report, path, Steps(case, dataset, device), extent)
+
+
+def _measure_case(report: Report, path: Path, steps: Steps, extent: Extent) -> None:
+    with contextlib.closing(steps):
+        steps.take_turn(extent.seconds)
+        row = steps.row(steps.case.name, [steps.take_turn(extent.seconds) for _ in range(extent.rounds)])
+        report["rows"].append(row)
+        write_report(report, path)  # before the profiler, which may not be allowed here
+        row |= steps.kernels(extent.profiled_steps)
+    print(f"{row['name']}: {short(row['ms_per_step'], 3)} ms a step, {row['images_per_s']:,.0f} images/s")
+    for kernel in row["costliest"]:
+        print(f"  {kernel['ms']:.4f} ms in {kernel['calls']:.0f} calls of {kernel['name']}")
+
+
+def measure_candidates(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+    """Give each of `CANDIDATES` turns, and before each of them one to the step as it is."""
+    dataset = find_dataset("shapes10", None)
+    unchanged: dict[Case, Steps] = {}
+    for candidate in CANDIDATES:
+        case = _sized(candidate.case, device, extent)
+        name = f"{candidate.name}: {case.name}"
+        with _told(report, path, name):
+            if case not in unchanged:
+                unchanged[case] = Steps(case, dataset, device, Candidate(name="unchanged", case=case))
+            _compare(report, name, unchanged[case], Steps(case, dataset, device, candidate), extent)
+
+
+def _compare(report: Report, name: str, off: Steps, on: Steps, extent: Extent) -> None:
+    with contextlib.closing(on):
+        off.take_turn(extent.seconds), on.take_turn(extent.seconds)
+        pairs = [(off.take_turn(extent.seconds), on.take_turn(extent.seconds)) for _ in range(extent.rounds)]
+    of_off, of_on = (list(turns) for turns in zip(*pairs, strict=True))
+    report["rows"] += [off.row(f"{name}, off", of_off), on.row(f"{name}, on", of_on)]
+    report["ratios"].append(compared := ratio(f"{name}, on", of_on, f"{name}, off", of_off))
+    median, low, high = (short(compared[key], 3) for key in ("median", "low", "high"))
+    print(f"{name}: {median} times as fast ({low}–{high})")
+
+
+def _sized(case: Case, device: torch.device, extent: Extent) -> Case:
+    divisor = extent.batch_divisor if device.type == "cpu" else 1
+    return dataclasses.replace(case, batch_size=case.batch_size // divisor)
+
+
+@contextlib.contextmanager
+def _told(report: Report, path: Path, name: str) -> Iterator[None]:
+    """Write the report in the end, with a reason where measuring `name` fails: the others go on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  whatever the compiler, the driver and the GPU think of
+        report["failed"][name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        print(f"{name}: failed")
+        traceback.print_exc()
+    finally:
+        write_report(report, path)
+        sys.stdout.flush()
+
+
+COMMANDS = {"ceilings": measure_ceilings, "steps": measure_cases, "candidates": measure_candidates}
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command line; 1 where something failed."""
+    match arguments:
+        case [command, "--json", file, *rest] if rest in ([], ["--rehearse"]):
+            check_choice("command", command, COMMANDS)
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+    device, extent = resolve_device("auto"), REHEARSAL if rest else Extent()
+    if device.type != "cuda" and not extent.rehearsal:
+        raise UsageError("PyTorch sees no GPU here. --rehearse goes through the same on a CPU.")
+    report: Report = {
+        "schema": SCHEMA,
+        "benchmark": f"gpu-{command}",
+        "environment": {**environment(device), "data": "shapes10", "rehearsal": extent.rehearsal},
+        "limits": {},
+        "rows": [],
+        "ratios": [],
+        "failed": {},
+    }
+    # Each compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
+    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        COMMANDS[command](report, Path(file), device, extent)
+    return 1 if report["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
