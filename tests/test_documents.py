@@ -77,6 +77,7 @@ def forget_runs(workspace):
             shutil.rmtree(folder)
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
     monkeypatch.chdir(workspace)

@@ -1033,11 +1033,12 @@ def test_torch_compile_takes_stochastic_depth_into_the_graph(name):
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
 
 
-def test_compiled_code_draws_the_same_samples():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_code_draws_the_same_samples(backend):
     torch._dynamo.reset()
     module, step = depth_module(0.4, 2), torch.zeros(1, dtype=torch.int64)
     seed_stochastic_depth(module, 2**62 + 1, step)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     for number in range(3):
         step.fill_(number)
         assert torch.equal(keep(compiled, 300), reference_keep(2**62 + 1, 2, number, 300, 0.4))
