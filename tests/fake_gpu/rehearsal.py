@@ -100,7 +100,7 @@ def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(data
 
 @pytest.mark.parametrize("data", [True, False], ids=["resident", "step-only"])
 def test_the_training_benchmark_replays_its_steps(dataset, data):
-    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16")
+    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16", threads=1)
     epochs = training.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
     assert_replays_alone(iter(epochs(0)))
 
