@@ -170,7 +170,7 @@ class Entry:
     compiles: bool = False
     """Whether the first batch waits for a compiler, which is then told apart."""
     needed: bool = False
-    """Whether there is nothing to compare without it."""
+    """Nothing can be compared without it."""
 
     @property
     def kind(self) -> str:

@@ -79,7 +79,7 @@ def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _read_again(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """What batch norm takes from memory a second time: activations and their gradients, while it trains."""
+    """List the tensors that batch norm reads a second time in training: activations and their gradients."""
     arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     if "batch_norm" not in func._schema.name or "_no_" in func._schema.name:
         return []

@@ -30,7 +30,7 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measurement import copy_bandwidth, matmul_rate, ratio, seconds_between, spread, stamp
+from benchmarks.measurement import copy_bandwidth, matmul_rate, ratio, recorded, seconds_between, spread, stamp
 from benchmarks.report import SCHEMA, Report, short, write_report
 from fastresnet.device import DTYPES, environment, resolve_device
 from fastresnet.recipes import create_config
@@ -51,7 +51,7 @@ class Extent:
     seconds: float = 0.4
     """Length of a turn."""
     batch_divisor: int = 1
-    """Of a CPU, for which full batches would be too much."""
+    """Smaller on a CPU, for which full batches would be too much."""
     profiled_steps: int = 10
     copied_bytes: int = 256 << 20
     largest_product: int = 8192
@@ -101,7 +101,7 @@ class Candidate:
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] = lambda _: None
-    """What else is changed, before the step is compiled and captured."""
+    """Further change, made before the step is compiled and captured."""
 
 
 def compile_update(step: TrainStep) -> None:
@@ -180,7 +180,7 @@ class Steps:
         return steps
 
     def row(self, name: str, images_per_s: list[float]) -> dict[str, Any]:
-        """What turns gave, what it took to prepare them, and the memory that it needs."""
+        """Return the figures of a case: its turns, preparation and memory."""
         return {
             "name": name,
             "kind": "ours",
@@ -268,14 +268,8 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
         for _ in range(count):
             number.add_(1)
 
-    add()
-    work = add
-    if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            add()
-        work = graph.replay
-        work()
+    work = recorded(add) if device.type == "cuda" else add
+    work()
     begin = stamp(device)
     for _ in range(10):
         work()

@@ -1,4 +1,4 @@
-"""What keeps the processors busy beside the processes that are measured."""
+"""The load that others put on the processors beside the processes that are measured."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class OtherLoad:
         self._began, self._ticks = time.monotonic(), _other_ticks()
 
     def figures(self, threads: int) -> dict[str, Any]:
-        """What a result says of it, where `threads` threads are measured: `other_load`, the mean number of processors,
-        and whether they and the threads are more than the usable `processors`, `overloaded`. Empty without /proc.
+        """Return the entries of a result where `threads` threads are measured: `other_load`, the mean number of
+        processors, and `overloaded`, true where they and the threads are more than the usable `processors`. Empty
+        without /proc.
         """
         if self._ticks is None:
             return {}

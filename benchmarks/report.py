@@ -134,7 +134,7 @@ def throughput(row: dict[str, Any]) -> str:
 
 
 def memory(rows: Sequence[dict[str, Any]]) -> Column:
-    """What a contestant has taken of the host's memory and, by PyTorch, of a GPU's where there is one."""
+    """Return the column of memory taken: of the host and, by PyTorch, of a GPU where there is one."""
     if any("gpu_memory_mb" in row for row in rows):
         return "MB host/GPU", lambda row: f"{row['peak_memory_mb']:,.0f}/{row['gpu_memory_mb']:,.0f}"
     return "memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"

@@ -1,4 +1,4 @@
-"""How many threads a CPU computes with: as many as asked for, or the number with which trial steps are fastest.
+"""The number of threads that a CPU computes with: as asked for, or that with which trial steps are fastest.
 
 PyTorch takes one for each core, the best choice on a quiet machine. Beside a busy process every parallel region waits
 for the core that is taken: 31 images/s with 2 threads and 589 with 1 (steps of ResNet-20 on 2 cores, one of them busy).
@@ -26,7 +26,7 @@ Threads = int | Literal["auto"]
 MOST_THREADS = 1024
 
 TRIAL_SECONDS, TRIAL_SHARE = 2.0, 0.02
-"""What a choice may cost: so many seconds, or this share of the work that follows."""
+"""Limits of a choice: so many seconds, or this share of the work that follows, whichever is more."""
 
 _TIMED = 3  # steps with each number of threads, after an untimed one
 _HOPELESS = 2.0  # times the fastest step so far: a step is not waited for any longer
@@ -77,7 +77,7 @@ def use_threads(threads: int) -> None:
 def fastest_threads(
     work: Callable[[int], object], images: int, repetitions: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[int, str]:
-    """Of 1, half and all usable processors, the number of threads with which `work` is fastest; and why, in a line.
+    """Return the number of threads with which `work` is fastest, of 1, half and all usable processors, and the reason.
 
     `work(n)` is to compute `n` images without leaving a trace; `repetitions` times `images` of them follow. The trial
     takes 2 s or 2 % of that, whichever is more. $OMP_NUM_THREADS, which schedulers set, is taken as it is. A single

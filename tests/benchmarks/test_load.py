@@ -1,4 +1,4 @@
-"""What others do to a measurement: how much is counted as theirs, and what a result says of it."""
+"""Load by others during a measurement: its share, and its line in a result."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""With how many threads a CPU computes: what is chosen, what it costs, and that a run keeps its number."""
+"""The choice of the threads of a CPU: its result, its cost, and a run that keeps it."""
 
 import json
 
