@@ -23,11 +23,11 @@ def test_the_work_of_this_process_and_of_those_below_it_is_its_own():
     before = seconds()
     subprocess.run([sys.executable, "-c", BURN], check=True)
     ended = seconds()
-    assert ended[0] - before[0] == pytest.approx(ended[1] - before[1], abs=0.05)
+    assert ended[0] - before[0] == pytest.approx(ended[1] - before[1], abs=0.05)  # up to five ticks of 10 ms
     with subprocess.Popen([sys.executable, "-c", f"{BURN}\nprint(flush=True); input()"], stdin=-1, stdout=-1) as child:
         child.stdout.readline()
         alive = seconds()
-        assert alive[0] - ended[0] >= alive[1] - ended[1] + 0.3
+        assert alive[0] - ended[0] >= alive[1] - ended[1] + 0.3 - 0.05  # as above: each figure is rounded to ticks
         child.communicate(b"\n")
 
 
