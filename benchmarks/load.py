@@ -40,7 +40,9 @@ def process_tree() -> list[int]:
     """This process and all below it."""
     tree = [os.getpid()]
     for process in tree:  # grows while it is read
-        tree += map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # it has just ended
+                tree += map(int, children.read_text().split())
     return tree
 
 
@@ -65,7 +67,7 @@ def _own_ticks() -> int:
     """Ticks of this process, of all below it, and of those among them that have ended (proc(5), /proc/PID/stat)."""
     ticks = 0
     for process in process_tree():
-        with contextlib.suppress(FileNotFoundError):  # it has just ended
+        with contextlib.suppress(OSError):  # it has just ended
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))
     return ticks

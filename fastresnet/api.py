@@ -54,10 +54,13 @@ def evaluate(
     `weights` is a network, which takes images [N, 3, 32, 32] normalised as `normalization` says (`half`, `channel` or
     `pixel`, see `pipelines.Augmentation`) and returns logits [N, classes]; or a file as for `fastresnet eval`, or
     `pretrained:NAME`, which say themselves how their images are normalised, and what stands in for `data` if it is left
-    out: the data set of their training. For others that is cifar10. `threads` is how many a CPU computes with; `auto`
-    takes what is fastest in a few trial steps. `mirror` adds the accuracy with mirrored views averaged. Raises
-    `UsageError` on impossible arguments, `DataError` where a file or the data set is missing, damaged or does not fit.
+    out: the data set of their training. For others that is cifar10. `threads` is how many a CPU computes with; with a
+    file, `auto` takes what is fastest in a few trial steps. `mirror` adds the accuracy with mirrored views averaged.
+    Raises `UsageError` on impossible arguments, `DataError` where a file or the data set is missing, damaged or does
+    not fit.
     """
+    import torch
+
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
     from fastresnet.evaluation import evaluation_threads, open_evaluation
@@ -74,6 +77,8 @@ def evaluate(
         normalization = loaded.normalization if loaded.training else normalization
     else:
         dataset, network = find_dataset(data or "cifar10", root), weights
+        if threads == "auto":  # a network of unknown making is not tried with other batches than those of the test set
+            threads = torch.get_num_threads()
     on = resolve_device(device)
     precision = resolve_precision(precision, on)
     pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)

@@ -38,7 +38,7 @@ class _TooSlowError(Exception):
 
 def check_threads(threads: Threads) -> None:
     """Raise `UsageError` where `threads` is no possible number."""
-    if threads != "auto" and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+    if threads != "auto" and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
         raise UsageError(f"--threads {threads} is neither auto nor in 1..{MOST_THREADS}.")
 
 
@@ -80,20 +80,21 @@ def fastest_threads(
     """Return the number of threads with which `work` is fastest, of 1, half and all usable processors, and the reason.
 
     `work(n)` is to compute `n` images without leaving a trace; `repetitions` times `images` of them follow. The trial
-    takes 2 s or 2 % of that, whichever is more. $OMP_NUM_THREADS, which schedulers set, is taken as it is. A single
-    batch is not worth a trial, and computed by one thread.
+    takes about 2 s or 2 % of that, whichever is more. PyTorch's own number stays where $OMP_NUM_THREADS is set, as
+    schedulers do, for a single batch, and where steps are too long for a trial.
     """
     import torch
 
+    before, processors = torch.get_num_threads(), usable_processors()
     if "OMP_NUM_THREADS" in os.environ:
-        return torch.get_num_threads(), f"threads {torch.get_num_threads()}: as OMP_NUM_THREADS says"
-    processors = usable_processors()
+        return before, f"threads {before}: OMP_NUM_THREADS is set"
     if processors == 1 or repetitions <= 1:
-        return 1, ""
-    before = torch.get_num_threads()
+        return before, ""
     try:
         numbers = sorted({1, processors // 2, processors})
         trial = _Trial(work, images, repetitions, len(numbers), clock)
+        if not trial.images:
+            return before, f"threads {before}: PyTorch's number, as trial steps would take too long"
         seconds = {threads: trial.step_seconds(threads) for threads in numbers}
     finally:
         torch.set_num_threads(before)
@@ -112,8 +113,9 @@ class _Trial:
         self, work: Callable[[int], object], images: int, repetitions: int, numbers: int, clock: Callable[[], float]
     ) -> None:
         self._work, self._clock = work, clock
-        self._end, self._fastest = math.inf, math.inf
+        self._fastest = math.inf
         self.images = self._affordable_images(images, repetitions, numbers * (1 + _TIMED) + 2)
+        """Images of a step; 0 where two of them take too long."""
 
     def step_seconds(self, threads: int) -> float:
         """Median time of a step; infinite where it is given up."""
@@ -130,30 +132,29 @@ class _Trial:
         return seconds
 
     def _affordable_images(self, images: int, repetitions: int, steps: int) -> int:
-        """So many that `steps` steps with one thread stay within what the trial may cost; the search takes two more."""
+        """Return so many that `steps` steps with one thread stay within the limits; the search takes two of them."""
         import torch
 
         torch.set_num_threads(1)
-        began, count = self._clock(), min(images, 2)
+        count = min(images, 2)
         self._timed(count, math.inf)
         while True:
             seconds = self._timed(count, math.inf)
             budget = max(TRIAL_SECONDS, TRIAL_SHARE * repetitions * images / count * seconds)
+            if seconds > budget / steps:
+                return 0
             if 2 * seconds > budget / steps or count == images:
-                break
+                return count
             count = min(2 * count, images)
-        self._end = began + budget
-        return count
 
     def _timed(self, images: int, limit: float) -> float:
-        """Seconds of a step on so many images. Raises `_TooSlowError` after `limit` seconds, and when time is up."""
+        """Return the seconds of a step on so many images. Raises `_TooSlowError` after `limit` of them."""
         from torch.nn.modules.module import register_module_forward_pre_hook
 
         began = self._clock()
-        end = min(began + limit, self._end)
 
         def give_up(*_: Any) -> None:
-            if self._clock() > end:
+            if self._clock() > began + limit:
                 raise _TooSlowError
 
         hook = register_module_forward_pre_hook(give_up)

@@ -483,11 +483,13 @@ class Trainer:
                 f"{self.folder} was trained on another data set {description['data']!r} than the one in "
                 f"{self.dataset.folder}. Point --data or --root to that one, or give another folder with --out."
             )
-        # A version that did not yet have a setting did what it does by default.
-        begun_with = from_dict(description["config"], f"the checkpoint in {self.folder}")
+        # A version that did not yet have a setting did what it does by default; threads were PyTorch's number.
+        chooses_threads = self.device.type == "cpu" and self.ranks.alone
+        settings = {"threads": torch.get_num_threads() if chooses_threads else "auto", **description["config"]}
+        begun_with = from_dict(settings, f"the checkpoint in {self.folder}")
         if self.config.compile == "auto" and begun_with.compile != "graph":
             self.config = dataclasses.replace(self.config, compile=begun_with.compile)  # as measured, for the same bits
-        if self.config.threads == "auto" and begun_with.threads != "auto":
+        if self.config.threads == "auto" and begun_with.threads != "auto" and chooses_threads:
             self.config = dataclasses.replace(self.config, threads=begun_with.threads)
             use_threads(begun_with.threads)
         changed = [n for n in differences(self.config.to_dict(), begun_with.to_dict()) if n != "data"]

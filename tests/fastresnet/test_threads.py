@@ -9,6 +9,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 
 import fastresnet
 from fastresnet import cli, threads
+from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.config import from_toml
 from fastresnet.threads import fastest_threads
 from fastresnet.training import trainer
@@ -99,16 +100,38 @@ def test_what_the_environment_says_is_not_tried(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
     machine = Machine(quiet)
-    assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: as OMP_NUM_THREADS says")
+    assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: OMP_NUM_THREADS is set")
     assert not machine.tried
 
 
 def test_a_single_batch_and_a_single_processor_are_not_worth_a_trial(monkeypatch):
     machine = Machine(quiet)
-    assert fastest_threads(machine.step, 128, 1)[0] == 1
+    torch.set_num_threads(2)
+    assert fastest_threads(machine.step, 128, 1) == (2, "")
     monkeypatch.setattr(threads, "usable_processors", lambda: 1)
-    assert fastest_threads(machine.step, 128, 100)[0] == 1
+    assert fastest_threads(machine.step, 128, 100) == (2, "")
     assert not machine.tried
+
+
+def test_steps_too_long_for_a_trial_leave_the_number_as_it_is():
+    machine = Machine(quiet)
+    torch.set_num_threads(2)
+    choice = fastest_threads(lambda images: machine.step(images, 0.3), 128, 2, clock=machine.clock)
+    assert choice == (2, "threads 2: PyTorch's number, as trial steps would take too long")
+    assert set(machine.tried) == {1}
+
+
+def test_a_network_of_the_caller_s_sees_whole_batches_only(data_root, dataset):
+    sizes = []
+
+    def network(images):
+        sizes.append(len(images))
+        return torch.zeros(len(images), len(dataset.classes))
+
+    module = torch.nn.Module()
+    module.forward = network
+    fastresnet.evaluate(module, data="shapes10", root=data_root)
+    assert sizes == [len(dataset.test)]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "predict"])
@@ -118,8 +141,9 @@ def test_impossible_numbers_are_refused(run, tmp_path, command, number):
     code, _, err = run(command, *files, "--threads", number)
     assert code == 2
     assert number in err
-    with pytest.raises(UsageError, match="--threads 0"):
-        fastresnet.evaluate("pretrained:resnet20", threads=0)
+    for impossible in (0, True):
+        with pytest.raises(UsageError, match=f"--threads {impossible}"):
+            fastresnet.evaluate("pretrained:resnet20", threads=impossible)
 
 
 # --- a run keeps its number: two steps, the second of which fails at first -------------------------------------------
@@ -153,7 +177,7 @@ def interrupted(run, tmp_path, monkeypatch):
     def choose(work, images, repetitions):
         def timed_step(count):
             work(count)
-            machine.step(count, 0.1)
+            machine.step(count, 0.0625)
 
         choice = fastest_threads(timed_step, images, repetitions, clock=machine.clock)
         monkeypatch.setattr(TrainStep, "__call__", failing)
@@ -177,7 +201,7 @@ def interrupted(run, tmp_path, monkeypatch):
 
 def test_a_choice_leaves_no_trace_and_a_run_resumed_elsewhere_keeps_it(run, monkeypatch, interrupted, straight):
     folder, out = interrupted
-    assert "threads 2: trial steps reach 10 images/s with 1, 20 images/s with 2\n" in out
+    assert "threads 2: trial steps reach 16 images/s with 1, 32 images/s with 2\n" in out
     assert from_toml(folder / "config.toml").threads == 2
     monkeypatch.setattr(threads, "usable_processors", lambda: 1)
     code, out, err = run(*SMALL, "--resume", "--out", folder)
@@ -186,6 +210,18 @@ def test_a_choice_leaves_no_trace_and_a_run_resumed_elsewhere_keeps_it(run, monk
     assert "2 threads are more than the usable processors (1)" in err
     assert same(weights(folder), weights(straight[2]))
     assert json.loads((folder / "summary.json").read_text())["environment"]["threads"] == 2
+
+
+def test_an_older_run_goes_on_with_the_number_that_pytorch_takes(run, interrupted, straight):
+    folder, _ = interrupted
+    tensors, description = load_tensors(folder / "last.ckpt")
+    del description["config"]["threads"]
+    save_tensors(folder / "last.ckpt", tensors, description)
+    torch.set_num_threads(2)
+    code, out, _ = run(*SMALL, "--resume", "--out", folder)
+    assert code == 0
+    assert "differ from the run's" not in out
+    assert same(weights(folder), weights(straight[2]))
 
 
 def test_a_run_resumed_with_another_number_says_that_bits_will_differ(run, interrupted, straight):
