@@ -21,7 +21,7 @@ def spread(values: Sequence[float], name: str) -> dict[str, float]:
 
 
 def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]) -> dict[str, Any]:
-    """How many times `others`' figure each of `values` is, round by round: machines drift, ratios less so.
+    """Divide `values` by `others`' figures, round by round: machines drift, ratios less so.
 
     Of the rounds that both have had: one may be a turn ahead.
     """

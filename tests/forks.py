@@ -77,7 +77,7 @@ EVERYTHING = (
     *("torch.utils.flop_counter", "fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes"),
     *("fastresnet.training.trainer", "pipelines.convert"),
 )
-"""What a training imports. No thread may be started by it."""
+"""Modules that a training imports. None may start a thread."""
 
 
 def serve(folder: Path) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""What the pretended GPU has seen. To be imported first, in a process that run.sh has started.
+"""The record of the pretended GPU. To be imported first, in a process that run.sh has started.
 
 As a program: `fakegpu.py ARGUMENTS OF fastresnet...` runs a command and lists the kernels of the graph recorded last.
 """
