@@ -3,7 +3,7 @@
 Measure, for gpu_suite.sh, what a GPU can do, what training steps take there, and what might make them faster.
 
   ceilings     large copies and matrix products, and what the smallest kernel takes in a CUDA graph
-  steps        captured training steps of some recipes: images/s, memory, and their ten costliest kernels
+  steps        captured training steps of some recipes: images/s, memory, and the time of each kernel
   candidates   each of some changes in turns with the step as it is
 
 Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short:
@@ -193,7 +193,7 @@ class Steps:
         }
 
     def kernels(self, count: int) -> dict[str, Any]:
-        """Kernels of a step (of a CPU: operators), by the profiler: how many, ms of all, and the ten costliest."""
+        """Kernels of a step (of a CPU: operators), by the profiler: how many, and ms of all and of each."""
         on_gpu = self._device.type == "cuda"
         steps = self._begin(count)
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
@@ -214,7 +214,7 @@ class Steps:
 
         return {
             "kernels_per_step": per_step(*found),
-            "costliest": [{"name": each.key[:200]} | per_step(each) for each in found[:10]],
+            "kernels": [{"name": each.key[:200]} | per_step(each) for each in found],
         }
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ def _measure_case(report: Report, path: Path, steps: Steps, extent: Extent) -> N
         write_report(report, path)  # before the profiler, which may not be allowed here
         row |= steps.kernels(extent.profiled_steps)
     print(f"{row['name']}: {short(row['ms_per_step'], 3)} ms a step, {row['images_per_s']:,.0f} images/s")
-    for kernel in row["costliest"]:
+    for kernel in row["kernels"][:10]:
         print(f"  {kernel['ms']:.4f} ms in {kernel['calls']:.0f} calls of {kernel['name']}")
 
 
