@@ -95,7 +95,7 @@ class Dataset:
     pixel_mean: np.ndarray
     """float32 [32, 32, 3], in 0..1."""
     digest: str
-    """SHA-256 over name, contents and provenance: two stores with the same digest give the same batches."""
+    """SHA-256 over classes, images and labels, wherever, from whichever file and by whichever version prepared."""
     folder: Path
 
     def hold_out(self, count: int) -> tuple[Dataset, Dataset]:
@@ -146,8 +146,16 @@ def write_store(folder: Path, data: RawData, *, source: str, version: str) -> No
 
 def _meta_digest(meta: dict[str, Any]) -> str:
     """SHA-256 of everything in meta.json but itself."""
-    rest = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return _json_digest({key: value for key, value in meta.items() if key != "sha256"})
+
+
+def _content_digest(meta: dict[str, Any]) -> str:
+    files = {f"{key}.npy": meta["files"][f"{key}.npy"]["sha256"] for key in _ARRAYS if key != "pixel_mean"}
+    return _json_digest([meta["classes"], files])
+
+
+def _json_digest(contents: Any) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _write_files(folder: Path, name: str, data: RawData, source: str, version: str) -> None:
@@ -209,7 +217,7 @@ def open_store(folder: Path) -> Dataset:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         pixel_mean=arrays["pixel_mean"],
-        digest=meta["sha256"],
+        digest=_content_digest(meta),
         folder=folder,
     )
 

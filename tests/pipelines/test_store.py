@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -165,6 +166,25 @@ def test_same_data_gives_the_same_files(tmp_path, store, data):
     write_store(tmp_path / "again" / "toy", data, source="somewhere", version="9.9")
     for path in store.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "toy" / path.name).read_bytes()
+
+
+def test_the_digest_is_that_of_images_labels_and_classes_alone(tmp_path, store, data):
+    """A run begun on one machine goes on where the same images were prepared from another file."""
+    digest = open_store(store).digest
+    write_store(tmp_path / "elsewhere" / "bees", data, source="parts.joined", version="10.0")
+    assert open_store(tmp_path / "elsewhere" / "bees").digest == digest
+    for number, change in enumerate(
+        (
+            {"classes": ("ant", "bee", "cat", "dodo")},
+            {"train_images": 255 - data.train_images},
+            {"train_labels": 3 - data.train_labels},
+            {"test_images": 255 - data.test_images},
+            {"test_labels": 3 - data.test_labels},
+        )
+    ):
+        folder = tmp_path / str(number) / "toy"
+        write_store(folder, dataclasses.replace(data, **change), source="somewhere", version="9.9")
+        assert open_store(folder).digest != digest, change.keys()
 
 
 # --- holding images out ------------------------------------------------------------------------------------------
