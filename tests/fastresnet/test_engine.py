@@ -19,7 +19,16 @@ CPU = torch.device("cpu")
 
 
 def make_engine(
-    dataset, backend, *, device=CPU, precision="fp32", pipeline="resident", prepare=True, optimizer="sgd", depth=20
+    dataset,
+    backend,
+    *,
+    device=CPU,
+    precision="fp32",
+    pipeline="resident",
+    prepare=True,
+    optimizer="sgd",
+    lr=1e-3,
+    depth=20,
 ):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     opened = open_pipeline(
@@ -38,7 +47,7 @@ def make_engine(
         .to(device, memory_format=torch.channels_last)
         .train()
     )
-    optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer, lr=1e-3, sgd_lr=1e-3))
+    optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer, lr=lr, sgd_lr=lr))
     step = TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
     made = Engine(step, opened, backend)
     if prepare:
@@ -140,9 +149,13 @@ def test_the_backends_agree_on_the_gpu(dataset, need, precision, pipeline):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_optimizer_takes_part_in_a_recorded_step(dataset, optimizer):
-    settings = {"device": torch.device("cuda"), "optimizer": optimizer}
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-4), ("muon", 1e-3)])
+def test_every_optimizer_takes_part_in_a_recorded_step(dataset, optimizer, lr):
+    """AdamW's first updates are little more than the signs of gradients, which roundings decide where these are small:
+    at a rate of 1e-3 noise of 1e-6 in the gradients moves losses by up to 4e-3, at 1e-4 noise of 1e-3 by 8e-5, and
+    without any update they differ by 4e-2 (measured on a CPU).
+    """
+    settings = {"device": torch.device("cuda"), "optimizer": optimizer, "lr": lr}
     eager, recorded = (losses(*make_engine(dataset, backend, **settings)) for backend in ("eager", "graph"))
     assert recorded == pytest.approx(eager, rel=2e-3)
 
