@@ -16,11 +16,13 @@ import contextlib
 import dataclasses
 import gc
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from fastresnet.training.engine import Engine
 from fastresnet.training.step import TrainStep
 from fastresnet.training.trainer import Trainer
 from pipelines.errors import UsageError, check_choice
-from pipelines.store import Dataset
+from pipelines.store import Dataset, open_store
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class Candidate:
     """Forward and backward pass by Inductor, else by PyTorch's own kernels, in a CUDA graph all the same."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
-    change: Callable[[TrainStep], None] = lambda _: None
+    change: Callable[[TrainStep], None] | None = None
     """Further change, made before the step is compiled and captured."""
 
 
@@ -143,7 +145,8 @@ class Steps:
         began = time.perf_counter()
         self._trainer = Trainer(config, dataset, Console(quiet=True))
         step, pipeline = self._trainer.step, self._trainer.pipeline
-        candidate.change(step)
+        if candidate.change is not None:
+            candidate.change(step)
         if candidate.inductor or device.type != "cuda":
             # Each set of settings is a compiler of its own, so that no step takes over another's kernels.
             step._compiled = torch.compile(
@@ -276,9 +279,29 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
     return seconds_between(begin, stamp(device)) / (10 * count)
 
 
+def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: torch.device) -> None:
+    """Compile all `candidates` at once, each in a process of its own, so that the compiler's cache on disk has them.
+
+    One after the other, four take 110 s of an H100 (with 16 processors beside it), which is idle for almost all of it.
+    What fails is tried again when its turn comes.
+    """
+    with ProcessPoolExecutor(len(candidates), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, candidate, dataset.folder, device) for candidate in candidates]
+        for candidate, future in zip(candidates, futures, strict=True):
+            if (error := future.exception()) is not None:
+                what = f"{candidate.name} {candidate.case.name}".strip()
+                print(f"{what} does not compile: {type(error).__name__}: {str(error).strip()[:500]}")
+
+
+def _compile(candidate: Candidate, folder: Path, device: torch.device) -> None:
+    Steps(candidate.case, open_store(folder), device, candidate).close()
+
+
 def measure_cases(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
     """Measure `CASES` one after the other."""
     dataset = find_dataset("shapes10", None)
+    if device.type == "cuda":
+        compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
     for case in (_sized(case, device, extent) for case in CASES):
         with _told(report, path, case.name):
             _measure_case(report, path, Steps(case, dataset, device), extent)
@@ -300,6 +323,15 @@ def measure_candidates(report: Report, path: Path, device: torch.device, extent:
     """Give each of `CANDIDATES` turns, and before each of them one to the step as it is."""
     dataset = find_dataset("shapes10", None)
     unchanged: dict[Case, Steps] = {}
+    if device.type == "cuda":
+        compile_ahead(
+            [
+                *(Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}),
+                *(candidate for candidate in CANDIDATES if candidate.compiled),
+            ],
+            dataset,
+            device,
+        )
     for candidate in CANDIDATES:
         case = _sized(candidate.case, device, extent)
         name = f"{candidate.name}: {case.name}"

@@ -25,7 +25,7 @@
 set -uo pipefail
 
 STAGES=(ceilings smoke steps candidates tests peers accuracy)
-declare -A LIMITS=([ceilings]=30 [smoke]=60 [steps]=150 [candidates]=90 [tests]=120 [peers]=90 [accuracy]=86400)
+declare -A LIMITS=([ceilings]=30 [smoke]=90 [steps]=120 [candidates]=150 [tests]=150 [peers]=150 [accuracy]=86400)
 TRAININGS=( # recipe, network, seed
   "fast resnet20 0" "fast resnet20 1" "fast resnet20 2" "fast resnet20 3" "fast resnet20 4"
   "baseline resnet20 0" "paper resnet20 0"
@@ -133,7 +133,8 @@ draw() { # shapes10, once
 }
 
 smoke() {
-  draw && train smoke --data shapes10 --compile off && train smoke --data shapes10 --compile "$captured"
+  local short=(smoke --data shapes10 --iterations 100)
+  draw && train "${short[@]}" --compile off && train "${short[@]}" --compile "$captured"
 }
 
 steps() {
@@ -145,7 +146,9 @@ candidates() {
 }
 
 tests() {
-  local parallel=() code signal=INT # at which pytest writes what it has
+  # At INT pytest writes what it has, once its workers have ended: it waits for them up to 10 seconds.
+  local parallel=() code signal=INT TO_KILL=20
+  stage_end=$((stage_end - TO_KILL))
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   TORCHINDUCTOR_COMPILE_THREADS=2 run env --default-signal=INT \
     "$python" -m pytest -v -m gpu "${parallel[@]}" --junitxml "$out/tests.xml" tests

@@ -184,6 +184,13 @@ def test_a_stage_that_is_cut_leaves_what_it_had_written(suite):
     assert len([name for name in packed if name.startswith("smoke/")]) == 6
 
 
+def test_tests_that_are_cut_have_time_to_tell_what_failed(suite):
+    """Workers of pytest that compile take 10 seconds to be stopped, and only then it writes what it has seen."""
+    suite.behave('*"-m pytest"*', "trap 'sleep 7; echo FAILED; exit 2' INT; sleep 60")
+    assert suite.run("--seconds", "33", "tests")[0] == 1
+    assert b"FAILED" in suite.packed()["logs/tests.log"]
+
+
 def test_a_stage_that_fails_is_named_and_the_next_goes_on(suite):
     suite.behave('*"gpu_cases steps"*', "echo no such kernel >&2; exit 3")
     code, out, err = suite.run("steps", "candidates")

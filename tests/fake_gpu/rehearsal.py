@@ -13,6 +13,7 @@ import torch
 from benchmarks import loaders, training
 from benchmarks.__main__ import main
 from benchmarks.contestant import WaitTimer, Work
+from benchmarks.gpu_cases import Candidate, Case, compile_ahead
 from benchmarks.measurement import SameBatch
 from fastresnet import terminal
 from fastresnet.config import TrainConfig
@@ -103,6 +104,21 @@ def test_the_training_benchmark_replays_its_steps(dataset, data):
     work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16", threads=1)
     epochs = training.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
     assert_replays_alone(iter(epochs(0)))
+
+
+def change_nothing(step):
+    """Bring this module, and so the pretended GPU, into a process that is given it."""
+
+
+def test_what_is_compiled_ahead_goes_into_the_cache(dataset, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    broken, good = (
+        Candidate(name="", case=Case("baseline", "resnet20", batch_size), change=change_nothing)
+        for batch_size in (1 << 20, 24)
+    )
+    compile_ahead([broken, good], dataset, CUDA)
+    assert "b1048576 does not compile: UsageError" in capsys.readouterr().out
+    assert [path for path in (tmp_path / "fxgraph").rglob("*") if path.is_file()]
 
 
 def test_the_step_benchmark_comes_to_its_end(tmp_path):
