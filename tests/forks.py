@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -80,12 +81,16 @@ EVERYTHING = (
     *("fastresnet.training.trainer", "pipelines.convert"),
 )
 """Modules that a training imports. None may start a thread."""
+COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.native._load")
+"""Functions that compile and load C files, and do it once in a process."""
 
 
 def serve(folder: Path) -> Callable[[], object]:
     """Fork for every connection. Returns in the forked processes only: with what they have to do."""
     for module in EVERYTHING:
         importlib.import_module(module)
+    for name in COMPILED:
+        pkgutil.resolve_name(name)()
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)  # so that their processor time counts as ours
     program = folder / "python"
