@@ -7,17 +7,20 @@ PARENT in its environment is what its parent would be.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
 import socket
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -78,12 +81,16 @@ EVERYTHING = (
     *("fastresnet.training.trainer", "pipelines.convert"),
 )
 """Modules that a training imports. None may start a thread."""
+COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.native._load")
+"""Functions that compile and load C files, and do it once in a process."""
 
 
 def serve(folder: Path) -> Callable[[], object]:
     """Fork for every connection. Returns in the forked processes only: with what they have to do."""
     for module in EVERYTHING:
         importlib.import_module(module)
+    for name in COMPILED:
+        pkgutil.resolve_name(name)()
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)  # so that their processor time counts as ours
     program = folder / "python"
@@ -150,8 +157,26 @@ def run_here(arguments: list[str], files: dict[int, int]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def run_and_leave(work: Callable[[], object]) -> None:
+    """Do `work` and end as Python does, but leave modules and their objects alone: to take them apart would first copy
+    the memory that is shared with the server, which takes longer than most of this work.
+    """
+    code = 0
+    try:
+        work()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise
+        code = int(stop.code or 0)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     if __spec__:  # -m
-        serve(Path(sys.argv[1]))()
+        run_and_leave(serve(Path(sys.argv[1])))
     else:
         end(run_there(sys.argv[1], sys.argv[2:]))

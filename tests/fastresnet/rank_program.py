@@ -1,15 +1,17 @@
 """What each process of test_distributed.py does under torchrun: `rank_program.py STORE OUT` writes OUT/rank<N>.pt."""
 
+import functools
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastresnet.config import TrainConfig
 from fastresnet.distributed import Ranks, connected
 from fastresnet.evaluation import evaluate, open_evaluation
-from fastresnet.models import create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
+from fastresnet.models.resnet import create_resnet
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.regularization import Mixer
@@ -35,10 +37,17 @@ def samples(dataset: Dataset, pipeline: str, ranks: Ranks) -> list[tuple[torch.T
     return batches
 
 
+def network(drop_path: float = 0.0) -> nn.Module:
+    """ResNet-8, which has one block in each stage: one for each way through."""
+    torch.manual_seed(0)
+    model = create_resnet(8, num_classes=10, shortcut="B", drop_path=drop_path)
+    return model.to(memory_format=torch.channels_last)
+
+
+@functools.cache
 def train(dtype: torch.dtype, ranks: Ranks, *, batch_size: int, mix: bool, lr: float = 1e-3) -> dict[str, torch.Tensor]:
     """Weights and statistics after four steps with everything that depends on the place of an image in its batch."""
-    torch.manual_seed(0)
-    model = create_model("resnet20", drop_path=0.3).to(dtype, memory_format=torch.channels_last)
+    model = network(drop_path=0.3).to(dtype)
     if not ranks.alone:
         synchronize_batch_norms(model)
     rows = ranks.rows(batch_size)
@@ -58,10 +67,8 @@ def train(dtype: torch.dtype, ranks: Ranks, *, batch_size: int, mix: bool, lr: f
 
 def evaluation(dataset: Dataset, ranks: Ranks) -> dict[str, object]:
     """Accuracy and loss of a network with random weights on a test set that the ranks cannot share evenly."""
-    torch.manual_seed(0)
-    model = create_model("resnet20").to(memory_format=torch.channels_last)
     pipeline = open_evaluation(dataset, "half", pipeline="resident", precision="fp32", device=CPU, ranks=ranks)
-    result = evaluate(model, pipeline, dataset.classes, precision="fp32", device=CPU, mirror=True, ranks=ranks)
+    result = evaluate(network(), pipeline, dataset.classes, precision="fp32", device=CPU, mirror=True, ranks=ranks)
     return {name: getattr(result, name) for name in ("accuracy", "loss", "per_class", "mirror_accuracy")}
 
 

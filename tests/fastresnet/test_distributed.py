@@ -131,6 +131,7 @@ import os, signal, sys
 from pathlib import Path
 from fastresnet import cli
 from fastresnet.training.step import TrainStep
+from tests.fastresnet import tiny_runs
 original, done = TrainStep.__call__, Path({done!r})
 def armed(self, images, labels):
     if int(self.count) == {step} and os.environ["RANK"] == "{rank}" and not done.exists():
@@ -138,16 +139,17 @@ def armed(self, images, labels):
         {fault}
     original(self, images, labels)
 TrainStep.__call__ = armed
+tiny_runs.take_a_third_of_the_time()
 sys.exit(cli.main(sys.argv[1:]))
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 ARGUMENTS = [*tiny_runs.ARGUMENTS, "--lr", "0.01"]
 
 
-@pytest.fixture
-def start(python, tmp_path, tiny_root):
+@pytest.fixture(scope="module")
+def start(python, tmp_path_factory, tiny_root):
     def start_ranks(processes, folder, *arguments, step=-1, rank=1, fault="pass", restarts=0):
-        program = tmp_path / f"program{len(list(tmp_path.glob('program*.py')))}.py"
+        program = tmp_path_factory.mktemp("program") / "program.py"
         program.write_text(PROGRAM.format(step=step, rank=rank, fault=fault, done=str(program.with_suffix(".done"))))
         given = [*ARGUMENTS, *arguments, "--out", folder]
         return torchrun(python, processes, program, *given, root=tiny_root, restarts=restarts)
@@ -156,10 +158,10 @@ def start(python, tmp_path, tiny_root):
 
 
 @pytest.fixture(scope="module")
-def unbroken(python, tmp_path_factory, tiny_root):
+def unbroken(start, tmp_path_factory):
     """A run of two ranks to its end."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    code, out, err = finish(torchrun(python, 2, "-m", "fastresnet", *ARGUMENTS, "--out", folder, root=tiny_root))
+    code, out, err = finish(start(2, folder))
     assert code == 0, err
     assert "steps of 16 images (8 on each of 2 processes)" in out
     assert out.count("epoch   1") == 1
@@ -230,8 +232,10 @@ def test_the_failure_of_one_rank_stops_all_with_its_message(start, tmp_path):
     ],
     ids=["fewer images than ranks", "pairs torn apart"],
 )
-def test_what_several_ranks_cannot_do_is_refused(start, tmp_path, arguments, message):
-    code, _, err = finish(start(2, tmp_path / "run", *arguments))
+def test_what_several_ranks_cannot_do_is_refused(python, tiny_root, tmp_path, arguments, message):
+    """Asked for as it is from a shell."""
+    command = ["-m", "fastresnet", *ARGUMENTS, *arguments, "--out", tmp_path / "run"]
+    code, _, err = finish(torchrun(python, 2, *command, root=tiny_root))
     assert code != 0
     assert message in err
     assert not (tmp_path / "run").exists()

@@ -11,23 +11,20 @@ import pytest
 from fastresnet.checkpoint import load_tensors
 from tests.fastresnet.tiny_runs import ARGUMENTS, assert_same_run
 
-# Runs the command line with a fault armed: when training step {step} begins, {fault} happens. To take a third of the
-# time, ResNet-20 has one block in each stage, and no picture is drawn for the file of the curves.
+# Runs the command line with a fault armed: when training step {step} begins, {fault} happens.
 PROGRAM = """
-import dataclasses, os, resource, signal, sys, time
-import fastresnet.models as models
-import fastresnet.plotting as plotting
+import os, resource, signal, sys, time
 import fastresnet.training.trainer as trainer
 from fastresnet import cli
 from fastresnet.training.step import TrainStep
+from tests.fastresnet import tiny_runs
 original = TrainStep.__call__
 def armed(self, images, labels):
     if int(self.count) == {step}:
         {fault}
     original(self, images, labels)
 TrainStep.__call__ = armed
-models._MODELS["resnet20"] = dataclasses.replace(models._MODELS["resnet20"], depth=8)
-plotting.rendered = lambda *_: b"a picture"
+tiny_runs.take_a_third_of_the_time()
 sys.exit(cli.main(sys.argv[1:]))
 """
 
