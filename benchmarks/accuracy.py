@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -85,9 +86,13 @@ def reproduction_table(summaries: Iterable[Summary]) -> str:
 
 
 def runs_table(summaries: Iterable[Summary]) -> str:
-    """What was run, as Markdown: accuracy, and the time and arithmetic it took, for each recipe and network."""
+    """What was run, as Markdown: accuracy, and the time and arithmetic it took, for each recipe, network and device."""
     head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
-    described = (_described(*key, runs) for key, runs in _grouped(summaries).items())
+    described = (
+        _described(*key, list(runs))
+        for key, group in _grouped(summaries).items()
+        for _, runs in itertools.groupby(sorted(group, key=lambda run: (_on_gpu(run), _device(run))), key=_device)
+    )
     return markdown_table(head, [[cells[column] for column in head] for cells in described])
 
 
@@ -109,7 +114,6 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
 def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
     """Cells by their column."""
     minutes = statistics.median(run["train_seconds"] for run in runs) / 60
-    devices = {f"{run['environment']['device']}, {run['environment']['threads']} used" for run in runs}
     return {
         "recipe": f"`{recipe}`",
         "network": model,
@@ -118,9 +122,18 @@ def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
         "test accuracy": f"{mean_and_spread([run['test_accuracy'] for run in runs])} %",
         "mirrored": f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
         "PFLOP": f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
-        "minutes": f"{minutes:.0f}",
-        "device": "; ".join(sorted(devices)),
+        "minutes": f"{minutes:.0f}" if minutes >= 1 else f"{minutes:.1f}",
+        "device": "; ".join(sorted(set(map(_device, runs)))),
     }
+
+
+def _on_gpu(run: Summary) -> bool:
+    return run["settings"]["device"] == "cuda"
+
+
+def _device(run: Summary) -> str:
+    environment = run["environment"]
+    return environment["device"] if _on_gpu(run) else f"{environment['device']}, {environment['threads']} used"
 
 
 def _error_cell(runs: list[Summary]) -> str:
@@ -132,12 +145,13 @@ def _error_cell(runs: list[Summary]) -> str:
 
 
 def _grouped(summaries: Iterable[Summary]) -> dict[tuple[str, str], list[Summary]]:
-    """By recipe and model, in the order of the registry and the table; seeds in order."""
+    """By recipe and model, in the order of the registry and the table; CPUs before GPUs, then seeds in order."""
     recipes, models = list(RECIPES), list(PUBLISHED)
 
     def place(run: Summary) -> tuple:
         model = run["model"]
-        return recipes.index(run["recipe"]), models.index(model) if model in models else len(models), model, run["seed"]
+        number = models.index(model) if model in models else len(models)
+        return recipes.index(run["recipe"]), number, model, _on_gpu(run), run["seed"]
 
     groups: dict[tuple[str, str], list[Summary]] = {}
     for run in sorted(summaries, key=place):
@@ -161,10 +175,10 @@ def add(runs: Iterable[Path]) -> None:
     """
     summaries, files = {run: _summary(run) for run in runs}, dict[Path, bytes]()
     for run, summary in summaries.items():
-        name = _stem(summary)
         if objection := _objection(summary, str(run)):
             command = f"fastresnet train {summary['recipe']} --model {summary['model']} --seed {summary['seed']}"
             raise DataError(f"{run} would not count in the tables: {objection}. Train what does: {command}")
+        name = _stem(summary)
         of_run = {
             RESULTS / f"{name}.json": (json.dumps(summary, indent=2) + "\n").encode(),
             RESULTS / f"{name}.csv": (run / "metrics.csv").read_bytes(),
@@ -224,7 +238,7 @@ def _draw_errors(axes: Any, run: Summary, folder: Path, color: str) -> None:
 
 def _stem(run: Summary) -> str:
     """What the files of a run are called in the results."""
-    return f"{run['recipe']}-{run['model']}-seed{run['seed']}"
+    return f"{run['recipe']}-{run['model']}-seed{run['seed']}{'-gpu' if _on_gpu(run) else ''}"
 
 
 def publish(run: Path) -> None:

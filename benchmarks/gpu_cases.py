@@ -88,8 +88,8 @@ class Case:
         return f"{self.recipe}/{self.model}/b{self.batch_size}"
 
 
-SGD, MUON = Case("baseline", "resnet20", 128), Case("fast", "resnet20", 128)
-CASES = (SGD, Case("baseline", "resnet20", 1024), MUON, Case("speedrun", "resnet9-medium", 512))
+SGD, LARGE, MUON = Case("baseline", "resnet20", 128), Case("baseline", "resnet20", 1024), Case("fast", "resnet20", 128)
+CASES = (SGD, LARGE, MUON, Case("speedrun", "resnet9-medium", 512))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +100,8 @@ class Candidate:
     case: Case
     compiled: bool = True
     """Forward and backward pass by Inductor, else by PyTorch's own kernels, in a CUDA graph all the same."""
+    timed_convolutions: bool = False
+    """cuDNN times its algorithms for each convolution and takes the fastest, else the one that it expects to be."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
@@ -119,6 +121,8 @@ COOPERATIVE = {"triton.cooperative_reductions": True, "triton.force_cooperative_
 
 # What needs no new kernels for the network comes first: it is quickly compiled.
 CANDIDATES = (
+    Candidate(name="timed convolutions", case=SGD, timed_convolutions=True),
+    Candidate(name="timed convolutions", case=LARGE, timed_convolutions=True),
     Candidate(name="eager graph", case=SGD, compiled=False),
     Candidate(name="eager graph", case=MUON, compiled=False),
     Candidate(name="compiled Muon", case=MUON, change=compile_update),
@@ -156,7 +160,8 @@ class Steps:
         self._engine = Engine(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
         step.compiled = candidate.compiled
         self._trainer.model.train()
-        self._engine.prepare(next(pipeline.epoch(0)))
+        with torch.backends.cudnn.flags(enabled=True, benchmark=candidate.timed_convolutions, allow_tf32=True):
+            self._engine.prepare(next(pipeline.epoch(0)))
         self._seconds_per_step = math.inf
         self.take_turn(0)
         self.prepare_s = time.perf_counter() - began

@@ -55,6 +55,17 @@ def test_the_table_of_runs_has_a_row_for_each_recipe_and_network():
     assert (row["PFLOP"], row["minutes"]) == ("2.00", "10")
 
 
+def test_runs_on_a_gpu_have_a_row_of_their_own_and_count_with_the_others():
+    gpu = {"environment": {"device": "H100", "threads": 16}, "settings": {"device": "cuda"}, "train_seconds": 21.0}
+    runs = [summary(0, 92.0, **gpu), summary(1, 93.0, **gpu), summary(0, 91.0)]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in runs_table(runs).splitlines()[2:]]
+    assert [(row[3], row[4], row[7], row[8]) for row in rows] == [
+        ("0", "91.00 %", "10", "a CPU, 2 used"),
+        ("0, 1", "92.50 ± 0.71 %", "0.3", "H100"),
+    ]
+    assert cells(reproduction_table(runs), ["resnet20"])["`paper`"] == "8.00 ± 1.00 % (165 epochs, 3 seeds)"
+
+
 def test_speedruns_stand_below_airbench_s_and_other_recipes_elsewhere():
     runs = [
         summary(seed, percent, recipe="speedrun", model="resnet9-narrow") for seed, percent in ((0, 93.9), (1, 94.3))
@@ -189,7 +200,8 @@ def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_
 def test_every_run_in_the_tables_is_one_of_a_recipe_and_tells_where_it_comes_from(path):
     run = json.loads(path.read_text())
     assert run["schema"] == 1
-    assert path.stem == f"{run['recipe']}-{run['model']}-seed{run['seed']}"
+    where = {"cpu": "", "cuda": "-gpu"}[run["settings"]["device"]]
+    assert path.stem == f"{run['recipe']}-{run['model']}-seed{run['seed']}{where}"
     assert run["recipe"] in RECIPES
     environment = run["environment"]
     assert all(environment[key] for key in ("device", "threads", "versions", "commit", "command", "started"))
