@@ -27,7 +27,8 @@ PIPELINES = [
 def torchrun(python, processes, *arguments, root, restarts=0):
     """Start `processes` of a program; its output goes to a pipe."""
     command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [f"--max-restarts={restarts}", *map(str, arguments)]
+    # A rank that has lost another gets to say so before torchrun, which looks so often, stops it.
+    command += ["--monitor-interval=0.5", f"--max-restarts={restarts}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRESNET_DATA": str(root), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
