@@ -1,6 +1,6 @@
 """The commands in the documents work: each is run as it stands there, on a small data set.
 
-Trainings end after two steps, sweeps take batches of 8, seeds are two, and 5,000 held-out images are 50. Benchmarks,
+Trainings end after two steps, batches have 8 images, seeds are two, and 5,000 held-out images are 50. Benchmarks,
 which take minutes, are read by their own parser; what they do is in tests/benchmarks. What begins with docker,
 torchrun, make, srun or python -m is not run here: it needs Docker, GPUs or SLURM, or is what runs these tests.
 """
@@ -65,8 +65,8 @@ def smaller(arguments):
     """`arguments` of a command, with less to do."""
     arguments = [{"0-9": "0-1", "5000": "50"}.get(argument, argument) for argument in arguments]
     if arguments[0] == "train":
+        arguments += ["--batch-size", "8"] if "--batch-size" not in arguments else []
         arguments += ["--compile", "off"] if "--dry-run" in arguments else ["--iterations", "2"]
-        arguments += ["--batch-size", "8"] if "--find-lr" in arguments else []
     return arguments
 
 
