@@ -82,7 +82,12 @@ def test_the_packages_say_that_they_are_typed():
         assert (NOTEBOOK.parents[1] / package / "py.typed").exists()
 
 
-SMALLER = {"train_images=4000, test_images=500": "train_images=160, test_images=50", "epochs=3": "epochs=1"}
+SMALLER = {
+    "train_images=4000, test_images=500": "train_images=160, test_images=50",
+    "epochs=3": "epochs=1",
+    "torch.randn(64, 3, 32, 32)": "torch.randn(8, 3, 32, 32)",
+    "torch.randint(0, 10, (64,))": "torch.randint(0, 10, (8,))",
+}
 
 
 @pytest.mark.parametrize("size", ["smaller", pytest.param("as it stands", marks=pytest.mark.slow)])
