@@ -32,7 +32,17 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measurement import copy_bandwidth, matmul_rate, ratio, recorded, seconds_between, spread, stamp
+from benchmarks.measurement import (
+    copy_bandwidth,
+    matmul_rate,
+    memory_held,
+    memory_taken,
+    ratio,
+    recorded,
+    seconds_between,
+    spread,
+    stamp,
+)
 from benchmarks.report import SCHEMA, Report, short, write_report
 from fastresnet.device import DTYPES, environment, resolve_device
 from fastresnet.recipes import create_config
@@ -145,7 +155,7 @@ class Steps:
             create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident", device=device.type
         )
         gc.collect()  # what is left of cases before
-        held = _memory_held(device)
+        held = memory_held(device)
         began = time.perf_counter()
         self._trainer = Trainer(config, dataset, Console(quiet=True))
         step, pipeline = self._trainer.step, self._trainer.pipeline
@@ -166,7 +176,7 @@ class Steps:
         self.take_turn(0)
         self.prepare_s = time.perf_counter() - began
         """Compilation and recording; the compiler's caches may have been warm."""
-        self._memory = _memory_held(device, since=held)
+        self._memory = memory_taken(held)
 
     def take_turn(self, seconds: float) -> float:
         """Take steps for about `seconds`; returns images/s."""
@@ -234,17 +244,6 @@ def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> d
     return {"options": inductor or None} if device.type == "cuda" else {"backend": "eager"}
 
 
-def _memory_held(device: torch.device, since: dict[str, float] | None = None) -> dict[str, float]:
-    """The most that PyTorch has taken of a GPU's memory `since` then; without it, what is in use, and count anew."""
-    if device.type != "cuda":
-        return {}
-    if since is not None:
-        return {"gpu_memory_mb": torch.cuda.max_memory_reserved() / 1e6 - since["gpu_memory_mb"]}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return {"gpu_memory_mb": torch.cuda.memory_reserved() / 1e6}
-
-
 # --- the three commands ------------------------------------------------------------------------------------------
 
 
@@ -285,11 +284,13 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
 
 
 def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: torch.device) -> None:
-    """Compile all `candidates` at once, each in a process of its own, so that the compiler's cache on disk has them.
+    """Compile all `candidates` for a GPU at once, each in a process of its own: the compiler's cache then has them.
 
     One after the other, four take 110 s of an H100 (with 16 processors beside it), which is idle for almost all of it.
-    What fails is tried again when its turn comes.
+    What fails is tried again when its turn comes. A CPU, which only rehearses, has nothing to compile.
     """
+    if device.type != "cuda":
+        return
     with ProcessPoolExecutor(len(candidates), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_compile, candidate, dataset.folder, device) for candidate in candidates]
         for candidate, future in zip(candidates, futures, strict=True):
@@ -305,8 +306,7 @@ def _compile(candidate: Candidate, folder: Path, device: torch.device) -> None:
 def measure_cases(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
     """Measure `CASES` one after the other."""
     dataset = find_dataset("shapes10", None)
-    if device.type == "cuda":
-        compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
+    compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
     for case in (_sized(case, device, extent) for case in CASES):
         with _told(report, path, case.name):
             _measure_case(report, path, Steps(case, dataset, device), extent)
@@ -328,15 +328,9 @@ def measure_candidates(report: Report, path: Path, device: torch.device, extent:
     """Give each of `CANDIDATES` turns, and before each of them one to the step as it is."""
     dataset = find_dataset("shapes10", None)
     unchanged: dict[Case, Steps] = {}
-    if device.type == "cuda":
-        compile_ahead(
-            [
-                *(Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}),
-                *(candidate for candidate in CANDIDATES if candidate.compiled),
-            ],
-            dataset,
-            device,
-        )
+    as_they_are = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
+    otherwise = [candidate for candidate in CANDIDATES if candidate.inductor or candidate.change]
+    compile_ahead([*as_they_are, *otherwise], dataset, device)
     for candidate in CANDIDATES:
         case = _sized(candidate.case, device, extent)
         name = f"{candidate.name}: {case.name}"

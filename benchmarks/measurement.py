@@ -1,4 +1,4 @@
-"""What all benchmarks share: spread, ratios, and the limit that the hardware sets."""
+"""Means that all benchmarks share: spread, ratios, memory, and the limit that the hardware sets."""
 
 from __future__ import annotations
 
@@ -110,3 +110,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05,
         shortest = _shortest(functools.partial(torch.mm, a, b, out=torch.empty_like(a)), device, 4)
         best, size = max(best, 2 * size**3 / shortest), 2 * size
     return best
+
+
+def memory_held(device: torch.device) -> int | None:
+    """Bytes that PyTorch keeps on a GPU for what is in use; the highest is counted from here on. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved()
+
+
+def memory_taken(held: int | None) -> dict[str, float]:
+    """Return the most that PyTorch has taken of a GPU beyond `held`, an entry of a result; empty on a CPU."""
+    return {"gpu_memory_mb": (torch.cuda.max_memory_reserved() - held) / 1e6} if held is not None else {}

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import ByteCounter, memory_per_image
-from benchmarks.measurement import SameBatch, recorded, seconds_between, stamp
+from benchmarks.measurement import SameBatch, memory_held, memory_taken, recorded, seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
@@ -67,7 +67,7 @@ class Contender:
         """Of every turn."""
         _check_memory(case, device)
         self.flops_per_image, self.bytes_per_image = _count(dataclasses.replace(case, backend="eager"), device)
-        held = _memory_held(device)
+        held = memory_held(device)
         began = time.perf_counter()
         self._steps = (_training if case.mode == "train" else _inference)(case, device)
         self._seconds_per_step = math.inf  # of the latest steps
@@ -75,8 +75,7 @@ class Contender:
         self.prepare_s = time.perf_counter() - began
         """Compilation, recording and the first step."""
         self._take(0)
-        self.memory = {"gpu_memory_mb": (torch.cuda.max_memory_reserved() - held) / 1e6} if held is not None else {}
-        """The most that PyTorch has taken of a GPU's for this case."""
+        self.memory = memory_taken(held)
 
     def take_turn(self, seconds: float) -> None:
         """Take steps for about `seconds`, after a third of that untimed."""
@@ -233,15 +232,6 @@ def _check_memory(case: Case, device: torch.device) -> None:
     needed = case.batch_size * _memory_per_image(case.model, itemsize, training=case.mode == "train")
     if needed > free_memory(device):
         raise MemoryError
-
-
-def _memory_held(device: torch.device) -> int | None:
-    """Bytes that PyTorch keeps on a GPU for what is in use; the highest is counted from here on."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_reserved()
 
 
 @functools.cache
