@@ -86,12 +86,12 @@ def reproduction_table(summaries: Iterable[Summary]) -> str:
 
 
 def runs_table(summaries: Iterable[Summary]) -> str:
-    """What was run, as Markdown: accuracy, and the time and arithmetic it took, for each recipe, network and device."""
+    """Return the runs as Markdown, a row for each recipe, network and device: accuracy, time and arithmetic."""
     head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
     described = (
         _described(*key, list(runs))
         for key, group in _grouped(summaries).items()
-        for _, runs in itertools.groupby(sorted(group, key=lambda run: (_on_gpu(run), _device(run))), key=_device)
+        for _, runs in itertools.groupby(group, key=_device)
     )
     return markdown_table(head, [[cells[column] for column in head] for cells in described])
 
@@ -112,7 +112,7 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
 
 
 def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
-    """Cells by their column."""
+    """Cells by their column. That of the device is the first run's."""
     minutes = statistics.median(run["train_seconds"] for run in runs) / 60
     return {
         "recipe": f"`{recipe}`",
@@ -123,7 +123,7 @@ def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
         "mirrored": f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
         "PFLOP": f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
         "minutes": f"{minutes:.0f}" if minutes >= 1 else f"{minutes:.1f}",
-        "device": "; ".join(sorted(set(map(_device, runs)))),
+        "device": _device(runs[0]),
     }
 
 
@@ -145,13 +145,16 @@ def _error_cell(runs: list[Summary]) -> str:
 
 
 def _grouped(summaries: Iterable[Summary]) -> dict[tuple[str, str], list[Summary]]:
-    """By recipe and model, in the order of the registry and the table; CPUs before GPUs, then seeds in order."""
+    """Group runs by recipe and model, in the order of the registry and the table.
+
+    In a group CPUs come before GPUs, runs of one device stand together, and their seeds are in order.
+    """
     recipes, models = list(RECIPES), list(PUBLISHED)
 
     def place(run: Summary) -> tuple:
         model = run["model"]
         number = models.index(model) if model in models else len(models)
-        return recipes.index(run["recipe"]), number, model, _on_gpu(run), run["seed"]
+        return recipes.index(run["recipe"]), number, model, _on_gpu(run), _device(run), run["seed"]
 
     groups: dict[tuple[str, str], list[Summary]] = {}
     for run in sorted(summaries, key=place):
