@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pipelines
-from fastresnet import cli
+from fastresnet import cli, models
 from pipelines.convert import prepare
 
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
@@ -139,6 +139,13 @@ def data_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(data_root):
     return prepare("shapes10", data_root, quiet)[0]
+
+
+@pytest.fixture
+def resnet8(monkeypatch):
+    """Name a network with one block in each stage, one for each way through: a third of the time of ResNet-20."""
+    monkeypatch.setitem(models._MODELS, "resnet8", models._Model("resnet", 8))
+    return "resnet8"
 
 
 @pytest.fixture

@@ -14,20 +14,13 @@ from torch import nn
 from benchmarks import training
 from benchmarks.__main__ import main
 from benchmarks.contestant import WaitTimer, Work
-from fastresnet import models, terminal
+from fastresnet import terminal
 from fastresnet.models import create_model
 
 plain_torch, timm_style = (pytest.importorskip(f"benchmarks.peers.{name}") for name in ("plain_torch", "timm_style"))
 
 NAMES = ["resident", "step-only", "peer:plain-torch", "peer:timm-style"]
 SMALL = ["--data", "shapes10", "--batch-size", "16", "--rounds", "2", "--seconds", "0.05", "--compile", "off"]
-
-
-@pytest.fixture
-def resnet8(monkeypatch):
-    """The name of a network that takes a third of the time of ResNet-20."""
-    monkeypatch.setitem(models._MODELS, "resnet8", models._Model("resnet", 8))
-    return "resnet8"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastresnet import models
 from fastresnet.config import TrainConfig
 from fastresnet.device import resolve_device, resolve_precision
 from fastresnet.models import create_model
@@ -22,13 +21,7 @@ from pipelines.errors import Note, UsageError
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _resnet8():
-    """A network with one block in each stage, one for each way through: a third of the time of ResNet-20."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._MODELS, "resnet8", models._Model("resnet", 8))
-        yield
+pytestmark = pytest.mark.usefixtures("resnet8")
 
 
 def small_batches(count, size=16):
