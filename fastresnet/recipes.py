@@ -45,9 +45,8 @@ def fast(model: str = "resnet20") -> TrainConfig:
 
     `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2), in
     36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16; on an H100 91.33 ± 0.12 %
-    (seeds 0 to 3), in 21 seconds of training. ResNet-56: 92.77 ± 0.16 %
-    (seeds 0 to 2), ResNet-32: 92.19 % (seed 0), short of the paper's 93.03 and 92.49 %. What was tried is in
-    `docs/fast-recipe.md`.
+    (seeds 0 to 3), in 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds 0 to 2), ResNet-32: 92.19 % (seed 0),
+    short of the paper's 93.03 and 92.49 %. What was tried is in `docs/fast-recipe.md`.
 
     Muon for the convolutions, whose weights it keeps at a fixed norm, and a learning rate that falls linearly to 0.
     Crops are padded with the mirrored image, as in cifar10-airbench: a network learns what black margins do to its
