@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastresnet.models import create_model, list_models
-from fastresnet.models.layers import layers
+from fastresnet.models.layers import flops_per_image, layers
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,22 @@ def test_every_network_has_the_parameters_and_operations_that_pytorch_counts(nam
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, 3, 32, 32, device="meta"))
     assert 2 * sum(layer.macs for layer in found) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "plain20", "preresnet20", "se-resnet20", "wrn16-2", "resnet9-narrow"])
+def test_a_training_takes_the_operations_that_pytorch_counts(name):
+    with torch.device("meta"):
+        model = create_model(name).train()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 32, 32, device="meta")).sum().backward()
+    assert flops_per_image(model, training=True) == counter.get_total_flops()
+
+
+def test_a_training_takes_three_times_the_operations_where_convolutions_have_groups():
+    """Less the gradient of the images. PyTorch's counter takes no notice of groups in the gradients of weights."""
+    model = create_model("resnext29-2x16d")
+    macs = [layer.macs for layer in layers(model)]
+    assert flops_per_image(model, training=True) == 2 * (3 * sum(macs) - macs[0])
 
 
 def test_layers_come_in_their_order_with_their_shapes():
