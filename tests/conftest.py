@@ -126,13 +126,13 @@ def cifar10_archive() -> Path:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
-    """A data root with a small shapes10: 331 training and 90 test images, so that no batch size divides them.
+    """A data root with a small shapes10: 171 training and 50 test images, so that no batch size divides them.
 
     In every format that can be written here.
     """
     root = tmp_path_factory.mktemp("data")
     formats = ("raw", "beton", "jpeg") if importlib.util.find_spec("ffcv") else ("raw", "jpeg")
-    prepare("shapes10", root, quiet, train_images=331, test_images=90, formats=formats)
+    prepare("shapes10", root, quiet, train_images=171, test_images=50, formats=formats)
     return root
 
 

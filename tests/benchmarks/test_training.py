@@ -118,11 +118,11 @@ def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, re
         return created[0]
 
     monkeypatch.setattr(training, "_create_step", recorded)
-    work = Work(folder=dataset.folder, batch_size=100, device="cpu", precision="fp32", threads=1)
+    work = Work(folder=dataset.folder, batch_size=50, device="cpu", precision="fp32", threads=1)
     settings = {"model": resnet8, "backend": "eager", "data": data}
     epoch = training.open_ours(work, WaitTimer(), **settings)
     for number in range(3):
-        assert len(list(epoch(number))) == 3  # of 331 images
+        assert len(list(epoch(number))) == 3  # of 171 images
         assert int(created[0].count) == 3
 
 
@@ -138,7 +138,7 @@ def slow_backends():
 @pytest.mark.gpu
 def test_the_timm_style_loop_computes_as_timm_s_does_on_a_gpu(dataset, slow_backends):
     device = torch.device("cuda")
-    timm_style.open_training(dataset, create_model("resnet20"), iter, batch_size=100, device=device, workers=0)
+    timm_style.open_training(dataset, create_model("resnet20"), iter, batch_size=50, device=device, workers=0)
     assert torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.benchmark
 
@@ -155,10 +155,10 @@ def test_a_peer_trains_the_network_through_every_batch(peer, dataset, resnet8):
             seen.append(batch)
             yield batch
 
-    epoch = peer.open_training(dataset, network, watch, batch_size=100, device=torch.device("cpu"), workers=0)
+    epoch = peer.open_training(dataset, network, watch, batch_size=50, device=torch.device("cpu"), workers=0)
     with closing(epoch(0)) as steps:
-        assert len(list(steps)) == 3  # of 331 images
-    assert all(len(labels) == 100 for _, labels in seen)
+        assert len(list(steps)) == 3  # of 171 images
+    assert all(len(labels) == 50 for _, labels in seen)
     assert timer.seconds > 0
     assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
@@ -177,10 +177,10 @@ def test_the_peers_see_images_of_the_same_range(dataset):
 
     for peer in (plain_torch, timm_style):
         spy = Spy()
-        epoch = peer.open_training(dataset, spy, iter, batch_size=100, device=torch.device("cpu"), workers=0)
+        epoch = peer.open_training(dataset, spy, iter, batch_size=50, device=torch.device("cpu"), workers=0)
         list(epoch(0))
         values = torch.cat(spy.seen)
-        assert values.shape == (300, 3, 32, 32)
+        assert values.shape == (150, 3, 32, 32)
         assert (values.min(), values.max()) == (-1, 1)
 
 

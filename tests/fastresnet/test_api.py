@@ -10,7 +10,7 @@ from fastresnet.weights import load_weights
 from pipelines.errors import DataError, UsageError
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "resnet.ipynb"
-SMALL = {"data": "shapes10", "batch_size": 64, "precision": "fp32", "iterations": 3}
+SMALL = {"data": "shapes10", "batch_size": 32, "precision": "fp32", "iterations": 3}
 
 
 @pytest.fixture(scope="module")

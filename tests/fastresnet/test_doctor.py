@@ -36,7 +36,7 @@ def test_a_machine_on_which_all_is_well(run, tmp_path, need, monkeypatch, data_r
     found = findings(run, tmp_path, "--root", data_root)
     assert {what for what, each in found.items() if each["state"] != "works"} <= {"GPU", "data cifar10"}
     assert torch.__version__.partition("+")[0] in found["libraries"]["detail"]
-    assert "331 training and 90 test images, verified" in found["data shapes10"]["detail"]
+    assert "171 training and 50 test images, verified" in found["data shapes10"]["detail"]
 
 
 def test_a_machine_without_a_gpu_is_told_why(run, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("smoke", "--data", "shapes10", "--batch-size", 64, "--precision", "fp32", "--epochs", 3)
+SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--epochs", 3)
 
 
 def metrics(folder):
@@ -77,7 +77,7 @@ def test_weights_and_biases_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_
     wanted = expected(metrics(folder))
     assert {key: heard[key] for key in wanted} == pytest.approx(wanted)
     assert [(project, name) for project, _, name in identities] == [("fastresnet", "run")]
-    assert settings["batch_size"] == 64
+    assert settings["batch_size"] == 32
 
 
 def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkey
     (logged,) = mlflow.search_runs(output_format="list")
     assert logged.info.run_name == "run"
     assert logged.info.status == "FINISHED"
-    assert logged.data.params["batch_size"] == "64"
+    assert logged.data.params["batch_size"] == "32"
     client = mlflow.MlflowClient(uri)
     for (name, step), value in expected(metrics(tmp_path / "run")).items():
         history = {metric.step: metric.value for metric in client.get_metric_history(logged.info.run_id, name)}

@@ -13,7 +13,7 @@ from fastresnet import seeds
 from fastresnet.seeds import parse_seeds
 from pipelines.errors import UsageError
 
-SMALL = ["smoke", "--data", "shapes10", "--batch-size", "64", "--precision", "fp32", "--iterations", "2"]
+SMALL = ["smoke", "--data", "shapes10", "--batch-size", "32", "--precision", "fp32", "--iterations", "2"]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from pipelines import Augmentation, is_installed, open_pipeline
 from pipelines.convert import prepare
 from pipelines.store import RawData, write_store
 
-SMALL = ("smoke", "--data", "shapes10", "--batch-size", 64, "--precision", "fp32")
+SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,12 +96,12 @@ def test_a_run_leaves_all_its_files_and_they_agree(finished):
     assert "chosen on the test set itself" in out
     assert (summary["recipe"], summary["data"], summary["seed"]) == ("smoke", "shapes10", 0)
     assert summary["settings"] == from_toml(folder / "config.toml").to_dict()
-    assert (summary["settings"]["batch_size"], summary["settings"]["epochs"]) == (64, 2)
+    assert (summary["settings"]["batch_size"], summary["settings"]["epochs"]) == (32, 2)
     # Multiply-adds forward; twice that backward, less the first convolution's gradient with respect to the images.
     first = 3 * 16 * 9 * 1024
     blocks = 2 * 16 * 16 * 9 * 1024 + (16 + 32) * 32 * 9 * 256 + 16 * 32 * 256 + (32 + 64) * 64 * 9 * 64 + 32 * 64 * 64
     per_image = 2 * (3 * (first + blocks + 640) - first)
-    assert summary["flops"] == per_image * 64 * 10
+    assert summary["flops"] == per_image * 32 * 10
     assert {"device", "threads", "versions", "commit", "command", "started"} <= summary["environment"].keys()
     last = take_prefix("model", load_tensors(folder / "last.ckpt")[0])
     final = load_file(folder / "model.safetensors")
@@ -262,7 +262,7 @@ def test_a_compiled_run_that_was_stopped_in_its_last_evaluation_is_finished(run,
 
 
 def test_the_time_in_all_begins_with_the_command(tmp_path, dataset):
-    config = dataclasses.replace(RECIPES["smoke"](), data="shapes10", batch_size=64, iterations=1, out=tmp_path / "run")
+    config = dataclasses.replace(RECIPES["smoke"](), data="shapes10", batch_size=32, iterations=1, out=tmp_path / "run")
     began = time.perf_counter()
     summary = train(config, dataset, Console(quiet=True), {"import": 1000.0, "data": 2000.0})
     assert 3000 < summary["total_seconds"] - summary["train_seconds"] < 3000 + time.perf_counter() - began
@@ -295,7 +295,7 @@ def test_a_run_goes_on_that_began_before_a_setting_existed(finished, run, tmp_pa
 
 def test_resuming_on_other_data_is_refused(finished, run, tmp_path):
     folder, _ = finished
-    run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 331, "--test-images", 91)
+    run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 171, "--test-images", 51)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     code, _, err = run("train", *SMALL, "--epochs", 2, "--root", tmp_path, "--out", folder, "--resume")
     assert code == 3
@@ -384,7 +384,7 @@ def test_iterations_end_a_run_within_an_epoch_and_it_is_evaluated(run, tmp_path)
 
 
 EVERYTHING = {
-    "seed": 1, "lr": 0.2, "lr-batch-size": 128, "schedule": "cosine", "warmup": 0.3, "weight-decay": 0.01,
+    "seed": 1, "lr": 0.2, "lr-batch-size": 64, "schedule": "cosine", "warmup": 0.3, "weight-decay": 0.01,
     "clip-norm": 0.5, "ema-decay": 0.8, "label-smoothing": 0.1, "mixup": 0.4, "cutmix": 1.0, "drop-path": 0.3,
     "crop-padding": 2, "padding-mode": "reflect", "flip": "alternating", "cutout": 8, "normalization": "channel",
 }  # fmt: skip
@@ -402,7 +402,7 @@ def test_a_run_does_what_every_setting_says(run, tmp_path, dataset):
     )
     cpu, step = torch.device("cpu"), torch.zeros(1, dtype=torch.int64)
     pipeline = open_pipeline(
-        "torchvision", dataset, train=True, batch_size=64, device=cpu, dtype=torch.float32, seed=1,
+        "torchvision", dataset, train=True, batch_size=32, device=cpu, dtype=torch.float32, seed=1,
         augmentation=augmentation,
     )  # fmt: skip
     torch.manual_seed(1)
@@ -475,13 +475,13 @@ def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tm
 
     monkeypatch.setattr(trainer, "evaluate", counting)
     monkeypatch.setattr(trainer, "open_pipeline", opened)
-    code, out, _ = run("train", *SMALL, "--epochs", 3, "--val-split", 60, "--out", tmp_path / "run")
+    code, out, _ = run("train", *SMALL, "--epochs", 3, "--val-split", 30, "--out", tmp_path / "run")
     assert code == 0
-    assert sizes == [60, 60, 60, 90, 90]  # each epoch on the held-out images; last and best weights on the test set
+    assert sizes == [30, 30, 30, 50, 50]  # each epoch on the held-out images; last and best weights on the test set
     (ids,) = trained_on
-    assert np.array_equal(ids, dataset.hold_out(60)[0].train.ids)
+    assert np.array_equal(ids, dataset.hold_out(30)[0].train.ids)
     rows = read_csv(tmp_path / "run" / "metrics.csv")
-    assert rows[0]["step"] == "4"  # 64 of 271 images at a time
+    assert rows[0]["step"] == "4"  # 32 of 141 images at a time
     assert "test_accuracy" not in rows[0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best_chosen_on"] == "validation"
@@ -507,10 +507,10 @@ def test_an_average_of_the_weights_is_what_is_saved_and_evaluated(run, tmp_path)
 
 def test_whitening_is_of_the_training_images_and_is_not_trained(run, tmp_path, dataset):
     """Of those that are not held out."""
-    arguments = ("--model", "resnet9-narrow", "--val-split", 60, "--ema-decay", 0.9, "--out", tmp_path / "run")
+    arguments = ("--model", "resnet9-narrow", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
     assert run("train", *SMALL, *arguments)[0] == 0
     found = load_file(tmp_path / "run" / "model.safetensors")
-    images = dataset.hold_out(60)[0].train
+    images = dataset.hold_out(30)[0].train
     pixels = (images.images[images.ids] / 255 - 0.5) / 0.5
     layer = PatchWhitening()
     layer.fit(torch.from_numpy(pixels).permute(0, 3, 1, 2))
@@ -603,8 +603,8 @@ def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, mo
     monkeypatch.setattr(TrainStep, "__call__", exhausted)
     code, _, err = run("train", *SMALL, "--out", tmp_path / "run")
     assert code == 1
-    assert "--batch-size 64" in err
     assert "--batch-size 32" in err
+    assert "--batch-size 16" in err
 
 
 @pytest.fixture
@@ -692,7 +692,7 @@ def test_the_settings_are_shown_as_toml_that_can_be_used(run, tmp_path):
 
 
 def test_learning_rates_are_scaled_to_the_batch_and_it_is_told(run, tmp_path):
-    arguments = ["--lr", "0.2", "--lr-batch-size", "128", "--iterations", "1", "--schedule", "linear"]
+    arguments = ["--lr", "0.2", "--lr-batch-size", "64", "--iterations", "1", "--schedule", "linear"]
     code, out, _ = run("train", *SMALL, *arguments, "--out", tmp_path / "run")
     assert code == 0
     assert "learning rate 0.2 x 0.5" in out

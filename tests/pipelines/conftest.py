@@ -132,10 +132,10 @@ def pack(folder: Path, packing: str, members: dict[str, bytes]) -> Path:
 
 
 def open_small(name: str, dataset: Dataset, **changes: Any) -> Pipeline:
-    """Pipeline `name`: bare pixels of the training split, in batches of 48, unless `changes` say otherwise."""
+    """Pipeline `name`: bare pixels of the training split, in batches of 28, unless `changes` say otherwise."""
     arguments = {
         "train": True,
-        "batch_size": 48,
+        "batch_size": 28,
         "device": torch.device("cpu"),
         "dtype": torch.uint8,
         "seed": 11,
@@ -145,7 +145,7 @@ def open_small(name: str, dataset: Dataset, **changes: Any) -> Pipeline:
 
 
 def expected_epoch(
-    dataset: Dataset, epoch: int, augmentation: Augmentation, *, seed: int = 11, batch_size: int = 48
+    dataset: Dataset, epoch: int, augmentation: Augmentation, *, seed: int = 11, batch_size: int = 28
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images [N, 32, 32, 3] and labels of a training epoch."""
     ids = dataset.train.ids

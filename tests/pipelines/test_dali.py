@@ -114,8 +114,8 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch(open_jpeg, decoded, 
     batches = list(open_jpeg().epoch(1, start))
     assert len(batches) == 6 - start
     for i, batch in enumerate(batches, start):
-        assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected_images[48 * i : 48 * i + 48])
-        assert np.array_equal(batch.labels.numpy(), expected_labels[48 * i : 48 * i + 48])
+        assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected_images[28 * i : 28 * i + 28])
+        assert np.array_equal(batch.labels.numpy(), expected_labels[28 * i : 28 * i + 28])
 
 
 @pytest.mark.parametrize("taken", [1, 2, 6])
@@ -132,12 +132,12 @@ def test_an_abandoned_epoch_leaves_no_trace_in_the_next(open_jpeg, decoded, help
 
 
 def test_a_held_out_part_is_read_from_the_training_shard(open_jpeg, dataset, decoded, helpers):
-    training, validation = dataset.hold_out(100)
+    training, validation = dataset.hold_out(50)
     images, labels = evaluated(open_jpeg(validation, train=False))
     assert np.array_equal(images, decoded.train.images[validation.test.ids])
     assert np.array_equal(labels, dataset.train.labels[validation.test.ids])
     plain = Augmentation(crop_padding=0, flip="none")
-    trained, _ = helpers.collect(open_jpeg(training, augmentation=plain, batch_size=33), 0)
+    trained, _ = helpers.collect(open_jpeg(training, augmentation=plain, batch_size=11), 0)
     assert sorted(image.tobytes() for image in trained) == sorted(
         image.tobytes() for image in decoded.train.images[training.train.ids]
     )

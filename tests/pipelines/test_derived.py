@@ -81,11 +81,11 @@ def bare(folder) -> Path:
 def other(tmp_path_factory, dataset) -> Path:
     """A store of other images, of the same number, with all its files."""
     root = tmp_path_factory.mktemp("other")
-    prepare("shapes10", root / "large", ignore, train_images=400, test_images=90)
+    prepare("shapes10", root / "large", ignore, train_images=400, test_images=50)
     large = open_store(root / "large" / "shapes10")
     from pipelines.store import RawData, write_store
 
-    rows = slice(400 - 331, 400)
+    rows = slice(400 - 171, 400)
     data = RawData(
         large.classes, large.train.images[rows], large.train.labels[rows], large.test.images, large.test.labels
     )
@@ -328,7 +328,7 @@ def test_other_settings_make_the_shards_anew_and_nothing_else(folder, helpers):
 def test_a_damaged_store_is_made_anew_although_derived_files_lie_in_its_folder(folder, formats):
     flip_bit(folder / "train_images.npy")
     with pytest.warns(Note, match="making .* anew"):
-        dataset, made = prepare_again(folder, train_images=331, test_images=90, formats=formats)
+        dataset, made = prepare_again(folder, train_images=171, test_images=50, formats=formats)
     assert made
     assert names(folder) == RAW_FILES | ({"jpeg.json", *FILES["jpeg"]} if "jpeg" in formats else set())
     if "jpeg" in formats:
@@ -359,7 +359,7 @@ def test_a_damaged_store_is_made_anew_although_a_killed_writer_left_files_in_its
     assert names(bare) > RAW_FILES
     flip_bit(bare / "train_images.npy")
     with pytest.warns(Note, match="making .* anew"):
-        assert prepare_again(bare, train_images=331, test_images=90)[1]
+        assert prepare_again(bare, train_images=171, test_images=50)[1]
     assert names(bare) == RAW_FILES
 
 
@@ -369,7 +369,7 @@ def test_a_damaged_store_is_made_anew_although_a_killed_writer_left_files_in_its
 @pytest.fixture(params=["train", "test"])
 def failing(request, kind, monkeypatch, bare):
     """Writing the files fails within this split, for want of space."""
-    from_row = {"train": 0, "test": 331}[request.param] + 50
+    from_row = {"train": 0, "test": 171}[request.param] + 20
     written = []
 
     def fail_later(original):
@@ -551,7 +551,7 @@ def test_dalis_own_reader_finds_every_sample_in_order(dataset, need):
     need("dali")
     from nvidia.dali import fn, pipeline_def
 
-    @pipeline_def(batch_size=90, num_threads=1, device_id=None)
+    @pipeline_def(batch_size=50, num_threads=1, device_id=None)
     def graph():
         tar, index = str(dataset.folder / "test.tar"), str(dataset.folder / "test.idx")
         return tuple(fn.readers.webdataset(paths=[tar], index_paths=[index], ext=["jpg", "cls"]))
@@ -560,8 +560,8 @@ def test_dalis_own_reader_finds_every_sample_in_order(dataset, need):
     reader.build()
     images, labels = reader.run()
     files = [content for name, content in read_tar(dataset.folder / "test.tar") if name.endswith(".jpg")]
-    assert [images.at(row).tobytes() for row in range(90)] == files
-    assert [int(labels.at(row).tobytes()) for row in range(90)] == dataset.test.labels.tolist()
+    assert [images.at(row).tobytes() for row in range(50)] == files
+    assert [int(labels.at(row).tobytes()) for row in range(50)] == dataset.test.labels.tolist()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -599,7 +599,7 @@ def test_the_subsampling_is_the_one_in_the_files(dataset, tmp_path, subsampling,
 
 
 def test_images_that_survive_compression_have_no_finite_psnr(dataset, tmp_path):
-    grey = replace(dataset.test, images=np.full((90, 32, 32, 3), 128, np.uint8))
+    grey = replace(dataset.test, images=np.full((50, 32, 32, 3), 128, np.uint8))
     facts = write_shard(grey, tmp_path / "tar", tmp_path / "idx", JpegSettings(), ignore)
     assert facts == {"psnr_db": float("inf"), "exact_pixels": 1.0}
     assert shards.facts_text(facts) == "PSNR inf dB, 100.0 % of the pixels exact"
@@ -625,7 +625,7 @@ def test_impossible_jpeg_settings_are_refused(settings, message):
     [
         lambda text: "",
         lambda text: text.replace("v1.2", "v1.1"),
-        lambda text: text.replace("v1.2 90", "v1.2 89"),
+        lambda text: text.replace("v1.2 50", "v1.2 49"),
         lambda text: text.replace("jpg 512 ", "jpg -512 ", 1),
         lambda text: text.replace("jpg 512 ", "jpg 99999999 ", 1),
         lambda text: text.replace("jpg 512 ", "jpg here ", 1),

@@ -89,7 +89,7 @@ def test_an_error_in_the_thread_is_told_after_the_batches_before_it(
     assert len(delivered) == batch
     expected = helpers.expected_epoch(dataset, 1, Augmentation())[0]
     for i, images in enumerate(delivered):
-        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected[48 * i : 48 * i + 48])
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected[28 * i : 28 * i + 28])
     assert loader_threads() == []
     assert_works()
 
@@ -178,7 +178,7 @@ from pipelines import Augmentation, open_pipeline
 from pipelines.store import open_store
 settings = dict(device=torch.device("cpu"), dtype=torch.uint8, seed=0, augmentation=Augmentation())
 dataset = open_store(Path({str(dataset.folder)!r}))
-print(len(list(open_pipeline("ffcv", dataset, train=True, batch_size=48, **settings).epoch(0))))
+print(len(list(open_pipeline("ffcv", dataset, train=True, batch_size=28, **settings).epoch(0))))
 """
     command, environment = [sys.executable, "-c", program], {**os.environ, "NUMBA_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -18,7 +18,7 @@ def augmentation(request):
 
 @pytest.fixture
 def pipeline(dataset, augmentation):
-    sampler = Sampler(size=len(dataset.train), batch_size=48, train=True, seed=11)
+    sampler = Sampler(size=len(dataset.train), batch_size=28, train=True, seed=11)
     return DevicePipeline(dataset, dataset.train, sampler, augmentation, torch.device("cpu"), torch.uint8)
 
 
@@ -39,8 +39,8 @@ def test_gathering_by_a_step_in_a_tensor_gives_the_same_batches_in_the_memory_of
         expected_images, expected_labels = helpers.expected_epoch(dataset, epoch, augmentation)
         for step in (0, 3, 5):
             images, labels = pipeline.gather(torch.tensor([step]))
-            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected_images[48 * step : 48 * step + 48])
-            assert np.array_equal(labels.numpy(), expected_labels[48 * step : 48 * step + 48])
+            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected_images[28 * step : 28 * step + 28])
+            assert np.array_equal(labels.numpy(), expected_labels[28 * step : 28 * step + 28])
     assert [tensor.data_ptr() for tensor in pipeline._loaded.tensors()] == addresses
 
 
