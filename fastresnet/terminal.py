@@ -26,28 +26,36 @@ if TYPE_CHECKING:
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
     speaker = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
-    try:
-        with _notes_on_stderr(), _orderly_sigterm():
+    with _notes_on_stderr(), _orderly_sigterm():
+        try:
             return command(arguments)
-    except UserError as error:
-        print(f"{speaker}: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        name = f" {error.filename}" if error.filename else ""
-        print(f"{speaker}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{speaker}: interrupted.", file=sys.stderr)
-        return 130
+        except UserError as error:
+            print(f"{speaker}: {error}", file=sys.stderr)
+            return error.exit_code
+        except OSError as error:
+            name = f" {error.filename}" if error.filename else ""
+            print(f"{speaker}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{speaker}: interrupted.", file=sys.stderr)
+            return 130
 
 
 @contextlib.contextmanager
 def _orderly_sigterm() -> Iterator[None]:
-    """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop."""
+    """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop.
+
+    A command that is ending with an error goes on to tell it: torchrun sends SIGTERM to all ranks once one has failed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+
+    def stop(signum: int, _: Any) -> None:
+        if not isinstance(sys.exc_info()[1], UserError):
+            sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

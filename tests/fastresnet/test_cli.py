@@ -1,7 +1,9 @@
 """The command line: what people type, and what they are told when it is wrong."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,8 +14,9 @@ import pytest
 from PIL import Image
 
 import benchmarks.__main__
-from fastresnet import cli
+from fastresnet import cli, terminal
 from fastresnet.recipes import RECIPES
+from pipelines.errors import RunError
 
 
 def one_or_two_lines(err):
@@ -32,6 +35,19 @@ def test_help_answers_without_loading_torch():
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_an_error_on_its_way_is_told_in_spite_of_a_signal(capsys):
+    """As torchrun sends it to the other ranks once one has failed."""
+
+    def command(_):
+        try:
+            raise RunError("what went wrong")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert terminal.guarded(command, []) == 1
+    assert capsys.readouterr().err.endswith("what went wrong\n")
 
 
 def test_the_overview_names_every_command(run):
