@@ -31,7 +31,7 @@ def samples(dataset: Dataset, pipeline: str, ranks: Ranks) -> list[tuple[torch.T
         augmentation=AUGMENTATION, rank=ranks.rank, world_size=ranks.world_size,
     )  # fmt: skip
     batches = [
-        (batch.images.clone(), batch.labels.clone()) for epoch in range(EPOCHS) for batch in opened.epoch(epoch, 10)
+        (batch.images.clone(), batch.labels.clone()) for epoch in range(EPOCHS) for batch in opened.epoch(epoch, 4)
     ]
     opened.close()
     return batches

@@ -83,13 +83,14 @@ def test_the_packages_say_that_they_are_typed():
 
 
 SMALLER = {
-    "train_images=4000, test_images=500": "train_images=160, test_images=50",
+    "train_images=4000, test_images=500": "train_images=64, test_images=30",
     "epochs=3": "epochs=1",
     "torch.randn(64, 3, 32, 32)": "torch.randn(8, 3, 32, 32)",
     "torch.randint(0, 10, (64,))": "torch.randint(0, 10, (8,))",
 }
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize("size", ["smaller", pytest.param("as it stands", marks=pytest.mark.slow)])
 def test_the_notebook_runs_and_shows_what_it_says(monkeypatch, size):
     """Every cell; as it stands, the residual network has learned, and better than the plain one."""

@@ -1,5 +1,6 @@
 """The command line: what people type, and what they are told when it is wrong."""
 
+import json
 import os
 import re
 import shutil
@@ -425,9 +426,22 @@ def test_the_help_of_summary_does_not_load_torch():
     assert "resnet20" in done.stdout
 
 
-def test_training_needs_no_torchvision(data_root, tmp_path, without_torchvision):
+ANEW = """
+import runpy, sys
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("fastresnet", "pipelines", "torchvision", "sitecustomize"):
+        del sys.modules[name]
+import sitecustomize
+runpy.run_module("fastresnet", run_name="__main__")
+"""
+
+
+def test_training_needs_no_torchvision(python, data_root, tmp_path, without_torchvision):
+    """In a process that has PyTorch, but imports this program anew."""
     arguments = ["train", "smoke", "--data", "shapes10", "--root", data_root, "--iterations", "1", "--batch-size", "16"]
-    command = [sys.executable, "-m", "fastresnet", *map(str, arguments), "--out", str(tmp_path / "run")]
+    command = [python, "-c", ANEW, *map(str, arguments), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=without_torchvision, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "summary.json").exists()
+    environment = json.loads((tmp_path / "run" / "summary.json").read_text())["environment"]
+    assert environment["versions"].get("torchvision") is None
+    assert environment["versions"]["torch"]

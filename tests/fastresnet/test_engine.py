@@ -35,7 +35,7 @@ def make_engine(
         pipeline,
         dataset,
         train=True,
-        batch_size=48,
+        batch_size=28,
         device=device,
         dtype=dtype,
         seed=3,

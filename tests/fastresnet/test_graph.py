@@ -1,5 +1,6 @@
 """Pictures of networks, read back and compared with the networks."""
 
+import functools
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -19,15 +20,22 @@ def on_meta(name, **settings):
         return create_model(name, **settings)
 
 
+@functools.cache
+def pictured(name, shortcut):
+    """The network, its boxes and their picture."""
+    model = on_meta(name, shortcut=shortcut)
+    boxes = graph(model)
+    return model, boxes, parsed(boxes)
+
+
 def parsed(boxes):
     return ElementTree.fromstring(draw_graph(boxes, "a <b>", "c & d"))
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
 def test_every_network_has_a_box_for_each_of_its_layers(name):
-    model = on_meta(name)
-    boxes = graph(model)
-    drawn = parsed(boxes).findall(f"{SVG}g")
+    model, boxes, picture = pictured(name, "B")
+    drawn = picture.findall(f"{SVG}g")
     for kind, color in ((nn.Conv2d, "conv"), (nn.BatchNorm2d, "norm")):
         names = {path for path, module in model.named_modules() if isinstance(module, kind)}
         titles = [box.findtext(f"{SVG}title") for box in drawn if box.get("class") == color]
@@ -41,24 +49,23 @@ def test_every_network_has_a_box_for_each_of_its_layers(name):
     ("name", "shortcut"), [(name, option) for name in RESIDUAL for option in model_shortcuts(name)]
 )
 def test_every_block_has_a_shortcut_into_its_end(name, shortcut):
-    model = on_meta(name, shortcut=shortcut)
-    boxes = graph(model)
+    model, boxes, picture = pictured(name, shortcut)
     joints = [box for box in boxes if len(box.inputs) == 2]
     blocks = [name for name, module in model.named_modules() if hasattr(module, "drop_path")]
     assert [box.block for box in joints] == blocks
-    edges = [path for path in parsed(boxes).findall(f"{SVG}path") if path.get("class") == "shortcut"]
+    edges = [path for path in picture.findall(f"{SVG}path") if path.get("class") == "shortcut"]
     assert len(edges) >= len(blocks)
 
 
 def test_a_plain_network_is_one_chain():
-    boxes = graph(on_meta("plain32"))
+    _, boxes, _ = pictured("plain32", "B")
     assert [box.inputs for box in boxes] == [(), *((i,) for i in range(len(boxes) - 1))]
     assert [box.row for box in boxes] == list(range(len(boxes)))
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d", "resnet9"])
 def test_boxes_do_not_overlap_and_lie_in_the_picture_as_the_shortcuts_do(name):
-    picture = parsed(graph(on_meta(name)))
+    *_, picture = pictured(name, "B")
     width, height = (float(picture.get(side)) for side in ("width", "height"))
     rectangles = []
     for rectangle in picture.iterfind(f"{SVG}g/{SVG}rect"):
