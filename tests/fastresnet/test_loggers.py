@@ -26,6 +26,7 @@ def expected(rows):
 
 def stop_and_resume(run, monkeypatch, folder, *arguments):
     """A run of three epochs, interrupted after the first."""
+    arguments = ("--model", "resnet8", *arguments)
     from fastresnet.training.trainer import Trainer
 
     finish = Trainer._finish_epoch
@@ -59,6 +60,7 @@ def wandb_records(path):
             pending = b""
 
 
+@pytest.mark.usefixtures("resnet8")
 def test_weights_and_biases_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -80,6 +82,7 @@ def test_weights_and_biases_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_
     assert settings["batch_size"] == 32
 
 
+@pytest.mark.usefixtures("resnet8")
 def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

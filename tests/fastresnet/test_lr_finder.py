@@ -20,7 +20,8 @@ from fastresnet.training.lr_finder import Sweep
 from fastresnet.training.step import TrainStep
 from fastresnet.training.trainer import Trainer
 
-SMALL = ["--data", "shapes10", "--batch-size", 8, "--precision", "fp32"]
+pytestmark = pytest.mark.usefixtures("resnet8")
+SMALL = ["--model", "resnet8", "--data", "shapes10", "--batch-size", 8, "--precision", "fp32"]
 RATES = [10 ** (-5 + 6 * i / 99) for i in range(100)]
 
 
@@ -43,8 +44,8 @@ def test_rates_grow_by_one_factor_and_keep_their_proportion(run, tmp_path, monke
     monkeypatch.setattr(TrainStep, "__call__", note)
     monkeypatch.chdir(tmp_path)
     settings = ["--optimizer", optimizer, "--lr", 0.02, "--sgd-lr", 0.06, "--lr-batch-size", 128, "--iterations", 3]
-    settings += ["--norm-lr", 0.1]
-    code, out, err = run("train", "smoke", "--data", "shapes10", "--batch-size", 32, *settings, "--find-lr", "lr.png")
+    settings += ["--norm-lr", 0.1, "--batch-size", 32, "--find-lr", "lr.png"]
+    code, out, err = run("train", "smoke", *SMALL, *settings)
     assert (code, err) == (0, "")
     factors = {"sgd": (1, 1), "muon": (1, 3, 5)}[optimizer]
     expected = [[1e-5 * 1e6 ** (i / 19) / 4 * factor for factor in factors] for i in range(20)]
