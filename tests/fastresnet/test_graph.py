@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastresnet.models import create_model, list_models, model_shortcuts
+from fastresnet.models import create_model, list_models, model_depth, model_shortcuts
 from fastresnet.models.graph import draw_graph, graph
 
 SVG = "{http://www.w3.org/2000/svg}"
-RESIDUAL = [name for name in list_models() if "1202" not in name and not name.startswith("plain")]
+NETWORKS = [name for name in list_models() if model_depth(name) not in (110, 1202)]
+RESIDUAL = [name for name in NETWORKS if not name.startswith("plain")]
 
 
 def on_meta(name, **settings):
@@ -32,7 +33,7 @@ def parsed(boxes):
     return ElementTree.fromstring(draw_graph(boxes, "a <b>", "c & d"))
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_has_a_box_for_each_of_its_layers(name):
     model, boxes, picture = pictured(name, "B")
     drawn = picture.findall(f"{SVG}g")

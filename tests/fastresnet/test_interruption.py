@@ -63,8 +63,8 @@ def unbroken(python, tmp_path_factory, tiny_root):
 
 @pytest.mark.parametrize(
     ("step", "resumed_from"),
-    [(1, None), (3, 2), (5, 5)],
-    ids=["before any checkpoint", "mid-epoch", "at an epoch's start"],
+    [(1, None), (5, 5)],
+    ids=["before any checkpoint", "at an epoch's start"],
 )
 def test_a_killed_run_continues_to_the_same_bits(start, unbroken, tmp_path, step, resumed_from):
     folder = tmp_path / "run"
@@ -174,9 +174,7 @@ def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, unbroken,
 
 
 @pytest.mark.parametrize(
-    ("call", "code"),
-    [("os.fsync", "EIO"), ("os.replace", "EROFS"), ("Path.write_bytes", "ENOSPC")],
-    ids=["I/O error", "read-only folder", "full disk"],
+    ("call", "code"), [("os.fsync", "EIO"), ("os.replace", "EROFS")], ids=["I/O error", "read-only folder"]
 )
 def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(start, unbroken, tmp_path, call, code):
     """From step 6 on the system call fails; the checkpoint after step 6 is there then."""
