@@ -45,21 +45,33 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 def _orderly_sigterm() -> Iterator[None]:
     """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop.
 
-    A command that is ending with an error goes on to tell it: torchrun sends SIGTERM to all ranks once one has failed.
+    A command that is ending with a `UserError` goes on to tell it, as torchrun sends SIGTERM to all ranks once one has
+    failed; a second SIGTERM ends that too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    overlooked = False
+
     def stop(signum: int, _: Any) -> None:
-        if not isinstance(sys.exc_info()[1], UserError):
+        nonlocal overlooked
+        if overlooked or not _is_to_be_told(sys.exc_info()[1]):
             sys.exit(128 + signum)
+        overlooked = True
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _is_to_be_told(error: BaseException | None) -> bool:
+    """Whether `error`, or what was on its way when that arose while cleaning up, is a `UserError`."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__context__
+    return error is not None
 
 
 @contextlib.contextmanager

@@ -91,10 +91,11 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
             given = [option for option in options if not option.startswith("[")] if "|" not in benchmark else []
             terminal.parse(settings, f"bench {each}", given)
         return
-    if name == "train" and "--resume" not in rest:
-        forget_runs(workspace)
+    if name == "train":
         for model in ("resnet20", "resnet56"):
             monkeypatch.setitem(models._MODELS, model, models._Model("resnet", 8))
+        if "--resume" not in rest:
+            forget_runs(workspace)
     if name == "export":
         pytest.importorskip("onnxruntime")
     code = cli.main(smaller([name, *rest]))

@@ -59,7 +59,8 @@ def flops_per_image(model: nn.Module, *, training: bool) -> int:
     costs a layer the same again for the gradient of its weights and for that of its input, where they are needed.
 
     Of convolutions and linear layers: nearly all that a residual network computes. `torch.utils.flop_counter` counts
-    the same, and loads the machinery of torch.compile for it, which takes seconds.
+    the same, but overlooks groups in the gradients of weights, and loads the machinery of torch.compile, which takes
+    seconds.
     """
     twin, macs = copy.deepcopy(model).to("meta").train(training), 0
 

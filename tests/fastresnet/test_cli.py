@@ -1,5 +1,6 @@
 """The command line: what people type, and what they are told when it is wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -41,17 +42,46 @@ def test_help_answers_without_loading_torch():
     assert not rest
 
 
-def test_an_error_on_its_way_is_told_in_spite_of_a_signal(capsys):
+def overlooked_once():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def overlooked_in_a_generator():
+    def batches():
+        try:
+            yield
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.closing(batches()) as opened:
+        next(opened)
+
+
+@pytest.mark.parametrize("clean_up", [overlooked_once, overlooked_in_a_generator])
+def test_an_error_on_its_way_is_told_in_spite_of_a_signal(capsys, clean_up):
     """As torchrun sends it to the other ranks once one has failed."""
 
     def command(_):
         try:
             raise RunError("what went wrong")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            clean_up()
 
     assert terminal.guarded(command, []) == 1
     assert capsys.readouterr().err.endswith("what went wrong\n")
+
+
+def test_a_second_signal_ends_a_command_that_cannot_end_by_itself():
+    def command(_):
+        try:
+            raise RunError("what went wrong")
+        finally:
+            while True:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        terminal.guarded(command, [])
+    assert ended.value.code == 143
 
 
 def test_the_overview_names_every_command(run):

@@ -34,7 +34,7 @@ def few_steps(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_rates_grow_by_one_factor_and_keep_their_proportion(run, tmp_path, monkeypatch, few_steps, optimizer):
-    """--lr-batch-size makes the rates of the optimisers a quarter of --lr. 171 images make two epochs of it."""
+    """--lr-batch-size makes the rates of the optimisers a quarter of --lr. 171 images make four epochs of it."""
     taken = []
 
     def note(step, images, labels, original=TrainStep.__call__):

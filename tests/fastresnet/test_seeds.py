@@ -1,5 +1,6 @@
 """Many seeds at once: started as real processes."""
 
+import json
 import os
 import signal
 import statistics
@@ -36,8 +37,10 @@ def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(ru
     assert code == 0
     assert "2 trainings, one after the other, on the CPU" in out
     accuracies = []
-    for folder in (tmp_path / "runs" / "seed3", tmp_path / "runs" / "seed4"):
+    for seed in (3, 4):
+        folder = tmp_path / "runs" / f"seed{seed}"
         assert "epoch   1" in (folder / "train.log").read_text()
+        assert json.loads((folder / "summary.json").read_text())["seed"] == seed
         accuracies.append(float((folder / "metrics.csv").read_text().split(",")[-2]))
     assert run("train", *SMALL, "--seed", 4, "--out", tmp_path / "alone")[0] == 0
     assert (folder / "metrics.csv").read_bytes() == (tmp_path / "alone" / "metrics.csv").read_bytes()

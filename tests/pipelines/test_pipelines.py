@@ -1,5 +1,6 @@
 """The contract that all pipelines share, checked against images augmented one by one in NumPy."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -234,6 +235,16 @@ def resources():
     return min(counts), len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture
+def prompt_collection():
+    """Garbage is collected as often as in a program, not as seldom as in these tests."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*thresholds)
+
+
+@pytest.mark.usefixtures("prompt_collection")
 @pytest.mark.parametrize("batches", [6, 1], ids=["whole", "abandoned after one batch"])
 def test_fifty_epochs_leave_threads_files_and_memory_as_they_were(name, opened, batches):
     pipeline = opened(name)
