@@ -77,8 +77,8 @@ def end(code: int) -> None:
 
 EVERYTHING = (
     *("matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "torch._dynamo", "torch.distributed.run"),
-    *("torch.utils.flop_counter", "fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes"),
-    *("fastresnet.training.trainer", "pipelines.convert", "pipelines.resident", "typeguard"),
+    *("fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes", "fastresnet.training.trainer"),
+    *("pipelines.convert", "pipelines.resident", "typeguard"),
 )
 """Modules that a training imports. None may start a thread."""
 COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.native._load")
