@@ -52,12 +52,17 @@ while (($#)); do
       shift
       ;;
     --rehearse) rehearse=(--rehearse) ;;
+    -h | --help)
+      sed -n '2,/^set /{s/^# \{0,1\}//p;/^#$/p}' "$0"
+      exit 0
+      ;;
     -*) refuse "there is no option $1; see the top of $0." ;;
     *) words+=("$1") ;;
   esac
   shift
 done
 ((${#words[@]})) || refuse "name a folder for the results; see the top of $0."
+[[ ! -v "LIMITS[${words[0]}]" ]] || refuse "${words[0]} is a stage: name a folder for the results first."
 out=$(realpath -m "${words[0]}") || exit 2
 chosen=("${words[@]:1}")
 ((${#chosen[@]})) || chosen=("${STAGES[@]}")
@@ -152,6 +157,10 @@ tests() {
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   TORCHINDUCTOR_COMPILE_THREADS=2 run env --default-signal=INT \
     "$python" -m pytest -v -m gpu "${parallel[@]}" --junitxml "$out/tests.xml" tests
+  code=$?
+  note=$(grep -Eo '([0-9]+ (passed|failed|skipped|errors?),? )+' "$out/logs/tests.log" | tail -n 1)
+  note=${note% } note=${note%,}
+  return "$code"
 }
 
 peers() {
@@ -244,8 +253,14 @@ take() { # STAGE
 if ((${#wheels[@]})); then
   run "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out.packages" "${wheels[@]}" || exit 1
 fi
-find_gpu='import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'
-device=$(run "$python" -c "$find_gpu") || exit 1
+find_gpu='
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(f"gpu_suite.sh: {error}. Name a Python that has PyTorch: PYTHON=.venv/bin/python.")
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+'
+device=$(run "$python" -c "$find_gpu") || exit 2
 captured=graph
 if [[ -z $device ]]; then
   ((${#rehearse[@]})) || refuse "PyTorch sees no GPU. --rehearse tries this script on a CPU."

@@ -87,7 +87,7 @@ def fastest_threads(
 
     before, processors = torch.get_num_threads(), usable_processors()
     if "OMP_NUM_THREADS" in os.environ:
-        return before, f"threads {before}: OMP_NUM_THREADS is set"
+        return before, f"threads {before}: PyTorch's number, as OMP_NUM_THREADS is set"
     if processors == 1 or repetitions <= 1:
         return before, ""
     try:

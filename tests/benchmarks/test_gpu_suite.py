@@ -107,6 +107,7 @@ def suite(tmp_path):
     ("arguments", "environment", "named"),
     [
         ((), {}, "name a folder"),
+        (("--rehearse", "smoke"), {}, "smoke is a stage"),
         (("OUT", "--seconds"), {}, "--seconds"),
         (("OUT", "--seconds", "1.5"), {}, "--seconds 1.5"),
         (("OUT", "--seconds", "10"), {}, "--seconds 10"),
@@ -189,6 +190,13 @@ def test_tests_that_are_cut_have_time_to_tell_what_failed(suite):
     suite.behave('*"-m pytest"*', "trap 'sleep 7; echo FAILED; exit 2' INT; sleep 60")
     assert suite.run("--seconds", "33", "tests")[0] == 1
     assert b"FAILED" in suite.packed()["logs/tests.log"]
+
+
+def test_tests_that_did_not_run_are_counted(suite):
+    suite.behave("*pytest*", "echo '==== 44 passed, 24 skipped, 1 warning in 3.00s ===='")
+    code, out, _ = suite.run("tests")
+    assert code == 0
+    assert ("tests", "passed, 44 passed, 24 skipped") in map(result_of, out.splitlines())
 
 
 def test_a_stage_that_fails_is_named_and_the_next_goes_on(suite):

@@ -100,7 +100,7 @@ def test_what_the_environment_says_is_not_tried(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
     machine = Machine(quiet)
-    assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: OMP_NUM_THREADS is set")
+    assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: PyTorch's number, as OMP_NUM_THREADS is set")
     assert not machine.tried
 
 

@@ -9,7 +9,9 @@ import json
 import re
 import shutil
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -650,6 +652,10 @@ def test_mixed_precision_runs_to_the_end(tiny, run, tmp_path, model, precision):
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
 
 
+@pytest.mark.skipif(
+    not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs g++ and Python's headers",
+)
 @pytest.mark.usefixtures("one_block")
 def test_compiled_training_gives_the_same_losses_to_the_rounding(run, tmp_path):
     settings = ["smoke", "--data", "shapes10", "--batch-size", 48, "--precision", "fp32", "--iterations", 3]
