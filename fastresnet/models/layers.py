@@ -64,7 +64,7 @@ def flops_per_image(model: nn.Module, *, training: bool) -> int:
     """
     twin, macs = copy.deepcopy(model).to("meta").train(training), 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def count(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         nonlocal macs
         gradients = module.weight.requires_grad + inputs[0].requires_grad if training else 0
         macs += _macs(module, output) * (1 + gradients)
