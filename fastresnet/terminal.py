@@ -68,7 +68,7 @@ def _orderly_sigterm() -> Iterator[None]:
 
 
 def _is_to_be_told(error: BaseException | None) -> bool:
-    """Whether `error`, or what was on its way when that arose while cleaning up, is a `UserError`."""
+    """Return whether `error`, or what was on its way when that arose while cleaning up, is a `UserError`."""
     while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return error is not None

@@ -12,7 +12,7 @@ from fastresnet.models import create_model, list_models, model_depth, model_shor
 from fastresnet.models.graph import draw_graph, graph
 
 SVG = "{http://www.w3.org/2000/svg}"
-NETWORKS = [name for name in list_models() if model_depth(name) not in (110, 1202)]
+NETWORKS = [name for name in list_models() if model_depth(name) != 1202]
 RESIDUAL = [name for name in NETWORKS if not name.startswith("plain")]
 
 
@@ -33,7 +33,11 @@ def parsed(boxes):
     return ElementTree.fromstring(draw_graph(boxes, "a <b>", "c & d"))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def case(name, *rest):
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if model_depth(name) == 110 else [])
+
+
+@pytest.mark.parametrize("name", [case(name) for name in NETWORKS])
 def test_every_network_has_a_box_for_each_of_its_layers(name):
     model, boxes, picture = pictured(name, "B")
     drawn = picture.findall(f"{SVG}g")
@@ -47,7 +51,7 @@ def test_every_network_has_a_box_for_each_of_its_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shortcut"), [(name, option) for name in RESIDUAL for option in model_shortcuts(name)]
+    ("name", "shortcut"), [case(name, option) for name in RESIDUAL for option in model_shortcuts(name)]
 )
 def test_every_block_has_a_shortcut_into_its_end(name, shortcut):
     model, boxes, picture = pictured(name, shortcut)

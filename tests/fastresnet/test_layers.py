@@ -25,7 +25,14 @@ def test_sums_are_the_published_ones(model, shortcut, parameters, millions):
     assert sum(layer.macs for layer in found) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if model_depth(name) not in (110, 1202)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if model_depth(name) == 110 else name
+        for name in list_models()
+        if model_depth(name) != 1202
+    ],
+)
 def test_every_network_has_the_parameters_and_operations_that_pytorch_counts(name):
     with torch.device("meta"):
         model = create_model(name).eval()

@@ -26,9 +26,9 @@ def expected(rows):
 
 def stop_and_resume(run, monkeypatch, folder, *arguments):
     """A run of three epochs, interrupted after the first."""
-    arguments = ("--model", "resnet8", *arguments)
     from fastresnet.training.trainer import Trainer
 
+    arguments = ("--model", "resnet8", *arguments)
     finish = Trainer._finish_epoch
 
     def interrupted(self):

@@ -58,12 +58,16 @@ LATER_DEPTHS = {
 }
 """The networks of the papers after 2015."""
 LARGEST = ("resnet1202", "plain1202", "wrn16-8", "wrn28-10", "resnext29-4x64d", "resnext29-8x64d")
-QUICK = [pytest.param(name, marks=pytest.mark.slow) if name in LARGEST else name for name in list_models()]
 WITHOUT_SHORTCUT_A = ["preresnet164", *(name for name in LATER_DEPTHS if name.startswith(("wrn", "resnext")))]
 SMALLEST = [
     *(("resnet20", "A"), ("resnet20", "B"), ("plain20", "B"), ("se-resnet20", "A"), ("se-resnet20", "B")),
     *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B"), ("resnet9-narrow", "B")),
 ]
+
+
+def with_slow_ones(names):
+    """Cases of a test that builds or trains each network: the largest outside the usual tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGEST else name for name in names]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +162,7 @@ def test_shortcut_a_is_refused_where_the_first_stage_widens(take, name):
         take(name, "A", 0.0)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", with_slow_ones(list_models()))
 def test_the_shortcut_matters_to_networks_that_have_one_with_a_convolution(name):
     names = on_meta(name, shortcut="B").state_dict()
     assert shortcut_matters(name) == any(".downsample.0." in each for each in names)
@@ -725,7 +729,7 @@ def test_torch_export_takes_the_network_for_batches_of_every_size(name, shortcut
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", with_slow_ones(list_models()))
 def test_every_network_trains(name, precision):
     """Two steps on images of 8x8 pixels (16x16 where patches are whitened), which the layers take as well, move every
     parameter that is trained.
@@ -976,7 +980,7 @@ def test_in_training_the_network_equals_its_layers_written_out_without_some_bran
     assert_trains_as(network, layers, random_images(rows), reference)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_SHORTCUTS if name != "resnet1202"])
+@pytest.mark.parametrize("name", with_slow_ones(WITH_SHORTCUTS))
 def test_the_rates_grow_linearly_to_that_of_the_last_block(name):
     network = on_meta(name, drop_path=0.3)
     modules, blocks = depth_modules(network), sum(hasattr(module, "drop_path") for module in network.modules())
