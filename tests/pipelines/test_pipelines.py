@@ -366,7 +366,11 @@ def test_normalised_values_on_the_gpu_are_those_of_resident_on_the_cpu(
             assert batch.images.is_cuda
             assert batch.labels.is_cuda
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
-            assert ulps(batch.images.cpu(), reference.images).max() <= most_ulps(name, dtype)
+            images = batch.images.cpu()
+            differs = ulps(images, reference.images) > most_ulps(name, dtype)
+            if name == "dali" and dtype == torch.float32:  # its kernel adds -mean * scale, rounded, which is below 4
+                differs &= (images - reference.images).abs() > 2**-23
+            assert not differs.any()
             assert torch.equal(batch.labels.cpu(), reference.labels)
 
 
