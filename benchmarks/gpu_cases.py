@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,12 +43,15 @@ from benchmarks.measurement import (
     stamp,
 )
 from benchmarks.report import SCHEMA, Report, short, write_report
-from fastresnet.device import DTYPES, environment, resolve_device
+from fastresnet.device import DTYPES, resolve_device
+from fastresnet.distributed import SINGLE
+from fastresnet.provenance import environment
 from fastresnet.recipes import create_config
 from fastresnet.terminal import find_dataset, guarded
-from fastresnet.training.engine import Engine
+from fastresnet.training.execution import Execution
+from fastresnet.training.loop import create_step, open_pipelines, resolve
+from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
-from fastresnet.training.trainer import Trainer
 from pipelines.errors import UsageError, check_choice
 from pipelines.store import Dataset, open_store
 
@@ -157,8 +159,11 @@ class Steps:
         gc.collect()  # what is left of cases before
         held = memory_held(device)
         began = time.perf_counter()
-        self._trainer = Trainer(config, dataset, Console(quiet=True))
-        step, pipeline = self._trainer.step, self._trainer.pipeline
+        config, _ = resolve(config, dataset, device, SINGLE)
+        self._resources = contextlib.ExitStack()
+        pipeline, _ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
+        self._total_steps = config.total_steps(len(pipeline))
+        self._step = step = create_step(config, dataset, lr_factors(config, self._total_steps), SINGLE)
         if candidate.change is not None:
             candidate.change(step)
         if candidate.inductor or device.type != "cuda":
@@ -167,9 +172,9 @@ class Steps:
                 step._loss_and_hits, fullgraph=True, dynamic=False, **_compiler(device, candidate.inductor)
             )
         uncaptured = "compile" if candidate.compiled else "eager"
-        self._engine = Engine(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
+        self._engine = Execution(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
         step.compiled = candidate.compiled
-        self._trainer.model.train()
+        step.model.train()
         with torch.backends.cudnn.flags(enabled=True, benchmark=candidate.timed_convolutions, allow_tf32=True):
             self._engine.prepare(next(pipeline.epoch(0)))
         self._seconds_per_step = math.inf
@@ -181,7 +186,7 @@ class Steps:
     def take_turn(self, seconds: float) -> float:
         """Take steps for about `seconds`; returns images/s."""
         # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
-        most = self._trainer.total_steps - 1  # each has a learning rate
+        most = self._total_steps - 1  # each has a learning rate
         steps = self._begin(min(max(round(seconds / self._seconds_per_step), 1), most))
         begin = stamp(self._device)
         taken = sum(1 for _ in steps)
@@ -190,7 +195,7 @@ class Steps:
 
     def _begin(self, count: int) -> Iterator[None]:
         """`count` steps, to be taken after a first one, for which an epoch is planned."""
-        self._trainer.step.count.zero_()
+        self._step.count.zero_()
         steps = self._engine.steps(0, 0, count + 1)
         next(steps)
         if self._device.type == "cuda":
@@ -236,7 +241,7 @@ class Steps:
         }
 
     def close(self) -> None:
-        self._trainer.close()
+        self._resources.close()
 
 
 def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from benchmarks.report import (
     write_report,
 )
 from pipelines import PIPELINES, is_installed, usable_processors
-from pipelines.convert import prepare
 from pipelines.errors import Note
+from pipelines.prepare import prepare
 from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
 
@@ -153,7 +153,7 @@ def _peer(name: str, module: str, workers: int) -> Entry:
 
 def _surroundings(device: Any) -> dict[str, Any]:
     """What every figure carries, with the versions of the optional libraries."""
-    from fastresnet.device import environment, versions_of
+    from fastresnet.provenance import environment, versions_of
 
     surroundings = environment(device)
     surroundings["versions"] |= versions_of("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines import Batch
+from pipelines import Batch, GatheringPipeline
+from pipelines.sampling import EpochPlan
 
 
 def spread(values: Sequence[float], name: str) -> dict[str, float]:
@@ -29,17 +30,23 @@ def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
-class SameBatch:
+class SameBatch(GatheringPipeline):
     """A pipeline of `length` batches that costs nothing."""
 
     def __init__(self, batch: Batch, length: int) -> None:
         self._batch, self._length = batch, length
 
+    def _open(self) -> None:
+        """Nothing is read."""
+
     def __len__(self) -> int:
         return self._length
 
-    def epoch(self, _: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         return itertools.repeat(self._batch, self._length - start)
+
+    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
+        raise NotImplementedError
 
     def load(self, epoch: int) -> None:
         pass

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import markdown_table
-from fastresnet.device import environment
+from fastresnet.provenance import environment
 from pipelines import usable_processors
 from pipelines.files import write_json
 

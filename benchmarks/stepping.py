@@ -24,7 +24,7 @@ from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.layers import flops_per_image
-from fastresnet.training.engine import Engine
+from fastresnet.training.execution import Execution
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Batch, free_memory
@@ -171,7 +171,7 @@ def trial_step(case: Case, device: torch.device) -> Callable[[int], None]:
 
 def _training(case: Case, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
-    engine = Engine(step, SameBatch(batch, MOST_STEPS), case.backend)
+    engine = Execution(step, SameBatch(batch, MOST_STEPS), case.backend)
     engine.prepare(batch)
 
     def take(count: int) -> None:

@@ -145,7 +145,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.de
     import torch._dynamo
 
     from benchmarks.stepping import Contender, SplitContender
-    from fastresnet.device import environment
+    from fastresnet.provenance import environment
 
     base, load = cases[0], OtherLoad()
     of_base = {key: value for key, value in dataclasses.asdict(base).items() if key != "mode"}

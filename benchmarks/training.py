@@ -60,7 +60,7 @@ class TrainingOptions(RaceOptions):
 
 def measure_training(options: TrainingOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    from fastresnet.device import environment
+    from fastresnet.provenance import environment
 
     dataset, device, work = describe_work(options)
     work, backend = _settle(options, work, device)
@@ -98,7 +98,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
     from fastresnet.device import explained_failures, resolve_compile
     from fastresnet.threads import settled_threads
-    from fastresnet.training.engine import PAYS_AFTER_STEPS, faster_backend
+    from fastresnet.training.execution import PAYS_AFTER_STEPS, faster_backend
 
     compile_ = resolve_compile(options.compile, device)
     if device.type != "cpu":
@@ -122,8 +122,8 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
     from benchmarks.measurement import SameBatch
     from fastresnet.device import resolve_device
-    from fastresnet.training.engine import Engine
-    from fastresnet.training.trainer import STATUS_EVERY
+    from fastresnet.training.execution import Execution
+    from fastresnet.training.loop import STATUS_EVERY
 
     device = resolve_device(work.device)
     pipeline = work.open_pipeline("resident")
@@ -131,7 +131,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     if not data:
         pipeline = SameBatch(batch, len(pipeline))
     step = _create_step(model, work.precision, device, len(pipeline))
-    engine = Engine(step, pipeline, backend)
+    engine = Execution(step, pipeline, backend)
     engine.prepare(batch)
 
     def epoch(number: int) -> Iterator[None]:

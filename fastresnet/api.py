@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastresnet.evaluation import Evaluation
-    from fastresnet.runs import Run
+    from fastresnet.run_folder import Run
     from fastresnet.threads import Threads
 
 
@@ -26,16 +26,15 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
 
     from fastresnet.config import from_dict
     from fastresnet.recipes import create_config
-    from fastresnet.runs import read_run
+    from fastresnet.run_folder import read_run, run_path
     from fastresnet.terminal import find_dataset
-    from fastresnet.training.trainer import run_folder
-    from fastresnet.training.trainer import train as train_run
+    from fastresnet.training.loop import train as train_run
 
     base = create_config(recipe, settings.get("model"))
     config = from_dict(base.to_dict() | settings, "fastresnet.train")
     dataset = find_dataset(config.data, config.root)
     train_run(config, dataset, Console(quiet=quiet))
-    return read_run(run_folder(config, dataset))
+    return read_run(run_path(config, dataset))
 
 
 def evaluate(

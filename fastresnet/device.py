@@ -1,36 +1,30 @@
-"""Which device and precision a run uses, and the description of both that every figure carries."""
+"""Device, precision and execution of a run, and explained failures of all three."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastresnet import __version__
 from fastresnet.config import DEVICES
 from pipelines.errors import Note, RunError, UsageError, check_choice
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
-"""There where NVIDIA's driver is."""
+"""A file of NVIDIA's driver."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; where one seems to be meant that PyTorch cannot use, a `Note` says so.
+    """Resolve `name`: `auto` is the GPU where there is one.
+
+    Where one seems to be meant that PyTorch cannot use, a `Note` says so.
     Raises `UsageError` where a GPU is asked for and absent, and on an unknown name.
     """
     check_choice("device", name, DEVICES)
@@ -51,7 +45,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _missing_gpu() -> str:
-    """Why there may be a GPU that PyTorch does not find, and what to do; empty where nothing speaks for one."""
+    """Explain why PyTorch may not find a GPU, and what to do; empty where nothing speaks for one."""
     if NVIDIA_CONTROL.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # which hide it
         if torch.version.cuda is None:
             return "NVIDIA's driver is there, but this PyTorch is built for CPUs: pip install torch from PyPI has CUDA."
@@ -78,7 +72,10 @@ def _keep_freed_memory() -> None:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes it (2.0x the speed of fp32 on a CPU with AVX512-BF16), else fp32."""
+    """Resolve `name`: `auto` is bf16 where the hardware computes it, else fp32.
+
+    On a CPU with AVX512-BF16 bf16 has 2.0x the speed of fp32.
+    """
     if name == "auto":
         return "bf16" if _computes_bf16(device) else "fp32"
     if not supports(name, device):
@@ -87,7 +84,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def supports(precision: str, device: torch.device) -> bool:
-    """Whether `device` computes in `precision` at all; a CPU does, if slowly."""
+    """Return whether `device` computes in `precision` at all; a CPU does, if slowly."""
     return precision != "bf16" or device.type != "cuda" or _computes_bf16(device)
 
 
@@ -97,23 +94,24 @@ def _computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_compile(name: str, device: torch.device, *, alone: bool = True) -> str:
-    """`auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide. Where there are several ranks, which
-    exchange gradients within a step, it is `on` and `off`.
+def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> str:
+    """Resolve `name`: `auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide.
+
+    Where several ranks exchange gradients within a step, it is `on` and `off`.
     """
     if name == "graph" and device.type != "cuda":
         raise UsageError("--compile graph records a CUDA graph, which needs a GPU. Use --compile on.")
-    if name == "graph" and not alone:
+    if name == "graph" and not single:
         raise UsageError("--compile graph is for a training in one process. Use --compile on.")
     if name != "auto":
         return name
-    if alone:
+    if single:
         return "graph" if device.type == "cuda" else name
     return "on" if device.type == "cuda" else "off"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Mixed precision for the forward pass; nothing for fp32."""
+    """Return mixed precision for the forward pass; nothing for fp32."""
     # Each weight is used once in a step, and a cache of cast weights would outlive the recording of a CUDA graph.
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
 
@@ -141,59 +139,3 @@ def explained_failures(out_of_memory: str) -> Iterator[None]:
     else:
         return
     raise RunError(f"out of memory: {out_of_memory}.")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions, commit, command and time."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "fastresnet": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **versions_of("torchvision", "numpy"),
-        },
-        "commit": _commit(),
-        "command": _command(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def versions_of(*libraries: str) -> dict[str, str]:
-    """Versions of those of `libraries` that are installed."""
-    versions = {}
-    for library in libraries:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[library] = metadata.version(library)
-    return versions
-
-
-def _command() -> str:
-    program = Path(sys.argv[0])
-    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
-    return f"{name} {shlex.join(sys.argv[1:])}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} threads" if names else platform.machine()
-
-
-def _commit() -> str:
-    """The commit of the checkout this code runs from, `+` where it has been changed; `unknown` outside one."""
-    try:
-        folder = Path(__file__).parent
-        described = subprocess.run(
-            ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()

@@ -27,37 +27,37 @@ TIMEOUT = timedelta(minutes=5)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ranks:
+class World:
     """This process among those that train one network together.
 
-    What they do together (`sum`, `highest`, `broadcast`, `wait`), every one of them has to do, at the same point.
+    All ranks have to call `sum`, `highest`, `broadcast` and `wait` at the same point.
     """
 
     rank: int = 0
     world_size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes files and talks."""
+    def is_main(self) -> bool:
+        """True for the process that writes files and talks."""
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         return self.world_size == 1
 
     def rows(self, batch_size: int) -> slice:
-        """Which rows of a batch are this rank's."""
+        """Select this rank's rows of a batch."""
         return rank_rows(batch_size, self.rank, self.world_size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which is changed, summed over the ranks."""
-        if not self.alone:
+        """`tensor`, which is changed, summed over the world."""
+        if not self.is_single:
             dist.all_reduce(tensor)
         return tensor
 
     def highest(self, value: int, device: torch.device) -> int:
-        """The highest of the ranks' values. Waits for the device."""
-        if self.alone:
+        """Return the highest of the ranks' values. Waits for the device."""
+        if self.is_single:
             return value
         tensor = torch.tensor(value, device=device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -65,61 +65,61 @@ class Ranks:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks the first one's values."""
-        if not self.alone:
+        if not self.is_single:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Until all have come here."""
-        if not self.alone:
+        """Wait for all ranks."""
+        if not self.is_single:
             dist.barrier()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """`model`, whose gradients are averaged over the ranks while the backward pass goes on; the first rank's
+        """Wrap `model` so that its gradients are averaged over the ranks during the backward pass; the first rank's
         parameters and buffers become everyone's.
         """
-        if self.alone:
+        if self.is_single:
             return model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.14 has a new name for this
-            # Every rank keeps batch norm statistics of its own, which `Trainer` replaces before they are used.
+            # Every rank keeps batch norm statistics of its own, which `loop.train` replaces before they are used.
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-ALONE = Ranks()
+SINGLE = World()
 
 
-def ranks_of_torchrun() -> Ranks:
-    """What `torchrun` has told this process, alone where it was started without it."""
-    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+def world_of_torchrun() -> World:
+    """Read what `torchrun` has told this process; without it the process is single."""
+    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @contextlib.contextmanager
-def connected(device: torch.device) -> Iterator[Ranks]:
-    """The ranks, connected by NCCL where `device` is a GPU and by gloo on a CPU; inside, `cuda` is this rank's GPU.
+def connected(device: torch.device) -> Iterator[World]:
+    """Connect the ranks by NCCL where `device` is a GPU and by gloo on a CPU; inside, `cuda` is this rank's GPU.
 
     Raises `UsageError` where there are fewer GPUs than processes, `RunError` where another rank has failed.
     """
-    ranks = ranks_of_torchrun()
-    if ranks.alone:
-        yield ranks
+    world = world_of_torchrun()
+    if world.is_single:
+        yield world
         return
     gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
     with _explained_disconnection():
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             store=_store(),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=world.rank,
+            world_size=world.world_size,
             timeout=TIMEOUT,
             device_id=gpu,  # NCCL would guess it at the first barrier, with a warning
         )
-        yield ranks
+        yield world
         dist.destroy_process_group()  # not after a failure, when it could wait for those that are gone
 
 
 def _take_gpu(number: int) -> torch.device:
-    """Make it what `cuda` means from here on."""
+    """Make GPU `number` the one that `cuda` means from here on."""
     if number >= torch.cuda.device_count():
         raise UsageError(
             f"process {number + 1} on this machine finds {torch.cuda.device_count()} GPUs. Start one process for each "
@@ -130,7 +130,7 @@ def _take_gpu(number: int) -> torch.device:
 
 
 def _store() -> dist.Store:
-    """Where the ranks leave their addresses: a place of its own for each of torchrun's attempts, which may have one
+    """Open the store of the ranks' addresses: a place of its own for each of torchrun's attempts, which may have one
     store for all, with the addresses of those that have died (pytorch/pytorch#135712).
     """
     store, *_ = next(rendezvous("env://", timeout=TIMEOUT))

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from fastresnet.device import NVIDIA_CONTROL, environment, resolve_precision, versions_of
+from fastresnet.device import NVIDIA_CONTROL, resolve_precision
+from fastresnet.provenance import environment, versions_of
 from pipelines import PIPELINES, free_memory
 from pipelines.compiler import CompilerError, compile_c
-from pipelines.convert import CIFAR10, data_root
 from pipelines.errors import UserError
+from pipelines.prepare import CIFAR10, data_root
 from pipelines.store import open_store, prepare_anew_command
 
 _LIBRARIES = (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastresnet.device import DTYPES, autocast
-from fastresnet.distributed import ALONE, Ranks
+from fastresnet.distributed import SINGLE, World
 from fastresnet.threads import Threads, settled_threads
 from pipelines import Augmentation, Pipeline, open_pipeline
 from pipelines.store import Dataset
@@ -44,7 +44,7 @@ def open_evaluation(
     pipeline: str,
     precision: str,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
 ) -> Pipeline:
     """A pipeline over the test split of `dataset`, without augmentation; its share for this rank, where there are
     several.
@@ -53,13 +53,13 @@ def open_evaluation(
         pipeline,
         dataset,
         train=False,
-        batch_size=max(min(BATCH_SIZE, len(dataset.test)), ranks.world_size),
+        batch_size=max(min(BATCH_SIZE, len(dataset.test)), world.world_size),
         device=device,
         dtype=DTYPES[precision],
         seed=0,
         augmentation=Augmentation(normalization=normalization),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=world.rank,
+        world_size=world.world_size,
     )
 
 
@@ -68,17 +68,17 @@ def evaluate(
     model: nn.Module,
     pipeline: Pipeline,
     classes: tuple[str, ...],
-    *,
     precision: str,
     device: torch.device,
     mirror: bool = False,
+    *,
     after_batch: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
+    world: World = SINGLE,
 ) -> Evaluation:
     """Evaluate `model` on the pipeline's device; sets it to evaluation mode.
 
     `mirror` adds `mirror_accuracy`, for twice the work. `after_batch` may raise to stop early. Where there are several
-    `ranks`, each brings its share of the images, and the result is that of all of them.
+    ranks, each brings its share of the images, and the result is that of all of them.
     """
     model.eval()
     started = time.perf_counter()
@@ -98,7 +98,7 @@ def evaluate(
             mirror_correct += ((logits.argmax(1) == batch.labels) & real).sum()
         after_batch()
     for sums in (loss, correct, count, mirror_correct):
-        ranks.sum(sums)
+        world.sum(sums)
     total = int(count.sum())
     return Evaluation(
         accuracy=100 * int(correct.sum()) / total,

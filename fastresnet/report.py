@@ -14,7 +14,7 @@ from fastresnet.config import TrainConfig, from_toml
 from fastresnet.examination import Examined
 from fastresnet.plotting import curves, rendered
 from fastresnet.recipes import changed_settings
-from fastresnet.runs import Run
+from fastresnet.run_folder import Run
 from fastresnet.training.loggers import format_duration
 
 _STYLE = """

@@ -109,7 +109,7 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
 
 def find_dataset(data: str, root: Path | None) -> Dataset:
     """Open the data set called `data`, or the store in folder `data`; make cifar10 and shapes10 if they are missing."""
-    from pipelines.convert import CIFAR10, SHAPES10, data_root, prepare
+    from pipelines.prepare import CIFAR10, SHAPES10, data_root, prepare
     from pipelines.store import open_store
 
     if Path(data).name != data or (Path(data) / "meta.json").exists():

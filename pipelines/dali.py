@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Batch
 from .augment import Normalization, fill_color
-from .derived import open_derived
+from .base import Batch, Pipeline
 from .errors import UsageError
-from .sampling import IMAGE_SIZE, Augmentation, Draws, Sampler, draw
-from .shards import open_shard
-from .store import Dataset, Split
+from .formats import open_derived, open_shard
+from .sampling import IMAGE_SIZE, Draws, EpochPlan
 
 try:
     from nvidia.dali import Pipeline as DaliGraph
@@ -42,48 +40,35 @@ _AHEAD = 2
 """Batches that DALI works on before they are asked for."""
 
 
-class DaliPipeline:
-    """`decode` says what DALI reads: `raw` pixels of the store, or its `jpeg` shard."""
+class DaliPipeline(Pipeline):
+    """Reads raw pixels of the store, or its JPEG shard, and executes the plan with DALI's operators."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: Split,
-        sampler: Sampler,
-        augmentation: Augmentation,
-        device: torch.device,
-        dtype: torch.dtype,
-        decode: str,
-    ) -> None:
-        self._split, self._sampler, self._augmentation = split, sampler, augmentation
-        self._device, self._dtype = device, dtype
-        self._images = np.asarray(split.images)
-        self._labels = torch.tensor(split.labels)
-        self._shard = open_shard(*open_derived(dataset, "jpeg", split.name)) if decode == "jpeg" else None
+    def _open(self) -> None:
+        augmentation = self._augmentation
+        self._images = np.asarray(self._split.images)
+        self._shard = None
+        if self._decode == "jpeg":
+            self._shard = open_shard(*open_derived(self._dataset, "jpeg", self._split.name))
         uses = {"start": augmentation.crop_padding, "flip": augmentation.flip != "none", "cutout": augmentation.cutout}
         self._inputs = ["images", *(name for name, used in uses.items() if used)]
-        self._planned: Iterator[tuple] = iter(())
+        self._feeds: Iterator[tuple] = iter(())
         self._in_use: deque[tuple] = deque()
-        self._graph = self._build(dataset)
+        self._graph = self._build()
 
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._drop_what_is_left()
-        rows = self._split.ids[self._sampler.positions(epoch, self._split.ids)]
-        draws = draw(self._sampler.seed, epoch, rows, self._augmentation)
-        self._planned = (self._feed(rows[step], draws.of(step)) for step in range(start, len(self)))
+    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
+        self._drain()
+        self._feeds = (self._feed(plan.rows[step], plan.draws.of(step)) for step in range(start, len(self)))
+        all_labels = torch.from_numpy(plan.labels)
         self._graph.reset()
         self._graph.schedule_run()  # fills the queue
         for step in range(start, len(self)):
             images = self._take()
             self._graph.schedule_run()
-            labels = self._labels[rows[step]].to(self._device, non_blocking=True)
+            labels = all_labels[step].to(self._device, non_blocking=True)
             yield Batch(images, labels, self._sampler.valid(step))
 
     def _take(self) -> Tensor:
-        """The next finished batch, without a copy unless it is to be of 16 bits."""
+        """Take the next finished batch, without a copy unless it is to be of 16 bits."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (output,) = self._graph.share_outputs(stream)
         images = torch.from_dlpack(output.as_tensor())
@@ -91,9 +76,9 @@ class DaliPipeline:
         self._in_use.popleft()
         return images.to(self._dtype).permute(0, 3, 1, 2)
 
-    def _drop_what_is_left(self) -> None:
+    def _drain(self) -> None:
         """Bring DALI to the end of an epoch that was abandoned, so that it can be reset."""
-        self._planned = iter(())
+        self._feeds = iter(())
         self._graph.schedule_run()
         while not self._graph.empty():
             self._graph.share_outputs()
@@ -103,7 +88,7 @@ class DaliPipeline:
     # --- what goes in --------------------------------------------------------------------------------------------
 
     def _feed(self, rows: np.ndarray, draws: Draws) -> tuple:
-        """The inputs of a batch, in the order of `self._inputs`."""
+        """Collect the inputs of a batch, in the order of `self._inputs`."""
         side, padding = self._augmentation.cutout, self._augmentation.crop_padding
         # Reflected images are padded by the graph, which moves the origin; zeros are added by the slice itself.
         origin = padding if self._augmentation.padding_mode == "zeros" else 0
@@ -117,14 +102,14 @@ class DaliPipeline:
         return tuple(every[name] for name in self._inputs)
 
     def _next(self) -> tuple:
-        """What DALI asks for when it begins with a batch; `StopIteration` ends its epoch."""
-        inputs = next(self._planned)
+        """Return the inputs of the batch that DALI begins with; `StopIteration` ends its epoch."""
+        inputs = next(self._feeds)
         self._in_use.append(inputs)  # DALI reads these arrays where they lie, until the batch is done
         return inputs
 
     # --- what is done with it ------------------------------------------------------------------------------------
 
-    def _build(self, dataset: Dataset) -> DaliGraph:
+    def _build(self) -> DaliGraph:
         on_gpu = self._device.type == "cuda"
         graph = DaliGraph(
             batch_size=self._sampler.rows_per_batch,
@@ -152,9 +137,9 @@ class DaliPipeline:
                     anchor=given["cutout"],
                     shape=[side, side],
                     axis_names="HW",
-                    fill_value=fill_color(dataset).tolist(),
+                    fill_value=fill_color(self._dataset).tolist(),
                 )
-            graph.set_outputs(self._flip_and_normalize(images, given.get("flip", 0), dataset))
+            graph.set_outputs(self._flip_and_normalize(images, given.get("flip", 0)))
         graph.build()
         return graph
 
@@ -170,12 +155,12 @@ class DaliPipeline:
             fill_values=0,
         )
 
-    def _flip_and_normalize(self, images: DataNode, flip: DataNode | int, dataset: Dataset) -> DataNode:
+    def _flip_and_normalize(self, images: DataNode, flip: DataNode | int) -> DataNode:
         if self._dtype == torch.uint8:
             return fn.flip(images, horizontal=flip)
         # Always in float32, and torch casts: DALI knows no bf16, and on a GPU its fp16 is computed in fp16, where an
         # H200's values were off by a tenth of a grey level.
-        normalization = Normalization.of(self._augmentation.normalization, dataset)
+        normalization = Normalization.of(self._augmentation.normalization, self._dataset)
         if self._augmentation.normalization == "pixel":
             device = "gpu" if self._device.type == "cuda" else "cpu"
             mean = types.Constant(normalization.mean.numpy(), device=device)
@@ -195,7 +180,7 @@ class DaliPipeline:
 
 
 def _reflect_pad(images: DataNode, padding: int) -> DataNode:
-    """DALI pads with constants only: the mirrored edges are cut out, turned round and put back on."""
+    """Pad with the mirrored edges, cut out, flipped and joined: DALI itself pads with constants only."""
     last = IMAGE_SIZE - 1
     top = fn.flip(images[1 : 1 + padding], vertical=1, horizontal=0)
     bottom = fn.flip(images[last - padding : last], vertical=1, horizontal=0)
@@ -206,5 +191,5 @@ def _reflect_pad(images: DataNode, padding: int) -> DataNode:
 
 
 def _gpu_number(device: torch.device) -> int:
-    """Of `cuda` without a number it is the one that PyTorch has made current, which differs between ranks."""
+    """Return the number of the GPU: of `cuda` without one PyTorch's current device, which differs between ranks."""
     return torch.cuda.current_device() if device.index is None else device.index

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Batch
-from .derived import open_derived
+from .augment import create_augment
+from .base import Batch, Pipeline
 from .errors import RunError, UsageError
-from .native import create_augment
-from .sampling import Array, Augmentation, Sampler, draw
-from .store import Dataset, Split
+from .formats import open_derived
+from .prng import Array
+from .sampling import EpochPlan
+from .store import Split
 
 _threads = torch.get_num_threads()
 try:
@@ -86,56 +87,40 @@ class _Writer(DatasetWriter):
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-class FfcvPipeline:
+class FfcvPipeline(Pipeline):
     """FFCV's threads read ahead; augmentation happens where the batch is going."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: Split,
-        sampler: Sampler,
-        augmentation: Augmentation,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        (path,) = open_derived(dataset, "beton", split.name)
-        self._ids, self._sampler, self._augmentation, self._device = split.ids, sampler, augmentation, device
-        self._order = _Order(self._rows(0))  # FFCV looks at one when it is built
-        move = [ToTensor(), ToDevice(device)] if device.type == "cuda" else [ToTensor()]
+    def _open(self) -> None:
+        (path,) = open_derived(self._dataset, "beton", self._split.name)
+        self._order = _Order(self._plan(0).rows)  # FFCV looks at one when it is built
+        move = [ToTensor(), ToDevice(self._device)] if self._device.type == "cuda" else [ToTensor()]
         self._loader = _Loader(
             str(path),
-            batch_size=sampler.rows_per_batch,
+            batch_size=self._sampler.rows_per_batch,
             # FFCV imposes this number on torch too, and numba takes no more than it has
             num_workers=min(torch.get_num_threads(), numba_config.NUMBA_NUM_THREADS),
             order=self._order,
             drop_last=False,
             pipelines={"image": [SimpleRGBImageDecoder(), *move], "label": [IntDecoder(), *move]},
         )
-        self._augment = create_augment(dataset, augmentation, device, dtype)
+        self._augment = create_augment(self._dataset, self._augmentation, self._device, self._dtype)
         self._batches: _EpochIterator | None = None
 
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def _rows(self, epoch: int) -> np.ndarray:
-        """Rows of the store, int64 [steps, B]."""
-        return self._ids[self._sampler.positions(epoch, self._ids)]
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._order.rows = rows = self._rows(epoch)[start:]
-        if not len(rows):
+    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
+        self._order.rows = plan.rows[start:]
+        if start >= len(self):
             return
-        draws = draw(self._sampler.seed, epoch, rows, self._augmentation)
-        everything: Array = np.arange(rows.shape[1])
+        draws = plan.draws
+        everything: Array = np.arange(plan.rows.shape[1])
         if self._device.type != "cpu":
             draws, everything = draws.map(self._to_device), self._to_device(everything)
         batches = self._batches = iter(self._loader)
         try:
-            for step, (images, labels) in enumerate(batches):
+            for step, (images, labels) in enumerate(batches, start):
                 source = images.numpy() if self._device.type == "cpu" else images
                 # The slots of `images` and `labels` are FFCV's and will be overwritten: neither may leave this line.
                 augmented, labels = self._augment(source, everything, draws.of(step)), labels.flatten().clone()
-                yield Batch(augmented, labels, self._sampler.valid(start + step))
+                yield Batch(augmented, labels, self._sampler.valid(step))
         finally:
             batches.stop()
 

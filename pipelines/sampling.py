@@ -1,23 +1,18 @@
-"""Order and augmentation parameters as a pure function of (seed, epoch, sample).
+"""Order and augmentation parameters of an epoch, as a pure function of (seed, epoch, sample).
 
-One counter-based hash, the output function of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014), replaces every random generator in the data path. There is no state to save: a batch follows
-from (seed, epoch, step) alone, on any machine, in any pipeline and for any number of ranks.
-
-The same lines serve NumPy arrays and torch tensors (CPU or CUDA): both wrap int64 arithmetic modulo 2**64 and shift
-right arithmetically. This module therefore imports neither torch nor anything else that is slow to load.
+There is no state to save: a batch follows from (seed, epoch, step) alone, on any machine, in any pipeline and for any
+number of ranks. NumPy arrays and torch tensors go through the same lines, so this module needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
 from .errors import UsageError, check_choice
+from .prng import Array, Stream, hash64, pair_below, permutation, stream_key
 
 PADDING_MODES = ("zeros", "reflect")
 FLIPS = ("none", "random", "alternating")
@@ -26,28 +21,10 @@ NORMALIZATIONS = ("half", "channel", "pixel")
 IMAGE_SIZE = 32
 """Height and width of every image, in pixels."""
 
-Array = Any
-"""A NumPy array or a torch tensor, int64."""
-
-
-class Purpose(IntEnum):
-    """What a hash is drawn for; each purpose has its own stream. The values are part of the format: never reuse one."""
-
-    ORDER = 0
-    CROP = 1
-    FLIP = 2
-    CUTOUT = 3
-    HOLD_OUT = 4
-    SHAPE = 5
-    NOISE = 6
-    DROP_PATH = 7
-    MIX = 8
-    MIX_BOX = 9
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """What happens to the pixels on the way from the store to the network. Raises `UsageError` on impossible values."""
+    """Changes of the pixels on the way from the store to the network. Raises `UsageError` on impossible values."""
 
     crop_padding: int = 4
     """Pixels added on each side before the random 32x32 crop; 0: no crop."""
@@ -73,7 +50,7 @@ class Augmentation:
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether anything but the normalisation happens."""
+        """True where anything but the normalisation happens."""
         return self.crop_padding > 0 or self.flip != "none" or self.cutout > 0
 
 
@@ -93,79 +70,18 @@ class Draws:
     """First column of the cutout square in the finished crop."""
 
     def map(self, change: Callable[[Array], Array]) -> Draws:
-        """The draws with every array put through `change`."""
+        """Apply `change` to every array."""
         return Draws(*(change(getattr(self, field.name)) for field in fields(self)))
 
     def of(self, step: int) -> Draws:
-        """The draws of one batch, where these are of an epoch [steps, B]."""
+        """Select the draws of one batch from those of an epoch [steps, B]."""
         return self.map(lambda column: column[step])
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same bits as the unsigned 64-bit `value`."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = _signed(0x94D049BB133111EB)
-_LOW_32_BITS = 0xFFFFFFFF
-
-
-def _shift_right(z: Array, bits: int) -> Array:
-    """Logical right shift of int64, which both libraries only shift arithmetically."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix64(z: Array) -> Array:
-    """SplitMix64's output function: a bijection of 64-bit words (as int64) whose outputs look independent."""
-    z = (z ^ _shift_right(z, 30)) * _MULTIPLIER_1
-    z = (z ^ _shift_right(z, 27)) * _MULTIPLIER_2
-    return z ^ _shift_right(z, 31)
-
-
-def stream_key(*words: int) -> int:
-    """One 64-bit key (as int64) for a sequence of small integers such as (seed, epoch, purpose)."""
-    key = np.zeros(1, np.int64)
-    for word in words:
-        key = _mix64(key + _GAMMA + np.array([word], np.int64))
-    return int(key[0])
-
-
-def hash64(key: int, counter: Array) -> Array:
-    """64 hashed bits (as int64) for each element of `counter`: that output of SplitMix64 seeded with `key`."""
-    return _mix64((counter + 1) * _GAMMA + key)
-
-
-def _below(bits: Array, bound: int) -> Array:
-    """Uniform integers in 0..bound-1 from 32 random bits each (bias under bound / 2**32)."""
-    return (bits * bound) >> 32
-
-
-def pair_below(hashes: Array, bound: int) -> tuple[Array, Array]:
-    """Two independent uniform integers in 0..bound-1 from each 64-bit hash."""
-    return _below(_shift_right(hashes, 32), bound), _below(hashes & _LOW_32_BITS, bound)
-
-
-def step_counters(step: Array, rows: Array) -> Array:
-    """A counter of its own for each of `rows` (below 2**20) of a batch, in every step of a run."""
-    return (step << 20) + rows
-
-
-def uniform(hashes: Array) -> Array:
-    """Uniform numbers in [0, 1), multiples of 2**-24: exact in single precision, to which torch rounds."""
-    return _shift_right(hashes, 40) / (1 << 24)
-
-
-def permutation(key: int, ids: Array) -> Array:
-    """Positions 0..N-1 of `ids` [N], ordered by their hashes: a uniformly random permutation."""
-    return _shift_right(hash64(key, ids), 1).argsort(stable=True)
-
-
 def draw(seed: int, epoch: int, ids: Array, augmentation: Augmentation) -> Draws:
-    """Augmentation parameters of the samples `ids` (any shape) in `epoch`."""
-    top, left = pair_below(hash64(stream_key(seed, epoch, Purpose.CROP), ids), 2 * augmentation.crop_padding + 1)
-    center_y, center_x = pair_below(hash64(stream_key(seed, epoch, Purpose.CUTOUT), ids), IMAGE_SIZE)
+    """Draw the augmentation parameters of the samples `ids` (any shape) in `epoch`."""
+    top, left = pair_below(hash64(stream_key(seed, epoch, Stream.CROP), ids), 2 * augmentation.crop_padding + 1)
+    center_y, center_x = pair_below(hash64(stream_key(seed, epoch, Stream.CUTOUT), ids), IMAGE_SIZE)
     half = augmentation.cutout // 2
     return Draws(top, left, _flips(seed, epoch, ids, augmentation.flip), center_y - half, center_x - half)
 
@@ -174,18 +90,18 @@ def _flips(seed: int, epoch: int, ids: Array, mode: str) -> Array:
     if mode == "none":
         return ids * 0
     if mode == "alternating":
-        return (hash64(stream_key(seed, 0, Purpose.FLIP), ids) & 1) ^ (epoch & 1)
-    return hash64(stream_key(seed, epoch, Purpose.FLIP), ids) & 1
+        return (hash64(stream_key(seed, 0, Stream.FLIP), ids) & 1) ^ (epoch & 1)
+    return hash64(stream_key(seed, epoch, Stream.FLIP), ids) & 1
 
 
 def rank_rows(batch_size: int, rank: int, world_size: int) -> slice:
-    """The rows of a batch of `batch_size` that are `rank`'s: the ranks' slices joined are the batch."""
+    """Select `rank`'s rows of a batch of `batch_size`: the ranks' slices joined are the batch."""
     return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """Which samples make up each batch, on this rank.
+    """Assigns samples to batches, on this rank.
 
     `batch_size` counts the images of a step over all ranks; rank r takes a fixed slice of them, so the ranks' batches
     joined are the single-process batch. Training drops the ragged last batch, evaluation pads it by repeating the last
@@ -211,7 +127,7 @@ class Sampler:
             raise UsageError(f"batch size {self.batch_size} is larger than the training set, {self.size} images.")
 
     def __len__(self) -> int:
-        """Batches per epoch, the same on every rank."""
+        """Return the batches per epoch, the same on every rank."""
         return self.size // self.batch_size if self.train else -(-self.size // self.batch_size)
 
     @property
@@ -224,16 +140,39 @@ class Sampler:
         return self._rows.stop - self._rows.start
 
     def positions(self, epoch: int, ids: Array) -> Array:
-        """Positions into the split [batches, rows of this rank] for its sample ids [size], of the same array type."""
+        """Order the split: positions [batches, rows of this rank] for its sample ids [size], of the same array type."""
         if self.train:
-            order = permutation(stream_key(self.seed, epoch, Purpose.ORDER), ids)[: len(self) * self.batch_size]
+            order = permutation(stream_key(self.seed, epoch, Stream.ORDER), ids)[: len(self) * self.batch_size]
         else:
             padded = np.minimum(np.arange(len(self) * self.batch_size), self.size - 1)
             order = padded if isinstance(ids, np.ndarray) else ids.new_tensor(padded)
         return order.reshape(len(self), self.batch_size)[:, self._rows]
 
     def valid(self, step: int) -> int:
-        """How many rows of this rank's batch are real samples."""
+        """Count the rows of this rank's batch that are real samples."""
         rows = self._rows
         real = self.size - step * self.batch_size
         return min(max(real - rows.start, 0), rows.stop - rows.start)
+
+    def plan(self, epoch: int, ids: Array, labels: Array, augmentation: Augmentation) -> EpochPlan:
+        """Plan `epoch` over a split with sample `ids` [size]; `labels` [N] are the whole store's."""
+        rows = ids[self.positions(epoch, ids)]
+        return EpochPlan(rows, draw(self.seed, epoch, rows, augmentation), labels[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """The batches of an epoch on one rank, before any pixel is touched: all that a pipeline has to execute."""
+
+    rows: Array
+    """int64 [steps, B], rows of the store."""
+    draws: Draws
+    """[steps, B]"""
+    labels: Array
+    """int64 [steps, B]"""
+
+    def columns(self) -> list[Array]:
+        """Return all arrays, in a fixed order."""
+        columns: list[Array] = []
+        self.draws.map(columns.append)
+        return [self.rows, *columns, self.labels]

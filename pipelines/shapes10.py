@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .sampling import IMAGE_SIZE, Purpose, hash64, pair_below, stream_key
+from .prng import Stream, hash64, pair_below, stream_key
+from .sampling import IMAGE_SIZE
 from .sources import Report
 from .store import RawData
 
@@ -47,7 +48,7 @@ def _draw(split: int, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """uint8 [N, 32, 32, 3]"""
 
     def pair(field: int, bound: int) -> tuple[np.ndarray, np.ndarray]:
-        return pair_below(hash64(stream_key(split, field, Purpose.SHAPE), ids), bound)
+        return pair_below(hash64(stream_key(split, field, Stream.SHAPE), ids), bound)
 
     center_y, center_x = (10 + value for value in pair(0, 13))
     radius = 6 + pair(1, 5)[0]
@@ -94,6 +95,6 @@ def _inside(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 def _noise(split: int, ids: np.ndarray) -> np.ndarray:
     """Uniform noise -24..24 for each pixel, int16 [N, 32, 32, 3]: every byte of a hash makes one."""
     words = IMAGE_SIZE * IMAGE_SIZE * 3 // 8
-    hashes = hash64(stream_key(split, 0, Purpose.NOISE), ids[:, None] * words + np.arange(words))
+    hashes = hash64(stream_key(split, 0, Stream.NOISE), ids[:, None] * words + np.arange(words))
     noise = hashes.astype("<i8").view(np.uint8).astype(np.int16)
     return (noise * 49 // 256 - 24).reshape(len(ids), IMAGE_SIZE, IMAGE_SIZE, 3)

@@ -24,7 +24,8 @@ import numpy as np
 
 from .errors import DataError, UsageError
 from .files import sha256, sync_folder, temporary_name, write_json
-from .sampling import IMAGE_SIZE, Purpose, permutation, stream_key
+from .prng import Stream, permutation, stream_key
+from .sampling import IMAGE_SIZE
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
 """The data sets that are prepared without files of one's own."""
@@ -106,7 +107,7 @@ class Dataset:
         """
         if not 0 < count < len(self.train):
             raise UsageError(f"cannot hold {count} images out of {len(self.train)} training images.")
-        order = self.train.ids[permutation(stream_key(0, 0, Purpose.HOLD_OUT), self.train.ids)]
+        order = self.train.ids[permutation(stream_key(0, 0, Stream.HOLD_OUT), self.train.ids)]
         held, kept = np.sort(order[:count]), np.sort(order[count:])
         return (
             replace(self, train=replace(self.train, ids=kept)),

@@ -7,15 +7,16 @@ import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from . import Batch, usable_processors
 from .augment import Normalization, fill_color, normalize
+from .base import Batch, Pipeline, usable_processors
 from .errors import UsageError
-from .sampling import IMAGE_SIZE, Augmentation, Sampler, draw
-from .store import Dataset, Split
+from .sampling import IMAGE_SIZE, Augmentation, Draws, EpochPlan
+from .store import Split
 
 try:
     from torchvision.transforms.v2 import functional as F
@@ -27,7 +28,7 @@ _GRACE_S = 20
 
 
 class _Sample(NamedTuple):
-    """What a worker is asked for: a row of the store and how to augment it. Nothing is random in a worker."""
+    """Row of the store and its augmentation, for a worker, in which nothing is random."""
 
     row: int
     top: int
@@ -57,8 +58,8 @@ class _AugmentedSamples(torch.utils.data.Dataset):
         return image, int(self._split.labels[sample.row])
 
 
-class _Plan:
-    """The batches of the epoch to come, as the `DataLoader`'s batch sampler."""
+class _Batches:
+    """Batches of the epoch to come, as the `DataLoader`'s batch sampler."""
 
     def __init__(self) -> None:
         self.batches: list[list[_Sample]] = []
@@ -71,53 +72,40 @@ class _Plan:
 
 
 def _outlive_stop_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the workers too, who must live on until the parent has saved."""
+    """Survive Ctrl-C and a scheduler's SIGTERM, which reach the workers too, until the parent has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
-class TorchvisionPipeline:
+class TorchvisionPipeline(Pipeline):
     """Uses a worker process for each usable processor, 8 at most, while training, and none for evaluation."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: Split,
-        sampler: Sampler,
-        augmentation: Augmentation,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._split, self._sampler, self._augmentation = split, sampler, augmentation
-        self._device, self._dtype = device, dtype
-        self._normalization = Normalization.of(augmentation.normalization, dataset, device)
-        self._plan = _Plan()
-        workers = min(usable_processors(), 8) if sampler.train else 0
+    def _open(self) -> None:
+        self._normalization = Normalization.of(self._augmentation.normalization, self._dataset, self._device)
+        self._batches = _Batches()
+        workers = min(usable_processors(), 8) if self._sampler.train else 0
         self._loader = DataLoader(
-            _AugmentedSamples(split, augmentation, fill_color(dataset)),
-            batch_sampler=self._plan,
+            _AugmentedSamples(self._split, self._augmentation, fill_color(self._dataset)),
+            batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
+            pin_memory=self._device.type == "cuda",
             worker_init_fn=_outlive_stop_signals,
         )
 
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        ids = self._split.ids
-        positions = self._sampler.positions(epoch, ids)[start:]
-        self._plan.batches = [self._samples(epoch, ids[rows]) for rows in positions]
+    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
+        self._batches.batches = [
+            self._samples(plan.rows[step], plan.draws.of(step)) for step in range(start, len(self))
+        ]
         for step, (images, labels) in enumerate(self._loader, start):
             images = images.to(self._device, non_blocking=True).permute(0, 2, 3, 1).contiguous()
             labels = labels.to(self._device, non_blocking=True)
             yield Batch(normalize(images, self._normalization, self._dtype), labels, self._sampler.valid(step))
 
-    def _samples(self, epoch: int, ids) -> list[_Sample]:
-        draws = draw(self._sampler.seed, epoch, ids, self._augmentation)
-        columns = (ids, draws.top, draws.left, draws.flip, draws.cutout_top, draws.cutout_left)
-        return [_Sample(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    @staticmethod
+    def _samples(rows: np.ndarray, draws: Draws) -> list[_Sample]:
+        columns = (rows, draws.top, draws.left, draws.flip, draws.cutout_top, draws.cutout_left)
+        return [_Sample(*sample) for sample in zip(*(column.tolist() for column in columns), strict=True)]
 
     def close(self) -> None:
         del self._loader

@@ -15,7 +15,7 @@ import torch
 
 import pipelines
 from fastresnet import cli, models
-from pipelines.convert import prepare
+from pipelines.prepare import prepare
 
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
 """The libraries that pipelines need beside PyTorch."""

@@ -77,11 +77,11 @@ def end(code: int) -> None:
 
 EVERYTHING = (
     *("matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "torch._dynamo", "torch.distributed.run"),
-    *("fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes", "fastresnet.training.trainer"),
-    *("pipelines.convert", "pipelines.resident", "typeguard"),
+    *("fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes", "fastresnet.training.loop"),
+    *("pipelines.prepare", "pipelines.resident", "typeguard"),
 )
 """Modules that a training imports. None may start a thread."""
-COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.native._load")
+COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.augment._load")
 """Functions that compile and load C files, and do it once in a process."""
 
 

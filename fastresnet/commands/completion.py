@@ -126,7 +126,7 @@ def _choices() -> dict[str, Sequence[str]]:
     from fastresnet.config import COMPILE, DEVICES, OPTIMIZERS, PRECISIONS, SCHEDULES
     from fastresnet.models import SHORTCUTS, list_models
     from pipelines import DECODERS, PIPELINES
-    from pipelines.convert import CIFAR10, FORMATS, SHAPES10
+    from pipelines.prepare import CIFAR10, FORMATS, SHAPES10
     from pipelines.sampling import FLIPS, NORMALIZATIONS, PADDING_MODES
 
     return {

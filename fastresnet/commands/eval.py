@@ -59,9 +59,10 @@ def run(arguments: list[str]) -> int:
 
     import torch
 
-    from fastresnet.device import environment, explained_failures, resolve_device, resolve_precision, supports
+    from fastresnet.device import explained_failures, resolve_device, resolve_precision, supports
     from fastresnet.evaluation import evaluate, evaluation_threads, open_evaluation
     from fastresnet.pretrained import find_weights, is_pretrained
+    from fastresnet.provenance import environment
     from fastresnet.weights import load_weights
 
     device = resolve_device(options.device)

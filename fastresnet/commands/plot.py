@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
 
 def _figure(options: Options) -> Figure:
     from fastresnet.plotting import curves
-    from fastresnet.runs import read_run
+    from fastresnet.run_folder import read_run
 
     if options.kind == "curves":
         runs = [read_run(folder) for folder in options.runs]

@@ -40,9 +40,8 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "prepare", arguments)
-    from pipelines.convert import SHAPES10, data_root, prepare
-    from pipelines.derived import read_manifest
-    from pipelines.shards import JpegSettings, facts_text
+    from pipelines.formats import JpegSettings, facts_text, read_manifest
+    from pipelines.prepare import SHAPES10, data_root, prepare
 
     formats = [name.strip() for name in options.formats.split(",")]
     with progress_line() as report:

@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "report", arguments)
     from fastresnet.examination import examine
     from fastresnet.report import page
-    from fastresnet.runs import read_run
+    from fastresnet.run_folder import read_run
     from pipelines.files import write_bytes
 
     finished = read_run(options.run)

@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
         print(config.to_toml(), end="")
         return 0
     if modes:
-        return _rehearse(config)
+        return _dry_run(config)
     if picture is not None:
         return _find_lr(config, Path(picture))
     if seeds is not None:
@@ -71,29 +71,29 @@ def run(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from fastresnet.distributed import ranks_of_torchrun
-    from fastresnet.training.trainer import train
+    from fastresnet.distributed import world_of_torchrun
+    from fastresnet.training.loop import train
 
     imported = time.perf_counter()
     dataset = find_dataset(config.data, config.root)
-    cold_start = {"import": imported - began, "data": time.perf_counter() - imported}
-    first = ranks_of_torchrun().first
-    summary = train(config, dataset, Console(quiet=not first), cold_start)
-    if first:
+    spent = {"import": imported - began, "data": time.perf_counter() - imported}
+    main = world_of_torchrun().is_main
+    summary = train(config, dataset, Console(quiet=not main), spent)
+    if main:
         print_table("result", _summary_lines(summary))
     return 0
 
 
-def _rehearse(config: TrainConfig) -> int:
+def _dry_run(config: TrainConfig) -> int:
     from rich.console import Console
 
     from fastresnet.models import create_model
     from fastresnet.models.layers import layers
     from fastresnet.training.loggers import format_duration
-    from fastresnet.training.trainer import rehearse
+    from fastresnet.training.trials import dry_run
 
     dataset = find_dataset(config.data, config.root)
-    expected = rehearse(config, dataset, Console())
+    expected = dry_run(config, dataset, Console())
     found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
     train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
     print_table(
@@ -113,7 +113,7 @@ def _rehearse(config: TrainConfig) -> int:
 
 def _find_lr(config: TrainConfig, picture: Path) -> int:
     from fastresnet.plotting import save_figure, sweep
-    from fastresnet.training.lr_finder import find_lr
+    from fastresnet.training.trials import find_lr
 
     dataset = find_dataset(config.data, config.root)
     with progress_line() as report:
@@ -141,12 +141,12 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     import torch
 
     from fastresnet.device import resolve_device
-    from fastresnet.training.trainer import run_folder
+    from fastresnet.run_folder import run_path
 
     device = resolve_device(config.device)
     dataset = find_dataset(config.data, config.root)
     folders = {
-        seed: config.out / f"seed{seed}" if config.out else run_folder(dataclasses.replace(config, seed=seed), dataset)
+        seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), dataset)
         for seed in seeds
     }
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0

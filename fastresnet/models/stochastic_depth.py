@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipelines.sampling import Purpose, hash64, step_counters, stream_key, uniform
+from pipelines.prng import Stream, hash64, step_counters, stream_key, uniform
 
 
 class StochasticDepth(nn.Module):
@@ -29,7 +29,7 @@ class StochasticDepth(nn.Module):
 
     def draw_with(self, seed: int) -> None:
         self.seed = seed
-        self._key = stream_key(seed, Purpose.DROP_PATH, self.block)  # NumPy: not for torch.compile to see
+        self._key = stream_key(seed, Stream.DROP_PATH, self.block)  # NumPy: not for torch.compile to see
 
     def forward(self, branch: Tensor) -> Tensor:
         """`branch` [B, C, H, W] to the same, with zeros for the samples that lose it."""

@@ -1,4 +1,4 @@
-"""Where a run's progress goes: the terminal, and TensorBoard, Weights & Biases and MLflow where they are asked for."""
+"""Loggers of a run: the terminal, and TensorBoard, Weights & Biases and MLflow where they are asked for."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ import importlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from fastresnet import run_folder
 from fastresnet.config import TrainConfig
+from fastresnet.run_folder import Row
 from pipelines.errors import UsageError
-
-Row = dict[str, Any]
-"""One line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
-overflows: updates that the epoch left out because gradients overflowed in fp16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """Where a run stands within an epoch."""
+    """Position of a run within an epoch."""
 
     epoch: int
     """From 1."""
@@ -33,31 +30,56 @@ class Status:
     accuracy: float
     """Of this epoch so far, percent."""
     lr: float
+    """Learning rate of the last step."""
     images_per_s: float
     eta_s: float
+
+    @classmethod
+    def of(
+        cls,
+        progress: run_folder.Progress,
+        loss: float,
+        accuracy: float,
+        lr: float,
+        batch_size: int,
+        total_steps: int,
+        epoch_steps: int,
+    ) -> Status:
+        """Derive speed and remaining time from `progress`."""
+        seconds_per_step = progress.train_seconds / progress.step
+        return cls(
+            epoch=min(progress.epoch + 1, -(-total_steps // epoch_steps)),
+            step=progress.step,
+            loss=loss,
+            accuracy=accuracy,
+            lr=lr,
+            images_per_s=batch_size / seconds_per_step,
+            eta_s=(total_steps - progress.step) * seconds_per_step,
+        )
 
 
 class Logger:
     """Receives what happens, in order; does nothing about what a subclass does not define."""
 
     def status(self, status: Status) -> None:
-        """Called now and then within an epoch."""
+        """Receive the position within an epoch, now and then."""
 
     def epoch(self, row: Row, status: Status) -> None:
-        """Called after the evaluation at the end of an epoch."""
+        """Receive the metrics of an epoch, after its evaluation."""
 
     def close(self) -> None:
-        """The run is over, well or not."""
+        """End the log; the run may have failed."""
 
 
 _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def create_loggers(
-    config: TrainConfig, folder: Path, console: Console, *, total_steps: int, start_step: int
+    config: TrainConfig, folder: Path, console: Console, total_steps: int, start_step: int
 ) -> list[Logger]:
-    """A progress bar on a terminal, plain lines elsewhere, and what `config` asks for. Raises `UsageError` where a
-    library is missing or has nowhere to log to; then none is left open.
+    """Create a progress bar on a terminal, plain lines elsewhere, and what `config` asks for.
+
+    Raises `UsageError` where a library is missing or has nowhere to log to; then none is left open.
     """
     _check_libraries(config)
     loggers: list[Logger] = []
@@ -221,17 +243,17 @@ class MlflowLogger(Logger):
 
 
 def _identity(folder: Path) -> str:
-    """A name for the run in `folder` that stays when it is resumed."""
+    """Derive a name for the run in `folder` that stays when it is resumed."""
     return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
 
 
 def _first_sentence(error: Exception) -> str:
-    """Of what a library says at length."""
+    """Shorten what a library says at length."""
     return " ".join(str(error).split()).partition(". ")[0].removesuffix(".")
 
 
 def scalars(row: Row, status: Status) -> dict[str, float]:
-    """What is drawn of an epoch, by names such as `loss/train`."""
+    """Name the scalars of an epoch, such as `loss/train`."""
     values = {}
     for key, value in row.items():
         if "_" in key:
@@ -241,7 +263,7 @@ def scalars(row: Row, status: Status) -> dict[str, float]:
 
 
 def epoch_line(row: Row, status: Status) -> str:
-    """One epoch in one line."""
+    """Describe an epoch in one line."""
     split = "val" if "val_loss" in row else "test"
     overflows = f"{row['overflows']} overflows  " if row["overflows"] else ""
     return (
@@ -253,7 +275,7 @@ def epoch_line(row: Row, status: Status) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """h:mm:ss, or m:ss under an hour."""
+    """Format as h:mm:ss, or m:ss under an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Optimisers, and their state as named tensors.
+"""Optimisers, their state as named tensors, and the learning-rate schedule.
 
 An update can be called off on the device (`found_inf`), and learning rates are tensors, so that a captured or compiled
 step sees them change.
@@ -6,6 +6,7 @@ step sees them change.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from pipelines.errors import UsageError
 
 
 def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """What updates each trained parameter of `model` once. `peak_lr` of each group is what a schedule scales.
+    """Create the optimisers that together update each trained parameter of `model` once.
+
+    A schedule scales the `peak_lr` of each group.
 
     `sgd` with momentum, as in He et al. 2015; `adamw` (Loshchilov & Hutter 2019); `muon` for convolutions and SGD for
     what is left, as in Jordan's cifar10-airbench. Weight decay on norms and biases only with `config.decay_norms`.
@@ -132,12 +135,12 @@ class Muon(Optimizer):
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [rows, ...] of one shape as matrices [n, rows, columns]."""
+    """Stack tensors [rows, ...] of one shape as matrices [n, rows, columns]."""
     return torch.stack([tensor.reshape(len(tensor), -1) for tensor in tensors])
 
 
 def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
-    """`matrices` [n, rows, columns] with all singular values drawn to about 1, by a Newton-Schulz iteration.
+    """Draw all singular values of `matrices` [n, rows, columns] to about 1, by a Newton-Schulz iteration.
 
     The quintic of Jordan et al. 2024, whose coefficients give the steepest slope at 0: after 3 steps, as in airbench,
     all but the smallest singular values lie in 0.7 ... 1.2.
@@ -177,7 +180,7 @@ class JointUpdate:
 
 
 def optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
-    """Every state tensor as `<parameter name>.<key>`."""
+    """Name every state tensor `<parameter name>.<key>`."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -188,6 +191,28 @@ def optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[s
 
 
 def load_optimizer_state(optimizers: Sequence[Optimizer], model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` returned."""
+    """Restore the tensors that `optimizer_state` returned."""
     for name, value in optimizer_state(optimizers, model).items():
         value.copy_(state[name])
+
+
+def lr_factors(config: TrainConfig, total_steps: int) -> list[float]:
+    """Compute the learning rates of all steps, as fractions of each parameter group's peak."""
+    return [config.lr_scale * lr_factor(config, step, total_steps) for step in range(total_steps)]
+
+
+def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Compute the learning rate of step `step` (0 is the first) of `total_steps`, as a fraction of its peak.
+
+    `step`: a tenth of the peak during warm-up, then the peak, divided by 10 at each milestone passed (He et al. 2015,
+    section 4.2). `linear` (with warm-up: one-cycle, Smith & Topin 2018) and `cosine` (Loshchilov & Hutter 2017) grow
+    linearly during warm-up and then fall to 0.
+    """
+    warmup = round(config.warmup * total_steps)
+    if config.schedule == "step":
+        passed = sum(step >= round(fraction * total_steps) for fraction in config.milestones)
+        return 0.1 if step < warmup else 0.1**passed
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    remaining = (total_steps - step) / max(total_steps - warmup, 1)  # warm-up may last to the end
+    return remaining if config.schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2

@@ -8,17 +8,19 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastresnet.checkpoint import take_prefix, with_prefix
 from fastresnet.device import autocast
-from fastresnet.distributed import ALONE, Ranks
+from fastresnet.distributed import SINGLE, World
 from fastresnet.models.batchnorm import fuse_batch_norms
-from fastresnet.training.optimizer import JointUpdate, optimizer_state
-from fastresnet.training.regularization import Mixer
+from fastresnet.training.mixing import Mixer
+from fastresnet.training.optimizer import JointUpdate, load_optimizer_state, optimizer_state
 
 MAX_OVERFLOWS = 32
 """Overflows of fp16 gradients in a row that are a failure: the scaler has gone from 2**16 to 2**-16 by then."""
@@ -46,19 +48,20 @@ class TrainStep:
         ema_decay: float = 0.0,
         label_smoothing: float = 0.0,
         mixer: Mixer | None = None,
-        ranks: Ranks = ALONE,
+        world: World = SINGLE,
         batch_size: int = 0,
     ) -> None:
         """`lr_factors` has one for each step of the run, to multiply the `peak_lr` of each parameter group with; see
-        `TrainConfig` for the others. 0 turns them off. `batch_size` counts the images of all `ranks`, and is needed
+        `TrainConfig` for the others. 0 turns them off. `batch_size` counts the images of all ranks, and is needed
         where there is more than one.
         """
+        self._world = world
         if device.type == "cpu":
             fuse_batch_norms(model)
-        self._parallel = ranks.parallel(model)
-        rows = ranks.rows(batch_size)
+        self._parallel = world.parallel(model)
+        rows = world.rows(batch_size)
         # What makes the mean of the ranks' gradients that of all images, where some ranks have one more than others.
-        self._weight = 1.0 if ranks.alone else (rows.stop - rows.start) * ranks.world_size / batch_size
+        self._weight = 1.0 if world.is_single else (rows.stop - rows.start) * world.world_size / batch_size
         self.model, self.optimizers = model, list(optimizers)
         self._joint_update = JointUpdate(self.optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -80,7 +83,7 @@ class TrainStep:
         self._precision, self._device, self._clip_norm = precision, device, clip_norm
         self._label_smoothing, self._mixer = label_smoothing, mixer
         self.compiled = False
-        """Whether steps run compiled; the first one that does compiles."""
+        """Steps run compiled; the first one that does compiles."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on `images` [B, 3, 32, 32] with `labels` [B]."""
@@ -102,7 +105,7 @@ class TrainStep:
         self.count += 1
 
     def _clip(self) -> Tensor:
-        """Clip the gradients, if asked for; whether all of them are finite."""
+        """Clip the gradients, if asked for; return whether all of them are finite."""
         if self._clip_norm:
             self.scaler.unscale_(self._joint_update)  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -123,7 +126,7 @@ class TrainStep:
         self.scaler.update()
 
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss, and how many of `labels` are the likeliest class."""
+        """Compute the mean loss and the number of correct predictions."""
         if self._mixer is None:
             logits = self._parallel(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
@@ -140,8 +143,10 @@ class TrainStep:
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Forward pass, and with it the backward pass, as one graph: a break is an error. With several ranks it is one
-        graph for each bucket of gradients, which are exchanged while the backward pass of the next bucket goes on.
+        """The forward pass, and with it the backward pass, as one graph: a break is an error.
+
+        With several ranks it is one graph for each bucket of gradients, which are exchanged while the backward pass of
+        the next bucket goes on.
         """
         return torch.compile(self._loss_and_hits, fullgraph=self._parallel is self.model, dynamic=False)
 
@@ -155,23 +160,49 @@ class TrainStep:
                 a.copy_(b)
 
     def _note_failure(self, failed: Tensor) -> Tensor:
-        """Whether this step `failed`, or one before it did, as a tensor."""
+        """Note whether this step `failed`; return, as a tensor, whether this one or one before it did."""
         first = (self._failed_at < 0) & failed
         self._failed_at.copy_(torch.where(first, self.count[0], self._failed_at))
         return self._failed_at >= 0
 
-    def trial(self, images: Tensor, labels: Tensor) -> None:
-        """Take a step that leaves no trace."""
-        with self.undone():
-            self(images, labels)
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network to evaluate and to save: the average where one is kept."""
+        return self.model if self.averaged is None else self.averaged
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Name the tensors that steps change and checkpoints keep."""
+        averaged = {} if self.averaged is None else with_prefix("averaged", self.averaged.state_dict())
+        return {
+            **with_prefix("model", self.model.state_dict()),
+            **with_prefix("optimizer", optimizer_state(self.optimizers, self.model)),
+            **averaged,
+            "totals": self.totals,
+            "overflows": self.overflows,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Collect the tensors from which `load_state_dict` continues, with the totals of all ranks, which have to call
+        it together.
+        """
+        return {**self._tensors(), "totals": self._world.sum(self.totals.clone())}
+
+    def load_state_dict(self, state: dict[str, Tensor], *, steps: int, scaler: dict[str, Any]) -> None:
+        """Continue from `state` after `steps` steps. An empty `scaler` leaves the gradient scaler as it is."""
+        self.model.load_state_dict(take_prefix("model", state))
+        load_optimizer_state(self.optimizers, self.model, take_prefix("optimizer", state))
+        if self.averaged is not None:
+            self.averaged.load_state_dict(take_prefix("averaged", state))
+        self.totals.copy_(state["totals"] if self._world.is_main else torch.zeros(()))
+        self.overflows.copy_(state["overflows"])
+        self.count.fill_(steps)
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict(scaler)
 
     @contextlib.contextmanager
-    def undone(self) -> Iterator[None]:
-        """What happens inside leaves no trace: for trial steps, which compile and measure. Waits for the device."""
-        tensors = [*self.model.state_dict().values(), *optimizer_state(self.optimizers, self.model).values()]
-        tensors += [self.count, self.totals, self.overflows, self._failed_at]
-        if self.averaged is not None:
-            tensors += self.averaged.state_dict().values()
+    def restored(self) -> Iterator[None]:
+        """Restore the state at the end: for trial steps, which compile and measure. Waits for the device."""
+        tensors = [*self._tensors().values(), self.count, self._failed_at]
         saved, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         try:
             yield
@@ -182,17 +213,22 @@ class TrainStep:
                 self.scaler.load_state_dict(scaler)
             self.model.zero_grad(set_to_none=True)
 
+    def trial(self, images: Tensor, labels: Tensor) -> None:
+        """Take a step and restore the state."""
+        with self.restored():
+            self(images, labels)
+
     def failed_at(self) -> int | None:
-        """The first step whose loss or gradients were not finite, None while all is well. Waits for the device."""
+        """Return the first step whose loss or gradients were not finite, or None. Waits for the device."""
         step = int(self._failed_at)
         return None if step < 0 else step
 
     def metrics(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent since `reset`. Waits for the device."""
+        """Return mean loss and accuracy in percent since `reset`. Waits for the device."""
         loss, correct, images = self.totals.tolist()
         return loss / max(images, 1), 100 * correct / max(images, 1)
 
     def reset(self) -> None:
-        """Begin a new epoch's sums."""
+        """Reset the sums at the start of an epoch."""
         self.totals.zero_()
         self.overflows[0] = 0

@@ -86,7 +86,7 @@ def test_auto_is_what_measures_faster(data_root, monkeypatch):
         yield from ()
 
     backends = []
-    monkeypatch.setattr("fastresnet.training.engine.faster_backend", lambda *_: ("compile", "faster"))
+    monkeypatch.setattr("fastresnet.training.execution.faster_backend", lambda *_: ("compile", "faster"))
     monkeypatch.setattr(training, "race", race)
     options = training.TrainingOptions(data="shapes10", root=data_root, batch_size=16, device="cpu")
     with pytest.raises(UnboundLocalError):  # there is no round to report

@@ -19,7 +19,7 @@ from fastresnet import terminal
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
 from fastresnet.models import create_model
-from fastresnet.training.engine import Engine
+from fastresnet.training.execution import Execution
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, open_pipeline
@@ -43,7 +43,7 @@ def recorded_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
     network = create_model("resnet20").to(CUDA, memory_format=torch.channels_last).train()
     optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer))
     settings = {"precision": precision, "device": CUDA, "ema_decay": 0.9}
-    engine = Engine(TrainStep(network, optimizers, [1.0] * 20, **settings), pipeline, "graph")
+    engine = Execution(TrainStep(network, optimizers, [1.0] * 20, **settings), pipeline, "graph")
     engine.prepare(batch)
     return engine
 

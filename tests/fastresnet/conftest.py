@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.convert import prepare
+from pipelines.prepare import prepare
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from fastresnet.config import TrainConfig
-from fastresnet.distributed import Ranks, connected
+from fastresnet.distributed import World, connected
 from fastresnet.evaluation import evaluate, open_evaluation
 from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.resnet import create_resnet
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
+from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import create_optimizers
-from fastresnet.training.regularization import Mixer
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, open_pipeline
 from pipelines.store import Dataset, open_store
@@ -24,11 +24,11 @@ BATCH_SIZE, EPOCHS = 24, 2
 AUGMENTATION = Augmentation(flip="alternating", cutout=8)
 
 
-def samples(dataset: Dataset, pipeline: str, ranks: Ranks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def samples(dataset: Dataset, pipeline: str, world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's pixels and labels of two epochs, batch by batch."""
     opened = open_pipeline(
         pipeline, dataset, train=True, batch_size=BATCH_SIZE, device=CPU, dtype=torch.uint8, seed=3,
-        augmentation=AUGMENTATION, rank=ranks.rank, world_size=ranks.world_size,
+        augmentation=AUGMENTATION, rank=world.rank, world_size=world.world_size,
     )  # fmt: skip
     batches = [
         (batch.images.clone(), batch.labels.clone()) for epoch in range(EPOCHS) for batch in opened.epoch(epoch, 4)
@@ -45,16 +45,16 @@ def network(drop_path: float = 0.0) -> nn.Module:
 
 
 @functools.cache
-def train(dtype: torch.dtype, ranks: Ranks, *, batch_size: int, mix: bool, lr: float = 1e-3) -> dict[str, torch.Tensor]:
+def train(dtype: torch.dtype, world: World, *, batch_size: int, mix: bool, lr: float = 1e-3) -> dict[str, torch.Tensor]:
     """Weights and statistics after four steps with everything that depends on the place of an image in its batch."""
     model = network(drop_path=0.3).to(dtype)
-    if not ranks.alone:
+    if not world.is_single:
         synchronize_batch_norms(model)
-    rows = ranks.rows(batch_size)
+    rows = world.rows(batch_size)
     mixer = Mixer(mixup=0.5, cutmix=1.0, seed=5, device=CPU, first_row=rows.start) if mix else None
     step = TrainStep(
         model, create_optimizers(model, TrainConfig(lr=1.0)), [lr] * 4, precision="fp32", device=CPU, clip_norm=1.0,
-        ema_decay=0.9, mixer=mixer, ranks=ranks, batch_size=batch_size,
+        ema_decay=0.9, mixer=mixer, world=world, batch_size=batch_size,
     )  # fmt: skip
     seed_stochastic_depth(model, 7, step.count, rows.start)
     generator = torch.Generator().manual_seed(0)
@@ -65,26 +65,26 @@ def train(dtype: torch.dtype, ranks: Ranks, *, batch_size: int, mix: bool, lr: f
     return {**model.state_dict(), **{f"averaged.{k}": v for k, v in step.averaged.state_dict().items()}}
 
 
-def evaluation(dataset: Dataset, ranks: Ranks) -> dict[str, object]:
-    """Accuracy and loss of a network with random weights on a test set that the ranks cannot share evenly."""
-    pipeline = open_evaluation(dataset, "half", pipeline="resident", precision="fp32", device=CPU, ranks=ranks)
-    result = evaluate(network(), pipeline, dataset.classes, precision="fp32", device=CPU, mirror=True, ranks=ranks)
+def evaluation(dataset: Dataset, world: World) -> dict[str, object]:
+    """Accuracy and loss of a network with random weights on a test set that the world cannot share evenly."""
+    pipeline = open_evaluation(dataset, "half", pipeline="resident", precision="fp32", device=CPU, world=world)
+    result = evaluate(network(), pipeline, dataset.classes, precision="fp32", device=CPU, mirror=True, world=world)
     return {name: getattr(result, name) for name in ("accuracy", "loss", "per_class", "mirror_accuracy")}
 
 
 def main() -> None:
     store, out, *pipelines = sys.argv[1:]
     dataset = open_store(Path(store))
-    with connected(CPU) as ranks:
+    with connected(CPU) as world:
         results = {
-            "samples": {name: samples(dataset, name, ranks) for name in pipelines},
-            "mixed": train(torch.float64, ranks, batch_size=BATCH_SIZE, mix=True),
-            "uneven": train(torch.float64, ranks, batch_size=23, mix=False),
-            "single": train(torch.float32, ranks, batch_size=BATCH_SIZE, mix=True, lr=1e-4),
-            "evaluation": evaluation(dataset, ranks),
-            "highest": ranks.highest(ranks.rank * 7, CPU),
+            "samples": {name: samples(dataset, name, world) for name in pipelines},
+            "mixed": train(torch.float64, world, batch_size=BATCH_SIZE, mix=True),
+            "uneven": train(torch.float64, world, batch_size=23, mix=False),
+            "single": train(torch.float32, world, batch_size=BATCH_SIZE, mix=True, lr=1e-4),
+            "evaluation": evaluation(dataset, world),
+            "highest": world.highest(world.rank * 7, CPU),
         }
-        torch.save(results, Path(out) / f"rank{ranks.rank}.pt")
+        torch.save(results, Path(out) / f"rank{world.rank}.pt")
 
 
 if __name__ == "__main__":

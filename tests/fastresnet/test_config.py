@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from fastresnet.models import list_models
 from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, best, fast, paper, smoke
-from fastresnet.training.schedule import lr_factor
+from fastresnet.training.optimizer import lr_factor
 from pipelines.errors import UsageError
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}

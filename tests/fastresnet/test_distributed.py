@@ -12,7 +12,7 @@ import torch
 
 from fastresnet import distributed
 from fastresnet.checkpoint import load_tensors
-from fastresnet.distributed import ALONE, ranks_of_torchrun
+from fastresnet.distributed import SINGLE, world_of_torchrun
 from tests.fastresnet import rank_program, tiny_runs
 from tests.fastresnet.tiny_runs import assert_same_run
 
@@ -77,7 +77,7 @@ def of_ranks(request):
 )
 def test_the_ranks_samples_joined_are_those_of_one_process(request, need, dataset, ranks, pipeline):
     need(pipeline)
-    of_ranks, expected = request.getfixturevalue(ranks), rank_program.samples(dataset, "resident", ALONE)
+    of_ranks, expected = request.getfixturevalue(ranks), rank_program.samples(dataset, "resident", SINGLE)
     assert len(expected) == 6
     for step, (images, labels) in enumerate(expected):
         parts = [results["samples"][pipeline][step] for results in of_ranks]
@@ -98,7 +98,7 @@ def test_with_synchronized_batch_norm_four_steps_give_the_weights_of_one_process
     """Roundings grow from step to step, as everywhere: in float64 the agreement shows what is right. (The loss is in
     float32, and a rank's share of it rounded, unless all have the same.)
     """
-    expected = rank_program.train(ranks=ALONE, **settings)
+    expected = rank_program.train(world=SINGLE, **settings)
     for results in of_ranks:
         assert results[name].keys() == expected.keys()
         for key, value in expected.items():
@@ -106,7 +106,7 @@ def test_with_synchronized_batch_norm_four_steps_give_the_weights_of_one_process
 
 
 def test_the_ranks_evaluate_every_image_once(of_ranks, dataset):
-    expected = rank_program.evaluation(dataset, ALONE)
+    expected = rank_program.evaluation(dataset, SINGLE)
     for results in of_ranks:
         assert results["evaluation"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert {**results["evaluation"], "loss": 0.0} == {**expected, "loss": 0.0}
@@ -116,12 +116,12 @@ def test_all_ranks_know_the_highest_value(of_ranks):
     assert [results["highest"] for results in of_ranks] == [7 * (len(of_ranks) - 1)] * len(of_ranks)
 
 
-def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
+def test_a_process_that_torchrun_did_not_start_is_single(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert ranks_of_torchrun() == ALONE
-    assert ALONE.alone
-    assert ALONE.first
+    assert world_of_torchrun() == SINGLE
+    assert SINGLE.is_single
+    assert SINGLE.first
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------

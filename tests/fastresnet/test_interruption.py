@@ -14,7 +14,7 @@ from tests.fastresnet.tiny_runs import ARGUMENTS, assert_same_run
 # Runs the command line with a fault armed: when training step {step} begins, {fault} happens.
 PROGRAM = """
 import os, resource, signal, sys, time
-import fastresnet.training.trainer as trainer
+import fastresnet.training.loop as loop
 from fastresnet import cli
 from fastresnet.training.step import TrainStep
 from tests.fastresnet import tiny_runs
@@ -109,9 +109,7 @@ def test_killed_while_writing_a_checkpoint_or_evaluating(start, unbroken, tmp_pa
         "import pipelines.files as files; "
         "files.os.replace = lambda a, b: (os.truncate(a, os.path.getsize(a) // 2), os.kill(os.getpid(), 9))"
     )
-    evaluation = (
-        "trainer.Trainer._evaluate.__globals__['evaluate'] = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    evaluation = "loop.evaluate = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
     fault = {"checkpoint": half, "evaluation": evaluation}[moment]
     start(folder, step=6, fault=fault, expect=-signal.SIGKILL)
     start(folder, resume=True, expect=0)
@@ -145,8 +143,8 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_until_all_i
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, unbroken, tmp_path):
     folder = tmp_path / "run"
     fault = (
-        "evaluate = trainer.evaluate; "
-        "trainer.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]"
+        "evaluate = loop.evaluate; "
+        "loop.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]"
     )
     start(folder, step=9, fault=fault, expect=143)
     assert load_tensors(folder / "last.ckpt")[1]["progress"] | {"rows": [], "train_seconds": 0, "total_seconds": 0} == {

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fastresnet.training.execution import Execution
+
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--epochs", 3)
 
 
@@ -26,17 +28,16 @@ def expected(rows):
 
 def stop_and_resume(run, monkeypatch, folder, *arguments):
     """A run of three epochs, interrupted after the first."""
-    from fastresnet.training.trainer import Trainer
-
     arguments = ("--model", "resnet8", *arguments)
-    finish = Trainer._finish_epoch
+    steps = Execution.steps
 
-    def interrupted(self):
-        finish(self)
-        raise KeyboardInterrupt
+    def interrupted(self, epoch, *arguments):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return steps(self, epoch, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finish_epoch", interrupted)
+        patch.setattr(Execution, "steps", interrupted)
         assert run("train", *SMALL, *arguments, "--out", folder)[0] == 130
     assert run("train", *SMALL, *arguments, "--out", folder, "--resume")[0] == 0
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastresnet.examination import Examined, examine
 from fastresnet.plotting import curves
-from fastresnet.runs import read_run
+from fastresnet.run_folder import read_run
 from fastresnet.weights import load_weights
 
 SMALL = ["--data", "shapes10", "--batch-size", 32, "--precision", "fp32"]

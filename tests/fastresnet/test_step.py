@@ -271,7 +271,7 @@ def test_a_trial_step_leaves_no_trace(precision):
     settings = {"step_settings": {"ema_decay": 0.9, "clip_norm": 1.0}}
     (network, step), (other, disturbed) = make_step(precision, **settings), make_step(precision, **settings)
     for images, labels in batches:
-        with contextlib.suppress(RuntimeError), disturbed.undone():
+        with contextlib.suppress(RuntimeError), disturbed.restored():
             disturbed(torch.full_like(images, torch.nan), labels)
             disturbed(images, labels)
             raise RuntimeError("a trial may fail")

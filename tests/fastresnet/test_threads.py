@@ -12,7 +12,7 @@ from fastresnet import cli, threads
 from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.config import from_toml
 from fastresnet.threads import fastest_threads
-from fastresnet.training import trainer
+from fastresnet.training import loop
 from fastresnet.training.step import TrainStep
 from pipelines.errors import UsageError
 
@@ -189,13 +189,13 @@ def interrupted(run, tmp_path, monkeypatch):
         taken(*arguments)
 
     monkeypatch.setattr(threads, "usable_processors", lambda: 2)
-    monkeypatch.setattr(trainer, "fastest_threads", choose)
+    monkeypatch.setattr(loop, "fastest_threads", choose)
     before = torch.get_num_threads()
     code, out, _ = run(*SMALL, "--checkpoint-steps", 1, "--out", tmp_path / "run")
     assert code == 1
     assert torch.get_num_threads() == before
     monkeypatch.setattr(TrainStep, "__call__", taken)
-    monkeypatch.setattr(trainer, "fastest_threads", None)
+    monkeypatch.setattr(loop, "fastest_threads", None)
     return tmp_path / "run", out
 
 

@@ -23,19 +23,20 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector
 
-from fastresnet import cli, models, plotting
+from fastresnet import cli, models, plotting, run_folder
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
 from fastresnet.config import from_toml
 from fastresnet.models import create_model
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import RECIPES
-from fastresnet.training.regularization import Mixer
+from fastresnet.training import loop
+from fastresnet.training.loop import train
+from fastresnet.training.mixing import Mixer
 from fastresnet.training.step import TrainStep
-from fastresnet.training.trainer import train
 from fastresnet.weights import Normalized, load_weights
 from pipelines import Augmentation, is_installed, open_pipeline
-from pipelines.convert import prepare
+from pipelines.prepare import prepare
 from pipelines.store import RawData, write_store
 
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32")
@@ -362,8 +363,6 @@ def test_a_run_may_go_on_in_another_precision_and_says_so(tiny, run, tmp_path, p
 
 
 def test_writing_checkpoints_is_no_training_time(run, tmp_path, monkeypatch):
-    from fastresnet.training import trainer
-
     slept = []
 
     def slow(*arguments, **settings):
@@ -371,7 +370,7 @@ def test_writing_checkpoints_is_no_training_time(run, tmp_path, monkeypatch):
         time.sleep(0.1)
         save_tensors(*arguments, **settings)
 
-    monkeypatch.setattr(trainer, "save_tensors", slow)
+    monkeypatch.setattr(run_folder, "save_tensors", slow)
     run("train", *SMALL, "--epochs", 2, "--checkpoint-steps", 1, "--out", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(slept) > 10
@@ -459,24 +458,22 @@ def test_a_run_does_what_every_setting_says(run, tmp_path, dataset):
 
 
 def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tmp_path, monkeypatch, dataset):
-    from fastresnet.training import trainer
-
     sizes = []
-    original = trainer.evaluate
+    original = loop.evaluate
 
     def counting(model, pipeline, *arguments, **settings):
         sizes.append(sum(batch.valid for batch in pipeline.epoch(0)))
         return original(model, pipeline, *arguments, **settings)
 
     trained_on = []
-    open_original = trainer.open_pipeline
+    open_original = loop.open_pipeline
 
     def opened(name, dataset, **settings):
         trained_on.append(dataset.train.ids)
         return open_original(name, dataset, **settings)
 
-    monkeypatch.setattr(trainer, "evaluate", counting)
-    monkeypatch.setattr(trainer, "open_pipeline", opened)
+    monkeypatch.setattr(loop, "evaluate", counting)
+    monkeypatch.setattr(loop, "open_pipeline", opened)
     code, out, _ = run("train", *SMALL, "--epochs", 3, "--val-split", 30, "--out", tmp_path / "run")
     assert code == 0
     assert sizes == [30, 30, 30, 50, 50]  # each epoch on the held-out images; last and best weights on the test set

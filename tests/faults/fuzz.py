@@ -31,15 +31,14 @@ import torch
 from fastresnet import checkpoint, config, weights
 from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.config import TrainConfig, from_toml
-from fastresnet.device import environment
 from fastresnet.models import create_model
+from fastresnet.provenance import environment
 from fastresnet.weights import load_weights
 from pipelines import derived, is_installed, shards, sources, store
-from pipelines.convert import prepare
-from pipelines.derived import open_derived
 from pipelines.errors import UserError
 from pipelines.files import write_json
-from pipelines.shards import open_shard
+from pipelines.formats import open_derived, open_shard
+from pipelines.prepare import prepare
 from pipelines.sources import read_source
 from pipelines.store import DERIVED_FILES, open_store
 from tests.pipelines.conftest import FakeCifar, pack

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from fastresnet.checkpoint import load_tensors
-from fastresnet.device import environment
+from fastresnet.provenance import environment
 from pipelines import PIPELINES
 from pipelines.errors import DataError
 from pipelines.files import write_json
@@ -46,7 +46,8 @@ PROGRAM = """
 import json, os, pathlib, signal, sys
 fatal, left = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 import torch
-import fastresnet.training.trainer as trainer
+from fastresnet.distributed import World
+from fastresnet.training.step import TrainStep
 from fastresnet import cli
 events, steps = [], 0
 def die():
@@ -71,8 +72,8 @@ def half_written(path, data):
     with open(path, "wb") as file:
         file.write(data[: len(data) // 2])
 armed(pathlib.Path, "write_bytes", "writing a file", half_written)
-armed(trainer.Trainer, "_stop_if_asked", "after a batch")
-original_step = trainer.TrainStep.__call__
+armed(World, "highest", "after a batch")
+original_step = TrainStep.__call__
 def step(self, *batch):
     global steps
     events.append("before a step")
@@ -80,7 +81,7 @@ def step(self, *batch):
         die()
     original_step(self, *batch)
     steps = int(self.count)
-trainer.TrainStep.__call__ = step
+TrainStep.__call__ = step
 code = cli.main(sys.argv[3:])
 left.write_text(json.dumps([events, steps]))
 sys.exit(code)

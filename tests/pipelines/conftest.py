@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from pipelines import Augmentation, Pipeline, open_pipeline
-from pipelines.sampling import Purpose, draw, permutation, stream_key
+from pipelines.prng import Stream, permutation, stream_key
+from pipelines.sampling import draw
 from pipelines.store import Dataset
 
 ROWS, TEST_ROWS = 7, 6
@@ -149,7 +150,7 @@ def expected_epoch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images [N, 32, 32, 3] and labels of a training epoch."""
     ids = dataset.train.ids
-    ids = ids[permutation(stream_key(seed, epoch, Purpose.ORDER), ids)]
+    ids = ids[permutation(stream_key(seed, epoch, Stream.ORDER), ids)]
     ids = ids[: len(ids) // batch_size * batch_size]
     draws = draw(seed, epoch, ids, augmentation)
     fill = np.round(np.array(dataset.mean) * 255).astype(np.uint8)

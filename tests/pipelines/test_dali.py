@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from pipelines import Augmentation
-from pipelines.convert import prepare
 from pipelines.errors import UsageError
-from pipelines.shards import JpegSettings
+from pipelines.formats import JpegSettings
+from pipelines.prepare import prepare
 
 torchvision_io = pytest.importorskip("torchvision.io")
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import Augmentation, native, open_pipeline
-from pipelines.augment import Augment
+from pipelines import Augmentation, augment, open_pipeline
+from pipelines.augment import Augment, NativeAugment, create_augment
 from pipelines.errors import Note
-from pipelines.native import NativeAugment, create_augment
 from pipelines.sampling import draw
 
 CPU = torch.device("cpu")
@@ -16,9 +15,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def fresh():
     """Compile anew within the test, and leave nothing of it to the others."""
-    native._load.cache_clear()
+    augment._load.cache_clear()
     yield
-    native._load.cache_clear()
+    augment._load.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
@@ -72,7 +71,7 @@ def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(
         "augmentation": Augmentation(cutout=8),
     }  # fmt: skip
     with_compiler = open_pipeline("resident", dataset, **settings)
-    native._load.cache_clear()
+    augment._load.cache_clear()
     monkeypatch.setenv("CC", compiler)
     with pytest.warns(Note, match=reason):
         without = open_pipeline("resident", dataset, **settings)
@@ -89,7 +88,7 @@ def test_the_compiler_may_be_named_with_options(dataset, monkeypatch, fresh):
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it():
-    buffers = native._Buffers()
+    buffers = augment._Buffers()
     batch = buffers.take(6000)
     part, address = batch.view(torch.bfloat16)[10:20], batch.data_ptr()
     del batch
@@ -99,7 +98,7 @@ def test_memory_is_used_again_once_nothing_refers_to_it():
 
 
 def test_memory_of_another_size_is_not_used_again():
-    buffers = native._Buffers()
+    buffers = augment._Buffers()
     buffers.take(6000)
     batch = buffers.take(8000)
     assert batch.shape == (8000,)

@@ -33,7 +33,7 @@ def test_tensors_give_the_pixels_of_the_definition(pipeline, dataset, helpers, a
 def test_gathering_by_a_step_in_a_tensor_gives_the_same_batches_in_the_memory_of_the_first_plan(
     pipeline, dataset, helpers, augmentation
 ):
-    addresses = [tensor.data_ptr() for tensor in pipeline._loaded.tensors()]
+    addresses = [tensor.data_ptr() for tensor in pipeline._loaded.columns()]
     for epoch in (1, 4):
         pipeline.load(epoch)
         expected_images, expected_labels = helpers.expected_epoch(dataset, epoch, augmentation)
@@ -41,7 +41,7 @@ def test_gathering_by_a_step_in_a_tensor_gives_the_same_batches_in_the_memory_of
             images, labels = pipeline.gather(torch.tensor([step]))
             assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected_images[28 * step : 28 * step + 28])
             assert np.array_equal(labels.numpy(), expected_labels[28 * step : 28 * step + 28])
-    assert [tensor.data_ptr() for tensor in pipeline._loaded.tensors()] == addresses
+    assert [tensor.data_ptr() for tensor in pipeline._loaded.columns()] == addresses
 
 
 def test_gathering_compiles_as_one_graph(pipeline):

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.errors import UsageError
-from pipelines.sampling import Augmentation, Purpose, Sampler, draw, hash64, pair_below, permutation, stream_key
+from pipelines.prng import Stream, hash64, pair_below, permutation, stream_key
+from pipelines.sampling import Augmentation, Sampler, draw
 
 MASK = (1 << 64) - 1
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
@@ -38,8 +39,8 @@ def test_hash_agrees_between_numpy_torch_and_unbounded_integers(key, counters):
 
 
 def test_keys_of_neighbouring_seeds_epochs_and_purposes_all_differ():
-    keys = {stream_key(seed, epoch, purpose) for seed in range(20) for epoch in range(20) for purpose in list(Purpose)}
-    assert len(keys) == 20 * 20 * len(Purpose)
+    keys = {stream_key(seed, epoch, purpose) for seed in range(20) for epoch in range(20) for purpose in list(Stream)}
+    assert len(keys) == 20 * 20 * len(Stream)
 
 
 @pytest.mark.parametrize("mode", ["random", "alternating", "none"])
@@ -53,7 +54,7 @@ def test_draws_agree_between_numpy_and_torch(mode):
 
 def test_permutation_agrees_between_numpy_and_torch():
     ids = np.arange(50_000, dtype=np.int64)
-    key = stream_key(1, 2, Purpose.ORDER)
+    key = stream_key(1, 2, Stream.ORDER)
     assert np.array_equal(permutation(key, ids), permutation(key, torch.from_numpy(ids)).numpy())
 
 
@@ -106,7 +107,7 @@ def test_flips_and_cutouts_of_neighbouring_epochs_and_seeds_are_independent():
 
 def test_first_and_last_place_of_the_order_are_uniform_over_epochs():
     ids = np.arange(50)
-    orders = np.array([permutation(stream_key(3, epoch, Purpose.ORDER), ids) for epoch in range(20_000)])
+    orders = np.array([permutation(stream_key(3, epoch, Stream.ORDER), ids) for epoch in range(20_000)])
     assert_uniform(orders[:, 0], 50)
     assert_uniform(orders[:, -1], 50)
 
@@ -158,7 +159,7 @@ def test_training_drops_the_ragged_batch_and_evaluation_pads_it():
 def test_a_subset_keeps_the_relative_order_of_the_whole():
     ids = np.arange(1000)
     subset = ids[ids % 3 == 0]
-    key = stream_key(0, 0, Purpose.ORDER)
+    key = stream_key(0, 0, Stream.ORDER)
     of_whole = ids[permutation(key, ids)]
     assert np.array_equal(subset[permutation(key, subset)], of_whole[of_whole % 3 == 0])
 
@@ -189,6 +190,6 @@ def test_impossible_augmentations_are_refused(arguments):
 @pytest.mark.gpu
 def test_hash_and_order_agree_on_the_gpu():
     ids = torch.arange(50_000)
-    key = stream_key(0, 5, Purpose.ORDER)
+    key = stream_key(0, 5, Stream.ORDER)
     assert torch.equal(hash64(key, ids), hash64(key, ids.cuda()).cpu())
     assert torch.equal(permutation(key, ids), permutation(key, ids.cuda()).cpu())

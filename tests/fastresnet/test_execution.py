@@ -8,8 +8,8 @@ import torch
 
 from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.models.resnet import create_resnet
-from fastresnet.training import engine
-from fastresnet.training.engine import Engine, faster_backend
+from fastresnet.training import execution
+from fastresnet.training.execution import Execution, faster_backend
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, Batch, open_pipeline
@@ -49,7 +49,7 @@ def make_engine(
     )
     optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer, lr=lr, sgd_lr=lr))
     step = TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
-    made = Engine(step, opened, backend)
+    made = Execution(step, opened, backend)
     if prepare:
         made.prepare(next(opened.epoch(0)))
     return made, step
@@ -103,14 +103,14 @@ class FakeStep:
         self.taken.append((int(images), int(labels)))
         self.now += self._cost[self.compiled] if self._cost else 0
 
-    def undone(self):
+    def restored(self):
         return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 5), (2, 3), (1, 2), (0, 0)])
 def test_an_engine_takes_the_batches_that_were_asked_for_and_no_more(start, count):
     step = FakeStep()
-    for _ in Engine(step, FakePipeline(), "eager").steps(7, start, count):
+    for _ in Execution(step, FakePipeline(), "eager").steps(7, start, count):
         pass
     assert step.taken == [(7, number) for number in range(start, start + count)]
 
@@ -125,7 +125,7 @@ def test_an_engine_takes_the_batches_that_were_asked_for_and_no_more(start, coun
 )
 def test_auto_on_a_cpu_takes_what_measures_faster_where_compilation_can_pay(monkeypatch, cost, steps, backend, reason):
     step = FakeStep(cost)
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: step.now)
+    monkeypatch.setattr(execution.time, "perf_counter", lambda: step.now)
     chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), steps)
     assert chosen == backend
     assert reason in why

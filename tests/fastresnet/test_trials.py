@@ -1,8 +1,6 @@
 """The learning-rate sweep: its rates, where it ends, and what it finds in losses whose shape is known."""
 
-import contextlib
 import dataclasses
-import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,15 +8,14 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from fastresnet.config import from_toml
 from fastresnet.recipes import create_config
-from fastresnet.runs import read_run
-from fastresnet.training import lr_finder
-from fastresnet.training.lr_finder import Sweep
+from fastresnet.run_folder import read_run
+from fastresnet.training import trials
+from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
-from fastresnet.training.trainer import Trainer
+from fastresnet.training.trials import Sweep
 
 pytestmark = pytest.mark.usefixtures("resnet8")
 SMALL = ["--model", "resnet8", "--data", "shapes10", "--batch-size", 8, "--precision", "fp32"]
@@ -28,8 +25,8 @@ RATES = [10 ** (-5 + 6 * i / 99) for i in range(100)]
 @pytest.fixture
 def few_steps(monkeypatch):
     """Sweeps of 20 steps, of which the first 2 are left out of the search."""
-    monkeypatch.setattr(lr_finder, "STEPS", 20)
-    monkeypatch.setattr(lr_finder, "_IGNORED", 2)
+    monkeypatch.setattr(trials, "STEPS", 20)
+    monkeypatch.setattr(trials, "_IGNORED", 2)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
@@ -97,14 +94,15 @@ def test_the_steepest_and_lowest_places_of_a_known_curve_are_found():
 
 @pytest.mark.parametrize(("worse", "taken"), [(100.0, 50), (math.nan, 50), (math.inf, 50), (3.0, 100)])
 def test_it_ends_where_the_loss_has_grown_to_four_times_its_minimum(dataset, monkeypatch, worse, taken):
-    monkeypatch.setattr(Trainer, "losses", lambda _: iter([2.0] * 50 + [worse] * 50))
-    sweep = lr_finder.find_lr(create_config("smoke"), dataset, lambda *_: None)
+    losses = [2.0] * 50 + [worse] * 50
+    monkeypatch.setattr(trials, "step_losses", lambda *_: (loss for loss in losses))
+    sweep = trials.find_lr(create_config("smoke"), dataset, lambda *_: None)
     assert len(sweep.losses) == len(sweep.rates) == taken
     assert np.allclose(sweep.rates, RATES[:taken], rtol=1e-9)
 
 
 def test_a_loss_that_rises_at_once_is_an_error(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "losses", lambda _: itertools.repeat(math.nan))
+    monkeypatch.setattr(trials, "step_losses", lambda *_: (math.nan for _ in range(100)))
     code, _, err = run("train", "smoke", *SMALL, "--find-lr", tmp_path / "lr.png")
     assert code == 1
     assert "rose beyond measure at a learning rate of 1.0e-05 already" in err
@@ -136,7 +134,6 @@ def test_a_sweep_trains_as_a_run_does(run, dataset, tmp_path):
     arguments = ["--iterations", 5, "--compile", "off", "--out", tmp_path / "run"]
     assert run("train", "smoke", *SMALL, *arguments)[0] == 0
     config = dataclasses.replace(from_toml(tmp_path / "run" / "config.toml"), out=tmp_path / "other")
-    with contextlib.closing(Trainer(config, dataset, Console(quiet=True))) as trainer:
-        losses = list(trainer.losses())
+    losses = list(trials.step_losses(config, dataset, lr_factors(config, 5)))
     assert len(losses) == 5
     assert np.mean(losses) == pytest.approx(read_run(tmp_path / "run").rows[0]["train_loss"], rel=1e-12)

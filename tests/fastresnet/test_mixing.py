@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastresnet.training.regularization import Mixer, beta_quantiles
-from pipelines.sampling import Purpose, hash64, stream_key
+from fastresnet.training.mixing import Mixer, beta_quantiles
+from pipelines.prng import Stream, hash64, stream_key
 
 CPU = torch.device("cpu")
 STEP = torch.tensor([5])
@@ -51,7 +51,7 @@ def test_beta_quantiles_have_the_distributions_variance(alpha):
 def test_mixup_averages_neighbours_in_the_share_drawn_for_the_pair():
     images, labels = batch()
     mixed, others, share = mix(images, labels, mixup=1.0)
-    drawn = (hashed(Purpose.MIX, 128) >> np.uint64(40)).astype(np.float64) / 2**24
+    drawn = (hashed(Stream.MIX, 128) >> np.uint64(40)).astype(np.float64) / 2**24
     for i in range(256):
         # Beta(1, 1) is uniform, and drawn from 1024 quantiles.
         weight = (np.floor(drawn[i // 2] * 1024) + 0.5) / 1024
@@ -67,8 +67,8 @@ def test_mixup_averages_neighbours_in_the_share_drawn_for_the_pair():
 def test_cutmix_exchanges_a_box_and_counts_its_pixels(dtype):
     images, labels = batch(dtype=dtype)
     mixed, others, share = mix(images, labels, cutmix=1.0)
-    drawn = (hashed(Purpose.MIX, 128) >> np.uint64(40)).astype(np.float64) / 2**24
-    boxes = hashed(Purpose.MIX_BOX, 128)
+    drawn = (hashed(Stream.MIX, 128) >> np.uint64(40)).astype(np.float64) / 2**24
+    boxes = hashed(Stream.MIX_BOX, 128)
     for i in range(256):
         partner = i ^ 1
         half = round(32 * np.sqrt(1 - (np.floor(drawn[i // 2] * 1024) + 0.5) / 1024) / 2)

@@ -20,7 +20,7 @@ PAYS_AFTER_STEPS = 5000
 ResNet-20 (50 s on 2 cores)."""
 
 
-class Engine:
+class Execution:
     """Runs steps of `step` on batches of `pipeline`; `backend` is one of `config.COMPILE`'s values.
 
     `graph` records the compiled step once, from gathering the batch to counting the hits, and replays it: at batch 128
@@ -76,7 +76,7 @@ class Engine:
             step_once = self._gathering_step(self._pipeline)
         stream = torch.cuda.Stream()
         for _ in range(3):
-            with self._step.undone():
+            with self._step.restored():
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     step_once()
@@ -100,7 +100,7 @@ def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]
 
     def seconds(*, compiled: bool) -> float:
         step.compiled = compiled
-        with step.undone():
+        with step.restored():
             started = time.perf_counter()
             step(batch.images, batch.labels)
             return time.perf_counter() - started

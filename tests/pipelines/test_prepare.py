@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from pipelines import convert
-from pipelines.convert import data_root, prepare
 from pipelines.errors import DataError, UsageError
+from pipelines.prepare import data_root, prepare
 from pipelines.shapes10 import CLASSES, draw_shapes10
 from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import Dataset, open_store

@@ -23,10 +23,9 @@ import torch
 from PIL import Image
 
 from pipelines import derived, shards
-from pipelines.convert import prepare
-from pipelines.derived import open_derived, read_manifest
 from pipelines.errors import DataError, Note, UsageError
-from pipelines.shards import SUBSAMPLINGS, JpegSettings, open_shard, write_shard
+from pipelines.formats import SUBSAMPLINGS, JpegSettings, open_derived, open_shard, read_manifest, write_shard
+from pipelines.prepare import prepare
 from pipelines.store import open_store
 
 torchvision_io = pytest.importorskip("torchvision.io")
@@ -346,7 +345,7 @@ def test_what_a_killed_writer_left_is_in_nobodys_way(bare, kind):
 KILLED_PROCESS = """
 import os, signal, sys
 from pathlib import Path
-from pipelines.convert import prepare
+from pipelines.prepare import prepare
 
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 prepare("shapes10", Path(sys.argv[1]), lambda *_: None, formats=[sys.argv[2]])

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.sampling import IMAGE_SIZE, Purpose, hash64, pair_below, step_counters, stream_key, uniform
+from pipelines.prng import Stream, hash64, pair_below, step_counters, stream_key, uniform
+from pipelines.sampling import IMAGE_SIZE
 
 _QUANTILES = 1024
 
@@ -24,7 +25,7 @@ class Mixer:
         begin.
         """
         self._first_row = first_row
-        self._share_key, self._box_key = (stream_key(seed, purpose) for purpose in (Purpose.MIX, Purpose.MIX_BOX))
+        self._share_key, self._box_key = (stream_key(seed, purpose) for purpose in (Stream.MIX, Stream.MIX_BOX))
         self._mixup, self._cutmix = mixup, cutmix
         self._quantiles = {
             alpha: torch.tensor(beta_quantiles(alpha, _QUANTILES), dtype=torch.float32, device=device)

@@ -11,10 +11,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import __version__
-from .derived import open_derived, read_manifest, write_derived
 from .errors import DataError, Note, UsageError, check_choice
+from .formats import JpegSettings, open_derived, read_manifest, write_derived, write_shard
 from .shapes10 import draw_shapes10
-from .shards import JpegSettings, write_shard
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
 from .store import (
     CIFAR10,
@@ -34,8 +33,21 @@ DEFAULT_JPEG = JpegSettings()
 
 
 def data_root(root: Path | None) -> Path:
-    """The folder of all stores: `root`, else $FASTRESNET_DATA, else ./data."""
+    """Return the folder of all stores: `root`, else $FASTRESNET_DATA, else ./data."""
     return Path(root or os.environ.get("FASTRESNET_DATA") or "data")
+
+
+def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
+    """Open the data set called `data` in `root` (see `data_root`), or the store in folder `data`.
+
+    `cifar10` is downloaded and `shapes10` drawn where they are missing. Raises as `prepare` does.
+    """
+    if Path(data).name != data or (Path(data) / "meta.json").exists():
+        return open_store(Path(data))
+    folder = data_root(root) / data
+    if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
+        return open_store(folder)
+    return prepare(data, data_root(root), report)[0]
 
 
 def prepare(
@@ -49,7 +61,7 @@ def prepare(
     formats: Sequence[str] = ("raw",),
     jpeg: JpegSettings = DEFAULT_JPEG,
 ) -> tuple[Dataset, bool]:
-    """Make the store `root`/`name` unless it is there and verified; returns it and whether it had to be made.
+    """Make the store `root`/`name` unless it is there and verified; return it and whether it had to be made.
 
     `source` None: `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images. `formats`
     beside `raw`, the store itself, are made from it where they are not there and whole. A second process that prepares
@@ -81,7 +93,7 @@ def prepare(
 
 
 def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> bool:
-    """Make the files of format `kind` unless they are there and whole; returns whether they had to be made."""
+    """Make the files of format `kind` unless they are there and whole; return whether they had to be made."""
     settings = dataclasses.asdict(jpeg) if kind == "jpeg" else {}
     try:
         for split in ("train", "test"):
@@ -110,7 +122,7 @@ def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> 
 
 
 def _existing(folder: Path) -> Dataset | None:
-    """The store in `folder` if it is whole, None if it has to be made; `DataError` where other files are in the way."""
+    """Open the store in `folder`; None if it has to be made. Raises `DataError` where other files are in the way."""
     if (folder / "meta.json").exists():
         try:
             return open_store(folder)
@@ -129,7 +141,7 @@ def _existing(folder: Path) -> Dataset | None:
 def _read(
     name: str, root: Path, source: Path | None, report: Report, train_images: int, test_images: int
 ) -> tuple[RawData, str]:
-    """The images and where they come from."""
+    """Read the images; return them and their origin."""
     if name == SHAPES10:
         if source is not None:
             raise UsageError("shapes10 is drawn and takes no --source; give the data in it another name: --data NAME")

@@ -1,0 +1,339 @@
+"""The folder of a training run: every file in it, written and read; its lock; what resuming needs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastresnet.checkpoint import load_tensors, save_tensors
+from fastresnet.config import TrainConfig, differences, from_dict
+from pipelines.augment import Normalization
+from pipelines.errors import DataError, Note, UsageError
+from pipelines.files import write_bytes, write_json
+from pipelines.store import Dataset
+
+Row = dict[str, Any]
+"""One line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
+overflows: updates that the epoch left out because gradients overflowed in fp16."""
+
+# Each of these makes a folder a run's, to be continued or left alone.
+_RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
+_LOCK = ".lock"
+
+# A resumed run may change these, at the price of the last bits.
+_INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile"}
+
+
+def run_path(config: TrainConfig, dataset: Dataset) -> Path:
+    """Return `config.out`, else a folder in $FASTRESNET_RUNS or ./runs named after the run."""
+    name = f"{config.recipe}-{config.model}-{dataset.name}-seed{config.seed}"
+    return config.out or Path(os.environ.get("FASTRESNET_RUNS") or "runs") / name
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    """Position of a run; with the tensors of a checkpoint, all that resuming needs."""
+
+    step: int = 0
+    """Optimisation steps taken."""
+    epoch: int = 0
+    """Epochs finished, evaluation included."""
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    """metrics.csv so far."""
+    best_accuracy: float | None = None
+    """Highest accuracy on the evaluated split, percent."""
+    train_seconds: float = 0.0
+    """Time spent in training steps, over all sessions."""
+    total_seconds: float = 0.0
+    """All time, over all sessions."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Contents of last.ckpt."""
+
+    tensors: dict[str, Tensor]
+    """See `TrainStep.state_dict`."""
+    progress: Progress
+    scaler: dict[str, Any]
+    """State of the gradient scaler; empty where the run was not in fp16 so far."""
+    config: dict[str, Any]
+    """See `TrainConfig.to_dict`."""
+    data: str
+    data_sha256: str | None
+
+
+class RunFolder:
+    """The files of one run. Of several ranks the main one alone `writes` them."""
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
+        self._description: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[RunFolder]:
+        """Keep other trainings out of the folder, which is made and, where it stays empty, removed again.
+
+        Raises `UsageError` where another process has it, and where it is a symbolic link.
+        """
+        if self.path.is_symlink():
+            raise UsageError(f"{self.path} is a link, and what it points to is not written to. Name that with --out.")
+        if not self._writes:
+            yield self
+            return
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with _lock(self.path / _LOCK):
+                yield self
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
+
+    # --- resuming ------------------------------------------------------------------------------------------------
+
+    def read_checkpoint(self, *, resume: bool) -> Checkpoint | None:
+        """Read last.ckpt, or where it is damaged or missing, previous.ckpt; None where no run has begun.
+
+        Raises `UsageError` where there is a run and `resume` is not wanted, `DataError` where neither file is whole.
+        """
+        if not resume and any((self.path / name).exists() for name in _RUN_FILES):
+            raise UsageError(
+                f"{self.path} already holds a run. Continue it with --resume, or give another folder with --out."
+            )
+        last, previous = (self.path / name for name in ("last.ckpt", "previous.ckpt"))
+        if last.exists() or not previous.exists():
+            try:
+                return _load_checkpoint(last) if last.exists() else None
+            except DataError as error:
+                if not previous.exists():
+                    raise
+                reason = str(error)
+        else:
+            reason = f"{last} is missing."
+        checkpoint = _load_checkpoint(previous)
+        what_next = (
+            f"Going on from {previous}, the checkpoint before: the steps after {checkpoint.progress.step:,} are taken "
+            "again."
+        )
+        warnings.warn(f"{reason} {what_next}", Note, stacklevel=2)
+        return checkpoint
+
+    def continued(
+        self, config: TrainConfig, checkpoint: Checkpoint, dataset: Dataset, *, threads_matter: bool
+    ) -> tuple[TrainConfig, list[str]]:
+        """Return `config` with what the run has measured for itself, and the settings that cost the last bits.
+
+        Raises `DataError` on another data set, `UsageError` on settings that make it another run.
+        """
+        if checkpoint.data_sha256 != dataset.digest:
+            raise DataError(
+                f"{self.path} was trained on another data set {checkpoint.data!r} than the one in {dataset.folder}. "
+                "Point --data or --root to that one, or give another folder with --out."
+            )
+        # A version that did not yet have a setting did what it does by default; threads were PyTorch's number.
+        settings = {"threads": torch.get_num_threads() if threads_matter else "auto", **checkpoint.config}
+        begun = from_dict(settings, f"the checkpoint in {self.path}")
+        if config.compile == "auto" and begun.compile != "graph":
+            config = dataclasses.replace(config, compile=begun.compile)  # as measured, for the same bits
+        if config.threads == "auto" and threads_matter:
+            config = dataclasses.replace(config, threads=begun.threads)
+        changed = [name for name in differences(config.to_dict(), begun.to_dict()) if name != "data"]
+        if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
+            raise UsageError(
+                f"{self.path} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
+                f"fastresnet train --config {self.path / 'config.toml'} --out {self.path} --resume"
+            )
+        return config, changed
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Read summary.json; None where it is missing or unreadable: then the end of the run is repeated."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.path / "summary.json").read_bytes())
+        return None
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def begin(self, config: TrainConfig, dataset: Dataset) -> None:
+        """Write config.toml, and describe `config` and `dataset` in all weights and checkpoints that follow."""
+        constants = Normalization.of(config.normalization, dataset)
+        self._description = {
+            "config": config.to_dict(),
+            "data": dataset.name,
+            "data_sha256": dataset.digest,
+            "classes": list(dataset.classes),
+            "mean": (constants.mean / 255).tolist(),
+            "std": (1 / (255 * constants.scale)).tolist(),
+        }
+        if config.root is not None:
+            config = dataclasses.replace(config, root=dataset.folder.parent.absolute())
+        if dataset.folder == Path(config.data):
+            config = dataclasses.replace(config, data=str(dataset.folder.absolute()))
+        if self._writes:
+            write_bytes(self.path / "config.toml", config.to_toml().encode())
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], progress: Progress, scaler: dict[str, Any]) -> None:
+        """Write last.ckpt; the one before becomes previous.ckpt."""
+        if self._writes:
+            description = {**self._description, "progress": dataclasses.asdict(progress), "scaler": scaler}
+            save_tensors(self.path / "last.ckpt", tensors, description, previous=self.path / "previous.ckpt")
+
+    def save_weights(self, name: str, model: nn.Module) -> None:
+        """Write the weights of `model` to file `name`."""
+        if self._writes:
+            save_tensors(self.path / name, model.state_dict(), self._description)
+
+    def load_weights(self, name: str, model: nn.Module) -> nn.Module:
+        """Read file `name` into `model`, and return it."""
+        model.load_state_dict(load_tensors(self.path / name)[0])
+        return model
+
+    def write_metrics(self, rows: list[Row]) -> None:
+        """Write metrics.csv, where there is anything to write."""
+        if rows and self._writes:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_bytes(self.path / "metrics.csv", text.getvalue().encode())
+
+    def draw_curves(self, rows: list[Row]) -> None:
+        """Draw curves.png, where there is anything to draw."""
+        if rows and self._writes:
+            config, data = self._description["config"], self._description["data"]
+            title = f"{config['model']} on {data}, recipe {config['recipe']}, seed {config['seed']}"
+            from fastresnet.plotting import curves, save_figure  # matplotlib takes half a second to load
+
+            save_figure(curves({title: (rows, _evaluated_split(rows))}), self.path / "curves.png")
+
+    def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, which ends the run, and return it."""
+        if self._writes:
+            write_json(self.path / "summary.json", summary)
+        return summary
+
+    @property
+    def last_good_state(self) -> str:
+        """A clause on what a failed run has left."""
+        if (self.path / "last.ckpt").exists():
+            return "last.ckpt holds the last good state"
+        return "no checkpoint had been written yet"
+
+
+def _load_checkpoint(path: Path) -> Checkpoint:
+    tensors, description = load_tensors(path)
+    if description is None or "progress" not in description:
+        raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.")
+    return Checkpoint(
+        tensors,
+        Progress(**description["progress"]),
+        description["scaler"],
+        description["config"],
+        description["data"],
+        description.get("data_sha256"),
+    )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which names this process. The system releases it when the process ends in any way."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closed below
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker process inherits it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise UsageError(_in_use(path.parent, holder)) from None
+        except OSError:
+            pass  # a file system without locks
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # its holder has removed it meanwhile
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _in_use(folder: Path, holder: str) -> str:
+    told = f"{folder} is in use by another training, process {holder or 'unknown'}. Give another folder with --out."
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
+        told += " Slurm has started several tasks: start one, with torchrun in it (docs/cluster.md)."
+    return told
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """A run, finished or not."""
+
+    folder: Path
+    rows: list[Row]
+    """metrics.csv, a line for each epoch."""
+    summary: dict[str, Any] | None
+    """summary.json; None while the run is not finished."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @property
+    def evaluated_on(self) -> str:
+        """The split measured after every epoch, `test` or `val`."""
+        return _evaluated_split(self.rows)
+
+
+def _evaluated_split(rows: list[Row]) -> str:
+    return "val" if "val_loss" in rows[0] else "test"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises `DataError` where it is none, has no finished epoch, or is damaged."""
+    metrics = folder / "metrics.csv"
+    if not metrics.exists():
+        raise DataError(f"{folder} holds no metrics.csv: it is no run folder, or no epoch of the run is finished.")
+    try:
+        with open(metrics, newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        evaluated_on = {"val", "test"} & {name.partition("_")[0] for name in rows[0]}
+        needed = {"epoch", "step", "lr", *(f"{split}_{what}" for split in ("train", *evaluated_on) for what in
+                                           ("loss", "accuracy"))}  # fmt: skip
+        if not evaluated_on or not needed <= rows[0].keys():
+            raise ValueError("columns are missing")
+    except (ValueError, TypeError, AttributeError, IndexError, csv.Error) as error:
+        raise DataError(f"{metrics} is damaged: {error}.") from None
+    return Run(folder, rows, _read_summary(folder / "summary.json"))
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads(path.read_bytes())
+        if summary["schema"] != 1:
+            raise ValueError(f"schema {summary['schema']}")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}.") from None
+    return summary

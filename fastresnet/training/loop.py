@@ -1,0 +1,509 @@
+"""The training loop: from a config to a trained network in a run folder, resumable at every step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastresnet.config import COMPILE, TrainConfig
+from fastresnet.device import DTYPES, explained_failures, resolve_compile, resolve_device, resolve_precision
+from fastresnet.distributed import World, connected, world_of_torchrun
+from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
+from fastresnet.models import create_model, shortcut_matters
+from fastresnet.models.batchnorm import synchronize_batch_norms
+from fastresnet.models.layers import flops_per_image
+from fastresnet.models.resnet9 import PatchWhitening
+from fastresnet.models.stochastic_depth import seed_stochastic_depth
+from fastresnet.provenance import environment
+from fastresnet.recipes import RECIPES
+from fastresnet.run_folder import Progress, RunFolder, run_path
+from fastresnet.threads import fastest_threads, use_threads
+from fastresnet.training.execution import Execution, faster_backend
+from fastresnet.training.loggers import Status, create_loggers
+from fastresnet.training.mixing import Mixer
+from fastresnet.training.optimizer import create_optimizers, lr_factors
+from fastresnet.training.step import TrainStep
+from pipelines import Batch, Pipeline, choose_pipeline, open_pipeline
+from pipelines.augment import Normalization, normalize
+from pipelines.errors import RunError, UsageError, UserError, check_choice
+from pipelines.store import Dataset
+
+# Reading the metrics waits for a GPU, which then idles; on a CPU it costs nothing.
+STATUS_EVERY = {"cpu": 1, "cuda": 100}
+"""Steps between readings of the metrics."""
+
+_COLD_START = ("import", "data", "model", "threads", "compile", "first_step")
+_WHITENED_FROM = 5000  # images, as in cifar10-airbench
+
+
+class StoppedError(UserError):
+    """A signal ended the run after it had been saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, console: Console, spent: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Run `config` on `dataset` and return the contents of `summary.json`.
+
+    `spent` are the seconds that the caller took to come here: `import` and `data`.
+    Raises `StoppedError` after a signal, `RunError` where loss or gradients are not finite or memory runs out,
+    `UsageError` where the config does not fit the machine or the run folder.
+    """
+    clock, tell = Stopwatch(spent), functools.partial(console.print, highlight=False, soft_wrap=True)
+    device, main = resolve_device(config.device), world_of_torchrun().is_main
+    origin = {**environment(device), "ranks": world_of_torchrun().world_size}
+    with contextlib.ExitStack() as resources:
+        resources.enter_context(explained_failures(_less_memory(config)))
+        run = resources.enter_context(RunFolder(run_path(config, dataset), writes=main).locked())
+        world = resources.enter_context(connected(device))
+
+        checkpoint = run.read_checkpoint(resume=config.resume)
+        config, why_pipeline = resolve(config, dataset, device, world)
+        progress, changed = Progress(), list[str]()
+        if checkpoint is not None:
+            progress = checkpoint.progress
+            config, changed = run.continued(config, checkpoint, dataset, threads_matter=_threads_matter(device, world))
+            if (summary := run.read_summary()) is not None:
+                return summary
+        if changed:
+            tell(f"Note: {', '.join(changed)} differ from the run's; the last bits will too.")
+
+        pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
+        total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
+        clock.enter("model")
+        factors = lr_factors(config, total_steps)
+        step = create_step(config, dataset, factors, world)
+        if checkpoint is not None:
+            step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
+            run.write_metrics(progress.rows)  # a kill may have come between the checkpoint and this
+        tell(announcement(config, step.model, dataset, world, total_steps, why_pipeline, progress.step))
+
+        clock.enter("data")
+        batch = next(pipeline.epoch(progress.epoch))
+        config = measure_choices(config, step, batch, total_steps - progress.step, world, tell, clock)
+        execution = Execution(step, pipeline, COMPILE[config.compile])
+        if progress.step < total_steps:  # a run may have been stopped after its last step
+            execution.prepare(batch)
+        clock.enter("other")
+        loggers = create_loggers(config, run.path, console, total_steps, progress.step) if main else []
+        for logger in loggers:
+            resources.callback(logger.close)
+        run.begin(config, dataset)
+        clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
+
+        def save() -> None:
+            _check_finite(step, epoch_steps, run)  # waits for the device, so the time up to here is the steps'
+            clock.update(progress)
+            with clock.during("saving"):
+                run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
+
+        def stop_if_asked() -> None:
+            if signum := world.highest(signals.received, device):
+                save()
+                run.draw_curves(progress.rows)
+                world.wait()  # when one process leaves, torchrun stops the others
+                raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
+
+        def status(loss: float, accuracy: float) -> Status:
+            clock.update(progress)
+            lr = config.lr * factors[progress.step - 1]
+            return Status.of(progress, loss, accuracy, lr, config.batch_size, total_steps, epoch_steps)
+
+        def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
+            classes, precision = dataset.classes, config.precision
+            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_if_asked, world=world)
+
+        with StopSignals() as signals:
+            while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
+                clock.enter("training")
+                step.model.train()
+                start = progress.step - progress.epoch * epoch_steps  # batches of this epoch that are taken
+                for _ in execution.steps(progress.epoch, start, min(epoch_steps - start, total_steps - progress.step)):
+                    progress.step += 1
+                    if clock.first_step is None:
+                        tell(_cold_start(clock, device))
+                    if progress.step % status_every == 0:
+                        _check_finite(step, epoch_steps, run)
+                        now = status(*step.metrics())
+                        for logger in loggers:
+                            logger.status(now)
+                    if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
+                        save()
+                    if world.is_single or progress.step % status_every == 0:  # several ranks wait, to agree
+                        stop_if_asked()
+                _check_finite(step, epoch_steps, run)
+
+                clock.enter("evaluation")
+                world.broadcast(step.eval_model.buffers())  # statistics of batch norm, which each rank has of its own
+                result = measure(step.eval_model, evaluated)
+                world.sum(step.totals)
+                now = status(*step.metrics())
+                progress.rows.append(_row(progress, now, result, int(step.overflows[0]), config))
+                progress.epoch += 1
+                step.reset()
+                if progress.best_accuracy is None or result.accuracy > progress.best_accuracy:
+                    progress.best_accuracy = result.accuracy
+                    run.save_weights("best.ckpt", step.eval_model)
+                save()
+                run.write_metrics(progress.rows)
+                for logger in loggers:
+                    logger.epoch(progress.rows[-1], now)
+
+            run.save_weights("model.safetensors", step.eval_model)
+            run.draw_curves(progress.rows)
+            with contextlib.closing(_open_evaluation(config, dataset, world)) as test:
+                last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
+                if config.val_split:  # the test set is used once, when all is decided
+                    best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
+            clock.update(progress)
+            return run.write_summary(_summary(config, dataset, progress, last, best, clock, origin))
+
+
+# --- the parts of a training -------------------------------------------------------------------------------------
+
+
+def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: World) -> tuple[TrainConfig, str]:
+    """Replace `auto` by its meaning on `device`, but where measurement decides; the second value says why the pipeline.
+
+    Raises `UsageError` where the machine cannot do what `config` asks for.
+    """
+    check_choice("recipe", config.recipe, RECIPES)
+    pipeline, reason = config.pipeline, ""
+    if pipeline == "auto" and config.decode == "jpeg":
+        pipeline = "dali"
+    elif pipeline == "auto":
+        pipeline, sizes = choose_pipeline(dataset, device)
+        reason = f" ({sizes})"
+    resolved = dataclasses.replace(
+        config,
+        device=device.type,
+        precision=resolve_precision(config.precision, device),
+        compile=resolve_compile(config.compile, device, single=world.is_single),
+        pipeline=pipeline,
+    )
+    return resolved, reason
+
+
+@contextlib.contextmanager
+def open_pipelines(config: TrainConfig, dataset: Dataset, world: World) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """Open the training split and the one evaluated after each epoch; inside, `config.threads` threads compute."""
+    training, evaluated = dataset.hold_out(config.val_split) if config.val_split else (dataset, dataset)
+    with contextlib.ExitStack() as resources:
+        resources.callback(torch.set_num_threads, torch.get_num_threads())
+        if config.threads != "auto":
+            use_threads(config.threads)
+        pipeline = open_pipeline(
+            config.pipeline,
+            training,
+            train=True,
+            batch_size=config.batch_size,
+            device=torch.device(config.device),
+            dtype=DTYPES[config.precision],
+            seed=config.seed,
+            augmentation=config.augmentation,
+            decode=config.decode,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+        resources.callback(pipeline.close)
+        evaluation = _open_evaluation(config, evaluated, world)
+        resources.callback(evaluation.close)
+        yield pipeline, evaluation
+
+
+def _open_evaluation(config: TrainConfig, dataset: Dataset, world: World) -> Pipeline:
+    return open_evaluation(
+        dataset,
+        config.normalization,
+        pipeline=config.pipeline,
+        precision=config.precision,
+        device=torch.device(config.device),
+        world=world,
+    )
+
+
+def create_step(config: TrainConfig, dataset: Dataset, lr_factors: Sequence[float], world: World) -> TrainStep:
+    """Create network, optimisers and the step that trains them; `lr_factors` has one for each step of the run."""
+    device, rows = torch.device(config.device), world.rows(config.batch_size)
+    torch.manual_seed(config.seed)
+    model = _create_model(config, dataset)
+    training = dataset.hold_out(config.val_split)[0] if config.val_split else dataset
+    _fit_whitening(model, training, config.normalization)
+    model.to(device).to(memory_format=torch.channels_last)
+    if config.sync_bn and not world.is_single:
+        synchronize_batch_norms(model)
+    step = TrainStep(
+        model,
+        create_optimizers(model, config),
+        lr_factors,
+        precision=config.precision,
+        device=device,
+        clip_norm=config.clip_norm,
+        ema_decay=config.ema_decay,
+        label_smoothing=config.label_smoothing,
+        mixer=_create_mixer(config, rows, device, world),
+        world=world,
+        batch_size=config.batch_size,
+    )
+    seed_stochastic_depth(model, config.seed, step.count, rows.start)
+    return step
+
+
+def _create_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    return create_model(
+        config.model,
+        num_classes=len(dataset.classes),
+        shortcut=config.shortcut,
+        drop_path=config.drop_path,
+        zero_init_residual=config.zero_init_residual,
+    )
+
+
+def _fit_whitening(model: nn.Module, dataset: Dataset, normalization: str) -> None:
+    """Set the filters of the layers that whiten from the first of the training images."""
+    for layer in model.modules():
+        if isinstance(layer, PatchWhitening):
+            images = dataset.train.images[dataset.train.ids[:_WHITENED_FROM]]
+            constants = Normalization.of(normalization, dataset)
+            layer.fit(normalize(torch.as_tensor(images), constants, torch.float32))
+
+
+def _create_mixer(config: TrainConfig, rows: slice, device: torch.device, world: World) -> Mixer | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    if rows.start % 2 or rows.stop % 2:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: mixup and CutMix mix pairs; give each of {world.world_size} processes "
+            "an even number."
+        )
+    return Mixer(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, device=device, first_row=rows.start)
+
+
+def _threads_matter(device: torch.device, world: World) -> bool:
+    """Return whether the number of threads is this process's to choose, and decides the last bits."""
+    return device.type == "cpu" and world.is_single
+
+
+def measure_choices(
+    config: TrainConfig,
+    step: TrainStep,
+    batch: Batch,
+    steps: int,
+    world: World,
+    tell: Callable[[str], None],
+    clock: Stopwatch,
+) -> TrainConfig:
+    """Replace the `auto` of threads and compilation on a CPU by what trial steps find fastest for `steps` steps."""
+    clock.enter("threads")
+    if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
+        threads, reason = fastest_threads(
+            lambda images: step.trial(batch.images[:images], batch.labels[:images]), len(batch.labels), steps
+        )
+        use_threads(threads)
+        config = dataclasses.replace(config, threads=threads)
+        if reason:
+            tell(reason)
+    clock.enter("compile")
+    reason = ""
+    if config.compile == "auto":
+        backend, why = faster_backend(step, batch, steps)
+        compile_ = {backend: value for value, backend in COMPILE.items()}[backend]
+        config, reason = dataclasses.replace(config, compile=compile_), f": {why}"
+    tell(f"backend {COMPILE[config.compile]}{reason}")
+    return config
+
+
+# --- time, signals, words ----------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds by phase of a run: the time up to the next reading belongs to the current phase."""
+
+    def __init__(self, spent: dict[str, float] | None = None) -> None:
+        """`spent` are seconds from before. The first phase is `data`."""
+        self.seconds = defaultdict(float, {"import": 0.0, "data": 0.0, **(spent or {})})
+        self.earlier = Progress()
+        """Position, and seconds, at the start of this session."""
+        self.first_step: float | None = None
+        self._phase, self._mark = "data", time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        """Begin `phase`."""
+        self.read()
+        self._phase = phase
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Book the time inside on `phase`."""
+        around = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(around)
+
+    def read(self) -> float:
+        """Book the time since the last reading; return the seconds of all phases."""
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._mark
+        self._mark = now
+        return sum(self.seconds.values())
+
+    def update(self, progress: Progress) -> None:
+        """Bring the seconds of `progress` up to date."""
+        progress.total_seconds = self.earlier.total_seconds + self.read()
+        progress.train_seconds = self.earlier.train_seconds + self.seconds["training"]
+
+    def cold_start(self) -> dict[str, float]:
+        """Return the seconds up to the end of the first step, by phase."""
+        phases = {name: self.seconds[name] for name in _COLD_START if name in self.seconds}
+        return phases if self.first_step is None else {**phases, "first_step": self.first_step}
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT instead of dying of them. A second SIGINT has its usual effect; a second SIGTERM has
+    none, since a scheduler and torchrun may each send one.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """The last signal, 0 for none."""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self.received = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, self._previous[signum])
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+def _less_memory(config: TrainConfig) -> str:
+    half = max(config.batch_size // 2, 1)
+    return (
+        f"--batch-size {config.batch_size} is too much; try --batch-size {half} (and another --out, if the run has "
+        "begun)"
+    )
+
+
+def announcement(
+    config: TrainConfig,
+    model: nn.Module,
+    dataset: Dataset,
+    world: World,
+    total_steps: int,
+    why_pipeline: str,
+    step: int = 0,
+) -> str:
+    """Describe the run that is about to take its step number `step`."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shortcut = f", shortcut {config.shortcut}" if shortcut_matters(config.model) else ""
+    rows, each = world.rows(config.batch_size), ""
+    if not world.is_single:
+        each = f" ({rows.stop - rows.start} on each of {world.world_size} processes)"
+    scaled = f"learning rate {config.lr:g} x {config.lr_scale:g}; " if config.lr_batch_size else ""
+    return (
+        f"{config.model} ({parameters:,} parameters{shortcut}) on {dataset.name}, recipe {config.recipe}: "
+        f"{total_steps:,} steps of {config.batch_size} images{each}; {scaled}"
+        f"{config.pipeline} pipeline{why_pipeline}, {config.precision} on {config.device}; run folder "
+        f"{run_path(config, dataset)}" + (f"\nresuming after step {step:,}" if step else "")
+    )
+
+
+def _cold_start(clock: Stopwatch, device: torch.device) -> str:
+    """Read the time of the first step, which has just been taken, and describe the start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    clock.read()
+    clock.first_step = clock.seconds["training"]
+    parts = (f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in clock.cold_start().items())
+    return f"cold start: {', '.join(parts)}"
+
+
+def _row(progress: Progress, status: Status, result: Evaluation, overflows: int, config: TrainConfig) -> dict[str, Any]:
+    split = "val" if config.val_split else "test"
+    return {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "lr": status.lr,
+        "train_loss": status.loss,
+        "train_accuracy": status.accuracy,
+        f"{split}_loss": result.loss,
+        f"{split}_accuracy": result.accuracy,
+        "overflows": overflows,
+    }
+
+
+def _summary(
+    config: TrainConfig,
+    dataset: Dataset,
+    progress: Progress,
+    last: Evaluation,
+    best_accuracy: float | None,
+    clock: Stopwatch,
+    origin: dict[str, Any],
+) -> dict[str, Any]:
+    flops = flops_per_image(_create_model(config, dataset), training=True) * config.batch_size * progress.step
+    return {
+        "schema": 1,
+        "recipe": config.recipe,
+        "model": config.model,
+        "data": dataset.name,
+        "seed": config.seed,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "test_accuracy": last.accuracy,
+        "test_accuracy_mirror": last.mirror_accuracy,
+        "best_accuracy": best_accuracy,
+        "best_chosen_on": "validation" if config.val_split else "test",
+        "images_per_s": progress.step * config.batch_size / progress.train_seconds,
+        "train_seconds": progress.train_seconds,
+        "total_seconds": progress.total_seconds,
+        "cold_start": clock.cold_start(),
+        "flops": flops,
+        "settings": config.to_dict(),
+        "environment": {**origin, "threads": torch.get_num_threads()},
+    }
+
+
+def _check_finite(step: TrainStep, epoch_steps: int, run: RunFolder) -> None:
+    """Raise `RunError` where a step has failed. Waits for the device."""
+    if (failed := step.failed_at()) is None:
+        return
+    raise RunError(
+        f"the loss or its gradients were not finite at step {failed + 1} (epoch {failed // epoch_steps + 1}); the "
+        f"weights were not updated with it, and {run.last_good_state} ({run.path}). Try a lower --lr with another "
+        "--out, or --precision fp32."
+    )
+
+
+def _stopped(signum: int, progress: Progress, run: RunFolder) -> str:
+    return (
+        f"stopped by {signal.Signals(signum).name} after step {progress.step}; saved {run.path / 'last.ckpt'}. Repeat "
+        "the command with --resume to continue."
+    )

@@ -1,0 +1,166 @@
+"""Trial runs, which write nothing: the dry run and the learning-rate range test.
+
+The range test is from Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from fastresnet.config import COMPILE, TrainConfig
+from fastresnet.device import explained_failures, resolve_device
+from fastresnet.distributed import SINGLE
+from fastresnet.evaluation import evaluate
+from fastresnet.training.execution import Execution
+from fastresnet.training.loop import Stopwatch, announcement, create_step, measure_choices, open_pipelines, resolve
+from fastresnet.training.optimizer import lr_factors
+from fastresnet.training.step import TrainStep
+from pipelines import Pipeline
+from pipelines.errors import RunError, UsageError
+from pipelines.sources import Report
+from pipelines.store import Dataset
+
+_DRY_STEPS = 20
+
+
+@contextlib.contextmanager
+def _prepared(
+    config: TrainConfig, dataset: Dataset, tell: Callable[[str], None], factors: Sequence[float] | None = None
+) -> Iterator[tuple[TrainConfig, Execution, TrainStep, Pipeline, Pipeline]]:
+    """Open a training that is ready for its first step. `factors` stand in for the schedule of `config`."""
+    config, why_pipeline = resolve(config, dataset, resolve_device(config.device), SINGLE)
+    with (
+        explained_failures("a smaller --batch-size takes less"),
+        open_pipelines(config, dataset, SINGLE) as (pipeline, evaluated),
+    ):
+        total_steps = config.total_steps(len(pipeline))
+        step = create_step(config, dataset, factors or lr_factors(config, total_steps), SINGLE)
+        tell(announcement(config, step.model, dataset, SINGLE, total_steps, why_pipeline))
+        batch = next(pipeline.epoch(0))
+        config = measure_choices(config, step, batch, total_steps, SINGLE, tell, Stopwatch())
+        execution = Execution(step, pipeline, COMPILE[config.compile])
+        execution.prepare(batch)
+        step.model.train()
+        yield config, execution, step, pipeline, evaluated
+
+
+def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, float]:
+    """Take some steps of the run that `config` describes, write nothing, and return what to expect of it.
+
+    `train_seconds`, `evaluation_seconds`, `memory_bytes` (of the GPU, or of this process). Raises as `loop.train` does.
+    """
+    tell = functools.partial(console.print, highlight=False, soft_wrap=True)
+    with _prepared(config, dataset, tell) as (config, execution, step, pipeline, evaluated):
+        device = torch.device(config.device)
+
+        def seconds(work: Callable[[], object]) -> float:
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - began
+
+        def evaluation() -> None:
+            evaluate(step.model, evaluated, dataset.classes, precision=config.precision, device=device)
+
+        total_steps = config.total_steps(len(pipeline))
+        with step.restored():
+            count = min(_DRY_STEPS, len(pipeline), total_steps)
+            steps = execution.steps(0, 0, count)
+            per_step = statistics.median(seconds(lambda: next(steps)) for _ in range(count))
+        epochs = -(-total_steps // len(pipeline))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "train_seconds": per_step * total_steps,
+            "evaluation_seconds": seconds(evaluation) * (epochs + 2),  # the last one is with mirrored views
+            "memory_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else peak,
+        }
+
+
+# --- the learning-rate range test --------------------------------------------------------------------------------
+
+LOWEST, HIGHEST, STEPS = 1e-5, 10.0, 100
+_DECAY = 0.9
+_RISE = 4
+# The first losses say more of their images than of the rate, and are left out of the search; fastai does so too.
+_IGNORED = STEPS // 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Losses of training steps whose learning rate grows."""
+
+    rates: list[float]
+    losses: list[float]
+    """Before the update with the rate of the same place."""
+
+    @functools.cached_property
+    def smoothed(self) -> np.ndarray:
+        """Means of the losses so far, each of which weighs 0.9 of the one after it."""
+        weights = _DECAY ** np.arange(len(self.losses))
+        return np.convolve(self.losses, weights)[: len(self.losses)] / weights.cumsum()
+
+    @property
+    def steepest(self) -> float:
+        """The rate at which the smoothed loss falls fastest, over the rate's logarithm, on its way to the lowest."""
+        slopes = np.gradient(self.smoothed, np.log(self.rates))
+        return self.rates[_IGNORED + int(slopes[_IGNORED : self._lowest + 1].argmin())]
+
+    @property
+    def tenth_of_lowest(self) -> float:
+        """A tenth of the rate at which the smoothed loss is lowest."""
+        return self.rates[self._lowest] / 10
+
+    @property
+    def _lowest(self) -> int:
+        return _IGNORED + int(self.smoothed[_IGNORED:].argmin())
+
+
+def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
+    """Train as `config` says, but for 100 steps in which --lr grows from 1e-5 to 10 by the same factor from each to the
+    next, and the others with it; end where the smoothed loss is above four times its minimum. Writes nothing.
+
+    Raises as `loop.train` does, `UsageError` where --lr is 0, and `RunError` where the loss rises at once.
+    """
+    if not config.lr:
+        raise UsageError("--lr 0 has no proportion to other rates; give another one for --find-lr.")
+    rates = np.geomspace(LOWEST, HIGHEST, STEPS).tolist()
+    factors = [config.lr_scale * rate / config.lr for rate in rates]
+    config = dataclasses.replace(
+        config,
+        iterations=STEPS,
+        epochs=STEPS,
+        compile="off" if config.compile == "auto" else config.compile,
+    )
+    losses: list[float] = []
+    with contextlib.closing(step_losses(config, dataset, factors)) as steps:
+        for loss in steps:
+            smoothed = Sweep(rates, [*losses, loss]).smoothed
+            if not math.isfinite(loss) or smoothed[-1] > _RISE * smoothed.min():
+                break
+            losses.append(loss)
+            report("sweep", len(losses), STEPS)
+    if len(losses) < 2 * _IGNORED:
+        raise RunError(f"the loss rose beyond measure at a learning rate of {rates[len(losses)]:.1e} already.")
+    return Sweep(rates[: len(losses)], losses)
+
+
+def step_losses(config: TrainConfig, dataset: Dataset, factors: Sequence[float]) -> Generator[float]:
+    """Train with learning rates by `factors`; yield the mean loss of each step, for which the device is waited."""
+    with _prepared(config, dataset, lambda _: None, factors) as (config, execution, step, pipeline, _):
+        total_steps = config.total_steps(len(pipeline))
+        for start in range(0, total_steps, len(pipeline)):
+            for _ in execution.steps(start // len(pipeline), 0, min(len(pipeline), total_steps - start)):
+                yield step.metrics()[0]
+                step.reset()

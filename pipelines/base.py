@@ -1,0 +1,119 @@
+"""Batches, the constructor that all pipelines share, and facts about the host."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .sampling import Augmentation, EpochPlan, Sampler
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .store import Dataset, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch, on the pipeline's device."""
+
+    images: Tensor
+    """[B, 3, 32, 32] channels_last, normalised fp32, bf16 or fp16; or the bare pixels where uint8 was asked for."""
+    labels: Tensor
+    """[B] int64"""
+    valid: int
+    """Number of real rows; smaller than B only in the last evaluation batch."""
+
+
+class Pipeline(abc.ABC):
+    """Batches of one split, a pure function of (seed, epoch, step).
+
+    A subclass opens what it reads in `_open` and executes plans in `_execute`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        sampler: Sampler,
+        augmentation: Augmentation,
+        device: torch.device,
+        dtype: torch.dtype,
+        decode: str = "raw",
+    ) -> None:
+        """See `pipelines.open_pipeline`, which checks the arguments."""
+        self._dataset, self._split, self._sampler, self._augmentation = dataset, split, sampler, augmentation
+        self._device, self._dtype, self._decode = device, dtype, decode
+        self._open()
+
+    def __len__(self) -> int:
+        """Return the batches per epoch, the same on every rank."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches of `epoch` from step `start` on."""
+        return self._execute(self._plan(epoch), start)
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        ids, labels = np.asarray(self._split.ids), np.asarray(self._split.labels)
+        return self._sampler.plan(epoch, ids, labels, self._augmentation)
+
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Open files, start threads and processes."""
+
+    @abc.abstractmethod
+    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
+        """Make the batches of `plan` from step `start` on."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release memory and worker processes."""
+
+
+class GatheringPipeline(Pipeline):
+    """Batches that lie on the device: a captured step gathers them itself, and needs nothing from the host."""
+
+    @abc.abstractmethod
+    def load(self, epoch: int) -> None:
+        """Have `gather` return the batches of `epoch`."""
+
+    @abc.abstractmethod
+    def gather(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and labels of batch `step`, int64 [1] on the device; always from the same memory."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free memory of `device` in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration):  # Linux counts what its caches would give back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def usable_processors() -> int:
+    """Count the processors that this process may use: fewer than the machine's under taskset, Slurm or a cpuset."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_installed(module: str) -> bool:
+    """Return whether `module` could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of its name is no package
+        return False

@@ -1,0 +1,204 @@
+"""Files made from a store for libraries with formats of their own, beside it and bound to its contents.
+
+    <root>/<name>/beton.json   train.beton  test.beton                     (FFCV; written by `ffcv.py`)
+                  jpeg.json    train.tar  train.idx  test.tar  test.idx    (JPEG shards, WebDataset tars)
+
+The JSON names the store it was made from, the settings, and the size and SHA-256 of each file. Written last, it says
+that the files are complete.
+
+A JPEG shard is one WebDataset tar for each split, with the index that DALI reads. A sample is `00000042.jpg` and
+`00000042.cls`, its label in decimal digits. JPEG is lossy: its pixels are close to the store's, not equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import DataError, UsageError, check_choice
+from .files import replacing, sha256, write_json
+from .store import DERIVED_FILES, Dataset, Split, prepare_command
+
+SCHEMA = 1
+
+FACTS: dict[str, set[str]] = {"beton": set(), "jpeg": {"psnr_db", "exact_pixels"}}
+"""Numbers that a manifest has for each split."""
+
+WriteFiles = Callable[[dict[str, Path]], dict[str, dict[str, float]]]
+"""Writes the files of a format under the given paths, by name; returns the `FACTS` of each split."""
+
+
+def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: WriteFiles) -> None:
+    """Make the files of format `kind` anew, all of them or none. Raises what `write` raises, and `OSError`."""
+    manifest = _manifest_path(dataset, kind)
+    manifest.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        paths = {name: stack.enter_context(replacing(dataset.folder / name)) for name in DERIVED_FILES[kind]}
+        facts = write(paths)
+        files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
+    contents = {
+        "schema": SCHEMA,
+        "data_sha256": dataset.digest,
+        "settings": settings,
+        "facts": facts,
+        "files": files,
+    }
+    write_json(manifest, contents)
+
+
+def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:
+    """Read the manifest of format `kind`. Raises `DataError` where it is missing, damaged or of another data set."""
+    path, remedy = _manifest_path(dataset, kind), _remedy(dataset, kind)
+    try:
+        manifest = json.loads(path.read_bytes())
+        expected = {name: manifest["files"][name] for name in DERIVED_FILES[kind]}
+        facts = [manifest["facts"][split] for split in ("train", "test")]
+        sound = (
+            manifest["schema"] == SCHEMA
+            and all({"bytes", "sha256"} <= entry.keys() for entry in expected.values())
+            and all(isinstance(entry[name], float) for entry in facts for name in FACTS[kind])
+        )
+        origin, _ = manifest["data_sha256"], manifest["settings"]
+    except FileNotFoundError:
+        raise DataError(f"{dataset.folder} has no {kind} files. {remedy}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path} is damaged. {remedy}")
+    if origin != dataset.digest:
+        raise DataError(f"{path} was made from another data set than the one in {dataset.folder}. {remedy}")
+    return manifest
+
+
+def open_derived(dataset: Dataset, kind: str, split: str) -> list[Path]:
+    """Verify the files of format `kind` for split `train` or `test`, and return their paths.
+
+    Raises `DataError`, with the remedy, where they are missing, damaged or made from another data set.
+    """
+    files, remedy = read_manifest(dataset, kind)["files"], _remedy(dataset, kind)
+    paths = [dataset.folder / name for name in DERIVED_FILES[kind] if name.startswith(f"{split}.")]
+    for path in paths:
+        expected = files[path.name]
+        if not path.is_file():
+            raise DataError(f"{path} is missing. {remedy}")
+        if path.stat().st_size != expected["bytes"]:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}. {remedy}")
+        if sha256(path) != expected["sha256"]:
+            raise DataError(f"{path} is damaged: its SHA-256 is not the one in {kind}.json. {remedy}")
+    return paths
+
+
+def _manifest_path(dataset: Dataset, kind: str) -> Path:
+    return dataset.folder / f"{kind}.json"
+
+
+def _remedy(dataset: Dataset, kind: str) -> str:
+    return f"Make them: {prepare_command(dataset.folder)} --formats {kind}"
+
+
+# --- JPEG shards -------------------------------------------------------------------------------------------------
+
+SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JpegSettings:
+    """Settings of the compression. Raises `UsageError` on impossible values."""
+
+    quality: int = 95
+    """libjpeg's quality, 1..100."""
+    subsampling: str = "4:4:4"
+    """Resolution of the colour differences: 4:4:4 (full), 4:2:2 or 4:2:0."""
+
+    def __post_init__(self) -> None:
+        check_choice("JPEG subsampling", self.subsampling, SUBSAMPLINGS)
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"JPEG quality {self.quality} is not in 1..100.")
+
+
+def write_shard(
+    split: Split, tar: Path, index: Path, settings: JpegSettings, report: Callable[[int], None]
+) -> dict[str, float]:
+    """Write the samples of `split`, in their order, and measure the loss of the compression.
+
+    Returns `psnr_db` (over all pixels) and `exact_pixels` (the share whose three channels all came back unchanged).
+    """
+    squared_error, exact, lines = 0, 0, []
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for row, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            encoded = _encode(image, settings)
+            difference = np.asarray(Image.open(io.BytesIO(encoded))).astype(np.int32) - image
+            squared_error += int((difference**2).sum())
+            exact += int((difference == 0).all(axis=-1).sum())
+            members = {f"{row:08}.jpg": encoded, f"{row:08}.cls": str(label).encode()}
+            lines.append(" ".join(_add(archive, name, data) for name, data in members.items()))
+            if row % 1000 == 999:
+                report(row + 1)
+    index.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+    pixels = split.images.size
+    mean_squared_error = squared_error / pixels
+    return {
+        "psnr_db": 10 * np.log10(255**2 / mean_squared_error) if squared_error else float("inf"),
+        "exact_pixels": exact / (pixels / 3),
+    }
+
+
+def _encode(image: np.ndarray, settings: JpegSettings) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=settings.quality, subsampling=settings.subsampling)
+    return file.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> str:
+    """Append a file and return its part of an index line: extension, offset, size and name."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    offset = archive.offset + _BLOCK
+    archive.addfile(entry, io.BytesIO(data))
+    return f"{name.partition('.')[2]} {offset} {len(data)} {name}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """An opened shard, memory-mapped."""
+
+    data: np.ndarray
+    """uint8 [bytes of the tar]"""
+    offsets: np.ndarray
+    """int64 [N], where the JPEG of each sample begins."""
+    sizes: np.ndarray
+    """int64 [N], its length in bytes."""
+
+    def encoded(self, row: int) -> np.ndarray:
+        """Return the JPEG of sample `row`, uint8 [bytes], a view."""
+        return self.data[self.offsets[row] : self.offsets[row] + self.sizes[row]]
+
+
+def open_shard(tar: Path, index: Path) -> Shard:
+    """Open a shard by its index. Raises `DataError` where the index does not describe the tar."""
+    data = np.asarray(np.memmap(tar, np.uint8, mode="r"))
+    try:
+        header, *lines = index.read_text().splitlines()
+        entries = [line.split() for line in lines]
+        offsets, sizes = (np.array([int(entry[i]) for entry in entries], np.int64) for i in (1, 2))
+        sound = header == f"v1.2 {len(entries)}" and all(entry[0] == "jpg" for entry in entries)
+    except (ValueError, IndexError):
+        sound = False
+    if not sound or (len(sizes) and ((offsets < 0) | (sizes < 0) | (offsets + sizes > len(data))).any()):
+        raise DataError(f"{index} is no index of {tar}.")
+    return Shard(data, offsets, sizes)
+
+
+def facts_text(facts: dict[str, Any]) -> str:
+    """Describe the facts that `write_shard` returned."""
+    return f"PSNR {facts['psnr_db']:.1f} dB, {100 * facts['exact_pixels']:.1f} % of the pixels exact"
