@@ -35,7 +35,7 @@ class Options:
 def run(arguments: list[str]) -> int:
     description = f"{Options.__doc__} The networks are {', '.join(list_models())}."
     options: Options = parse(Options, "summary", arguments, description=description)
-    from fastresnet.models.layers import layers
+    from fastresnet.models.summary import layers
     from pipelines.files import write_bytes, write_json
 
     model = create_model(options.model, num_classes=options.classes, shortcut=options.shortcut)
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
         }
         write_json(options.json, contents)
     if options.graph is not None:
-        from fastresnet.models.graph import draw_graph, graph
+        from fastresnet.models.diagram import draw_graph, graph
 
         costs = f"{parameters:,} parameters, {macs / 1e6:,.1f} million multiply-adds"
         write_bytes(options.graph, draw_graph(graph(model), title, costs).encode())

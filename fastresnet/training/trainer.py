@@ -38,9 +38,9 @@ from fastresnet.distributed import ALONE, Ranks, connected
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
 from fastresnet.models import create_model, shortcut_matters
 from fastresnet.models.batchnorm import synchronize_batch_norms
-from fastresnet.models.layers import flops_per_image
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
+from fastresnet.models.summary import flops_per_image
 from fastresnet.recipes import RECIPES
 from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.engine import Engine, faster_backend

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastresnet.models import create_model, list_models, model_depth, model_shortcuts
-from fastresnet.models.graph import draw_graph, graph
+from fastresnet.models.diagram import draw_graph, graph
 
 SVG = "{http://www.w3.org/2000/svg}"
 NETWORKS = [name for name in list_models() if model_depth(name) != 1202]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastresnet.models import create_model, list_models, model_depth
-from fastresnet.models.layers import flops_per_image, layers
+from fastresnet.models.summary import flops_per_image, layers
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
 from .batchnorm import BatchNorm2d
-from .layers import layer_kind, one_image
 from .resnet import SqueezeExcitation
 from .resnet9 import PatchWhitening
+from .summary import layer_kind, one_image
 
 _FUNCTIONS = {
     "add": "sum",
