@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastresnet.models import create_model, list_models, shortcut_matters
+from fastresnet.models import MODELS, create_model, list_models
 from fastresnet.terminal import check_output, parse, print_table
 from pipelines.errors import UsageError
 
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     model = create_model(options.model, num_classes=options.classes, shortcut=options.shortcut)
     found = layers(model)
     parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
-    shortcut = f", shortcut {options.shortcut}" if shortcut_matters(options.model) else ""
+    shortcut = f", shortcut {options.shortcut}" if MODELS[options.model].uses_shortcut else ""
     title = f"{options.model}{shortcut}, {options.classes} classes"
     print_table(
         title,

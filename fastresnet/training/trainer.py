@@ -36,7 +36,7 @@ from fastresnet.device import (
 )
 from fastresnet.distributed import ALONE, Ranks, connected
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
-from fastresnet.models import create_model, shortcut_matters
+from fastresnet.models import MODELS, create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
@@ -563,7 +563,7 @@ class Trainer:
     def _announce(self) -> None:
         config = self.config
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        shortcut = f", shortcut {config.shortcut}" if shortcut_matters(config.model) else ""
+        shortcut = f", shortcut {config.shortcut}" if MODELS[config.model].uses_shortcut else ""
         rows, each = self._rows, ""
         if not self.ranks.alone:
             each = f" ({rows.stop - rows.start} on each of {self.ranks.world_size} processes)"

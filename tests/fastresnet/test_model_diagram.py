@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastresnet.models import create_model, list_models, model_depth, model_shortcuts
+from fastresnet.models import MODELS, create_model
 from fastresnet.models.diagram import draw_graph, graph
 
 SVG = "{http://www.w3.org/2000/svg}"
-NETWORKS = [name for name in list_models() if model_depth(name) != 1202]
+NETWORKS = [name for name in MODELS if MODELS[name].depth != 1202]
 RESIDUAL = [name for name in NETWORKS if not name.startswith("plain")]
 
 
@@ -34,7 +34,7 @@ def parsed(boxes):
 
 
 def case(name, *rest):
-    return pytest.param(name, *rest, marks=[pytest.mark.slow] if model_depth(name) == 110 else [])
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if MODELS[name].depth == 110 else [])
 
 
 @pytest.mark.parametrize("name", [case(name) for name in NETWORKS])
@@ -51,7 +51,7 @@ def test_every_network_has_a_box_for_each_of_its_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shortcut"), [case(name, option) for name in RESIDUAL for option in model_shortcuts(name)]
+    ("name", "shortcut"), [case(name, option) for name in RESIDUAL for option in MODELS[name].shortcuts]
 )
 def test_every_block_has_a_shortcut_into_its_end(name, shortcut):
     model, boxes, picture = pictured(name, shortcut)

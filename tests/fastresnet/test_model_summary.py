@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastresnet.models import create_model, list_models, model_depth
+from fastresnet.models import MODELS, create_model
 from fastresnet.models.summary import flops_per_image, layers
 
 
@@ -28,9 +28,9 @@ def test_sums_are_the_published_ones(model, shortcut, parameters, millions):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if model_depth(name) == 110 else name
-        for name in list_models()
-        if model_depth(name) != 1202
+        pytest.param(name, marks=pytest.mark.slow) if MODELS[name].depth == 110 else name
+        for name in MODELS
+        if MODELS[name].depth != 1202
     ],
 )
 def test_every_network_has_the_parameters_and_operations_that_pytorch_counts(name):

@@ -19,12 +19,10 @@ from fastresnet import models
 from fastresnet.device import autocast
 from fastresnet.models import (
     batchnorm,
-    can_start_as_identities,
     check_model,
     create_model,
+    find_model,
     list_models,
-    model_depth,
-    shortcut_matters,
 )
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.stochastic_depth import StochasticDepth, seed_stochastic_depth
@@ -130,14 +128,14 @@ def random_images(count=3, seed=1):
 
 def test_the_registry_lists_the_papers_networks_and_depths():
     depths = {f"{family}{depth}": depth for family in ("resnet", "plain") for depth in (*SIZES, 1202)} | LATER_DEPTHS
-    assert {name: model_depth(name) for name in list_models()} == depths
+    assert {name: find_model(name).depth for name in list_models()} == depths
 
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [("resnt56", "resnet56"), ("plain_20", "plain20"), ("ResNet110", "resnet110"), ("resnet_1202", "resnet1202")],
 )
-@pytest.mark.parametrize("look_up", [create_model, model_depth, lambda name: check_model(name, "B", 0)])
+@pytest.mark.parametrize("look_up", [create_model, find_model, lambda name: check_model(name, "B", 0)])
 def test_an_unknown_name_is_refused_with_the_nearest_one(look_up, name, nearest):
     with pytest.raises(UsageError, match=f"unknown model '{name}': did you mean '{nearest}'"):
         look_up(name)
@@ -165,7 +163,7 @@ def test_shortcut_a_is_refused_where_the_first_stage_widens(take, name):
 @pytest.mark.parametrize("name", with_slow_ones(list_models()))
 def test_the_shortcut_matters_to_networks_that_have_one_with_a_convolution(name):
     names = on_meta(name, shortcut="B").state_dict()
-    assert shortcut_matters(name) == any(".downsample.0." in each for each in names)
+    assert find_model(name).uses_shortcut == any(".downsample.0." in each for each in names)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
@@ -186,21 +184,21 @@ def test_branches_without_a_batch_norm_at_their_end_cannot_start_at_zero(name):
     for take in (create_model, lambda name, **options: check_model(name, "B", 0, **options)):
         with pytest.raises(UsageError, match=f"{name} has no residual branches that end in a batch norm"):
             take(name, zero_init_residual=True)
-    assert not can_start_as_identities(name)
+    assert not find_model(name).supports_zero_init
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_everything_else_is_possible(name):
     for shortcut in "B" if name in WITHOUT_SHORTCUT_A else "AB":
         for drop_path in (0, 0.0) if name.startswith("plain") else (0, 0.0, 0.5, 0.999):
-            for zero_init_residual in {False, can_start_as_identities(name)}:
+            for zero_init_residual in {False, find_model(name).supports_zero_init}:
                 check_model(name, shortcut, drop_path, zero_init_residual)
 
 
 def test_naming_the_networks_does_not_import_torch():
     program = (
         "import sys, fastresnet.models as m\n"
-        "for name in m.list_models(): m.model_depth(name), m.check_model(name, 'B', 0)\n"
+        "for name in m.list_models(): m.find_model(name), m.check_model(name, 'B', 0)\n"
         "print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -414,7 +412,7 @@ def test_the_depth_of_the_later_networks_counts_their_weighted_layers(name):
     in_stages = 0 if name.startswith("resnet9") else 2 if "resnet" in name and name != "preresnet164" else 3
     assert len(projections) == in_stages
     others = len(convolutions - projections)
-    assert model_depth(name) == (others + len(projections) if name.startswith("wrn") else others + 1)
+    assert find_model(name).depth == (others + len(projections) if name.startswith("wrn") else others + 1)
 
 
 # --- what they compute -------------------------------------------------------------------------------------------
@@ -680,9 +678,9 @@ def test_the_gradient_reaches_every_parameter_that_is_trained(name, shortcut):
 @pytest.fixture
 def two_blocks(monkeypatch):
     """Networks of 20 layers have two blocks in each stage, where two are all kinds that there are, and not three."""
-    for name, model in models._MODELS.items():
+    for name, model in models.MODELS.items():
         if model.depth == 20:
-            monkeypatch.setitem(models._MODELS, name, dataclasses.replace(model, depth=14))
+            monkeypatch.setitem(models.MODELS, name, dataclasses.replace(model, depth=14))
 
 
 @pytest.mark.usefixtures("two_blocks")
