@@ -25,25 +25,6 @@ SIZES = {
     110: (1_727_962, 1_730_714, 252.89, 253.15),
 }
 VARIANTS = [("resnet", "A"), ("resnet", "B"), ("plain", "B")]
-LATER_DEPTHS = {
-    "se-resnet20": 20,
-    "se-resnet56": 56,
-    "preresnet20": 20,
-    "preresnet56": 56,
-    "preresnet110": 110,
-    "preresnet164": 164,
-    "wrn16-2": 16,
-    "wrn16-8": 16,
-    "wrn28-10": 28,
-    "resnext29-2x16d": 29,
-    "resnext29-4x64d": 29,
-    "resnext29-8x64d": 29,
-    "resnet9": 9,
-    "resnet9-medium": 9,
-    "resnet9-narrow": 9,
-}
-"""Depths of the networks of papers after 2015."""
-WITHOUT_SHORTCUT_A = ["preresnet164", *(name for name in LATER_DEPTHS if name.startswith(("wrn", "resnext")))]
 
 
 def count_parameters(network):
@@ -62,117 +43,7 @@ def count_weighted_layers(network):
     return kernels[3, 3] + sum(isinstance(module, nn.Linear) for module in network.modules())
 
 
-# --- registry ---------------------------------------------------------------------------------------------------------
-
-
-def test_registry_lists_all_networks_and_depths():
-    depths = {f"{family}{depth}": depth for family in ("resnet", "plain") for depth in (*SIZES, 1202)} | LATER_DEPTHS
-    assert {name: find_model(name).depth for name in list_models()} == depths
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("resnt56", "resnet56"), ("plain_20", "plain20"), ("ResNet110", "resnet110"), ("resnet_1202", "resnet1202")],
-)
-@pytest.mark.parametrize("look_up", [create_model, find_model, lambda name: check_model(name, "B", 0)])
-def test_unknown_name_error_suggests_the_nearest(look_up, name, nearest):
-    with pytest.raises(UsageError, match=f"unknown model '{name}': did you mean '{nearest}'"):
-        look_up(name)
-
-
-@pytest.mark.parametrize("shortcut", ["C", "a", ""])
-def test_unknown_shortcut_is_an_error(shortcut):
-    with pytest.raises(UsageError, match=f"unknown shortcut '{shortcut}'.*Valid: A, B"):
-        create_model("resnet20", shortcut=shortcut)
-
-
-def build(name, shortcut, drop_path):
-    with torch.device("meta"):
-        create_model(name, shortcut=shortcut, drop_path=drop_path)
-
-
-@pytest.mark.parametrize("name", WITHOUT_SHORTCUT_A)
-@pytest.mark.parametrize("check", [build, check_model])
-def test_shortcut_a_is_an_error_if_the_first_stage_widens(check, name):
-    reason = f"shortcut A is not defined for {name}: .* widens in its first stage too. Use shortcut B"
-    with pytest.raises(UsageError, match=reason):
-        check(name, "A", 0.0)
-
-
-@pytest.mark.parametrize("name", with_slow_ones(list_models()))
-def test_uses_shortcut_if_a_shortcut_has_a_convolution(name):
-    names = on_meta(name, shortcut="B").state_dict()
-    assert find_model(name).uses_shortcut == any(".downsample.0." in each for each in names)
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
-@pytest.mark.parametrize("check", [build, check_model])
-def test_drop_path_outside_0_to_1_is_an_error(check, rate):
-    with pytest.raises(UsageError, match=rf"drop path rate {rate} is not in 0..1 \(1 excluded\)"):
-        check("resnet20", "B", rate)
-
-
-@pytest.mark.parametrize("check", [build, check_model])
-def test_drop_path_of_a_plain_network_is_an_error(check):
-    with pytest.raises(UsageError, match=r"drop path rate 0\.1: plain56 has no shortcuts .* Use 0"):
-        check("plain56", "B", 0.1)
-
-
-@pytest.mark.parametrize("name", ["plain56", "preresnet20", "preresnet164", "wrn16-2"])
-def test_zero_init_residual_without_final_batch_norms_is_an_error(name):
-    for check in (create_model, lambda name, **options: check_model(name, "B", 0, **options)):
-        with pytest.raises(UsageError, match=f"{name} has no residual branches that end in a batch norm"):
-            check(name, zero_init_residual=True)
-    assert not find_model(name).supports_zero_init
-
-
-@pytest.mark.parametrize("name", list_models())
-def test_all_other_options_are_valid(name):
-    for shortcut in "B" if name in WITHOUT_SHORTCUT_A else "AB":
-        for drop_path in (0, 0.0) if name.startswith("plain") else (0, 0.0, 0.5, 0.999):
-            for zero_init_residual in {False, find_model(name).supports_zero_init}:
-                check_model(name, shortcut, drop_path, zero_init_residual)
-
-
-def test_registry_does_not_import_torch():
-    program = (
-        "import sys, fastresnet.models as m\n"
-        "for name in m.list_models(): m.find_model(name), m.check_model(name, 'B', 0)\n"
-        "print('torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("depth", SIZES)
-@pytest.mark.parametrize(("family", "shortcut"), VARIANTS)
-def test_parameter_counts(family, shortcut, depth):
-    with_a, with_b, _, _ = SIZES[depth]
-    expected = with_b if (family, shortcut) == ("resnet", "B") else with_a
-    assert count_parameters(on_meta(f"{family}{depth}", shortcut=shortcut)) == expected
-
-
-@pytest.mark.parametrize("depth", SIZES)
-@pytest.mark.parametrize(("family", "shortcut"), VARIANTS)
-def test_multiply_adds(family, shortcut, depth):
-    _, _, with_a, with_b = SIZES[depth]
-    expected = with_b if (family, shortcut) == ("resnet", "B") else with_a
-    assert count_macs(on_meta(f"{family}{depth}", shortcut=shortcut)) == pytest.approx(expected * 1e6, abs=1e4)
-
-
-@pytest.mark.parametrize("depth", SIZES)
-@pytest.mark.parametrize(("family", "shortcut"), VARIANTS)
-def test_depth_is_the_number_of_weighted_layers(family, shortcut, depth):
-    assert count_weighted_layers(on_meta(f"{family}{depth}", shortcut=shortcut)) == depth
-
-
-def test_resnet1202_size():
-    network = on_meta("resnet1202", shortcut="A")
-    assert round(count_parameters(network) / 1e6, 1) == 19.4
-    assert count_weighted_layers(network) == 1202
+# --- sizes of the later networks, layer by layer -----------------------------------------------------------------
 
 
 class Tally:
@@ -285,28 +156,145 @@ def tally_pooled(tally, side, widths):
     return tally
 
 
-TALLIES = {
-    "se-resnet20": lambda: tally_se_resnet(3),
-    "se-resnet56": lambda: tally_se_resnet(9),
-    "preresnet20": lambda: tally_pre_activation(3, (16, 32, 64)),
-    "preresnet56": lambda: tally_pre_activation(9, (16, 32, 64)),
-    "preresnet110": lambda: tally_pre_activation(18, (16, 32, 64)),
-    "preresnet164": lambda: tally_pre_activation(18, (64, 128, 256), bottleneck=True),
-    "wrn16-2": lambda: tally_pre_activation(2, (32, 64, 128)),
-    "wrn16-8": lambda: tally_pre_activation(2, (128, 256, 512)),
-    "wrn28-10": lambda: tally_pre_activation(4, (160, 320, 640)),
-    "resnext29-2x16d": lambda: tally_resnext(2, 16),
-    "resnext29-4x64d": lambda: tally_resnext(4, 64),
-    "resnext29-8x64d": lambda: tally_resnext(8, 64),
-    "resnet9": tally_resnet9,
-    "resnet9-medium": lambda: tally_whitened_resnet9(96, 320, 320),
-    "resnet9-narrow": lambda: tally_whitened_resnet9(64, 256, 256),
+LATER_NETWORKS = {
+    "se-resnet20": (20, lambda: tally_se_resnet(3)),
+    "se-resnet56": (56, lambda: tally_se_resnet(9)),
+    "preresnet20": (20, lambda: tally_pre_activation(3, (16, 32, 64))),
+    "preresnet56": (56, lambda: tally_pre_activation(9, (16, 32, 64))),
+    "preresnet110": (110, lambda: tally_pre_activation(18, (16, 32, 64))),
+    "preresnet164": (164, lambda: tally_pre_activation(18, (64, 128, 256), bottleneck=True)),
+    "wrn16-2": (16, lambda: tally_pre_activation(2, (32, 64, 128))),
+    "wrn16-8": (16, lambda: tally_pre_activation(2, (128, 256, 512))),
+    "wrn28-10": (28, lambda: tally_pre_activation(4, (160, 320, 640))),
+    "resnext29-2x16d": (29, lambda: tally_resnext(2, 16)),
+    "resnext29-4x64d": (29, lambda: tally_resnext(4, 64)),
+    "resnext29-8x64d": (29, lambda: tally_resnext(8, 64)),
+    "resnet9": (9, tally_resnet9),
+    "resnet9-medium": (9, lambda: tally_whitened_resnet9(96, 320, 320)),
+    "resnet9-narrow": (9, lambda: tally_whitened_resnet9(64, 256, 256)),
 }
+"""Depth and sizes of the networks of papers after 2015."""
+WITHOUT_SHORTCUT_A = ["preresnet164", *(name for name in LATER_NETWORKS if name.startswith(("wrn", "resnext")))]
 
 
-@pytest.mark.parametrize("name", LATER_DEPTHS)
+# --- registry ----------------------------------------------------------------------------------------------------
+
+
+def test_registry_lists_all_networks_and_depths():
+    depths = {f"{family}{depth}": depth for family in ("resnet", "plain") for depth in (*SIZES, 1202)}
+    depths |= {name: depth for name, (depth, _) in LATER_NETWORKS.items()}
+    assert {name: find_model(name).depth for name in list_models()} == depths
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("resnt56", "resnet56"), ("plain_20", "plain20"), ("ResNet110", "resnet110"), ("resnet_1202", "resnet1202")],
+)
+@pytest.mark.parametrize("look_up", [create_model, find_model, lambda name: check_model(name, "B", 0)])
+def test_unknown_name_error_suggests_the_nearest(look_up, name, nearest):
+    with pytest.raises(UsageError, match=f"unknown model '{name}': did you mean '{nearest}'"):
+        look_up(name)
+
+
+@pytest.mark.parametrize("shortcut", ["C", "a", ""])
+def test_unknown_shortcut_is_an_error(shortcut):
+    with pytest.raises(UsageError, match=f"unknown shortcut '{shortcut}'.*Valid: A, B"):
+        create_model("resnet20", shortcut=shortcut)
+
+
+def build(name, shortcut, drop_path):
+    with torch.device("meta"):
+        create_model(name, shortcut=shortcut, drop_path=drop_path)
+
+
+@pytest.mark.parametrize("name", WITHOUT_SHORTCUT_A)
+@pytest.mark.parametrize("check", [build, check_model])
+def test_shortcut_a_is_an_error_if_the_first_stage_widens(check, name):
+    reason = f"shortcut A is not defined for {name}: .* widens in its first stage too. Use shortcut B"
+    with pytest.raises(UsageError, match=reason):
+        check(name, "A", 0.0)
+
+
+@pytest.mark.parametrize("name", with_slow_ones(list_models()))
+def test_uses_shortcut_if_a_shortcut_has_a_convolution(name):
+    names = on_meta(name, shortcut="B").state_dict()
+    assert find_model(name).uses_shortcut == any(".downsample.0." in each for each in names)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("check", [build, check_model])
+def test_drop_path_outside_0_to_1_is_an_error(check, rate):
+    with pytest.raises(UsageError, match=rf"drop path rate {rate} is not in 0..1 \(1 excluded\)"):
+        check("resnet20", "B", rate)
+
+
+@pytest.mark.parametrize("check", [build, check_model])
+def test_drop_path_of_a_plain_network_is_an_error(check):
+    with pytest.raises(UsageError, match=r"drop path rate 0\.1: plain56 has no shortcuts .* Use 0"):
+        check("plain56", "B", 0.1)
+
+
+@pytest.mark.parametrize("name", ["plain56", "preresnet20", "preresnet164", "wrn16-2"])
+def test_zero_init_residual_without_final_batch_norms_is_an_error(name):
+    for check in (create_model, lambda name, **options: check_model(name, "B", 0, **options)):
+        with pytest.raises(UsageError, match=f"{name} has no residual branches that end in a batch norm"):
+            check(name, zero_init_residual=True)
+    assert not find_model(name).supports_zero_init
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_all_other_options_are_valid(name):
+    for shortcut in "B" if name in WITHOUT_SHORTCUT_A else "AB":
+        for drop_path in (0, 0.0) if name.startswith("plain") else (0, 0.0, 0.5, 0.999):
+            for zero_init_residual in {False, find_model(name).supports_zero_init}:
+                check_model(name, shortcut, drop_path, zero_init_residual)
+
+
+def test_registry_does_not_import_torch():
+    program = (
+        "import sys, fastresnet.models as m\n"
+        "for name in m.list_models(): m.find_model(name), m.check_model(name, 'B', 0)\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", SIZES)
+@pytest.mark.parametrize(("family", "shortcut"), VARIANTS)
+def test_parameter_counts(family, shortcut, depth):
+    with_a, with_b, _, _ = SIZES[depth]
+    expected = with_b if (family, shortcut) == ("resnet", "B") else with_a
+    assert count_parameters(on_meta(f"{family}{depth}", shortcut=shortcut)) == expected
+
+
+@pytest.mark.parametrize("depth", SIZES)
+@pytest.mark.parametrize(("family", "shortcut"), VARIANTS)
+def test_multiply_adds(family, shortcut, depth):
+    _, _, with_a, with_b = SIZES[depth]
+    expected = with_b if (family, shortcut) == ("resnet", "B") else with_a
+    assert count_macs(on_meta(f"{family}{depth}", shortcut=shortcut)) == pytest.approx(expected * 1e6, abs=1e4)
+
+
+@pytest.mark.parametrize("depth", SIZES)
+@pytest.mark.parametrize(("family", "shortcut"), VARIANTS)
+def test_depth_is_the_number_of_weighted_layers(family, shortcut, depth):
+    assert count_weighted_layers(on_meta(f"{family}{depth}", shortcut=shortcut)) == depth
+
+
+def test_resnet1202_size():
+    network = on_meta("resnet1202", shortcut="A")
+    assert round(count_parameters(network) / 1e6, 1) == 19.4
+    assert count_weighted_layers(network) == 1202
+
+
+@pytest.mark.parametrize("name", LATER_NETWORKS)
 def test_sizes_of_later_networks(name):
-    network, tally = on_meta(name), TALLIES[name]()
+    network, (_, add_up) = on_meta(name), LATER_NETWORKS[name]
+    tally = add_up()
     assert (count_parameters(network), count_macs(network)) == (tally.parameters, tally.macs)
 
 
@@ -342,7 +330,7 @@ def test_shortcut_a_saves_the_projections_of_preresnets(name):
     assert saved == 16 * 32 + 32 * 64
 
 
-@pytest.mark.parametrize("name", LATER_DEPTHS)
+@pytest.mark.parametrize("name", LATER_NETWORKS)
 def test_depth_of_later_networks(name):
     """Wide ResNets count the 1x1 convolutions of their shortcuts and not the linear layer."""
     network = on_meta(name)
@@ -354,7 +342,7 @@ def test_depth_of_later_networks(name):
     assert find_model(name).depth == (others + len(projections) if name.startswith("wrn") else others + 1)
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
+# --- parameters --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", SIZES)
