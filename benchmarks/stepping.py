@@ -23,7 +23,7 @@ from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
-from fastresnet.models.layers import flops_per_image
+from fastresnet.models.summary import flops_per_image
 from fastresnet.training.execution import Execution
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastresnet.config import TrainConfig, differences
-from fastresnet.models import can_start_as_identities, model_depth, model_shortcuts
+from fastresnet.models import find_model
 from pipelines.errors import check_choice
 
 
@@ -20,16 +20,17 @@ def paper(model: str = "resnet20") -> TrainConfig:
     Paper, test error: ResNet-20 8.75 %, -32 7.51 %, -44 7.17 %, -56 6.97 %, -110 6.43 %. Not yet measured with this
     program. `--val-split 5000` trains on 45,000 images, as the paper did to find its schedule.
     """
+    spec = find_model(model)
     return TrainConfig(
         recipe="paper",
         model=model,
-        shortcut=model_shortcuts(model)[0],  # the paper's A where it is defined
+        shortcut=spec.shortcuts[0],  # the paper's A where it is defined
         epochs=1_000_000,  # the iterations end the run, whatever the size of the training set
         iterations=64_000,
         milestones=(0.5, 0.75),  # 32k and 48k
         normalization="pixel",
         # The paper trains ResNet-110 at 0.01 until its training error is below 80 %, about 400 iterations.
-        warmup=400 / 64_000 if model_depth(model) >= 110 else 0.0,
+        warmup=400 / 64_000 if spec.depth >= 110 else 0.0,
     )
 
 
@@ -56,7 +57,8 @@ def fast(model: str = "resnet20") -> TrainConfig:
     norms that learn a hundred times as fast as the linear layer: at its rate they stay what they are. The two are worth
     1.1 points to ResNet-56.
     """
-    deep = model_depth(model) > 20
+    spec = find_model(model)
+    deep = spec.depth > 20
     return TrainConfig(
         recipe="fast",
         model=model,
@@ -75,7 +77,7 @@ def fast(model: str = "resnet20") -> TrainConfig:
         padding_mode="reflect",
         flip="alternating",
         label_smoothing=0.1,
-        zero_init_residual=deep and can_start_as_identities(model),
+        zero_init_residual=deep and spec.supports_zero_init,
         normalization="channel",
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastresnet.checkpoint import load_tensors, take_prefix
-from fastresnet.models import create_model, list_models, model_shortcuts
+from fastresnet.models import MODELS, create_model, list_models
 from pipelines.errors import DataError, check_choice
 from pipelines.sampling import NORMALIZATIONS
 from pipelines.sources import CIFAR10_CLASSES
@@ -148,7 +148,7 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
     """Model name and shortcut option that a file of this program gives."""
     config = config if isinstance(config, dict) else {}
     name, shortcut = model or config.get("model"), config.get("shortcut")
-    if name not in list_models() or shortcut not in model_shortcuts(name):
+    if name not in list_models() or shortcut not in MODELS[name].shortcuts:
         raise DataError(f"{path} describes no network known here (model {name!r}, shortcut {shortcut!r}).")
     if not isinstance(config.get("data"), str):
         raise DataError(f"{path} describes a training without a data set (data {config.get('data')!r}).")

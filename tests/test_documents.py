@@ -5,6 +5,7 @@ which take minutes, are read by their own parser; what they do is in tests/bench
 torchrun, make, srun or python -m is not run here: it needs Docker, GPUs or SLURM, or is what runs these tests.
 """
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -93,7 +94,7 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
         return
     if name == "train":
         for model in ("resnet20", "resnet56"):
-            monkeypatch.setitem(models._MODELS, model, models._Model("resnet", 8))
+            monkeypatch.setitem(models.MODELS, model, dataclasses.replace(models.MODELS[model], depth=8))
         if "--resume" not in rest:
             forget_runs(workspace)
     if name == "export":

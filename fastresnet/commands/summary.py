@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastresnet.models import create_model, list_models, shortcut_matters
+from fastresnet.models import MODELS, create_model, list_models
 from fastresnet.terminal import check_output, parse, print_table
 from pipelines.errors import UsageError
 
@@ -35,13 +35,13 @@ class Options:
 def run(arguments: list[str]) -> int:
     description = f"{Options.__doc__} The networks are {', '.join(list_models())}."
     options: Options = parse(Options, "summary", arguments, description=description)
-    from fastresnet.models.layers import layers
+    from fastresnet.models.summary import layers
     from pipelines.files import write_bytes, write_json
 
     model = create_model(options.model, num_classes=options.classes, shortcut=options.shortcut)
     found = layers(model)
     parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
-    shortcut = f", shortcut {options.shortcut}" if shortcut_matters(options.model) else ""
+    shortcut = f", shortcut {options.shortcut}" if MODELS[options.model].uses_shortcut else ""
     title = f"{options.model}{shortcut}, {options.classes} classes"
     print_table(
         title,
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
         }
         write_json(options.json, contents)
     if options.graph is not None:
-        from fastresnet.models.graph import draw_graph, graph
+        from fastresnet.models.diagram import draw_graph, graph
 
         costs = f"{parameters:,} parameters, {macs / 1e6:,.1f} million multiply-adds"
         write_bytes(options.graph, draw_graph(graph(model), title, costs).encode())

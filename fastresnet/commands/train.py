@@ -88,7 +88,7 @@ def _dry_run(config: TrainConfig) -> int:
     from rich.console import Console
 
     from fastresnet.models import create_model
-    from fastresnet.models.layers import layers
+    from fastresnet.models.summary import layers
     from fastresnet.training.loggers import format_duration
     from fastresnet.training.trials import dry_run
 

@@ -1,9 +1,9 @@
-/* Batch norm in a training step on a CPU, with the shortcut's addition and ReLU on the way. Activations lie in memory
-   channels-last, as rows of channels, of which there are a multiple of LANES.
+/* Batch norm in a training step on a CPU, with the addition of the shortcut and ReLU. Activations are channels-last:
+   rows of channels, a multiple of LANES in number.
 
-   Every tile of rows is summed up by itself and the tiles are put together in their order, so that the result does not
-   depend on the number of threads. Compiled for OpenMP and linked without it: its functions come from the copy that
-   PyTorch has loaded, because threads of a second one would take the cores from those of the first. */
+   Each tile of rows is summed separately and the tiles are combined in their order, so that the result does not depend
+   on the number of threads. The file is compiled for OpenMP and linked without it. Its functions come from the copy
+   that PyTorch has loaded, because the threads of a second copy would compete with those of the first. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -65,7 +65,7 @@ INLINE Floats sum(const Floats *parts)
     return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-/* Of `count` rows from `row` on and LANES channels from `c` on: mean, and sum of squared deviations from it. */
+/* Compute the mean of `count` rows from `row` on and LANES channels from `c` on, and the sum of squared deviations. */
 INLINE void count_up(const Norm norm, int64_t row, int64_t count, int64_t c, float *partial, int bf16)
 {
     const int64_t start = row * norm.channels + c;
@@ -83,7 +83,7 @@ INLINE void count_up(const Norm norm, int64_t row, int64_t count, int64_t c, flo
     store(partial, norm.channels + c, sum(squares), 0);
 }
 
-/* Of LANES channels, from the forward pass. */
+/* Values of LANES channels, from the forward pass. */
 typedef struct {
     Floats mean, inverse_std, scale, bias;
 } Line;
@@ -106,7 +106,7 @@ INLINE void normalize(const Norm norm, int64_t row, int64_t count, int64_t c, fl
     }
 }
 
-/* Gradient before ReLU. Without a shortcut the output is computed again, in less time than it would take to read. */
+/* Compute the gradient before ReLU. Without a shortcut, the output is computed again: reading it would take longer. */
 INLINE Floats gradient(const Norm norm, int64_t at, Floats deviation, Line of, int bf16)
 {
     const Floats grad = load(norm.grad_y, at, bf16);
@@ -115,7 +115,7 @@ INLINE Floats gradient(const Norm norm, int64_t at, Floats deviation, Line of, i
     return zero_where((norm.y ? load(norm.y, at, bf16) : deviation * of.scale + of.bias) <= 0, grad);
 }
 
-/* Sums of the gradient, and of the gradient times the deviation from the mean. */
+/* Sum the gradient, and the gradient times the deviation from the mean. */
 INLINE void count_up_gradients(const Norm norm, int64_t row, int64_t count, int64_t c, float *partial, int bf16)
 {
     const Line of = line(norm, c);
@@ -148,7 +148,7 @@ INLINE void propagate(const Norm norm, int64_t row, int64_t count, int64_t c, fl
     }
 }
 
-/* Tiles put together as in Chan, Golub & LeVeque, "Algorithms for computing the sample variance", 1983. */
+/* Combine tiles as in Chan, Golub & LeVeque, "Algorithms for computing the sample variance", 1983. */
 static void finish_statistics(const Norm *norm, int64_t c, const float *partial, int64_t tile)
 {
     double count = 0, mean = 0, squares = 0;
@@ -188,7 +188,7 @@ static void finish_gradients(const Norm *norm, int64_t c, const float *partial, 
                 function(*norm, row, count, c, partial, 0);                                                            \
     }
 
-/* 0, or 1 where there is no memory. */
+/* Return 0, or 1 where there is no memory. */
 #define DEFINE_PASS(NAME, COUNT, FINISH, WRITE)                                                                        \
     int NAME(const Norm *norm)                                                                                         \
     {                                                                                                                  \

@@ -1,4 +1,4 @@
-"""Batch norm with what follows it in a ResNet, as one operation."""
+"""Batch norm, the addition of a shortcut and ReLU, as one operation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LANES = 16  # as in batchnorm.c
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm (Ioffe & Szegedy, 2015), to which a shortcut may be added, and ReLU.
+    """Batch norm (Ioffe & Szegedy, 2015), the addition of a shortcut where one is given, and ReLU if `relu`.
 
-    With `fused` set, a CPU that trains in fp32 or bf16, channels-last, does all of it in `batchnorm.c`: in a third of
-    the time that PyTorch's separate operators take, and at the speed at which memory delivers the activations.
+    With `fused` set, a CPU that trains in fp32 or bf16, channels-last, runs all of it in `batchnorm.c`. This takes a
+    third of the time of PyTorch's separate operators and is limited by memory bandwidth.
     """
 
     running_mean: Tensor
@@ -34,14 +34,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     fused = False
     synchronized = False
-    """Whether statistics are those of the whole batch, where other ranks have the rest of it."""
+    """Use of the statistics of all ranks' batches, not of this rank's alone."""
 
     def __init__(self, num_features: int, *, relu: bool) -> None:
         super().__init__(num_features)
         self.relu = relu
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """`x` and `shortcut` [N, C, H, W] to [N, C, H, W]."""
+        """Map `x` and `shortcut` [N, C, H, W] to [N, C, H, W]."""
         if self.synchronized and self.training:
             out = self._over_all_ranks(x)
         elif self.fused and self.training and not torch.compiler.is_compiling() and _fits(x, shortcut):
@@ -49,7 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return _Fused.apply(x, shortcut, self.weight, self.bias, self)
         else:
             out = super().forward(x)
-        # In place: batch norm's gradient needs its input only, and less memory is gone through.
+        # In place: batch norm's gradient needs only its input, and less memory is read and written.
         if shortcut is not None:
             out += shortcut
         return F.relu(out, inplace=True) if self.relu else out
@@ -64,14 +64,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(model: nn.Module) -> None:
-    """Have all of `model` normalise by the statistics of the whole batch. `torch.distributed` has to be set up."""
+    """Let all of `model` normalise by the statistics of all ranks. `torch.distributed` must be initialised."""
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
             module.synchronized = True
 
 
 def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
-    """Set `fused` in all of the model. Where there is no C compiler, a `Note` says so and it stays as it is."""
+    """Set `fused` in all of the model. Without a C compiler, warn with a `Note` and change nothing."""
     if fused and _kernels() is None:
         return
     for module in model.modules():
@@ -80,7 +80,7 @@ def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
 
 
 def _fits(x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether the kernels can take these: what they cannot, PyTorch's operators do."""
+    """Return True if the kernels support these tensors. PyTorch's operators take all others."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -92,15 +92,15 @@ def _fits(x: Tensor, shortcut: Tensor | None) -> bool:
 
 
 class _Synchronized(torch.autograd.Function):
-    """Batch norm of a batch that lies on several ranks: what `torch.nn.SyncBatchNorm` does, which no CPU can.
+    """Batch norm of a batch spread over several ranks, as `torch.nn.SyncBatchNorm`, which does not support CPUs.
 
-    One exchange each way: of every rank's mean, variance and number of pixels (combined as in Chan, Golub & LeVeque
-    1979), and of the two sums that the gradient needs.
+    The forward pass gathers each rank's mean, variance and number of pixels (combined as in Chan, Golub & LeVeque
+    1979). The backward pass reduces the two sums that the gradient needs.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, ...]:
-        """Normalised `x` [N, C, H, W], mean and variance of all ranks [C] and their number of pixels [1]."""
+        """Return normalised `x` [N, C, H, W], mean and variance of all ranks [C] and their number of pixels [1]."""
         channels = x.shape[1]
         var, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
         own = torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)])
@@ -123,7 +123,7 @@ class _Synchronized(torch.autograd.Function):
         grad = grad_out.to(weight.dtype)
         normalized = (x.to(weight.dtype) - _per_channel(mean)) * _per_channel(inverse_std)
         sums = torch.stack([grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))])
-        grad_bias, grad_weight = sums.clone()  # of this rank's images alone, as for all other parameters
+        grad_bias, grad_weight = sums.clone()  # only this rank's images, as for all other parameters
         dist.all_reduce(sums)
         mean_grad, mean_product = (_per_channel(total / count) for total in sums)
         grad_x = _per_channel(weight * inverse_std) * (grad - mean_grad - normalized * mean_product)
@@ -186,7 +186,7 @@ def _call(kernel: str, x: Tensor, relu: bool, **values: Tensor | float | None) -
 
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    """`batchnorm.c`, ready to be called; None, and a `Note`, where that is impossible."""
+    """Compile and load `batchnorm.c`. Return None, with a `Note`, where that is impossible."""
     try:
         library = compile_c(Path(__file__).with_name("batchnorm.c"), "-fopenmp")
     except CompilerError as error:

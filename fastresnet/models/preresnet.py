@@ -1,8 +1,8 @@
-"""Residual networks whose blocks start with batch norm and ReLU, so that the shortcuts are a clean path.
+"""Pre-activation residual networks: blocks start with batch norm and ReLU, so that shortcuts carry unchanged values.
 
-He, Zhang, Ren & Sun, "Identity Mappings in Deep Residual Networks", 2016: as ResNets of 6n + 2 layers, or of 9n + 2
-with bottleneck blocks. Zagoruyko & Komodakis, "Wide Residual Networks", 2016: with k times the channels and a depth of
-6n + 4, in which they count the three 1x1 convolutions of the shortcuts and not the linear layer.
+He, Zhang, Ren & Sun, "Identity Mappings in Deep Residual Networks", 2016: ResNets of 6n + 2 layers, or of 9n + 2 with
+bottleneck blocks. Zagoruyko & Komodakis, "Wide Residual Networks", 2016: k times the channels and 6n + 4 layers. Their
+depth counts the three 1x1 convolutions of the shortcuts and not the linear layer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .stochastic_depth import StochasticDepth
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU, the convolutions of a subclass, and around them the shortcut."""
+    """Batch norm and ReLU, the convolutions of a subclass, and the shortcut around them."""
 
     activates_shortcut = False
-    """Whether the shortcut leaves after the first batch norm and ReLU, not before."""
+    """Start of the shortcut after the first batch norm and ReLU, not before."""
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, drop_path: StochasticDepth | None, *, shortcut: str
@@ -31,7 +31,7 @@ class PreActivationBlock(nn.Module):
         self.drop_path = drop_path or nn.Identity()
 
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch from the activated input on."""
+        """Compute the residual branch from the activated input `x`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class BasicBlock(PreActivationBlock):
 
 
 class BottleneckBlock(PreActivationBlock):
-    """A 3x3 convolution between two 1x1 convolutions, on a quarter of the channels.
+    """A 3x3 convolution on a quarter of the channels, between two 1x1 convolutions.
 
-    The first of the three has the stride, as in KaimingHe/resnet-1k-layers.
+    The first 1x1 convolution has the stride, as in KaimingHe/resnet-1k-layers.
     """
 
     def __init__(
@@ -82,19 +82,19 @@ class PreActivationResNet(nn.Module):
     def __init__(
         self, block: Block, widths: tuple[int, int, int, int], blocks: int, *, num_classes: int, drop_path: float
     ) -> None:
-        """`widths`: channels of the convolution and of the stages; `blocks`: in each stage."""
+        """Create a network with `blocks` blocks a stage. `widths`: channels of the convolution and of the stages."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.layer1, self.layer2, self.layer3 = create_stages(block, widths, blocks, drop_path)
-        # Where the shape changes, and after the first convolution (He et al., appendix), both paths are activated.
+        # Both paths are activated where the shape changes and after the first convolution (He et al., appendix).
         for stage in (self.layer1, self.layer2, self.layer3):
-            stage[0].activates_shortcut = True  # type: ignore[assignment]  # to mypy it is any module
+            stage[0].activates_shortcut = True  # type: ignore[assignment]  # mypy knows only that it is a module
         self.bn1 = BatchNorm2d(widths[3], relu=True)
         self.fc = nn.Linear(widths[3], num_classes)
         self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, 32, 32] to logits [N, num_classes]."""
+        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(self.bn1(x).mean(dim=(2, 3)))
 
@@ -102,7 +102,7 @@ class PreActivationResNet(nn.Module):
 def create_preresnet(
     depth: int, *, num_classes: int, shortcut: str, drop_path: float, bottleneck: bool = False, widening: int = 1
 ) -> PreActivationResNet:
-    """The pre-activation ResNet of `depth` layers, with `widening` times the channels in its stages."""
+    """Create the pre-activation ResNet of `depth` layers, with `widening` times the channels in its stages."""
     block = functools.partial(BottleneckBlock if bottleneck else BasicBlock, shortcut=shortcut)
     blocks = (depth - 2) // (9 if bottleneck else 6)
     expansion = 4 if bottleneck else widening

@@ -2,8 +2,8 @@
 
 6n + 2 weighted layers: a 3x3 convolution, three stages of n blocks with two 3x3 convolutions each (16, 32 and 64
 channels on 32x32, 16x16 and 8x8 pixels), global average pooling and a linear layer. Parameters are named as in
-torchvision (`layer1.0.conv1`, `downsample.0`, `fc`). Squeeze and excitation, which blocks may have besides, is from
-Hu, Shen & Sun, "Squeeze-and-Excitation Networks", 2018. The networks in the other files are made of the same parts.
+torchvision (`layer1.0.conv1`, `downsample.0`, `fc`). Optional squeeze and excitation follows Hu, Shen & Sun,
+"Squeeze-and-Excitation Networks", 2018. The networks in the other files share these parts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .batchnorm import BatchNorm2d
 from .stochastic_depth import StochasticDepth, linear_decay
 
 Block = Callable[[int, int, int, StochasticDepth | None], nn.Module]
-"""Makes a block from its input channels, output channels, stride and stochastic depth."""
+"""Creator of a block from its input channels, output channels, stride and stochastic depth."""
 
 
 class PaddedIdentity(nn.Module):
-    """Shortcut option A: every second pixel, and zeros for the channels that the input lacks; no parameters.
+    """Shortcut option A, without parameters: every second pixel, and zeros for the channels that the input lacks.
 
-    The zeros are split over both ends, as in akamaster/pytorch_resnet_cifar10, so that its weights fit; the paper
-    leaves their place open.
+    The paper does not say where the zero channels go. Half lie at each end, as in akamaster/pytorch_resnet_cifar10, so
+    that its weights fit.
     """
 
     def __init__(self, added_channels: int) -> None:
@@ -38,9 +38,9 @@ class PaddedIdentity(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel by a number from 0 to 1 that two linear layers make of the means of all channels.
+    """Scaling of each channel by a factor in 0..1 that two linear layers compute from the means of all channels.
 
-    The reduction ratio between them is 16, as in the paper.
+    The reduction ratio is 16, as in the paper.
     """
 
     def __init__(self, channels: int) -> None:
@@ -49,13 +49,13 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Linear(channels // 16, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [N, C, H, W] to the same."""
+        """Map `x` [N, C, H, W] to the same shape."""
         scale = self.fc2(F.relu(self.fc1(x.mean(dim=(2, 3))))).sigmoid()
         return x * scale[:, :, None, None]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, around which the shortcut leads; `shortcut` None makes it a plain block."""
+    """Two 3x3 convolutions with batch norm, and the shortcut around them. A plain block if `shortcut` is None."""
 
     def __init__(
         self,
@@ -79,13 +79,13 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.bn1(self.conv1(x)))
         shortcut = None if self.downsample is None else self.downsample(x)
-        if self.bn2.relu:  # nothing stands between batch norm and the addition
+        if self.bn2.relu:  # nothing lies between batch norm and the addition
             return self.bn2(out, shortcut)
         return F.relu(self.drop_path(self.se(self.bn2(out))) + shortcut, inplace=True)
 
 
 def create_shortcut(in_channels: int, channels: int, stride: int, option: str, *, norm: bool = True) -> nn.Module:
-    """Identity, or where a block changes the shape, shortcut `option` A or B; `norm` False: B without batch norm."""
+    """Create an identity, or where the shape changes shortcut `option` A or B (without batch norm if not `norm`)."""
     if in_channels == channels and stride == 1:
         return nn.Identity()
     if option == "A":
@@ -95,8 +95,8 @@ def create_shortcut(in_channels: int, channels: int, stride: int, option: str, *
 
 
 def create_stages(block: Block, widths: Sequence[int], blocks: int, drop_path: float) -> Iterator[nn.Sequential]:
-    """Stages of `blocks` blocks each. The first of `widths` is the channels of their input, the others are those of
-    the stages; from the second on they start with stride 2.
+    """Create stages of `blocks` blocks each. `widths`: channels of the input and of each stage. All stages but the
+    first start with stride 2.
     """
     stages = len(widths) - 1
     for stage, (in_channels, channels) in enumerate(itertools.pairwise(widths)):
@@ -115,7 +115,7 @@ class CifarResNet(nn.Module):
     def __init__(
         self, block: Block, widths: tuple[int, int, int, int], blocks: int, *, num_classes: int, drop_path: float
     ) -> None:
-        """`widths`: channels of the convolution and of the stages; `blocks`: in each stage."""
+        """Create a network with `blocks` blocks a stage. `widths`: channels of the convolution and of the stages."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = BatchNorm2d(widths[0], relu=True)
@@ -124,14 +124,17 @@ class CifarResNet(nn.Module):
         self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, 32, 32] to logits [N, num_classes]."""
+        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
         x = self.bn1(self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean(dim=(2, 3)))
 
 
 def initialize(module: nn.Module) -> None:
-    """He, Zhang, Ren & Sun, "Delving Deep into Rectifiers", 2015; convolutions by fan-out, as in the authors' code."""
+    """Initialise weights as He, Zhang, Ren & Sun, "Delving Deep into Rectifiers", 2015, and biases to zero.
+
+    Convolutions use the fan-out, as in the authors' code.
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
@@ -142,7 +145,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def zero_branches(network: nn.Module) -> None:
-    """Set the weights of each block's last batch norm, those of its shortcut aside, to zero."""
+    """Set the weights of the last batch norm in each block's residual branch to zero."""
     for block in network.modules():
         if hasattr(block, "downsample"):
             *_, last = (child for child in block.children() if isinstance(child, BatchNorm2d))
@@ -158,6 +161,6 @@ def create_resnet(
     plain: bool = False,
     squeeze_excitation: bool = False,
 ) -> CifarResNet:
-    """ResNet-`depth`, or with `plain` the same network without shortcuts."""
+    """Create ResNet-`depth`, or with `plain` the same network without shortcuts."""
     block = functools.partial(BasicBlock, shortcut=None if plain else shortcut, squeeze_excitation=squeeze_excitation)
     return CifarResNet(block, (16, 16, 32, 64), (depth - 2) // 6, num_classes=num_classes, drop_path=drop_path)

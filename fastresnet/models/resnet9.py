@@ -1,12 +1,11 @@
 """ResNet-9, the shallow and wide network of Page, "How to train your ResNet", 2018 (davidcpage/cifar10-fast).
 
-Nine weighted layers: a 3x3 convolution, three convolutions that are max-pooled, behind the first and the last of them a
-residual block, global max pooling and a linear layer. Few layers and early pooling make for little arithmetic, and for
-few epochs. The residual blocks are those of He et al. 2015, with ReLU behind the addition; Page's have it before.
+Nine weighted layers: a 3x3 convolution, three convolutions with max pooling, a residual block after the first and the
+last of them, global max pooling and a linear layer. Few layers and early pooling need little arithmetic and few epochs.
+The residual blocks are those of He et al. 2015, with ReLU after the addition. Page's have it before.
 
-The medium and the narrow one begin with a whitening of small patches instead, as Page's later versions and Jordan's
-cifar10-airbench do (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.2), and have channels in
-airbench's proportions.
+The medium and the narrow network start with patch whitening, as Page's later versions and Jordan's cifar10-airbench do
+(Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.2). Widths are in airbench's proportions.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from .resnet import BasicBlock, initialize
 from .stochastic_depth import linear_decay
 
 FEATURE_SCALE = 0.125
-"""What Page multiplies the logits with: maxima are larger than means, and label smoothing wants small logits."""
+"""Page's factor of the logits. Maxima are larger than means, and label smoothing needs small logits."""
 
 
 class PatchWhitening(nn.Conv2d):
-    """Patches of 2x2 pixels on their principal components, with either sign, and ReLU: 24 channels.
+    """Projection of 2x2 patches on their principal components with both signs, and ReLU: 24 channels.
 
-    Once `fit` has seen images, the components have a variance of 1 and no correlation. Before, the filters are random.
-    They are never trained; the biases are.
+    After `fit`, the components have a variance of 1 and no correlation. Before, the filters are random. The filters are
+    never trained, unlike the biases.
     """
 
     def __init__(self) -> None:
@@ -37,7 +36,7 @@ class PatchWhitening(nn.Conv2d):
         self.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [N, 3, H, W] to [N, 24, H - 1, W - 1]."""
+        """Map `x` [N, 3, H, W] to [N, 24, H - 1, W - 1]."""
         return F.relu(super().forward(x), inplace=True)
 
     @torch.no_grad()
@@ -53,7 +52,7 @@ class PatchWhitening(nn.Conv2d):
 
 
 class PooledConvolution(nn.Module):
-    """A 3x3 convolution, 2x2 max pooling, batch norm and ReLU; pooling first leaves the others a quarter to do."""
+    """A 3x3 convolution, 2x2 max pooling, batch norm and ReLU. Pooling leaves a quarter of the pixels to the latter."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ class PooledConvolution(nn.Module):
         self.bn1 = BatchNorm2d(channels, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [N, C, H, W] to [N, `channels`, H / 2, W / 2]."""
+        """Map `x` [N, C, H, W] to [N, `channels`, H / 2, W / 2]."""
         return self.bn1(F.max_pool2d(self.conv1(x), 2))
 
 
@@ -69,7 +68,7 @@ class ResNet9(nn.Module):
     """A first layer, three stages, global max pooling and a linear layer."""
 
     def __init__(self, widths: tuple[int, int, int], *, num_classes: int, drop_path: float, whitening: bool) -> None:
-        """`widths`: channels of the stages. The first layer is a whitening, or a convolution to half of the first."""
+        """Create a network with stages of `widths` channels. Without `whitening`, `conv1` has half of the first."""
         super().__init__()
         first = widths[0] // 2
         self.conv1 = PatchWhitening() if whitening else nn.Conv2d(3, first, 3, padding=1, bias=False)
@@ -85,12 +84,12 @@ class ResNet9(nn.Module):
         self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, 32, 32] to logits [N, num_classes]."""
+        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
         x = self.bn1(self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(FEATURE_SCALE * x.amax(dim=(2, 3)))
 
 
 def create_resnet9(depth: int, *, shortcut: str, **options: Any) -> ResNet9:
-    """A network with the `options` of `ResNet9`. Its shortcuts are identities, whatever `shortcut` says."""
+    """Create a `ResNet9` with its `options`. All its shortcuts are identities, so `shortcut` has no effect."""
     return ResNet9(**options)

@@ -1,8 +1,8 @@
 """ResNeXt for CIFAR: Xie, Girshick, Dollár, Tu & He, "Aggregated Residual Transformations for Deep Neural Networks",
 2017, section 5.3.
 
-9n + 2 weighted layers: as ResNets, but with bottleneck blocks whose 3x3 convolution is split into groups, and with 64
-channels in the first convolution and 256, 512 and 1024 in the stages.
+9n + 2 weighted layers: ResNets of bottleneck blocks whose 3x3 convolution is split into groups. The first convolution
+has 64 channels, the stages have 256, 512 and 1024.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .stochastic_depth import StochasticDepth
 
 
 class ResNeXtBlock(nn.Module):
-    """A 3x3 convolution in `cardinality` groups between two 1x1 convolutions, around which the shortcut leads.
+    """A 3x3 convolution in `cardinality` groups, a 1x1 convolution before and after it, and the shortcut around them.
 
-    Each group has `width` channels in the first stage, where the block has 256, and grows with it.
+    Each group has `width` channels in the first stage, where the block has 256, and grows with the block.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ResNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
         shortcut = self.downsample(x)
-        if self.bn3.relu:  # nothing stands between batch norm and the addition
+        if self.bn3.relu:  # nothing lies between batch norm and the addition
             return self.bn3(out, shortcut)
         return F.relu(self.drop_path(self.bn3(out)) + shortcut, inplace=True)
 
@@ -56,6 +56,6 @@ class ResNeXtBlock(nn.Module):
 def create_resnext(
     depth: int, *, num_classes: int, shortcut: str, drop_path: float, cardinality: int, width: int
 ) -> CifarResNet:
-    """ResNeXt-`depth`, `cardinality`x`width`d."""
+    """Create ResNeXt-`depth`, `cardinality`x`width`d."""
     block = functools.partial(ResNeXtBlock, shortcut=shortcut, cardinality=cardinality, width=width)
     return CifarResNet(block, (64, 256, 512, 1024), (depth - 2) // 9, num_classes=num_classes, drop_path=drop_path)

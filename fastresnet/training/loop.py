@@ -22,11 +22,11 @@ from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.device import DTYPES, explained_failures, resolve_compile, resolve_device, resolve_precision
 from fastresnet.distributed import World, connected, world_of_torchrun
 from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
-from fastresnet.models import create_model, shortcut_matters
+from fastresnet.models import MODELS, create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
-from fastresnet.models.layers import flops_per_image
 from fastresnet.models.resnet9 import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
+from fastresnet.models.summary import flops_per_image
 from fastresnet.provenance import environment
 from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
@@ -422,7 +422,7 @@ def announcement(
 ) -> str:
     """Describe the run that is about to take its step number `step`."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    shortcut = f", shortcut {config.shortcut}" if shortcut_matters(config.model) else ""
+    shortcut = f", shortcut {config.shortcut}" if MODELS[config.model].uses_shortcut else ""
     rows, each = world.rows(config.batch_size), ""
     if not world.is_single:
         each = f" ({rows.stop - rows.start} on each of {world.world_size} processes)"

@@ -21,7 +21,7 @@ from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, 
 from fastresnet import terminal
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import BatchNorm2d
-from fastresnet.models.layers import flops_per_image
+from fastresnet.models.summary import flops_per_image
 from pipelines.errors import RunError
 
 CPU = torch.device("cpu")

@@ -1,13 +1,34 @@
-"""The data set of the runs in tiny_runs.py."""
+"""Fixtures that several tests of this folder share."""
+
+import dataclasses
 
 import pytest
+import torch
 
+from fastresnet import models
 from pipelines.prepare import prepare
 
 
 @pytest.fixture(scope="module")
 def tiny_root(tmp_path_factory):
-    """80 training and 30 test images, five steps an epoch: a few steps are all that these runs need."""
+    """Prepare 80 training and 30 test images, five steps an epoch, for the runs in tiny_runs.py."""
     root = tmp_path_factory.mktemp("tiny")
     prepare("shapes10", root, lambda *_: None, train_images=80, test_images=30)
     return root
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Use one thread: the networks are small, and more threads would wait for other work on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_blocks(monkeypatch):
+    """Give networks of 20 layers two blocks in each stage, not three: there are only two kinds of blocks."""
+    for name, spec in models.MODELS.items():
+        if spec.depth == 20:
+            monkeypatch.setitem(models.MODELS, name, dataclasses.replace(spec, depth=14))

@@ -46,7 +46,7 @@ SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32
 def _shallow():
     """ResNet-20 has one block in each stage, one for each way through: a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._MODELS, "resnet20", dataclasses.replace(models._MODELS["resnet20"], depth=8))
+        patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
         yield
 
 

@@ -23,16 +23,9 @@ from pipelines.errors import DataError, UsageError
 
 torchvision = pytest.importorskip("torchvision")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEPTHS = (20, 32, 44, 56, 110)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The networks are too small for more, and other work on the machine would only make threads wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the networks of other repositories, with their names for things ---------------------------------------------

@@ -1,4 +1,4 @@
-"""A picture of a network: a box for each layer from top to bottom, and shortcuts at the side."""
+"""Diagram of a network: a box for each layer from top to bottom, and shortcuts at the side."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
 from .batchnorm import BatchNorm2d
-from .layers import layer_kind, one_image
 from .resnet import SqueezeExcitation
 from .resnet9 import PatchWhitening
+from .summary import layer_kind, one_image
 
 _FUNCTIONS = {
     "add": "sum",
@@ -25,10 +25,10 @@ _FUNCTIONS = {
     "max_pool2d": "2x2 max pooling",
 }
 
-# Lengths in pixels: a box, the step from one to the next below, and the columns of the two paths.
+# Lengths in pixels: width and height of a box, distance between rows, top margin, and left edges of the two columns.
 _WIDTH, _HEIGHT, _STEP, _TOP = 460, 26, 42, 75
 _MAIN, _SIDE = 50, 580
-_CURVE = 70  # how far the two middle points of a shortcut's curve lie from the boxes; the curve goes 3/4 as far
+_CURVE = 70  # distance of a curve's two middle control points from the boxes; the curve itself reaches 3/4 of it
 
 _STYLE = """text { font: 12px sans-serif; fill: #222 } .title { font-size: 16px } .block { fill: #666 }
 rect { stroke: #888; fill: #eee } .frame { fill: #f7f7f7; stroke: #ddd } path { fill: none; stroke: #555 }
@@ -41,24 +41,24 @@ class Box:
     """A layer, or a function between layers, in the graph of a network."""
 
     name: str
-    """Of the module; of a function, that of the module that calls it."""
+    """Name of the module, or of the module that calls the function."""
     kind: str
-    """What is written in the box."""
+    """Text in the box."""
     color: str
-    """Class of the box in the style sheet."""
+    """CSS class of the box."""
     output: tuple[int, ...]
-    """Shape for one image."""
+    """Output shape for one image."""
     parameters: int
     inputs: tuple[int, ...]
-    """Numbers of the boxes that it takes its inputs from."""
+    """Numbers of the boxes from which its inputs come."""
     row: int
-    """Its place from the top."""
+    """Row number from the top."""
     is_beside: bool
-    """Whether it is part of a shortcut, and so beside the rows of the block."""
+    """Position in the side column, as part of a shortcut."""
 
     @property
     def block(self) -> str:
-        """Such as layer1.0; empty outside the stages."""
+        """Name of its block, such as layer1.0; empty outside the stages."""
         return ".".join(self.name.split(".")[:2]) if self.name.startswith("layer") else ""
 
 
@@ -68,7 +68,7 @@ class _Tracer(Tracer):
 
 
 def graph(model: nn.Module) -> list[Box]:
-    """The boxes of `model` on images [3, 32, 32], in the order in which they are run; the first is the images."""
+    """List the boxes of `model` in the order of execution, for images [3, 32, 32], which are the first box."""
     twin = copy.deepcopy(model).to("meta").eval()
     traced = _Tracer().trace(twin)
     ShapeProp(GraphModule(twin, traced)).propagate(one_image())
@@ -119,7 +119,7 @@ def _kind(node: Node, module: nn.Module | None) -> str:
 
 
 def draw_graph(boxes: Sequence[Box], title: str, subtitle: str) -> str:
-    """The picture of `graph`'s result, as SVG that needs no other file."""
+    """Draw the boxes that `graph` returns as a self-contained SVG."""
     right = (_SIDE if any(box.is_beside for box in boxes) else _MAIN) + _WIDTH + 30
     if any(len(box.inputs) > 1 for box in boxes):
         right = max(right, _MAIN + _WIDTH + _CURVE)
@@ -144,12 +144,12 @@ def draw_graph(boxes: Sequence[Box], title: str, subtitle: str) -> str:
 
 
 def _y(row: int) -> int:
-    """Middle of the boxes of a row."""
+    """Return the vertical centre of a row's boxes."""
     return _TOP + _STEP * row + _HEIGHT // 2
 
 
 def _frames(boxes: Sequence[Box], right: int) -> list[str]:
-    """A frame around each block, with its name at the left."""
+    """Draw a frame around each block, with its name at the left."""
     frames = []
     for block in dict.fromkeys(box.block for box in boxes if box.block):
         rows = [box.row for box in boxes if box.block == block]
@@ -162,7 +162,7 @@ def _frames(boxes: Sequence[Box], right: int) -> list[str]:
 
 
 def _edge(source: Box, target: Box) -> str:
-    """An arrow from box to box; what leaves the main path is a curve at its right."""
+    """Draw an arrow from box to box. An arrow that skips boxes is a curve to the right of the main path."""
     main, side = _MAIN + _WIDTH, _SIDE + _WIDTH // 2
     start, end = _y(source.row), _y(target.row)
     kind = "shortcut"

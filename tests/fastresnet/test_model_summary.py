@@ -1,4 +1,4 @@
-"""Layers, parameters and multiply-adds, against the published figures and PyTorch's own counter."""
+"""Layers, parameters and multiply-adds, against published figures and PyTorch's counter."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastresnet.models import create_model, list_models, model_depth
-from fastresnet.models.layers import flops_per_image, layers
+from fastresnet.models import MODELS, create_model
+from fastresnet.models.summary import flops_per_image, layers
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from fastresnet.models.layers import flops_per_image, layers
         ("resnet110", "B", 1_730_714, 253.15),
     ],
 )
-def test_sums_are_the_published_ones(model, shortcut, parameters, millions):
+def test_totals_match_published_figures(model, shortcut, parameters, millions):
     found = layers(create_model(model, shortcut=shortcut))
     assert sum(layer.parameters for layer in found) == parameters
     assert sum(layer.macs for layer in found) / 1e6 == pytest.approx(millions, abs=0.006)
@@ -28,12 +28,12 @@ def test_sums_are_the_published_ones(model, shortcut, parameters, millions):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if model_depth(name) == 110 else name
-        for name in list_models()
-        if model_depth(name) != 1202
+        pytest.param(name, marks=pytest.mark.slow) if MODELS[name].depth == 110 else name
+        for name in MODELS
+        if MODELS[name].depth != 1202
     ],
 )
-def test_every_network_has_the_parameters_and_operations_that_pytorch_counts(name):
+def test_parameters_and_multiply_adds_match_pytorch(name):
     with torch.device("meta"):
         model = create_model(name).eval()
     found = layers(model)
@@ -44,7 +44,7 @@ def test_every_network_has_the_parameters_and_operations_that_pytorch_counts(nam
 
 
 @pytest.mark.parametrize("name", ["resnet20", "plain20", "preresnet20", "se-resnet20", "wrn16-2", "resnet9-narrow"])
-def test_a_training_takes_the_operations_that_pytorch_counts(name):
+def test_flops_of_training_match_pytorch(name):
     with torch.device("meta"):
         model = create_model(name).train()
     with FlopCounterMode(display=False) as counter:
@@ -52,14 +52,16 @@ def test_a_training_takes_the_operations_that_pytorch_counts(name):
     assert flops_per_image(model, training=True) == counter.get_total_flops()
 
 
-def test_a_training_takes_three_times_the_operations_where_convolutions_have_groups():
-    """Less the gradient of the images. PyTorch's counter takes no notice of groups in the gradients of weights."""
+def test_flops_of_training_with_grouped_convolutions():
+    """Training takes three times the forward pass, less the gradient of the images. PyTorch's counter ignores groups in
+    the gradients of weights.
+    """
     model = create_model("resnext29-2x16d")
     macs = [layer.macs for layer in layers(model)]
     assert flops_per_image(model, training=True) == 2 * (3 * sum(macs) - macs[0])
 
 
-def test_layers_come_in_their_order_with_their_shapes():
+def test_order_and_shapes_of_layers():
     found = {layer.name: layer for layer in layers(create_model("resnet20", num_classes=7))}
     assert next(iter(found)) == "conv1"
     assert list(found)[-1] == "fc"
@@ -69,7 +71,7 @@ def test_layers_come_in_their_order_with_their_shapes():
     assert (found["fc"].parameters, found["fc"].macs) == (64 * 7 + 7, 64 * 7)
 
 
-def test_the_command_shows_and_writes_them(run, tmp_path):
+def test_command_prints_and_writes_layers(run, tmp_path):
     code, out, _ = run("summary", "--model", "resnet32", "--shortcut", "A", "--json", tmp_path / "s.json")
     assert code == 0
     assert "464,154" in out
@@ -87,7 +89,7 @@ def test_the_command_shows_and_writes_them(run, tmp_path):
         (["--json", "no/folder.json"], "there is no folder no"),
     ],
 )
-def test_what_cannot_be_is_refused(run, arguments, message):
+def test_invalid_arguments_are_errors(run, arguments, message):
     code, _, err = run("summary", *arguments)
     assert code == 2
     assert message in err

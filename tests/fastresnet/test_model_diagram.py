@@ -1,4 +1,4 @@
-"""Pictures of networks, read back and compared with the networks."""
+"""Diagrams of networks, parsed and compared with the networks."""
 
 import functools
 import re
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastresnet.models import create_model, list_models, model_depth, model_shortcuts
-from fastresnet.models.graph import draw_graph, graph
+from fastresnet.models import MODELS, create_model
+from fastresnet.models.diagram import draw_graph, graph
 
 SVG = "{http://www.w3.org/2000/svg}"
-NETWORKS = [name for name in list_models() if model_depth(name) != 1202]
+NETWORKS = [name for name in MODELS if MODELS[name].depth != 1202]
 RESIDUAL = [name for name in NETWORKS if not name.startswith("plain")]
 
 
@@ -23,7 +23,7 @@ def on_meta(name, **settings):
 
 @functools.cache
 def pictured(name, shortcut):
-    """The network, its boxes and their picture."""
+    """Return the network, its boxes and the parsed diagram."""
     model = on_meta(name, shortcut=shortcut)
     boxes = graph(model)
     return model, boxes, parsed(boxes)
@@ -34,11 +34,11 @@ def parsed(boxes):
 
 
 def case(name, *rest):
-    return pytest.param(name, *rest, marks=[pytest.mark.slow] if model_depth(name) == 110 else [])
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if MODELS[name].depth == 110 else [])
 
 
 @pytest.mark.parametrize("name", [case(name) for name in NETWORKS])
-def test_every_network_has_a_box_for_each_of_its_layers(name):
+def test_each_layer_has_a_box(name):
     model, boxes, picture = pictured(name, "B")
     drawn = picture.findall(f"{SVG}g")
     for kind, color in ((nn.Conv2d, "conv"), (nn.BatchNorm2d, "norm")):
@@ -51,9 +51,9 @@ def test_every_network_has_a_box_for_each_of_its_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shortcut"), [case(name, option) for name in RESIDUAL for option in model_shortcuts(name)]
+    ("name", "shortcut"), [case(name, option) for name in RESIDUAL for option in MODELS[name].shortcuts]
 )
-def test_every_block_has_a_shortcut_into_its_end(name, shortcut):
+def test_each_block_ends_with_its_shortcut(name, shortcut):
     model, boxes, picture = pictured(name, shortcut)
     joints = [box for box in boxes if len(box.inputs) == 2]
     blocks = [name for name, module in model.named_modules() if hasattr(module, "drop_path")]
@@ -62,14 +62,14 @@ def test_every_block_has_a_shortcut_into_its_end(name, shortcut):
     assert len(edges) >= len(blocks)
 
 
-def test_a_plain_network_is_one_chain():
+def test_plain_network_is_one_chain():
     _, boxes, _ = pictured("plain32", "B")
     assert [box.inputs for box in boxes] == [(), *((i,) for i in range(len(boxes) - 1))]
     assert [box.row for box in boxes] == list(range(len(boxes)))
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d", "resnet9"])
-def test_boxes_do_not_overlap_and_lie_in_the_picture_as_the_shortcuts_do(name):
+def test_boxes_do_not_overlap_and_nothing_leaves_the_picture(name):
     *_, picture = pictured(name, "B")
     width, height = (float(picture.get(side)) for side in ("width", "height"))
     rectangles = []
@@ -80,13 +80,13 @@ def test_boxes_do_not_overlap_and_lie_in_the_picture_as_the_shortcuts_do(name):
         assert all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in rectangles)
         rectangles.append((x, y, w, h))
     for path in picture.iterfind(f"{SVG}path"):
-        # A curve does not leave the hull of its points.
+        # A Bezier curve lies in the convex hull of its points.
         points = re.findall(r"(\d+) \d+", re.sub(r"[a-z][^A-Z]*", "", path.get("d")))
         assert all(0 <= float(x) <= width for x in points)
 
 
-def test_the_first_blocks_of_resnet20_are_the_paper_s():
-    """He et al. 2015, section 4.2: conv, norm, conv, norm, and the sum of what comes out and what went in."""
+def test_first_block_of_resnet20_matches_the_paper():
+    """He et al. 2015, section 4.2: conv, norm, conv, norm, and the sum of output and input."""
     boxes = graph(on_meta("resnet20"))
     assert [(box.name, box.kind, box.output) for box in boxes[:7]] == [
         ("", "images", (3, 32, 32)),
@@ -100,7 +100,7 @@ def test_the_first_blocks_of_resnet20_are_the_paper_s():
     assert boxes[6].inputs == (5, 2)
 
 
-def test_the_command_writes_the_picture(run, tmp_path):
+def test_command_writes_the_diagram(run, tmp_path):
     path = tmp_path / "graph.svg"
     code, out, err = run("summary", "--model", "resnext29-2x16d", "--graph", path)
     assert (code, err) == (0, "")
@@ -114,7 +114,7 @@ def test_the_command_writes_the_picture(run, tmp_path):
     ("name", "message"),
     [("graph.jpg", "give a name that ends in .svg"), ("graph", "ends in .svg"), ("no/graph.svg", "there is no folder")],
 )
-def test_what_cannot_be_written_is_refused(run, tmp_path, name, message):
+def test_invalid_file_name_is_an_error(run, tmp_path, name, message):
     code, out, err = run("summary", "--graph", tmp_path / name)
     assert (code, out) == (2, "")
     assert message in err

@@ -1,4 +1,4 @@
-"""The layers of a network: what comes out of each, and what it costs."""
+"""Layers of a network: the output shape, parameters and multiply-adds of each."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pipelines.sampling import IMAGE_SIZE
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """One module without modules of its own."""
+    """A module without submodules."""
 
     name: str
     kind: str
     output: tuple[int, ...]
-    """Shape for one image."""
+    """Output shape for one image."""
     parameters: int
     macs: int
-    """Multiply-adds for one image: of convolutions and linear layers, as is usual."""
+    """Multiply-adds for one image, counted for convolutions and linear layers, as is usual."""
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """The layers of `model` in the order in which they are run, on images [3, 32, 32]. Nothing is computed."""
+    """List the layers of `model` in the order of execution, for images [3, 32, 32]. Nothing is computed."""
     twin, found = copy.deepcopy(model).to("meta").eval(), []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -45,7 +45,7 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 def layer_kind(module: nn.Module) -> str:
-    """Class of a layer; of a convolution also its size and, where they are not 1, its stride and groups."""
+    """Describe a layer by its class, and a convolution also by its size and any stride and groups other than 1."""
     name = type(module).__name__
     if not isinstance(module, nn.Conv2d):
         return name
@@ -55,12 +55,11 @@ def layer_kind(module: nn.Module) -> str:
 
 
 def flops_per_image(model: nn.Module, *, training: bool) -> int:
-    """Floating-point operations for one image, a multiply-add counted as 2; with the backward pass if `training`, which
-    costs a layer the same again for the gradient of its weights and for that of its input, where they are needed.
+    """Count the floating-point operations for one image, 2 for a multiply-add, of convolutions and linear layers.
 
-    Of convolutions and linear layers: nearly all that a residual network computes. `torch.utils.flop_counter` counts
-    the same, but overlooks groups in the gradients of weights, and loads the machinery of torch.compile, which takes
-    seconds.
+    With `training`, count the backward pass too: as many again for the gradient of a layer's weights and for that of
+    its input, where they are needed. `torch.utils.flop_counter` counts the same, but ignores groups in the gradients of
+    weights, and imports torch.compile, which takes seconds.
     """
     twin, macs = copy.deepcopy(model).to("meta").train(training), 0
 
@@ -78,7 +77,7 @@ def flops_per_image(model: nn.Module, *, training: bool) -> int:
 
 
 def one_image() -> Tensor:
-    """Without pixels, on the meta device."""
+    """Create an image without memory, on the meta device."""
     return torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
 
 
