@@ -316,16 +316,16 @@ def test_prepare_tells_what_jpeg_costs(run, tmp_path):
 
 
 def test_train_draws_missing_shapes10_by_itself(run, tmp_path, monkeypatch):
-    from pipelines import convert
+    from pipelines import prepare as preparation
 
     drawn = []
-    original = convert.draw_shapes10
+    original = preparation.draw_shapes10
 
     def small(train_images, test_images, report):
         drawn.append((train_images, test_images))
         return original(128, 50, report)
 
-    monkeypatch.setattr(convert, "draw_shapes10", small)
+    monkeypatch.setattr(preparation, "draw_shapes10", small)
     arguments = ("--root", tmp_path, "--out", tmp_path / "run", "--iterations", 1, "--precision", "fp32")
     code, *_ = run("train", "smoke", "--data", "shapes10", *arguments)
     assert code == 0

@@ -34,7 +34,7 @@ from fastresnet.config import TrainConfig, from_toml
 from fastresnet.models import create_model
 from fastresnet.provenance import environment
 from fastresnet.weights import load_weights
-from pipelines import derived, is_installed, shards, sources, store
+from pipelines import formats, is_installed, sources, store
 from pipelines.errors import UserError
 from pipelines.files import write_json
 from pipelines.formats import open_derived, open_shard
@@ -312,7 +312,7 @@ def with_atheris(name: str, options: list[str]) -> None:
 
     signal.signal(signal.SIGALRM, too_slow)
     warnings.simplefilter("ignore")
-    for module in (sources, store, derived, shards, checkpoint, config, weights):  # all there is would take minutes
+    for module in (sources, store, formats, checkpoint, config, weights):  # all there is would take minutes
         for function in [value for value in vars(module).values() if inspect.isfunction(value)]:
             atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)

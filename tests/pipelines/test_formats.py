@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import derived, shards
+from pipelines import formats
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.formats import SUBSAMPLINGS, JpegSettings, open_derived, open_shard, read_manifest, write_shard
 from pipelines.prepare import prepare
@@ -385,7 +385,7 @@ def failing(request, kind, monkeypatch, bare):
 
         monkeypatch.setattr(ffcv, "handle_sample", fail_later(ffcv.handle_sample))
     else:
-        monkeypatch.setattr(shards, "_encode", fail_later(shards._encode))
+        monkeypatch.setattr(formats, "_encode", fail_later(formats._encode))
     return request.param
 
 
@@ -429,7 +429,7 @@ def test_old_files_do_not_outlive_a_failure_to_replace_them_as_whole(folder, mon
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(shards, "_encode", fail)
+    monkeypatch.setattr(formats, "_encode", fail)
     with pytest.raises(type(error)):
         prepare_again(folder, formats=["jpeg"], jpeg=JpegSettings(quality=10))
     assert not [name for name in names(folder) if name.endswith(".tmp")]
@@ -601,7 +601,7 @@ def test_images_that_survive_compression_have_no_finite_psnr(dataset, tmp_path):
     grey = replace(dataset.test, images=np.full((50, 32, 32, 3), 128, np.uint8))
     facts = write_shard(grey, tmp_path / "tar", tmp_path / "idx", JpegSettings(), ignore)
     assert facts == {"psnr_db": float("inf"), "exact_pixels": 1.0}
-    assert shards.facts_text(facts) == "PSNR inf dB, 100.0 % of the pixels exact"
+    assert formats.facts_text(facts) == "PSNR inf dB, 100.0 % of the pixels exact"
 
 
 @pytest.mark.parametrize(
@@ -645,6 +645,6 @@ def test_the_schema_is_written_into_every_manifest(dataset):
     for kind in FILES:
         if (dataset.folder / f"{kind}.json").exists():
             manifest = json.loads((dataset.folder / f"{kind}.json").read_bytes())
-            assert manifest["schema"] == derived.SCHEMA
+            assert manifest["schema"] == formats.SCHEMA
             assert manifest["data_sha256"] == dataset.digest
             assert set(manifest["files"]) == set(FILES[kind])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import convert
+from pipelines import prepare as preparation
 from pipelines.errors import DataError, UsageError
 from pipelines.prepare import data_root, prepare
 from pipelines.shapes10 import CLASSES, draw_shapes10
@@ -110,7 +110,7 @@ def test_prepared_store_opens_in_a_root_that_is_read_only(make, monkeypatch):
     def read_only(*_, **__):
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr(convert, "FileLock", read_only)
+    monkeypatch.setattr(preparation, "FileLock", read_only)
     for name in ("mkdir", "touch", "unlink", "write_bytes"):
         monkeypatch.setattr(Path, name, read_only)
     assert not make()[1]
@@ -249,8 +249,8 @@ def test_cifar10_without_source_is_downloaded_verified_and_the_archive_removed(m
         folder.mkdir(parents=True)
         return Path(shutil.copy(archive, folder))
 
-    monkeypatch.setattr(convert, "download_cifar10", download)
-    monkeypatch.setattr(convert, "verify_cifar10", lambda data, path: verified.append((data.classes, path.name)))
+    monkeypatch.setattr(preparation, "download_cifar10", download)
+    monkeypatch.setattr(preparation, "verify_cifar10", lambda data, path: verified.append((data.classes, path.name)))
     dataset, made = make("cifar10")
     assert made
     assert verified == [(dataset.classes, archive.name)]
@@ -263,9 +263,9 @@ def test_cifar10_without_source_is_downloaded_verified_and_the_archive_removed(m
 WAITING_PROCESS = """
 import sys
 from pathlib import Path
-from pipelines import convert
+from pipelines import prepare as preparation
 
-def announced(*arguments, lock=convert.FileLock):
+def announced(*arguments, lock=preparation.FileLock):
     print("at the lock", flush=True)
     return lock(*arguments)
 
@@ -274,8 +274,8 @@ def report(what, done, total):
         print("drawing", flush=True)
         sys.stdin.readline()
 
-convert.FileLock = announced
-print(convert.prepare("shapes10", Path(sys.argv[1]), report, train_images=40, test_images=20)[1])
+preparation.FileLock = announced
+print(preparation.prepare("shapes10", Path(sys.argv[1]), report, train_images=40, test_images=20)[1])
 """
 
 
@@ -311,7 +311,7 @@ KILLED_PROCESSES = """
 import os, shutil, signal, sys
 from pathlib import Path
 import numpy as np
-from pipelines import convert
+from pipelines import prepare as preparation
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -333,7 +333,7 @@ def prepare_and_die(root, function, number):
         module, name = function.split(".")
         module = {"os": os, "np": np, "shutil": shutil}[module]
         setattr(module, name, die_at(getattr(module, name), number))
-    convert.prepare("shapes10", root, report, train_images=40, test_images=20)
+    preparation.prepare("shapes10", root, report, train_images=40, test_images=20)
 
 for line in sys.stdin:
     root, function, number = line.split()
