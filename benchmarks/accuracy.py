@@ -254,8 +254,8 @@ def publish(run: Path) -> None:
     from fastresnet.evaluation import evaluate, open_evaluation
     from fastresnet.pretrained import Card
     from fastresnet.pretrained import __file__ as package
-    from fastresnet.terminal import find_dataset
     from fastresnet.weights import load_weights
+    from pipelines.prepare import find_dataset
 
     summary, cpu, file = _summary(run), torch.device("cpu"), run / "model.safetensors"
     weights = load_weights(file)

@@ -28,6 +28,7 @@ from fastresnet.config import DEVICES, PRECISIONS
 from fastresnet.threads import Threads, check_threads
 from pipelines import Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
+from pipelines.prepare import find_dataset
 from pipelines.store import Dataset
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, Work]:
 
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    dataset = terminal.find_dataset(options.data, options.root)
+    dataset = find_dataset(options.data, options.root)
     if options.batch_size > len(dataset.train):
         raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
     work = Work(

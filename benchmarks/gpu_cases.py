@@ -47,12 +47,13 @@ from fastresnet.device import DTYPES, resolve_device
 from fastresnet.distributed import SINGLE
 from fastresnet.provenance import environment
 from fastresnet.recipes import create_config
-from fastresnet.terminal import find_dataset, guarded
+from fastresnet.terminal import guarded
 from fastresnet.training.execution import Execution
 from fastresnet.training.loop import create_step, open_pipelines, resolve
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines.errors import UsageError, check_choice
+from pipelines.prepare import find_dataset
 from pipelines.store import Dataset, open_store
 
 

@@ -27,8 +27,8 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     from fastresnet.config import from_dict
     from fastresnet.recipes import create_config
     from fastresnet.run_folder import read_run, run_path
-    from fastresnet.terminal import find_dataset
     from fastresnet.training.loop import train as train_run
+    from pipelines.prepare import find_dataset
 
     base = create_config(recipe, settings.get("model"))
     config = from_dict(base.to_dict() | settings, "fastresnet.train")
@@ -62,11 +62,11 @@ def evaluate(
 
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
-    from fastresnet.evaluation import evaluation_threads, open_evaluation
+    from fastresnet.evaluation import evaluation_threads, find_dataset_for, open_evaluation
     from fastresnet.pretrained import find_weights
-    from fastresnet.terminal import find_dataset, find_dataset_for
     from fastresnet.threads import check_threads
     from fastresnet.weights import load_weights
+    from pipelines.prepare import find_dataset
 
     check_threads(threads)
     if isinstance(weights, str | Path):

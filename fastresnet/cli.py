@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
 
-from fastresnet import __version__
 from fastresnet.terminal import guarded
-from pipelines.errors import check_choice
+from pipelines import __version__
+from pipelines.errors import UsageError, check_choice
 
 _OVERVIEW = """usage: fastresnet COMMAND [OPTIONS]
 
@@ -49,7 +51,12 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     check_choice("command", name, COMMANDS)
     if name == "bench":
-        from benchmarks.__main__ import main as bench  # builds on this package, which else names it for completion
-
-        return bench(rest)
+        return load_bench().main(rest)
     return importlib.import_module(f"fastresnet.commands.{name}").run(rest)
+
+
+def load_bench() -> ModuleType:
+    """Import the benchmarks: they build on this package, which knows them by their entry point alone."""
+    for entry in metadata.entry_points(group="fastresnet.commands", name="bench"):
+        return importlib.import_module(entry.module)
+    raise UsageError("fastresnet is not installed here, so bench is not found: use python -m benchmarks.")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ from torch import nn
 from fastresnet.device import DTYPES, autocast
 from fastresnet.distributed import SINGLE, World
 from fastresnet.threads import Threads, settled_threads
+from fastresnet.weights import Weights
 from pipelines import Augmentation, Pipeline, open_pipeline
-from pipelines.store import Dataset
+from pipelines.errors import DataError
+from pipelines.prepare import find_dataset
+from pipelines.sources import Report
+from pipelines.store import CIFAR10, Dataset
 
 BATCH_SIZE = 1000
 """Images per evaluation batch, less where the split is smaller; the result does not depend on it."""
@@ -35,6 +40,22 @@ class Evaluation:
     images_per_s: float
     mirror_accuracy: float | None = None
     """Top-1 of the mean logits of each image and its mirror image (test-time augmentation), percent."""
+
+
+def find_dataset_for(
+    weights: Weights, given: object, data: str | None, root: Path | None, report: Report = lambda *_: None
+) -> Dataset:
+    """Find the data set to measure `weights`, loaded from `given`, on.
+
+    It is `data`, else the one of their training, else cifar10, with the constants of their training to normalise it
+    where these are known. Raises `DataError` where it has another number of classes.
+    """
+    dataset = find_dataset(data or (weights.training or {}).get("data", CIFAR10), root, report)
+    if weights.num_classes != len(dataset.classes):
+        raise DataError(
+            f"{given} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
+        )
+    return weights.as_in_training(dataset)
 
 
 def open_evaluation(

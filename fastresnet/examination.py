@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastresnet.device import resolve_device, supports
-from fastresnet.evaluation import open_evaluation, probabilities
+from fastresnet.evaluation import find_dataset_for, open_evaluation, probabilities
 from fastresnet.plotting import confusion, image_grid
-from fastresnet.terminal import find_dataset_for
 from fastresnet.weights import load_weights
 
 SHOWN = 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,13 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fastresnet.training.loggers import Row
 from pipelines.files import write_bytes
 
 _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
-def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
+def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figure:
     """Loss, accuracy and learning rate of runs over their epochs: by name, the rows of `metrics.csv` and the split
     measured after every epoch. One run has a colour for each split; of several, each has its own, training dashed.
     """
@@ -54,7 +54,7 @@ def curves(runs: Mapping[str, tuple[Sequence[Row], str]]) -> Figure:
     return figure
 
 
-def _falls_in_steps(rows: Sequence[Row]) -> bool:
+def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the learning rate takes few values, which a logarithmic axis shows well; it has no place for 0."""
     return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
 

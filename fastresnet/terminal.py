@@ -1,4 +1,4 @@
-"""What the commands share: reading arguments, tables and progress, and ending with the right words and code.
+"""Shared by the commands: arguments, tables, progress, and the last words and exit code.
 
 Nothing slow is imported before it is needed, so that `--help` is instant.
 """
@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DataError, Note, UsageError, UserError
+from pipelines.errors import Note, UsageError, UserError
 
 if TYPE_CHECKING:
-    from fastresnet.weights import Weights
     from pipelines.sources import Report
-    from pipelines.store import Dataset
 
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -91,7 +89,7 @@ def _notes_on_stderr() -> Iterator[None]:
 
 
 def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
-    """`options` (a dataclass) filled from the command line; tyro exits with 2 on unknown flags and unfit values."""
+    """Fill `options` (a dataclass) from the command line; tyro exits with 2 on unknown flags and unfit values."""
     import tyro
 
     return tyro.cli(options, prog=f"fastresnet {command}", args=arguments, **settings)
@@ -107,36 +105,9 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
         raise UsageError(f"{option} {path}: give a name that ends in {' or '.join(suffixes)}.")
 
 
-def find_dataset(data: str, root: Path | None) -> Dataset:
-    """Open the data set called `data`, or the store in folder `data`; make cifar10 and shapes10 if they are missing."""
-    from pipelines.prepare import CIFAR10, SHAPES10, data_root, prepare
-    from pipelines.store import open_store
-
-    if Path(data).name != data or (Path(data) / "meta.json").exists():
-        return open_store(Path(data))
-    folder = data_root(root) / data
-    if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
-        return open_store(folder)
-    with progress_line() as report:
-        return prepare(data, data_root(root), report)[0]
-
-
-def find_dataset_for(weights: Weights, given: object, data: str | None, root: Path | None) -> Dataset:
-    """The data set to measure `weights`, loaded from `given`, on: `data`, else the one they were trained on, else
-    cifar10; with the constants of their training to normalise it, where these are known. Raises `DataError` where they
-    tell another number of classes apart.
-    """
-    dataset = find_dataset(data or (weights.training or {}).get("data", "cifar10"), root)
-    if weights.num_classes != len(dataset.classes):
-        raise DataError(
-            f"{given} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
-        )
-    return weights.as_in_training(dataset)
-
-
 @contextlib.contextmanager
 def progress_line() -> Iterator[Report]:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """Show a progress bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -65,15 +65,14 @@ def run(arguments: list[str]) -> int:
 
 def _options() -> dict[str, type]:
     """What holds the options of each command; of a benchmark under `bench NAME`."""
-    from benchmarks.__main__ import COMMANDS as BENCHMARKS  # builds on this package, as fastresnet/cli.py says
-    from fastresnet.cli import COMMANDS
+    from fastresnet.cli import COMMANDS, load_bench
     from fastresnet.config import TrainConfig
 
     others = [name for name in COMMANDS if name not in ("train", "bench")]
     return {
         "train": TrainConfig,
         **{name: importlib.import_module(f"fastresnet.commands.{name}").Options for name in others},
-        **{f"bench {name}": options for name, (options, _) in BENCHMARKS.items()},
+        **{f"bench {name}": options for name, (options, _) in load_bench().COMMANDS.items()},
     }
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from fastresnet.terminal import check_output, find_dataset_for, parse, print_table
+from fastresnet.terminal import check_output, parse, print_table, progress_line
 from fastresnet.threads import Threads, check_threads
 from pipelines.errors import Note, UsageError, check_choice
 
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from fastresnet.device import explained_failures, resolve_device, resolve_precision, supports
-    from fastresnet.evaluation import evaluate, evaluation_threads, open_evaluation
+    from fastresnet.evaluation import evaluate, evaluation_threads, find_dataset_for, open_evaluation
     from fastresnet.pretrained import find_weights, is_pretrained
     from fastresnet.provenance import environment
     from fastresnet.weights import load_weights
@@ -68,7 +68,8 @@ def run(arguments: list[str]) -> int:
     device = resolve_device(options.device)
     weights = load_weights(find_weights(options.weights), options.model)
     training = weights.training or {}
-    dataset = find_dataset_for(weights, options.weights, options.data, options.root)
+    with progress_line() as report:
+        dataset = find_dataset_for(weights, options.weights, options.data, options.root, report)
     normalization = weights.normalization
     if options.mean is not None and options.std is not None:
         normalization = "channel"

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastresnet.terminal import check_output, find_dataset, parse, print_table, progress_line
+from fastresnet.terminal import check_output, parse, print_table, progress_line
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from fastresnet.config import TrainConfig
+    from pipelines.store import Dataset
 
 FLAGS = {"--seeds": "str", "--config": "Path", "--find-lr": "Path", "--dry-run": "bool", "--print-config": "bool"}
 """What the command takes beside the settings, and the types of the values."""
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
     from fastresnet.training.loop import train
 
     imported = time.perf_counter()
-    dataset = find_dataset(config.data, config.root)
+    dataset = _find_dataset(config)
     spent = {"import": imported - began, "data": time.perf_counter() - imported}
     main = world_of_torchrun().is_main
     summary = train(config, dataset, Console(quiet=not main), spent)
@@ -92,7 +93,7 @@ def _dry_run(config: TrainConfig) -> int:
     from fastresnet.training.loggers import format_duration
     from fastresnet.training.trials import dry_run
 
-    dataset = find_dataset(config.data, config.root)
+    dataset = _find_dataset(config)
     expected = dry_run(config, dataset, Console())
     found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
     train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
@@ -115,7 +116,7 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     from fastresnet.plotting import save_figure, sweep
     from fastresnet.training.trials import find_lr
 
-    dataset = find_dataset(config.data, config.root)
+    dataset = _find_dataset(config)
     with progress_line() as report:
         found = find_lr(config, dataset, report)
     told = {"steepest descent": found.steepest, "a tenth of the lowest loss's": found.tenth_of_lowest}
@@ -144,7 +145,7 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     from fastresnet.run_folder import run_path
 
     device = resolve_device(config.device)
-    dataset = find_dataset(config.data, config.root)
+    dataset = _find_dataset(config)
     folders = {
         seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), dataset)
         for seed in seeds
@@ -161,6 +162,13 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
         header=("seed", "test accuracy", "mirrored views averaged", "time training"),
     )
     return 0
+
+
+def _find_dataset(config: TrainConfig) -> Dataset:
+    from pipelines.prepare import find_dataset
+
+    with progress_line() as report:
+        return find_dataset(config.data, config.root, report)
 
 
 def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:

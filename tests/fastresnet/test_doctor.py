@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from fastresnet import device, doctor
+from fastresnet import device, doctor, provenance
 from pipelines.errors import Note
 
 
@@ -115,7 +115,7 @@ def test_a_library_that_is_not_installed_has_no_version(run, tmp_path, monkeypat
         return original(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    versions = device.environment(torch.device("cpu"))["versions"]
+    versions = provenance.environment(torch.device("cpu"))["versions"]
     assert "torchvision" not in versions
     assert versions["numpy"] == numpy.__version__
     libraries = findings(run, tmp_path)["libraries"]["detail"]

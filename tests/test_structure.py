@@ -1,0 +1,71 @@
+"""Structure of the code: imports go one way, functions and classes stay small enough to read."""
+
+import ast
+import functools
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("pipelines", "fastresnet", "benchmarks")
+"""Packages from the bottom up: each imports itself and those before it."""
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for layer in LAYERS
+    for path in sorted((ROOT / layer).rglob("*.py"))
+}
+
+
+@functools.cache
+def tree(module):
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def imported(module):
+    """Modules of this project that `module` imports at any place in its code."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name in FILES)
+
+
+def test_the_files_and_their_imports_are_found():
+    assert len(FILES) > 60
+    assert {"pipelines.sampling", "pipelines.errors"} <= set(imported("pipelines"))
+    assert "pipelines.ffcv" in imported("pipelines.prepare")
+    assert "fastresnet.training.step" in imported("fastresnet.training.loop")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_package_imports_one_above_it(layer):
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    modules = [module for module in FILES if module.split(".")[0] == layer]
+    assert not [
+        (module, name) for module in modules for name in imported(module) if name.split(".")[0] in above
+    ]  # fmt: skip
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter({module: set(imported(module)) for module in FILES}).prepare()
+
+
+def test_functions_and_classes_fit_on_a_few_screens():
+    nodes = [(module, node) for module in FILES for node in ast.walk(tree(module))]
+    functions = [(module, node) for module, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f"{module}.{node.name}": node.end_lineno - node.lineno + 1 for module, node in functions}
+    assert not {name: lines for name, lines in long.items() if lines > 120}
+    classes = {
+        f"{module}.{node.name}": sum(isinstance(child, ast.FunctionDef) for child in node.body)
+        for module, node in nodes
+        if isinstance(node, ast.ClassDef)
+    }
+    assert not {name: methods for name, methods in classes.items() if methods > 20}
