@@ -3,7 +3,7 @@
        python -m benchmarks.accuracy publish RUN
 
 `add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`, from which
-`python -m benchmarks.readme` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
+`python -m benchmarks.tables` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
 `publish` makes the weights of a run those of `load_pretrained`, with their card.
 """
 

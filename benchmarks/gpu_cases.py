@@ -32,18 +32,9 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measurement import (
-    copy_bandwidth,
-    matmul_rate,
-    memory_held,
-    memory_taken,
-    ratio,
-    recorded,
-    seconds_between,
-    spread,
-    stamp,
-)
-from benchmarks.report import SCHEMA, Report, short, write_report
+from benchmarks.cases import memory_held, memory_taken, recorded
+from benchmarks.report import SCHEMA, Report, ratio, short, spread, write_report
+from benchmarks.roofline import copy_bandwidth, matmul_rate, seconds_between, stamp
 from fastresnet.device import DTYPES, environment, resolve_device
 from fastresnet.recipes import create_config
 from fastresnet.terminal import find_dataset, guarded

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
-from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Report,
@@ -23,10 +21,23 @@ from benchmarks.report import (
     markdown,
     memory,
     print_report,
+    ratio,
     ratios_table,
+    spread,
     throughput,
     title,
     write_report,
+)
+from benchmarks.runner import (
+    Contestant,
+    Entry,
+    Epochs,
+    OtherLoad,
+    RaceOptions,
+    WaitTimer,
+    Work,
+    describe_work,
+    race,
 )
 from pipelines import PIPELINES, is_installed, usable_processors
 from pipelines.convert import prepare
@@ -54,7 +65,7 @@ class LoadersOptions(RaceOptions):
 
 def measure_loaders(options: LoadersOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    from benchmarks.measurement import copy_bandwidth
+    from benchmarks.roofline import copy_bandwidth
 
     dataset, device, work = describe_work(options)
     entries = _available(dataset, device.type)
@@ -83,7 +94,7 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
     """Batches that a CUDA graph gathers, one for each replay, as the graph of a training step begins."""
     import torch
 
-    from benchmarks.measurement import recorded
+    from benchmarks.cases import recorded
 
     gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
     step = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -167,7 +178,6 @@ def _report(
     surroundings: dict[str, Any],
     dataset: Dataset,
 ) -> dict[str, Any]:
-    from benchmarks.measurement import ratio, spread
     from fastresnet.device import DTYPES
 
     bandwidth = statistics.median(limits)

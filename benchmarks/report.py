@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
+import statistics
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -49,6 +52,20 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
 
 
+def spread(values: Sequence[float], name: str) -> dict[str, float]:
+    """Median, lowest and highest of `values` as `name`, `name_low` and `name_high`."""
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+
+
+def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]) -> dict[str, Any]:
+    """Divide `values` by `others`' figures, round by round: machines drift, ratios less so.
+
+    Of the rounds that both have had: one may be a turn ahead.
+    """
+    ratios = [value / other for value, other in zip(values, others, strict=False)]
+    return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
 def common_notes(report: Report) -> list[str]:
     """A line for each that has no row, and one where others took processors that were being measured."""
     lines = [f"left out: {reason}" for reason in report.get("failed", {}).values()]
@@ -81,6 +98,11 @@ def _is_row(row: dict[str, Any]) -> bool:
     """Whether `row` has what those of all benchmarks have."""
     low, median, high = (row[f"images_per_s{end}"] for end in ("_low", "", "_high"))
     return isinstance(row["name"], str) and 0 < low <= median <= high
+
+
+def module_of(report: Report) -> ModuleType:
+    """Import the module of the benchmark that made `report`, which has the functions that show it."""
+    return importlib.import_module(f"benchmarks.{report['benchmark']}")
 
 
 def no_result(path: Path) -> UsageError:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
-from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Report,
@@ -24,10 +22,23 @@ from benchmarks.report import (
     markdown,
     memory,
     print_report,
+    ratio,
     ratios_table,
+    spread,
     throughput,
     title,
     write_report,
+)
+from benchmarks.runner import (
+    Contestant,
+    Entry,
+    Epochs,
+    OtherLoad,
+    RaceOptions,
+    WaitTimer,
+    Work,
+    describe_work,
+    race,
 )
 from fastresnet.config import COMPILE
 from fastresnet.models import list_models
@@ -120,7 +131,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
     """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
-    from benchmarks.measurement import SameBatch
+    from benchmarks.cases import SameBatch
     from fastresnet.device import resolve_device
     from fastresnet.training.engine import Engine
     from fastresnet.training.trainer import STATUS_EVERY
@@ -178,8 +189,6 @@ def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers:
 
 
 def _report(contestants: list[Contestant], surroundings: dict[str, Any]) -> Report:
-    from benchmarks.measurement import ratio, spread
-
     rows = [
         {
             "name": contestant.entry.name,

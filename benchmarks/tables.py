@@ -1,4 +1,4 @@
-"""usage: python -m benchmarks.readme FILE...
+"""usage: python -m benchmarks.tables FILE...
 
 Write the tables of `benchmarks/results` into each FILE: of a benchmark between `<!-- results: NAME -->` and
 `<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that, of a campaign of faults
@@ -12,10 +12,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks import accuracy, reliability, scaling
-from benchmarks.report import read_report
-from benchmarks.show import as_markdown
+from benchmarks import accuracy, scaling
+from benchmarks.report import markdown_table, module_of, read_report
 from fastresnet import terminal
 from pipelines.errors import UsageError
 from pipelines.files import write_bytes
@@ -35,10 +35,10 @@ def with_tables(text: str) -> str:
             return f"{begin}\n{scaling.predicted_table()}\n{end}"
         if kind == "results":
             report = read_report(RESULTS / name)
-            made = as_markdown(report)
+            made = module_of(report).markdown_table(report)
         else:
             report = json.loads((RESULTS / kind / f"{name}.json").read_bytes())
-            made = (scaling.measured_table if kind == "scaling" else reliability.TABLES[name])(report)
+            made = (scaling.measured_table if kind == "scaling" else _RELIABILITY[name])(report)
         return f"{begin}\n{made}\n{_provenance(report)}\n{end}"
 
     return _TABLE.sub(table, text)
@@ -50,6 +50,25 @@ def _provenance(report: dict) -> str:
         f"{name} {version}" for name, version in environment["versions"].items() if name != "fastresnet"
     )
     return f"{environment['device']}; commit {environment['commit']}; {environment['started'][:10]}; {versions}.\n"
+
+
+def _kills_table(report: dict[str, Any]) -> str:
+    """Kills by the moment at which they came."""
+    moments = sorted(report["moments"].items(), key=lambda item: -item[1])
+    rows = [[moment, str(count)] for moment, count in moments]
+    return markdown_table(["killed", "times"], [*rows, ["in all", str(report["kills"])]])
+
+
+def _fuzz_table(report: dict[str, Any]) -> str:
+    """What became of damaged files of each kind."""
+    head = ["files", "refused in words", "read, with the right content", "read, with another content"]
+    outcomes = ("refused", "right", "other")
+    rows = [[kind, *(f"{of_kind.get(o, 0):,}" for o in outcomes)] for kind, of_kind in report["outcomes"].items()]
+    totals = [sum(of_kind.get(o, 0) for of_kind in report["outcomes"].values()) for o in outcomes]
+    return markdown_table(head, [*rows, ["in all", *(f"{total:,}" for total in totals)]])
+
+
+_RELIABILITY = {"kills": _kills_table, "fuzz": _fuzz_table}
 
 
 def main(arguments: list[str]) -> int:

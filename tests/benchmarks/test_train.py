@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import training
+from benchmarks import train
 from benchmarks.__main__ import main
-from benchmarks.contestant import WaitTimer, Work
+from benchmarks.runner import WaitTimer, Work
 from fastresnet import terminal
 from fastresnet.models import create_model
 
@@ -60,11 +60,11 @@ def test_a_result_can_be_shown_again(report, run):
 
 
 def test_an_interrupted_run_leaves_the_rounds_that_are_finished(quick_contestants, data_root, tmp_path, monkeypatch):
-    from benchmarks import contestant
+    from benchmarks import runner
 
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
     turns = []
-    original = contestant.Contestant.take_turn
+    original = runner.Contestant.take_turn
 
     def interrupted(self, seconds):
         turns.append(self)
@@ -72,7 +72,7 @@ def test_an_interrupted_run_leaves_the_rounds_that_are_finished(quick_contestant
             raise KeyboardInterrupt
         original(self, seconds)
 
-    monkeypatch.setattr(contestant.Contestant, "take_turn", interrupted)
+    monkeypatch.setattr(runner.Contestant, "take_turn", interrupted)
     assert terminal.guarded(main, ["train", *SMALL, "--json", str(tmp_path / "train.json")]) == 130
     assert {row["rounds"] for row in json.loads((tmp_path / "train.json").read_text())["rows"]} == {1}
     assert not any(each._process.is_alive() for each in turns)
@@ -87,10 +87,10 @@ def test_auto_is_what_measures_faster(data_root, monkeypatch):
 
     backends = []
     monkeypatch.setattr("fastresnet.training.engine.faster_backend", lambda *_: ("compile", "faster"))
-    monkeypatch.setattr(training, "race", race)
-    options = training.TrainingOptions(data="shapes10", root=data_root, batch_size=16, device="cpu")
+    monkeypatch.setattr(train, "race", race)
+    options = train.TrainingOptions(data="shapes10", root=data_root, batch_size=16, device="cpu")
     with pytest.raises(UnboundLocalError):  # there is no round to report
-        training.measure_training(options)
+        train.measure_training(options)
     assert backends == ["compile", "compile", None, None]
 
 
@@ -102,25 +102,25 @@ def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
         raise Asked({entry.name: entry.options.get("workers") for entry in entries})
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
-    monkeypatch.setattr(training, "race", race)
+    monkeypatch.setattr(train, "race", race)
     with pytest.raises(Asked) as caught:
-        training.measure_training(training.TrainingOptions(data="shapes10", root=data_root, batch_size=16, quick=True))
+        train.measure_training(train.TrainingOptions(data="shapes10", root=data_root, batch_size=16, quick=True))
     assert caught.value.args[0] == dict(zip(NAMES, [None, None, 77, 77], strict=True))
 
 
 @pytest.mark.parametrize("data", [True, False])
 def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, resnet8, data):
     """Those of one epoch serve for all."""
-    created, create = [], training._create_step
+    created, create = [], train._create_step
 
     def recorded(*arguments):
         created.append(create(*arguments))
         return created[0]
 
-    monkeypatch.setattr(training, "_create_step", recorded)
+    monkeypatch.setattr(train, "_create_step", recorded)
     work = Work(folder=dataset.folder, batch_size=50, device="cpu", precision="fp32", threads=1)
     settings = {"model": resnet8, "backend": "eager", "data": data}
-    epoch = training.open_ours(work, WaitTimer(), **settings)
+    epoch = train.open_ours(work, WaitTimer(), **settings)
     for number in range(3):
         assert len(list(epoch(number))) == 3  # of 171 images
         assert int(created[0].count) == 3

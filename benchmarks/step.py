@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Column,
@@ -28,12 +27,15 @@ from benchmarks.report import (
     grouped,
     markdown,
     print_report,
+    ratio,
     save_figure,
     short,
+    spread,
     table,
     throughput,
     write_report,
 )
+from benchmarks.runner import OtherLoad
 from fastresnet import terminal
 from fastresnet.config import COMPILE, DEVICES, PRECISIONS
 from fastresnet.models import list_models
@@ -43,7 +45,8 @@ from pipelines.errors import RunError, UsageError, check_choice
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.stepping import Case, Contender, SplitContender
+    from benchmarks.cases import Case, Contender, SplitContender
+    from benchmarks.roofline import Limits
 
 Value = TypeVar("Value")
 
@@ -129,7 +132,7 @@ class StepOptions:
 
 def measure_steps(options: StepOptions) -> None:
     """Run the benchmark, print tables, write the JSON and draw the chart."""
-    from benchmarks.stepping import trial_step
+    from benchmarks.cases import trial_step
     from fastresnet.device import resolve_device
 
     device = resolve_device(options.device)
@@ -144,7 +147,8 @@ def measure_steps(options: StepOptions) -> None:
 def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.device) -> None:
     import torch._dynamo
 
-    from benchmarks.stepping import Contender, SplitContender
+    from benchmarks.cases import Contender, SplitContender
+    from benchmarks.roofline import Limits
     from fastresnet.device import environment
 
     base, load = cases[0], OtherLoad()
@@ -153,7 +157,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.de
     rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
     split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
     split_cases.insert(0, dataclasses.replace(base, backend="eager"))
-    limits = _Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
+    limits = Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
     entrants: dict[str, tuple[type[Contender | SplitContender], Case]] = {
         case.name: (Contender, case) for case in cases
     }
@@ -196,7 +200,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.de
 
 def _sweep(options: StepOptions, device: torch.device) -> list[Case]:
     """The cases, each once: first the base, then what differs from it in one thing, or is inference."""
-    from benchmarks.stepping import Case
+    from benchmarks.cases import Case
     from fastresnet.device import resolve_precision, supports
 
     quick, kind = options.quick, device.type
@@ -233,29 +237,6 @@ def _preferred(value: Value, among: Sequence[Value]) -> Value:
     return value if value in among else among[0]
 
 
-class _Limits:
-    """What the machine achieves at the two things that a step is made of, measured in every round."""
-
-    def __init__(self, device: torch.device, precisions: Sequence[str]) -> None:
-        self._device = device
-        self._copy: list[float] = []
-        self._matmul: dict[str, list[float]] = {precision: [] for precision in precisions}
-
-    def measure(self) -> None:
-        from benchmarks.measurement import copy_bandwidth, matmul_rate
-        from fastresnet.device import DTYPES
-
-        self._copy.append(copy_bandwidth(self._device))
-        for precision, rates in self._matmul.items():
-            rates.append(matmul_rate(self._device, DTYPES[precision]))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "copy_gb_per_s": statistics.median(self._copy) / 1e9,
-            "matmul_tflops": {name: statistics.median(rates) / 1e12 for name, rates in self._matmul.items()},
-        }
-
-
 def _prepared(
     kind: Callable[[Case, torch.device], Any], case: Case, device: torch.device, tell: Callable[[str], None]
 ) -> Any:
@@ -285,10 +266,9 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _report(
-    ready: list[Contender | SplitContender], failures: Failures, limits: _Limits, surroundings: dict[str, Any]
+    ready: list[Contender | SplitContender], failures: Failures, limits: Limits, surroundings: dict[str, Any]
 ) -> Report:
-    from benchmarks.measurement import spread
-    from benchmarks.stepping import Contender, SplitContender
+    from benchmarks.cases import Contender, SplitContender
 
     contenders = [each for each in ready if isinstance(each, Contender)]
     measured = limits.to_dict()
@@ -312,8 +292,6 @@ def _report(
 
 
 def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
-    from benchmarks.measurement import spread
-
     case = contender.case
     row = {
         "name": case.name,
@@ -339,8 +317,6 @@ def _roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
 
 
 def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
-    from benchmarks.measurement import ratio
-
     by_case = {contender.case: contender for contender in contenders}
     ratios = []
     for field, value, over in _COMPARISONS:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastresnet.device import DTYPES
 from fastresnet.models.layers import one_image
 
 # They allocate and write nothing.
@@ -104,3 +110,70 @@ def _tensors(values: Any) -> list[Tensor]:
 def _size(tensor: Tensor) -> int:
     extents = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return tensor.element_size() * math.prod(extents)
+
+
+def stamp(device: torch.device) -> Any:
+    """Now; on a GPU, when it comes to this point of its work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Waits for the second stamp."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> float:
+    """Seconds that the fastest of so many runs of `work` takes; a GPU has the next one before it is done with one."""
+    stamps = [stamp(device)]
+    for _ in range(times):
+        work()
+        stamps.append(stamp(device))
+    return min(seconds_between(*pair) for pair in itertools.pairwise(stamps))
+
+
+def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
+    """Bytes a second that a large copy reads and writes together on `device`; the best of 6."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # pages never written would all be one cached page
+    target = torch.empty_like(source)
+    return 2 * size / _shortest(lambda: target.copy_(source), device, 6)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05, largest: int = 8192) -> float:
+    """Floating-point operations a second of a large square matrix product, a multiply-add counted as 2.
+
+    The best of all sizes from 256 on, doubled until one product takes `seconds`: what fills a GPU would keep a CPU busy
+    for minutes, above all in a type that it has to emulate.
+    """
+    best, size, shortest = 0.0, 256, 0.0
+    while shortest < seconds and size <= largest:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        shortest = _shortest(functools.partial(torch.mm, a, b, out=torch.empty_like(a)), device, 4)
+        best, size = max(best, 2 * size**3 / shortest), 2 * size
+    return best
+
+
+class Limits:
+    """What the machine achieves at the two things that a step is made of, measured in every round."""
+
+    def __init__(self, device: torch.device, precisions: Sequence[str]) -> None:
+        self._device = device
+        self._copy: list[float] = []
+        self._matmul: dict[str, list[float]] = {precision: [] for precision in precisions}
+
+    def measure(self) -> None:
+        self._copy.append(copy_bandwidth(self._device))
+        for precision, rates in self._matmul.items():
+            rates.append(matmul_rate(self._device, DTYPES[precision]))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "copy_gb_per_s": statistics.median(self._copy) / 1e9,
+            "matmul_tflops": {name: statistics.median(rates) / 1e12 for name, rates in self._matmul.items()},
+        }

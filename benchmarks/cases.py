@@ -7,18 +7,17 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.counting import ByteCounter, memory_per_image
-from benchmarks.measurement import SameBatch, memory_held, memory_taken, recorded, seconds_between, stamp
+from benchmarks.roofline import ByteCounter, memory_per_image, seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
@@ -261,3 +260,53 @@ def _count(case: Case, device: torch.device) -> tuple[int, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+class SameBatch:
+    """A pipeline of `length` batches that costs nothing."""
+
+    def __init__(self, batch: Batch, length: int) -> None:
+        self._batch, self._length = batch, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def epoch(self, _: int, start: int = 0) -> Iterator[Batch]:
+        return itertools.repeat(self._batch, self._length - start)
+
+    def load(self, epoch: int) -> None:
+        pass
+
+    def gather(self, _: Tensor) -> tuple[Tensor, Tensor]:
+        """A recorded step reads the batch where it lies."""
+        return self._batch.images, self._batch.labels
+
+    def close(self) -> None:
+        pass
+
+
+def recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph.replay
+
+
+def memory_held(device: torch.device) -> int | None:
+    """Bytes that PyTorch keeps on a GPU for what is in use; the highest is counted from here on. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved()
+
+
+def memory_taken(held: int | None) -> dict[str, float]:
+    """Return the most that PyTorch has taken of a GPU beyond `held`, an entry of a result; empty on a CPU."""
+    return {"gpu_memory_mb": (torch.cuda.max_memory_reserved() - held) / 1e6} if held is not None else {}
