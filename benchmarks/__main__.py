@@ -21,7 +21,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from benchmarks.loaders import LoadersOptions, measure_loaders
-from benchmarks.report import module_of, no_result, print_report, read_report, short, table
+from benchmarks.report import module_of, no_result, print_tables, read_result, short, table
 from benchmarks.step import StepOptions, measure_steps
 from benchmarks.train import TrainingOptions, measure_training
 from fastresnet import terminal
@@ -87,16 +87,16 @@ class CompareOptions:
 
 def show(options: ShowOptions) -> None:
     """Print a stored result. Raises `UsageError` where the file is none."""
-    report = read_report(options.result)
-    module = module_of(report)
+    result = read_result(options.result)
+    module = module_of(result)
     try:
-        markdown, tables, notes = module.markdown_table(report), module.tables(report), module.notes(report)
+        markdown, tables, notes = module.markdown_table(result), module.tables(result), module.notes(result)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # what only this benchmark has
         raise no_result(options.result) from None
     if options.markdown:
         print(markdown, end="")
     else:
-        print_report(tables, notes)
+        print_tables(tables, notes)
 
 
 def compare(options: CompareOptions) -> None:
@@ -104,7 +104,7 @@ def compare(options: CompareOptions) -> None:
 
     Slower or faster is only what lies beyond the spread of both: whose rounds do not overlap.
     """
-    before, after = read_report(options.before), read_report(options.after)
+    before, after = read_result(options.before), read_result(options.after)
     if before["benchmark"] != after["benchmark"]:
         raise UsageError(
             f"{options.before} is of bench {before['benchmark']}, {options.after} of bench {after['benchmark']}: they "
@@ -131,7 +131,7 @@ def compare(options: CompareOptions) -> None:
             notes.append(f"not the same {key}: {before['environment'].get(key)}, {after['environment'].get(key)}")
     if missing := sorted(rows.keys() ^ {row["name"] for row in after["rows"]}):
         notes.append(f"in one of the two only: {', '.join(missing)}")
-    print_report([made], notes)
+    print_tables([made], notes)
 
 
 def _verdict(old: dict, new: dict) -> str:

@@ -38,7 +38,7 @@ Steps = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class StepCase:
     """One thing to measure."""
 
     mode: str
@@ -57,10 +57,10 @@ class Case:
         return "/".join(values.values())
 
 
-class Contender:
+class TimedStep:
     """A case that is ready to take turns. Raises `MemoryError` where it would not fit, and whatever PyTorch does."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self._device = case, device
         self.images_per_s: list[float] = []
         """Of every turn."""
@@ -76,7 +76,7 @@ class Contender:
         self._take(0)
         self.memory = memory_taken(held)
 
-    def take_turn(self, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """Take steps for about `seconds`, after a third of that untimed."""
         self._take(seconds / 3)
         self._take(seconds)
@@ -110,7 +110,7 @@ class Contender:
         self._seconds_per_step = seconds_between(begin, stamp(self._device)) / count
 
 
-class SplitContender:
+class TimedParts:
     """An eager training step of which each part is timed: forward pass, backward pass and update.
 
     Without what `TrainStep` does beside them: metrics, learning rates, the scaling of losses in fp16, and looking for
@@ -119,7 +119,7 @@ class SplitContender:
 
     PARTS = ("forward", "backward", "optimizer")
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self._device = case, device
         self.ms: dict[str, list[float]] = {part: [] for part in self.PARTS}
         """Milliseconds a step of every turn, by part."""
@@ -130,7 +130,7 @@ class SplitContender:
         self._seconds_per_step = math.inf
         self._take(0), self._take(0)
 
-    def take_turn(self, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """Take steps for about `seconds`, after a third of that untimed."""
         self._take(seconds / 3)
         for part, ms in zip(self.PARTS, self._take(seconds), strict=True):
@@ -162,13 +162,13 @@ class SplitContender:
         return [*stamps, stamp(self._device)]
 
 
-def trial_step(case: Case, device: torch.device) -> Callable[[int], None]:
+def trial_step(case: StepCase, device: torch.device) -> Callable[[int], None]:
     """Takes an eager step of `case` on so many images, which leaves no trace."""
     step, batch = _train_step(case, device), _random_batch(case, device)
     return lambda images: step.trial(batch.images[:images], batch.labels[:images])
 
 
-def _training(case: Case, device: torch.device) -> Steps:
+def _training(case: StepCase, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
     engine = Engine(step, SameBatch(batch, MOST_STEPS), case.backend)
     engine.prepare(batch)
@@ -181,7 +181,7 @@ def _training(case: Case, device: torch.device) -> Steps:
     return take
 
 
-def _inference(case: Case, device: torch.device) -> Steps:
+def _inference(case: StepCase, device: torch.device) -> Steps:
     model, images = _network(case, device).eval(), _random_batch(case, device).images
     compiled = model if case.backend == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
 
@@ -200,21 +200,21 @@ def _inference(case: Case, device: torch.device) -> Steps:
     return take
 
 
-def _network(case: Case, device: torch.device) -> nn.Module:
+def _network(case: StepCase, device: torch.device) -> nn.Module:
     return create_model(case.model).to(device).to(memory_format=_memory_format(case))
 
 
-def _random_batch(case: Case, device: torch.device) -> Batch:
+def _random_batch(case: StepCase, device: torch.device) -> Batch:
     images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     images = images.to(DTYPES[case.precision], memory_format=_memory_format(case))
     return Batch(images, torch.randint(10, (case.batch_size,), device=device), case.batch_size)
 
 
-def _memory_format(case: Case) -> torch.memory_format:
+def _memory_format(case: StepCase) -> torch.memory_format:
     return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
 
 
-def _train_step(case: Case, device: torch.device) -> TrainStep:
+def _train_step(case: StepCase, device: torch.device) -> TrainStep:
     model = _network(case, device).train()
     # With learning rates of 0 every step computes the same: learning one batch by heart ends in gradients so small
     # that a CPU takes longer for them.
@@ -223,7 +223,7 @@ def _train_step(case: Case, device: torch.device) -> TrainStep:
     return TrainStep(model, optimizers, lr_factors, precision=case.precision, device=device)
 
 
-def _check_memory(case: Case, device: torch.device) -> None:
+def _check_memory(case: StepCase, device: torch.device) -> None:
     """Raise `MemoryError` beforehand where main memory is short: Linux would sooner end the program than refuse it."""
     if device.type == "cuda":
         return
@@ -239,7 +239,7 @@ def _memory_per_image(model: str, itemsize: int, *, training: bool) -> int:
 
 
 @functools.cache
-def _count(case: Case, device: torch.device) -> tuple[int, float]:
+def _count(case: StepCase, device: torch.device) -> tuple[int, float]:
     """FLOPs, and bytes that PyTorch's operators read and write in a step of the eager `case`, for one image."""
     batch = _random_batch(case, device)
     if case.mode == "train":

@@ -33,7 +33,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import memory_held, memory_taken, recorded
-from benchmarks.report import SCHEMA, Report, ratio, short, spread, write_report
+from benchmarks.report import SCHEMA, Result, ratio, short, spread, write_result
 from benchmarks.roofline import copy_bandwidth, matmul_rate, seconds_between, stamp
 from fastresnet.device import DTYPES, environment, resolve_device
 from fastresnet.recipes import create_config
@@ -77,7 +77,7 @@ REHEARSAL = Extent(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Case:
+class RecipeCase:
     """A recipe's training."""
 
     recipe: str
@@ -89,8 +89,12 @@ class Case:
         return f"{self.recipe}/{self.model}/b{self.batch_size}"
 
 
-SGD, LARGE, MUON = Case("baseline", "resnet20", 128), Case("baseline", "resnet20", 1024), Case("fast", "resnet20", 128)
-CASES = (SGD, LARGE, MUON, Case("speedrun", "resnet9-medium", 512))
+SGD, LARGE, MUON = (
+    RecipeCase("baseline", "resnet20", 128),
+    RecipeCase("baseline", "resnet20", 1024),
+    RecipeCase("fast", "resnet20", 128),
+)
+CASES = (SGD, LARGE, MUON, RecipeCase("speedrun", "resnet9-medium", 512))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,7 @@ class Candidate:
     """A change of a step that may make it faster."""
 
     name: str
-    case: Case
+    case: RecipeCase
     compiled: bool = True
     """Forward and backward pass by Inductor, else by PyTorch's own kernels, in a CUDA graph all the same."""
     timed_convolutions: bool = False
@@ -136,10 +140,12 @@ CANDIDATES = (
 # --- steps -------------------------------------------------------------------------------------------------------
 
 
-class Steps:
+class TimedRecipe:
     """Steps of a training, to be taken over and over: its captured step on a GPU, one step after the other on a CPU."""
 
-    def __init__(self, case: Case, dataset: Dataset, device: torch.device, candidate: Candidate | None = None) -> None:
+    def __init__(
+        self, case: RecipeCase, dataset: Dataset, device: torch.device, candidate: Candidate | None = None
+    ) -> None:
         candidate = candidate or Candidate(name="", case=case, compiled=device.type == "cuda")
         self.case, self._device = case, device
         config = dataclasses.replace(
@@ -164,12 +170,12 @@ class Steps:
         with torch.backends.cudnn.flags(enabled=True, benchmark=candidate.timed_convolutions, allow_tf32=True):
             self._engine.prepare(next(pipeline.epoch(0)))
         self._seconds_per_step = math.inf
-        self.take_turn(0)
+        self.measure(0)
         self.prepare_s = time.perf_counter() - began
         """Compilation and recording; the compiler's caches may have been warm."""
         self._memory = memory_taken(held)
 
-    def take_turn(self, seconds: float) -> float:
+    def measure(self, seconds: float) -> float:
         """Take steps for about `seconds`; returns images/s."""
         # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
         most = self._trainer.total_steps - 1  # each has a learning rate
@@ -238,9 +244,9 @@ def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> d
 # --- the three commands ------------------------------------------------------------------------------------------
 
 
-def measure_ceilings(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+def measure_ceilings(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
     """Copy, multiply matrices, and replay a graph of very small kernels."""
-    report["limits"] = {
+    result["limits"] = {
         "copy_gb_per_s": copy_bandwidth(device, extent.copied_bytes) / 1e9,
         "matmul_tflops": {
             name: matmul_rate(device, dtype, largest=extent.largest_product) / 1e12 for name, dtype in DTYPES.items()
@@ -249,13 +255,13 @@ def measure_ceilings(report: Report, path: Path, device: torch.device, extent: E
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        report["gpu"] = {
+        result["gpu"] = {
             "capability": [properties.major, properties.minor],
             "memory_gb": properties.total_memory / 1e9,
             "multiprocessors": properties.multi_processor_count,
         }
-    write_report(report, path)
-    print(report["limits"])
+    write_result(result, path)
+    print(result["limits"])
 
 
 def _small_kernel_seconds(device: torch.device, count: int) -> float:
@@ -291,73 +297,73 @@ def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: tor
 
 
 def _compile(candidate: Candidate, folder: Path, device: torch.device) -> None:
-    Steps(candidate.case, open_store(folder), device, candidate).close()
+    TimedRecipe(candidate.case, open_store(folder), device, candidate).close()
 
 
-def measure_cases(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+def measure_cases(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
     """Measure `CASES` one after the other."""
     dataset = find_dataset("shapes10", None)
     compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
     for case in (_sized(case, device, extent) for case in CASES):
-        with _told(report, path, case.name):
-            _measure_case(report, path, Steps(case, dataset, device), extent)
+        with _told(result, path, case.name):
+            _measure_case(result, path, TimedRecipe(case, dataset, device), extent)
 
 
-def _measure_case(report: Report, path: Path, steps: Steps, extent: Extent) -> None:
+def _measure_case(result: Result, path: Path, steps: TimedRecipe, extent: Extent) -> None:
     with contextlib.closing(steps):
-        steps.take_turn(extent.seconds)
-        row = steps.row(steps.case.name, [steps.take_turn(extent.seconds) for _ in range(extent.rounds)])
-        report["rows"].append(row)
-        write_report(report, path)  # before the profiler, which may not be allowed here
+        steps.measure(extent.seconds)
+        row = steps.row(steps.case.name, [steps.measure(extent.seconds) for _ in range(extent.rounds)])
+        result["rows"].append(row)
+        write_result(result, path)  # before the profiler, which may not be allowed here
         row |= steps.kernels(extent.profiled_steps)
     print(f"{row['name']}: {short(row['ms_per_step'], 3)} ms a step, {row['images_per_s']:,.0f} images/s")
     for kernel in row["kernels"][:10]:
         print(f"  {kernel['ms']:.4f} ms in {kernel['calls']:.0f} calls of {kernel['name']}")
 
 
-def measure_candidates(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+def measure_candidates(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
     """Give each of `CANDIDATES` turns, and before each of them one to the step as it is."""
     dataset = find_dataset("shapes10", None)
-    unchanged: dict[Case, Steps] = {}
+    unchanged: dict[RecipeCase, TimedRecipe] = {}
     as_they_are = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
     otherwise = [candidate for candidate in CANDIDATES if candidate.inductor or candidate.change]
     compile_ahead([*as_they_are, *otherwise], dataset, device)
     for candidate in CANDIDATES:
         case = _sized(candidate.case, device, extent)
         name = f"{candidate.name}: {case.name}"
-        with _told(report, path, name):
+        with _told(result, path, name):
             if case not in unchanged:
-                unchanged[case] = Steps(case, dataset, device, Candidate(name="unchanged", case=case))
-            _compare(report, name, unchanged[case], Steps(case, dataset, device, candidate), extent)
+                unchanged[case] = TimedRecipe(case, dataset, device, Candidate(name="unchanged", case=case))
+            _compare(result, name, unchanged[case], TimedRecipe(case, dataset, device, candidate), extent)
 
 
-def _compare(report: Report, name: str, off: Steps, on: Steps, extent: Extent) -> None:
+def _compare(result: Result, name: str, off: TimedRecipe, on: TimedRecipe, extent: Extent) -> None:
     with contextlib.closing(on):
-        off.take_turn(extent.seconds), on.take_turn(extent.seconds)
-        pairs = [(off.take_turn(extent.seconds), on.take_turn(extent.seconds)) for _ in range(extent.rounds)]
+        off.measure(extent.seconds), on.measure(extent.seconds)
+        pairs = [(off.measure(extent.seconds), on.measure(extent.seconds)) for _ in range(extent.rounds)]
     of_off, of_on = (list(turns) for turns in zip(*pairs, strict=True))
-    report["rows"] += [off.row(f"{name}, off", of_off), on.row(f"{name}, on", of_on)]
-    report["ratios"].append(compared := ratio(f"{name}, on", of_on, f"{name}, off", of_off))
+    result["rows"] += [off.row(f"{name}, off", of_off), on.row(f"{name}, on", of_on)]
+    result["ratios"].append(compared := ratio(f"{name}, on", of_on, f"{name}, off", of_off))
     median, low, high = (short(compared[key], 3) for key in ("median", "low", "high"))
     print(f"{name}: {median} times as fast ({low}–{high})")
 
 
-def _sized(case: Case, device: torch.device, extent: Extent) -> Case:
+def _sized(case: RecipeCase, device: torch.device, extent: Extent) -> RecipeCase:
     divisor = extent.batch_divisor if device.type == "cpu" else 1
     return dataclasses.replace(case, batch_size=case.batch_size // divisor)
 
 
 @contextlib.contextmanager
-def _told(report: Report, path: Path, name: str) -> Iterator[None]:
-    """Write the report in the end, with a reason where measuring `name` fails: the others go on."""
+def _told(result: Result, path: Path, name: str) -> Iterator[None]:
+    """Write the result in the end, with a reason where measuring `name` fails: the others go on."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  whatever the compiler, the driver and the GPU think of
-        report["failed"][name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        result["failed"][name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
         print(f"{name}: failed")
         traceback.print_exc()
     finally:
-        write_report(report, path)
+        write_result(result, path)
         sys.stdout.flush()
 
 
@@ -375,7 +381,7 @@ def main(arguments: list[str]) -> int:
     device, extent = resolve_device("auto"), REHEARSAL if rest else Extent()
     if device.type != "cuda" and not extent.rehearsal:
         raise UsageError("PyTorch sees no GPU here. --rehearse goes through the same on a CPU.")
-    report: Report = {
+    result: Result = {
         "schema": SCHEMA,
         "benchmark": f"gpu-{command}",
         "environment": {**environment(device), "data": "shapes10", "rehearsal": extent.rehearsal},
@@ -386,8 +392,8 @@ def main(arguments: list[str]) -> int:
     }
     # Each compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
     with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-        COMMANDS[command](report, Path(file), device, extent)
-    return 1 if report["failed"] else 0
+        COMMANDS[command](result, Path(file), device, extent)
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":

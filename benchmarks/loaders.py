@@ -14,30 +14,30 @@ from rich.table import Table
 
 from benchmarks.report import (
     SCHEMA,
-    Report,
+    Result,
     common_notes,
     draw_bars,
     figures_table,
     markdown,
     memory,
-    print_report,
+    print_tables,
     ratio,
     ratios_table,
     spread,
     throughput,
     title,
-    write_report,
+    write_result,
 )
 from benchmarks.runner import (
-    Contestant,
-    Entry,
+    Case,
     Epochs,
     OtherLoad,
-    RaceOptions,
     WaitTimer,
     Work,
+    Worker,
+    WorkerOptions,
     describe_work,
-    race,
+    run_rounds,
 )
 from pipelines import PIPELINES, is_installed, usable_processors
 from pipelines.convert import prepare
@@ -56,7 +56,7 @@ LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoadersOptions(RaceOptions):
+class LoadersOptions(WorkerOptions):
     """Measure every loader on the same work: crop with padding 4, flip and normalise, in random order."""
 
     batch_size: int = 512
@@ -68,18 +68,18 @@ def measure_loaders(options: LoadersOptions) -> None:
     from benchmarks.roofline import copy_bandwidth
 
     dataset, device, work = describe_work(options)
-    entries = _available(dataset, device.type)
+    cases = _available(dataset, device.type)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
     surroundings = {**_surroundings(device), "threads": work.threads}
     load, limits = OtherLoad(), list[float]()
-    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
+    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
         surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
-        report = _report(contestants, limits, work, surroundings, dataset) | {"failed": failures}
-        write_report(report, options.json)
-    print_report(tables(report), notes(report))
+        result = _result(workers, limits, work, surroundings, dataset) | {"failed": failures}
+        write_result(result, options.json)
+    print_tables(tables(result), notes(result))
     if options.chart is not None:
-        draw_chart(report, options.chart)
+        draw_chart(result, options.chart)
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
@@ -133,10 +133,10 @@ def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
     return lambda _: loader
 
 
-def _available(dataset: Dataset, device: str) -> list[Entry]:
-    """All contestants whose libraries are installed; a `Note` names the others."""
+def _available(dataset: Dataset, device: str) -> list[Case]:
+    """All workers whose libraries are installed; a `Note` names the others."""
     workers = usable_processors()
-    entries = [
+    cases = [
         *(_ours(name, device) for name in PIPELINES),
         _peer("torchvision-w0", "torchvision_dataloader", 0),
         _peer("torchvision-wN", "torchvision_dataloader", workers),
@@ -149,17 +149,17 @@ def _available(dataset: Dataset, device: str) -> list[Entry]:
     if "ffcv" not in missing:
         folder = dataset.folder.absolute()
         prepare(folder.name, folder.parent, lambda *_: None, formats=("raw", "beton"))
-    return [entry for entry in entries if entry.name.removeprefix("peer:") not in missing]
+    return [case for case in cases if case.name.removeprefix("peer:") not in missing]
 
 
-def _ours(name: str, device: str) -> Entry:
+def _ours(name: str, device: str) -> Case:
     compiles = name == "ffcv" or (name, device) == ("resident", "cuda")
-    return Entry(name=name, opener=f"{__name__}:open_ours", options={"pipeline": name}, compiles=compiles)
+    return Case(name=name, opener=f"{__name__}:open_ours", options={"pipeline": name}, compiles=compiles)
 
 
-def _peer(name: str, module: str, workers: int) -> Entry:
+def _peer(name: str, module: str, workers: int) -> Case:
     options = {"module": module, "workers": workers}
-    return Entry(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
+    return Case(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
 
 
 def _surroundings(device: Any) -> dict[str, Any]:
@@ -171,8 +171,8 @@ def _surroundings(device: Any) -> dict[str, Any]:
     return surroundings
 
 
-def _report(
-    contestants: list[Contestant],
+def _result(
+    workers: list[Worker],
     limits: list[float],
     work: Work,
     surroundings: dict[str, Any],
@@ -185,18 +185,18 @@ def _report(
     roof = bandwidth / (PIXELS * (1 + DTYPES[work.precision].itemsize))
     rows = [
         {
-            "name": contestant.entry.name,
-            "kind": contestant.entry.kind,
-            **spread(contestant.images_per_s, "images_per_s"),
-            "rounds": len(contestant.images_per_s),
-            "percent_of_limit": 100 * statistics.median(contestant.images_per_s) / roof,
-            **contestant.start,
-            **contestant.used,
+            "name": worker.case.name,
+            "kind": worker.case.kind,
+            **spread(worker.images_per_s, "images_per_s"),
+            "rounds": len(worker.images_per_s),
+            "percent_of_limit": 100 * statistics.median(worker.images_per_s) / roof,
+            **worker.start,
+            **worker.used,
         }
-        for contestant in contestants
+        for worker in workers
     ]
-    ours, peers = ([c for c in contestants if c.entry.kind == kind] for kind in ("ours", "peer"))
-    ratios = [ratio(a.entry.name, a.images_per_s, b.entry.name, b.images_per_s) for a in ours for b in peers]
+    ours, peers = ([c for c in workers if c.case.kind == kind] for kind in ("ours", "peer"))
+    ratios = [ratio(a.case.name, a.images_per_s, b.case.name, b.images_per_s) for a in ours for b in peers]
     return {
         "schema": SCHEMA,
         "benchmark": "loaders",
@@ -213,44 +213,44 @@ def _report(
     }
 
 
-def tables(report: Report) -> list[Table]:
+def tables(result: Result) -> list[Table]:
     """Figures, and ratios to the peers."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("1000 images/s", throughput),
         ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
-        memory(report["rows"]),
+        memory(result["rows"]),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
-    return [figures_table(report["rows"], f"Loaders: {title(report)}", columns), ratios_table(report)]
+    return [figures_table(result["rows"], f"Loaders: {title(result)}", columns), ratios_table(result)]
 
 
-def notes(report: Report) -> list[str]:
+def notes(result: Result) -> list[str]:
     """What the tables do not say."""
-    limits = report["limits"]
+    limits = result["limits"]
     return [
         *(
             f"{row['name']}: {row['compile_s']:.1f} s of the {row['first_batch_s']:.1f} s to the first batch are "
             f"{_compiler(row)}'s compilation"
-            for row in report["rows"]
+            for row in result["rows"]
             if "compile_s" in row
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
-        f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
-        *common_notes(report),
+        f"memory is beyond PyTorch's own, the data set has {result['environment']['data_mb']:.0f} MB",
+        *common_notes(result),
     ]
 
 
-def markdown_table(report: Report) -> str:
+def markdown_table(result: Result) -> str:
     """Figures and ratios for a README."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("first batch", _first_batch),
-        memory(report["rows"]),
+        memory(result["rows"]),
     ]
-    return markdown(report, columns)
+    return markdown(result, columns)
 
 
 def _compiler(row: dict[str, Any]) -> str:
@@ -262,6 +262,6 @@ def _first_batch(row: dict[str, Any]) -> str:
     return f"{row['first_batch_s']:.2f} s{compilation}"
 
 
-def draw_chart(report: Report, path: Path) -> None:
+def draw_chart(result: Result, path: Path) -> None:
     """Bars of images/s, and the copy limit."""
-    draw_bars(report, path, "Loaders", (report["limits"]["images_per_s"], "copy limit of the machine"))
+    draw_bars(result, path, "Loaders", (result["limits"]["images_per_s"], "copy limit of the machine"))

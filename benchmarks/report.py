@@ -24,13 +24,13 @@ from pipelines.files import replacing, write_json
 SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
 
-Report = dict[str, Any]
+Result = dict[str, Any]
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 """A heading, and what stands under it for a row."""
 
 
 class Failures(dict[str, str]):
-    """Why those that failed have no row, by name; what `failed` is in a report."""
+    """Why those that failed have no row, by name; what `failed` is in a result."""
 
     @contextlib.contextmanager
     def left_out(self, name: str, *, needed: bool = False) -> Iterator[None]:
@@ -66,10 +66,10 @@ def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
-def common_notes(report: Report) -> list[str]:
+def common_notes(result: Result) -> list[str]:
     """A line for each that has no row, and one where others took processors that were being measured."""
-    lines = [f"left out: {reason}" for reason in report.get("failed", {}).values()]
-    environment = report["environment"]
+    lines = [f"left out: {reason}" for reason in result.get("failed", {}).values()]
+    environment = result["environment"]
     if environment.get("overloaded"):
         lines.append(
             f"busy machine: others kept {environment['other_load']:.2f} of {environment['processors']} processors "
@@ -78,20 +78,20 @@ def common_notes(report: Report) -> list[str]:
     return lines
 
 
-def read_report(path: Path) -> Report:
+def read_result(path: Path) -> Result:
     """A result that was written with --json. Raises `UsageError` where the file is none."""
     try:
-        report = json.loads(path.read_bytes())
-        known = report["schema"] == SCHEMA and report["benchmark"] in BENCHMARKS
-        known = known and {"limits", "ratios"} <= report.keys() and isinstance(report["environment"], dict)
-        known = known and all(_is_row(row) for row in report["rows"])
+        result = json.loads(path.read_bytes())
+        known = result["schema"] == SCHEMA and result["benchmark"] in BENCHMARKS
+        known = known and {"limits", "ratios"} <= result.keys() and isinstance(result["environment"], dict)
+        known = known and all(_is_row(row) for row in result["rows"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
         raise no_result(path)
-    return report
+    return result
 
 
 def _is_row(row: dict[str, Any]) -> bool:
@@ -100,9 +100,9 @@ def _is_row(row: dict[str, Any]) -> bool:
     return isinstance(row["name"], str) and 0 < low <= median <= high
 
 
-def module_of(report: Report) -> ModuleType:
-    """Import the module of the benchmark that made `report`, which has the functions that show it."""
-    return importlib.import_module(f"benchmarks.{report['benchmark']}")
+def module_of(result: Result) -> ModuleType:
+    """Import the module of the benchmark that made `result`, which has the functions that show it."""
+    return importlib.import_module(f"benchmarks.{result['benchmark']}")
 
 
 def no_result(path: Path) -> UsageError:
@@ -110,13 +110,13 @@ def no_result(path: Path) -> UsageError:
     return UsageError(f"{path} is no result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
 
 
-def write_report(report: Report, path: Path | None) -> None:
+def write_result(result: Result, path: Path | None) -> None:
     """Write a result to `path`, if there is one: after every round, for an interruption to leave the finished ones."""
     if path is not None:
-        write_json(path, report)
+        write_json(path, result)
 
 
-def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
+def print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
     """Tables, and lines under them."""
     console = Console()
     for table in tables:
@@ -125,9 +125,9 @@ def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def title(report: Report) -> str:
-    """On what a report was measured."""
-    environment = report["environment"]
+def title(result: Result) -> str:
+    """On what a result was measured."""
+    environment = result["environment"]
     return (
         f"{environment['data']}, batch {environment['batch_size']}, {environment['precision']}, {environment['device']}"
     )
@@ -162,13 +162,13 @@ def memory(rows: Sequence[dict[str, Any]]) -> Column:
     return "memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"
 
 
-def ratios_table(report: Report) -> Table:
+def ratios_table(result: Result) -> Table:
     """Ours down, what they are compared with across: median and extremes of the rounds."""
     cells = {
         (each["name"], each["over"]): f"{short(each['median'], 2)} ({short(each['low'], 2)}–{short(each['high'], 2)})"
-        for each in report["ratios"]
+        for each in result["ratios"]
     }
-    names, others = (list(dict.fromkeys(each[key] for each in report["ratios"])) for key in ("name", "over"))
+    names, others = (list(dict.fromkeys(each[key] for each in result["ratios"])) for key in ("name", "over"))
     made = table(
         "Times as fast as another: median (lowest–highest round)", "", *(each.removeprefix("peer:") for each in others)
     )
@@ -177,10 +177,10 @@ def ratios_table(report: Report) -> Table:
     return made
 
 
-def markdown(report: Report, columns: Sequence[Column]) -> str:
-    """A line for each row of `report`, with the median ratios to all others at its end: Markdown."""
-    others = list(dict.fromkeys(each["over"] for each in report["ratios"]))
-    ratios = {(each["name"], each["over"]): short(each["median"], 2) for each in report["ratios"]}
+def markdown(result: Result, columns: Sequence[Column]) -> str:
+    """A line for each row of `result`, with the median ratios to all others at its end: Markdown."""
+    others = list(dict.fromkeys(each["over"] for each in result["ratios"]))
+    ratios = {(each["name"], each["over"]): short(each["median"], 2) for each in result["ratios"]}
     throughputs: Column = (
         "images/s (lowest–highest)",
         lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
@@ -192,7 +192,7 @@ def markdown(report: Report, columns: Sequence[Column]) -> str:
     (name, name_text), *rest = columns
     every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest, *map(over, others)]
     return markdown_table(
-        [heading for heading, _ in every], [[text(row) for _, text in every] for row in report["rows"]]
+        [heading for heading, _ in every], [[text(row) for _, text in every] for row in result["rows"]]
     )
 
 
@@ -213,11 +213,11 @@ def grouped(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
-def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
+def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
     """Bars of images/s with their spread, and the `limit` with its name; logarithmic where they differ widely."""
     from matplotlib.figure import Figure
 
-    rows = sorted(report["rows"], key=lambda row: row["images_per_s"])
+    rows = sorted(result["rows"], key=lambda row: row["images_per_s"])
     medians = [row["images_per_s"] for row in rows]
     errors = [
         [row["images_per_s"] - row["images_per_s_low"] for row in rows],
@@ -236,7 +236,7 @@ def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str]
         axes.set_xscale("log")
         axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
     axes.set_xlabel("images/s (median of the rounds; whiskers: lowest and highest)")
-    figure.suptitle(f"{heading}: {title(report)}", fontsize=10)
+    figure.suptitle(f"{heading}: {title(result)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 

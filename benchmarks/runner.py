@@ -1,6 +1,6 @@
-"""One contestant in a process of its own, measured from within: its speed, its memory, its threads, its start.
+"""One worker in a process of its own, measured from within: its speed, its memory, its threads, its start.
 
-In one process the contestants would share memory, thread pools and imported libraries, and none could be told what it
+In one process the workers would share memory, thread pools and imported libraries, and none could be told what it
 costs. The parent gives them turns; one that has no turn waits, with its read-ahead full.
 """
 
@@ -40,7 +40,7 @@ _TOLERATED = 0.1
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What every contestant does."""
+    """What every worker does."""
 
     folder: Path
     """The store."""
@@ -49,7 +49,7 @@ class Work:
     precision: str
     """fp32, bf16 or fp16."""
     threads: int
-    """Threads that PyTorch computes with on a CPU, in each contestant."""
+    """Threads that PyTorch computes with on a CPU, in each worker."""
 
     def open_pipeline(self, name: str) -> Pipeline:
         """A pipeline of this program, for training with the usual augmentation."""
@@ -72,7 +72,7 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RaceOptions:
+class WorkerOptions:
     """What every race can be told. Raises `UsageError` on impossible values."""
 
     data: str = "cifar10"
@@ -82,7 +82,7 @@ class RaceOptions:
     batch_size: int = 128
     """Images per batch."""
     rounds: int = 7
-    """Turns that each contestant gets."""
+    """Turns that each worker gets."""
     seconds: float = 2.0
     """Length of a turn."""
     quick: bool = False
@@ -90,7 +90,7 @@ class RaceOptions:
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: Threads = "auto"
-    """Threads that PyTorch computes with on a CPU, in all contestants: a number, or auto, for which a few trial steps
+    """Threads that PyTorch computes with on a CPU, in all workers: a number, or auto, for which a few trial steps
     decide; loaders, which have no steps, take PyTorch's default."""
     precision: str = "auto"
     """Of this program: auto, fp32, bf16 or fp16."""
@@ -114,7 +114,7 @@ class RaceOptions:
             )
 
 
-def describe_work(options: RaceOptions) -> tuple[Dataset, torch.device, Work]:
+def describe_work(options: WorkerOptions) -> tuple[Dataset, torch.device, Work]:
     """Data set and device that `options` stand for, and the work they make.
 
     Raises `UsageError` and `DataError` where they do not exist or do not fit together.
@@ -163,7 +163,7 @@ class WaitTimer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Case:
     """Who takes part."""
 
     name: str
@@ -181,47 +181,47 @@ class Entry:
         return "peer" if self.name.startswith("peer:") else "ours"
 
 
-def race(
-    entries: Sequence[Entry], work: Work, *, rounds: int, seconds: float
-) -> Iterator[tuple[list[Contestant], Failures]]:
-    """Start all contestants and give them turns of about `seconds`; yields, after every round, those that have had all
+def run_rounds(
+    cases: Sequence[Case], work: Work, *, rounds: int, seconds: float
+) -> Iterator[tuple[list[Worker], Failures]]:
+    """Start all workers and give them turns of about `seconds`; yields, after every round, those that have had all
     of their turns, and why the others have not.
 
     Raises `RunError` where one fails that is needed, or all of this program's own.
     """
-    failures, contestants = Failures(), []
+    failures, workers = Failures(), []
     with contextlib.ExitStack() as stack:
-        for entry in entries:
-            with failures.left_out(entry.name, needed=entry.needed):
-                contestants.append(Contestant(entry, work))
-                stack.callback(contestants[-1].stop)
-        contestants = _remaining(contestants, failures)
+        for case in cases:
+            with failures.left_out(case.name, needed=case.needed):
+                workers.append(Worker(case, work))
+                stack.callback(workers[-1].stop)
+        workers = _remaining(workers, failures)
         for _ in range(rounds):
-            for contestant in contestants:
-                with failures.left_out(contestant.entry.name, needed=contestant.entry.needed):
-                    contestant.take_turn(seconds)
-            contestants = _remaining(contestants, failures)
-            yield contestants, failures
+            for worker in workers:
+                with failures.left_out(worker.case.name, needed=worker.case.needed):
+                    worker.measure(seconds)
+            workers = _remaining(workers, failures)
+            yield workers, failures
 
 
-def _remaining(contestants: list[Contestant], failures: Failures) -> list[Contestant]:
-    remaining = [contestant for contestant in contestants if contestant.entry.name not in failures]
-    if not any(contestant.entry.kind == "ours" for contestant in remaining):
-        raise RunError("all of this program's own contestants have failed: nothing is left to compare.")
+def _remaining(workers: list[Worker], failures: Failures) -> list[Worker]:
+    remaining = [worker for worker in workers if worker.case.name not in failures]
+    if not any(worker.case.kind == "ours" for worker in remaining):
+        raise RunError("all of this program's own workers have failed: nothing is left to compare.")
     return remaining
 
 
-class Contestant:
+class Worker:
     """The parent's end: starts the process and gives it turns. Raises `RunError` where the process fails."""
 
-    def __init__(self, entry: Entry, work: Work) -> None:
-        self.entry = entry
+    def __init__(self, case: Case, work: Work) -> None:
+        self.case = case
         self.images_per_s: list[float] = []
         """Of every turn."""
         self.used: dict[str, int | float] = {}
         """Memory, processes, threads and share of waiting, so far."""
         self._connection, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, entry, work))
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, case, work))
         with _interruptions_held_back():
             self._process.start()
         try:
@@ -231,7 +231,7 @@ class Contestant:
             self._process.kill()
             raise
 
-    def take_turn(self, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was read ahead."""
         with contextlib.suppress(ConnectionError):  # of a process that has died, as `_receive` tells
             self._connection.send(seconds)
@@ -251,9 +251,9 @@ class Contestant:
             self._process.join()
             code = self._process.exitcode
             reason = ": perhaps memory ran out; give a smaller --batch-size" if code == -signal.SIGKILL else ""
-            raise RunError(f"{self.entry.name} died with exit code {code}{reason}.") from None
+            raise RunError(f"{self.case.name} died with exit code {code}{reason}.") from None
         if isinstance(answer, str):
-            raise RunError(f"{self.entry.name} failed: {answer}")
+            raise RunError(f"{self.case.name} failed: {answer}")
         return answer
 
 
@@ -268,15 +268,15 @@ def _interruptions_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, entry: Entry, work: Work) -> None:
+def _serve(connection: Connection, case: Case, work: Work) -> None:
     with contextlib.suppress(ConnectionError):  # the parent listens no more
-        _serve_turns(connection, entry, work)
+        _serve_turns(connection, case, work)
     os._exit(0)  # the libraries' threads and processes have nothing left to save
 
 
-def _serve_turns(connection: Connection, entry: Entry, work: Work) -> None:
+def _serve_turns(connection: Connection, case: Case, work: Work) -> None:
     try:
-        import torch  # before the clock starts: every contestant needs it
+        import torch  # before the clock starts: every worker needs it
 
         from fastresnet.device import explained_failures
 
@@ -284,10 +284,10 @@ def _serve_turns(connection: Connection, entry: Entry, work: Work) -> None:
         torch.set_num_threads(work.threads)
         torch.zeros(1, device=work.device)  # so is the GPU's context
         with explained_failures("give a smaller --batch-size"):
-            turns = _Turns(entry, work)
+            turns = _OpenedCase(case, work)
             connection.send(turns.start)
             for seconds in _messages(connection):
-                connection.send(turns.take(seconds))
+                connection.send(turns.measure(seconds))
     except UserError as error:
         connection.send(str(error))
     except Exception as error:  # noqa: BLE001  told to the parent
@@ -305,23 +305,23 @@ def _messages(connection: Connection) -> Iterator[Any]:
             return
 
 
-class _Turns:
-    def __init__(self, entry: Entry, work: Work) -> None:
+class _OpenedCase:
+    def __init__(self, case: Case, work: Work) -> None:
         self._work, self._timer, self._waited, self._worked = work, WaitTimer(), 0.0, 0.0
         self._baseline = self._peak = _memory()
         started = time.perf_counter()
-        module, _, function = entry.opener.partition(":")
-        start_epoch: Epochs = getattr(importlib.import_module(module), function)(work, self._timer, **entry.options)
+        module, _, function = case.opener.partition(":")
+        start_epoch: Epochs = getattr(importlib.import_module(module), function)(work, self._timer, **case.options)
         self._batches = _endless(start_epoch)
         self.deliver(0)
         self.start = {"first_batch_s": time.perf_counter() - started}
-        if entry.compiles:
+        if case.compiles:
             started = time.perf_counter()
             self._batches = _endless(start_epoch)
             self.deliver(0)
             self.start["compile_s"] = self.start["first_batch_s"] - (time.perf_counter() - started)
 
-    def take(self, seconds: float) -> tuple[float, dict[str, int | float]]:
+    def measure(self, seconds: float) -> tuple[float, dict[str, int | float]]:
         """A turn: images per second, and what has been used so far."""
         self.deliver(seconds / 3)
         waited, started = self._timer.seconds, time.perf_counter()

@@ -143,19 +143,19 @@ def _torchrun(processes: int, program: Sequence[str]) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def fitted(report: dict[str, Any]) -> Machine:
-    """The machine that a report was measured on: the time of a step alone at two sizes, of an exchange at two sizes."""
-    seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in report["runs"]}
+def fitted(result: dict[str, Any]) -> Machine:
+    """The machine that a result was measured on: the time of a step alone at two sizes, of an exchange at two sizes."""
+    seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in result["runs"]}
     (_, few), (_, many) = RUNS[:2]
     per_image = (seconds[1, many] - seconds[1, few]) / (many - few)
-    (small_size, large_size), (small, large) = report["exchange_s"]["bytes"], report["exchange_s"]["seconds"]
+    (small_size, large_size), (small, large) = result["exchange_s"]["bytes"], result["exchange_s"]["seconds"]
     bandwidth = (large_size - small_size) / (large - small)  # of two processes: each byte goes once
     return Machine(
         overhead=max(seconds[1, few] - few * per_image, 0),
         per_image=per_image,
         latency=(small - small_size / bandwidth) / 2,
         bandwidth=bandwidth,
-        processors=report["processors"],
+        processors=result["processors"],
     )
 
 
@@ -163,12 +163,12 @@ def _step_seconds(run: dict[str, Any]) -> float:
     return run["batch_size"] / statistics.median(run["images_per_s"])
 
 
-def measured_table(report: dict[str, Any]) -> str:
+def measured_table(result: dict[str, Any]) -> str:
     """Measured and predicted steps of every run, as Markdown."""
-    machine, rows = fitted(report), []
-    for run in report["runs"]:
+    machine, rows = fitted(result), []
+    for run in result["runs"]:
         processes, batch_size, speeds = run["processes"], run["batch_size"], run["images_per_s"]
-        predicted = machine.step(batch_size / processes, report["gradient_bytes"], processes)
+        predicted = machine.step(batch_size / processes, result["gradient_bytes"], processes)
         source = "fitted" if (processes, batch_size) in RUNS[:2] else f"{1000 * predicted:.0f} ms"
         rows.append(
             [
@@ -219,9 +219,9 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    report = measure(options.data, options.rounds)
-    write_json(options.file, report)
-    print(measured_table(report))
+    result = measure(options.data, options.rounds)
+    write_json(options.file, result)
+    print(measured_table(result))
 
 
 if __name__ == "__main__":

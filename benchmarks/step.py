@@ -21,19 +21,19 @@ from benchmarks.report import (
     SCHEMA,
     Column,
     Failures,
-    Report,
+    Result,
     common_notes,
     figures_table,
     grouped,
     markdown,
-    print_report,
+    print_tables,
     ratio,
     save_figure,
     short,
     spread,
     table,
     throughput,
-    write_report,
+    write_result,
 )
 from benchmarks.runner import OtherLoad
 from fastresnet import terminal
@@ -45,7 +45,7 @@ from pipelines.errors import RunError, UsageError, check_choice
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.cases import Case, Contender, SplitContender
+    from benchmarks.cases import StepCase, TimedParts, TimedStep
     from benchmarks.roofline import Limits
 
 Value = TypeVar("Value")
@@ -144,10 +144,10 @@ def measure_steps(options: StepOptions) -> None:
         _measure_cases(options, cases, device)
 
 
-def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.device) -> None:
+def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torch.device) -> None:
     import torch._dynamo
 
-    from benchmarks.cases import Contender, SplitContender
+    from benchmarks.cases import TimedParts, TimedStep
     from benchmarks.roofline import Limits
     from fastresnet.device import environment
 
@@ -158,11 +158,11 @@ def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.de
     split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
     split_cases.insert(0, dataclasses.replace(base, backend="eager"))
     limits = Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
-    entrants: dict[str, tuple[type[Contender | SplitContender], Case]] = {
-        case.name: (Contender, case) for case in cases
+    entrants: dict[str, tuple[type[TimedStep | TimedParts], StepCase]] = {
+        case.name: (TimedStep, case) for case in cases
     }
-    entrants |= {f"parts of {case.name}": (SplitContender, case) for case in split_cases}
-    ready: dict[str, Contender | SplitContender] = {}
+    entrants |= {f"parts of {case.name}": (TimedParts, case) for case in split_cases}
+    ready: dict[str, TimedStep | TimedParts] = {}
     failures = Failures()
     # Every case compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
     many = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
@@ -178,29 +178,29 @@ def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.de
                         ready[name] = _prepared(kind, case, device, tell)
                     tell(f"round {number + 1} of {rounds}: {name}")
                     with _explained(case):
-                        ready[name].take_turn(seconds)
+                        ready[name].measure(seconds)
                 if name in failures:
                     ready.pop(name, None)
                 surroundings |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
-                report = _report(list(ready.values()), failures, limits, surroundings)
-                write_report(report, options.json)
-    if not report["rows"]:
+                result = _result(list(ready.values()), failures, limits, surroundings)
+                write_result(result, options.json)
+    if not result["rows"]:
         raise RunError("every case has failed: there is nothing to show.")
-    shown = tables(report)
+    shown = tables(result)
     profiled = ready.get(base.name)
-    if options.profile is not None and isinstance(profiled, Contender):
+    if options.profile is not None and isinstance(profiled, TimedStep):
         shown.append(_operators_table(base, profiled.profile(options.profile)))
-    print_report(shown, notes(report))
+    print_tables(shown, notes(result))
     if options.chart is not None:
-        draw_chart(report, options.chart)
+        draw_chart(result, options.chart)
 
 
 # --- what is measured --------------------------------------------------------------------------------------------
 
 
-def _sweep(options: StepOptions, device: torch.device) -> list[Case]:
+def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
     """The cases, each once: first the base, then what differs from it in one thing, or is inference."""
-    from benchmarks.cases import Case
+    from benchmarks.cases import StepCase
     from fastresnet.device import resolve_precision, supports
 
     quick, kind = options.quick, device.type
@@ -213,7 +213,7 @@ def _sweep(options: StepOptions, device: torch.device) -> list[Case]:
     precisions = options.precisions or [precision for precision in usual if supports(precision, device)]
     for precision in precisions:
         resolve_precision(precision, device)  # refuses what the device lacks
-    base = Case(
+    base = StepCase(
         mode="train",
         model=_preferred("resnet20", models),
         batch_size=_preferred(128, batch_sizes),
@@ -238,7 +238,7 @@ def _preferred(value: Value, among: Sequence[Value]) -> Value:
 
 
 def _prepared(
-    kind: Callable[[Case, torch.device], Any], case: Case, device: torch.device, tell: Callable[[str], None]
+    kind: Callable[[StepCase, torch.device], Any], case: StepCase, device: torch.device, tell: Callable[[str], None]
 ) -> Any:
     tell(f"preparing {case.name}")
     with _explained(case):
@@ -246,7 +246,7 @@ def _prepared(
 
 
 @contextmanager
-def _explained(case: Case) -> Iterator[None]:
+def _explained(case: StepCase) -> Iterator[None]:
     from fastresnet.device import explained_failures
 
     with explained_failures(f"{case.name} does not fit; give smaller --batch-sizes"):
@@ -265,45 +265,45 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
-def _report(
-    ready: list[Contender | SplitContender], failures: Failures, limits: Limits, surroundings: dict[str, Any]
-) -> Report:
-    from benchmarks.cases import Contender, SplitContender
+def _result(
+    ready: list[TimedStep | TimedParts], failures: Failures, limits: Limits, surroundings: dict[str, Any]
+) -> Result:
+    from benchmarks.cases import TimedParts, TimedStep
 
-    contenders = [each for each in ready if isinstance(each, Contender)]
+    timed_steps = [each for each in ready if isinstance(each, TimedStep)]
     measured = limits.to_dict()
     return {
         "schema": SCHEMA,
         "benchmark": "step",
         "environment": surroundings,
         "limits": measured,
-        "rows": [_row(contender, measured) for contender in contenders],
+        "rows": [_row(timed, measured) for timed in timed_steps],
         "splits": [
             {
                 "model": split.case.model,
                 **{key: value for part, ms in split.ms.items() for key, value in spread(ms, f"{part}_ms").items()},
             }
             for split in ready
-            if isinstance(split, SplitContender)
+            if isinstance(split, TimedParts)
         ],
-        "ratios": _ratios(contenders),
+        "ratios": _ratios(timed_steps),
         "failed": failures,
     }
 
 
-def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
-    case = contender.case
+def _row(timed: TimedStep, limits: dict[str, Any]) -> dict[str, Any]:
+    case = timed.case
     row = {
         "name": case.name,
         "kind": "ours",
-        **spread(contender.images_per_s, "images_per_s"),
-        "rounds": len(contender.images_per_s),
+        **spread(timed.images_per_s, "images_per_s"),
+        "rounds": len(timed.images_per_s),
         **dataclasses.asdict(case),
-        "ms_per_step": 1000 * case.batch_size / statistics.median(contender.images_per_s),
-        "prepare_s": contender.prepare_s,
-        "flops_per_image": contender.flops_per_image,
-        "bytes_per_image": contender.bytes_per_image,
-        **contender.memory,
+        "ms_per_step": 1000 * case.batch_size / statistics.median(timed.images_per_s),
+        "prepare_s": timed.prepare_s,
+        "flops_per_image": timed.flops_per_image,
+        "bytes_per_image": timed.bytes_per_image,
+        **timed.memory,
     }
     roof, bound = _roof(row, limits)
     return {**row, "percent_of_roof": 100 * row["images_per_s"] / roof, "bound": bound}
@@ -316,63 +316,63 @@ def _roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
     return (compute, "compute") if compute < memory else (memory, "memory")
 
 
-def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
-    by_case = {contender.case: contender for contender in contenders}
+def _ratios(timed_steps: list[TimedStep]) -> list[dict[str, Any]]:
+    by_case = {timed.case: timed for timed in timed_steps}
     ratios = []
     for field, value, over in _COMPARISONS:
         changed: dict[str, Any] = {field: over}
-        for case, contender in by_case.items():
+        for case, timed in by_case.items():
             other = by_case.get(dataclasses.replace(case, **changed))
             if getattr(case, field) == value and other is not None:
-                ratios.append(ratio(case.name, contender.images_per_s, other.case.name, other.images_per_s))
+                ratios.append(ratio(case.name, timed.images_per_s, other.case.name, other.images_per_s))
     return ratios
 
 
 # --- tables and chart --------------------------------------------------------------------------------------------
 
 
-def tables(report: Report) -> list[Table]:
+def tables(result: Result) -> list[Table]:
     """Training, inference, the parts of a training step, and the ratios."""
-    made = [_figures_table(report, "Training step", "train"), _figures_table(report, "Inference", "inference")]
-    return [*made, _splits_table(report), _ratios_table(report)]
+    made = [_figures_table(result, "Training step", "train"), _figures_table(result, "Inference", "inference")]
+    return [*made, _splits_table(result), _ratios_table(result)]
 
 
-def notes(report: Report) -> list[str]:
+def notes(result: Result) -> list[str]:
     """What the tables are measured against."""
-    limits = report["limits"]
+    limits = result["limits"]
     rates = ", ".join(f"{short(rate, 3)} TFLOP/s in {name}" for name, rate in limits["matmul_tflops"].items())
     lines = [
         f"limits: {limits['copy_gb_per_s']:.1f} GB/s copied, read and written; matrix products at {rates}",
         "roof: the images/s at which the FLOPs counted at that rate, or the bytes that eager operators read and write "
         "at that speed, take all of the time, whichever takes longer (it stands beside the percentage)",
     ]
-    if beaten := [row["name"] for row in report["rows"] if row["percent_of_roof"] > 100]:
+    if beaten := [row["name"] for row in result["rows"] if row["percent_of_roof"] > 100]:
         lines.append(
             f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
             "write what passes between them"
         )
-    return lines + common_notes(report)
+    return lines + common_notes(result)
 
 
-def _base(report: Report) -> str:
-    environment = report["environment"]
+def _base(result: Result) -> str:
+    environment = result["environment"]
     return (
         f"{environment['model']}, batches of {environment['batch_size']}, {environment['precision']}, "
         f"{environment['memory_format']}, {environment['backend']}"
     )
 
 
-def _figures_table(report: Report, heading: str, mode: str) -> Table:
+def _figures_table(result: Result, heading: str, mode: str) -> Table:
     columns: list[Column] = [
         ("", _short_name),
         ("1000 images/s", throughput),
         ("ms/step", lambda row: short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
     ]
-    rows = [row for row in report["rows"] if row["mode"] == mode]
+    rows = [row for row in result["rows"] if row["mode"] == mode]
     if any("gpu_memory_mb" in row for row in rows):
         columns.append(("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB"))
-    return figures_table(rows, f"{heading}: {report['environment']['device']}", columns)
+    return figures_table(rows, f"{heading}: {result['environment']['device']}", columns)
 
 
 def _short_name(row: dict[str, Any]) -> str:
@@ -380,11 +380,11 @@ def _short_name(row: dict[str, Any]) -> str:
     return f"{row['model']} b{row['batch_size']} {row['precision']} {memory_format} {row['backend']}"
 
 
-def _splits_table(report: Report) -> Table:
-    environment = report["environment"]
+def _splits_table(result: Result) -> Table:
+    environment = result["environment"]
     where = f"batches of {environment['batch_size']}, {environment['precision']}, {environment['memory_format']}"
     made = table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "together")
-    for split in report["splits"]:
+    for split in result["splits"]:
         parts = _split_ms(split)
         cells = (f"{short(ms, 3)} ms ({100 * ms / sum(parts):.0f} %)" for ms in parts)
         made.add_row(split["model"], *cells, f"{short(sum(parts), 3)} ms")
@@ -395,17 +395,17 @@ def _split_ms(split: dict[str, Any]) -> list[float]:
     return [split[f"{part}_ms"] for part in ("forward", "backward", "optimizer")]
 
 
-def _ratios_table(report: Report) -> Table:
+def _ratios_table(result: Result) -> Table:
     """Only what sets the two cases apart is named; the rest is the base's."""
     made = table("Times as fast, round by round", "", "over", "median", "lowest–highest")
-    for each in report["ratios"]:
+    for each in result["ratios"]:
         ours, others = each["name"].split("/"), each["over"].split("/")
         ((name, over),) = [pair for pair in zip(ours, others, strict=True) if len(set(pair)) == 2]
         made.add_row(name, over, short(each["median"], 3), f"{short(each['low'], 3)}–{short(each['high'], 3)}")
     return made
 
 
-def _operators_table(case: Case, operators: list[tuple[str, float, float]]) -> Table:
+def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) -> Table:
     """The ten costliest, by the time that they take themselves."""
     made = table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
     everything = sum(ms for _, ms, _ in operators)
@@ -414,9 +414,9 @@ def _operators_table(case: Case, operators: list[tuple[str, float, float]]) -> T
     return made
 
 
-def markdown_table(report: Report) -> str:
+def markdown_table(result: Result) -> str:
     """Figures, and what each case is as fast as, for a README."""
-    others = {(each["name"], each["over"]): each["median"] for each in report["ratios"]}
+    others = {(each["name"], each["over"]): each["median"] for each in result["ratios"]}
 
     def compared(row: dict[str, Any]) -> str:
         found = [(over, median) for (name, over), median in others.items() if name == row["name"]]
@@ -429,25 +429,25 @@ def markdown_table(report: Report) -> str:
         ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
         ("times as fast as", compared),
     ]
-    return markdown({**report, "ratios": []}, columns)  # which the last column tells
+    return markdown({**result, "ratios": []}, columns)  # which the last column tells
 
 
-def draw_chart(report: Report, path: Path) -> None:
+def draw_chart(result: Result, path: Path) -> None:
     """Left: images/s by batch size, with the roofs. Right: of what a training step consists, by network."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_throughput(report, left)
-    _draw_splits(report, right)
-    figure.suptitle(f"Steps: {_base(report)}; {report['environment']['device']}", fontsize=10)
+    _draw_throughput(result, left)
+    _draw_splits(result, right)
+    figure.suptitle(f"Steps: {_base(result)}; {result['environment']['device']}", fontsize=10)
     save_figure(figure, path)
 
 
-def _draw_throughput(report: Report, axes: Any) -> None:
-    environment, limits = report["environment"], report["limits"]
+def _draw_throughput(result: Result, axes: Any) -> None:
+    environment, limits = result["environment"], result["limits"]
     fixed = ("model", "precision", "memory_format", "backend")
-    rows = [row for row in report["rows"] if all(row[key] == environment[key] for key in fixed)]
+    rows = [row for row in result["rows"] if all(row[key] == environment[key] for key in fixed)]
     for mode, what, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
         line = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
         sizes, medians = [row["batch_size"] for row in line], [row["images_per_s"] for row in line]
@@ -478,11 +478,11 @@ def _draw_throughput(report: Report, axes: Any) -> None:
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
 
 
-def _draw_splits(report: Report, axes: Any) -> None:
-    models = [split["model"] for split in report["splits"]]
+def _draw_splits(result: Result, axes: Any) -> None:
+    models = [split["model"] for split in result["splits"]]
     if not models:  # all have failed
         return
-    parts = list(zip(*map(_split_ms, report["splits"]), strict=True))
+    parts = list(zip(*map(_split_ms, result["splits"]), strict=True))
     bottom = [0.0] * len(models)
     colors = ("tab:blue", "tab:cyan", "tab:red")
     for part, values, color in zip(("forward", "backward", "optimizer"), parts, colors, strict=True):
@@ -492,7 +492,7 @@ def _draw_splits(report: Report, axes: Any) -> None:
         axes.annotate(f"{short(total, 3)} ms", (model, total), (0, 4), textcoords="offset points", ha="center")
     axes.margins(y=0.1)
     axes.set_ylabel("ms per step")
-    axes.set_title(f"parts of an eager training step of {report['environment']['batch_size']} images", fontsize=10)
+    axes.set_title(f"parts of an eager training step of {result['environment']['batch_size']} images", fontsize=10)
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

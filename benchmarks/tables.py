@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import accuracy, scaling
-from benchmarks.report import markdown_table, module_of, read_report
+from benchmarks.report import markdown_table, module_of, read_result
 from fastresnet import terminal
 from pipelines.errors import UsageError
 from pipelines.files import write_bytes
@@ -34,37 +34,37 @@ def with_tables(text: str) -> str:
         if kind == "scaling" and name == "predicted":
             return f"{begin}\n{scaling.predicted_table()}\n{end}"
         if kind == "results":
-            report = read_report(RESULTS / name)
-            made = module_of(report).markdown_table(report)
+            result = read_result(RESULTS / name)
+            made = module_of(result).markdown_table(result)
         else:
-            report = json.loads((RESULTS / kind / f"{name}.json").read_bytes())
-            made = (scaling.measured_table if kind == "scaling" else _RELIABILITY[name])(report)
-        return f"{begin}\n{made}\n{_provenance(report)}\n{end}"
+            result = json.loads((RESULTS / kind / f"{name}.json").read_bytes())
+            made = (scaling.measured_table if kind == "scaling" else _RELIABILITY[name])(result)
+        return f"{begin}\n{made}\n{_provenance(result)}\n{end}"
 
     return _TABLE.sub(table, text)
 
 
-def _provenance(report: dict) -> str:
-    environment = report["environment"]
+def _provenance(result: dict) -> str:
+    environment = result["environment"]
     versions = ", ".join(
         f"{name} {version}" for name, version in environment["versions"].items() if name != "fastresnet"
     )
     return f"{environment['device']}; commit {environment['commit']}; {environment['started'][:10]}; {versions}.\n"
 
 
-def _kills_table(report: dict[str, Any]) -> str:
+def _kills_table(result: dict[str, Any]) -> str:
     """Kills by the moment at which they came."""
-    moments = sorted(report["moments"].items(), key=lambda item: -item[1])
+    moments = sorted(result["moments"].items(), key=lambda item: -item[1])
     rows = [[moment, str(count)] for moment, count in moments]
-    return markdown_table(["killed", "times"], [*rows, ["in all", str(report["kills"])]])
+    return markdown_table(["killed", "times"], [*rows, ["in all", str(result["kills"])]])
 
 
-def _fuzz_table(report: dict[str, Any]) -> str:
+def _fuzz_table(result: dict[str, Any]) -> str:
     """What became of damaged files of each kind."""
     head = ["files", "refused in words", "read, with the right content", "read, with another content"]
     outcomes = ("refused", "right", "other")
-    rows = [[kind, *(f"{of_kind.get(o, 0):,}" for o in outcomes)] for kind, of_kind in report["outcomes"].items()]
-    totals = [sum(of_kind.get(o, 0) for of_kind in report["outcomes"].values()) for o in outcomes]
+    rows = [[kind, *(f"{of_kind.get(o, 0):,}" for o in outcomes)] for kind, of_kind in result["outcomes"].items()]
+    totals = [sum(of_kind.get(o, 0) for of_kind in result["outcomes"].values()) for o in outcomes]
     return markdown_table(head, [*rows, ["in all", *(f"{total:,}" for total in totals)]])
 
 

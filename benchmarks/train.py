@@ -15,30 +15,30 @@ from rich.table import Table
 
 from benchmarks.report import (
     SCHEMA,
-    Report,
+    Result,
     common_notes,
     draw_bars,
     figures_table,
     markdown,
     memory,
-    print_report,
+    print_tables,
     ratio,
     ratios_table,
     spread,
     throughput,
     title,
-    write_report,
+    write_result,
 )
 from benchmarks.runner import (
-    Contestant,
-    Entry,
+    Case,
     Epochs,
     OtherLoad,
-    RaceOptions,
     WaitTimer,
     Work,
+    Worker,
+    WorkerOptions,
     describe_work,
-    race,
+    run_rounds,
 )
 from fastresnet.config import COMPILE
 from fastresnet.models import list_models
@@ -50,21 +50,21 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingOptions(RaceOptions):
+class TrainingOptions(WorkerOptions):
     """Measure training from end to end: batches, steps and metrics, without evaluation.
 
     The plain loop computes in fp32, the timm-style one in bf16, whatever --precision says.
     """
 
     model: str = "resnet20"
-    """Network that all contestants train."""
+    """Network that all workers train."""
     seconds: float = 8.0
     """Length of a turn."""
     compile: str = "auto"
     """Of this program: off, on, graph or auto, which is graph on a GPU; on a CPU whichever measures faster."""
 
     def __post_init__(self) -> None:
-        RaceOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
+        WorkerOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
         check_choice("model", self.model, list_models())
         check_choice("compile", self.compile, ("auto", *COMPILE))
 
@@ -87,20 +87,20 @@ def measure_training(options: TrainingOptions) -> None:
     }
     ours = {"model": options.model, "backend": backend}
     peers = {"model": options.model, "workers": usable_processors()}
-    entries = [
-        Entry(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}, needed=True),
-        Entry(name="step-only", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
-        Entry(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
-        Entry(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
+    cases = [
+        Case(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}, needed=True),
+        Case(name="step-only", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
+        Case(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
+        Case(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
     ]
     rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
-    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
+    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
         surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
-        report = _report(contestants, surroundings) | {"failed": failures}
-        write_report(report, options.json)
-    print_report(tables(report), notes(report))
+        result = _result(workers, surroundings) | {"failed": failures}
+        write_result(result, options.json)
+    print_tables(tables(result), notes(result))
     if options.chart is not None:
-        draw_chart(report, options.chart)
+        draw_chart(result, options.chart)
 
 
 def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple[Work, str]:
@@ -188,34 +188,34 @@ def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers:
     )
 
 
-def _report(contestants: list[Contestant], surroundings: dict[str, Any]) -> Report:
+def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
     rows = [
         {
-            "name": contestant.entry.name,
-            "kind": contestant.entry.kind,
-            **spread(contestant.images_per_s, "images_per_s"),
-            "rounds": len(contestant.images_per_s),
-            "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(contestant.images_per_s),
-            **contestant.start,
+            "name": worker.case.name,
+            "kind": worker.case.kind,
+            **spread(worker.images_per_s, "images_per_s"),
+            "rounds": len(worker.images_per_s),
+            "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(worker.images_per_s),
+            **worker.start,
             "waiting_percent": 0.0,
-            **contestant.used,
+            **worker.used,
         }
-        for contestant in contestants
+        for worker in workers
     ]
-    resident, *others = contestants
+    resident, *others = workers
     step_only = [row["images_per_s"] for row in rows if row["name"] == "step-only"]
-    compare = functools.partial(ratio, resident.entry.name, resident.images_per_s)
+    compare = functools.partial(ratio, resident.case.name, resident.images_per_s)
     return {
         "schema": SCHEMA,
         "benchmark": "train",
         "environment": surroundings,
         "limits": {"step_only_images_per_s": step_only[0]} if step_only else {},
         "rows": rows,
-        "ratios": [compare(other.entry.name, other.images_per_s) for other in others],
+        "ratios": [compare(other.case.name, other.images_per_s) for other in others],
     }
 
 
-def tables(report: Report) -> list[Table]:
+def tables(result: Result) -> list[Table]:
     """Figures, and ratios of this program to the others."""
     columns = [
         ("loop", lambda row: row["name"]),
@@ -223,31 +223,31 @@ def tables(report: Report) -> list[Table]:
         ("per step", lambda row: f"{row['ms_per_step']:.1f} ms"),
         ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
-        memory(report["rows"]),
+        memory(result["rows"]),
     ]
-    environment = report["environment"]
-    heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
-    return [figures_table(report["rows"], heading, columns), ratios_table(report)]
+    environment = result["environment"]
+    heading = f"Training {environment['model']}, {environment['backend']}: {title(result)}"
+    return [figures_table(result["rows"], heading, columns), ratios_table(result)]
 
 
-def notes(report: Report) -> list[str]:
+def notes(result: Result) -> list[str]:
     """What the tables do not say."""
     return [
         "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
-        *common_notes(report),
+        *common_notes(result),
     ]
 
 
-def markdown_table(report: Report) -> str:
+def markdown_table(result: Result) -> str:
     """Figures and ratios for a README."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
-        memory(report["rows"]),
+        memory(result["rows"]),
     ]
-    return markdown(report, columns)
+    return markdown(result, columns)
 
 
-def draw_chart(report: Report, path: Path) -> None:
+def draw_chart(result: Result, path: Path) -> None:
     """Bars of images/s."""
-    draw_bars(report, path, f"Training {report['environment']['model']}")
+    draw_bars(result, path, f"Training {result['environment']['model']}")

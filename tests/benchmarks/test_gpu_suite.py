@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy, gpu_cases
-from benchmarks.gpu_cases import Candidate, Case
+from benchmarks.gpu_cases import Candidate, RecipeCase
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_suite.sh"
 STAGES = ["ceilings", "smoke", "steps", "candidates", "tests", "peers", "accuracy"]
@@ -286,7 +286,7 @@ def test_the_rehearsal_goes_through_every_stage(tmp_path):
 # --- the cases -----------------------------------------------------------------------------------------------------
 
 
-SMALL = Case("fast", "resnet20", 128)  # 2 images on a CPU
+SMALL = RecipeCase("fast", "resnet20", 128)  # 2 images on a CPU
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def measure(request, tmp_path, monkeypatch, data_root):
 
 
 def test_a_case_that_fails_is_told_and_the_next_is_measured(measure, monkeypatch):
-    monkeypatch.setattr(gpu_cases, "CASES", (Case("fast", "resnet20", 1 << 20), SMALL))  # a batch for no data set
+    monkeypatch.setattr(gpu_cases, "CASES", (RecipeCase("fast", "resnet20", 1 << 20), SMALL))  # a batch for no data set
     code, report = measure("steps")
     assert code == 1
     (failed,) = report["failed"]
@@ -338,13 +338,13 @@ def test_a_candidate_takes_turns_with_the_step_as_it_is(measure, monkeypatch):
         ),
     )
     turns = iter([5.0, 5.0, 10.0, 20.0, 10.0, 30.0])  # untimed off and on, then two rounds
-    take_turn = gpu_cases.Steps.take_turn
+    measure = gpu_cases.TimedRecipe.measure
 
     def fixed(self, seconds):
-        take_turn(self, 0)
+        measure(self, 0)
         return next(turns) if seconds else 0.0
 
-    monkeypatch.setattr(gpu_cases.Steps, "take_turn", fixed)
+    monkeypatch.setattr(gpu_cases.TimedRecipe, "measure", fixed)
     code, report = measure("candidates")
     assert code == 1
     assert report["failed"] == {"refused: fast/resnet20/b2": "RuntimeError: no such thing here"}

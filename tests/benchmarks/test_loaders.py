@@ -1,4 +1,4 @@
-"""The loader benchmark, whole and small: every contestant runs, and the figures agree with one another."""
+"""The loader benchmark, whole and small: every worker runs, and the figures agree with one another."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import loaders
 from benchmarks.__main__ import main
-from benchmarks.report import print_report, ratio, spread
+from benchmarks.report import print_tables, ratio, spread
 from fastresnet import cli, terminal
 from pipelines.errors import Note
 from pipelines.store import open_store
@@ -19,7 +19,7 @@ PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
 
 
 @pytest.fixture(scope="module")
-def report(quick_contestants, data_root, tmp_path_factory):
+def report(quick_workers, data_root, tmp_path_factory):
     pytest.importorskip("nvidia.dali")
     pytest.importorskip("ffcv")
     folder = tmp_path_factory.mktemp("report")
@@ -78,7 +78,7 @@ def test_the_chart_is_a_readable_picture(report):
 
 
 def test_ratios_are_taken_round_by_round():
-    """A machine that is ten times slower in the second round changes neither contestant's merit."""
+    """A machine that is ten times slower in the second round changes neither worker's merit."""
     assert ratio("a", [20.0, 2.0, 30.0], "b", [10.0, 1.0, 10.0]) == {
         "name": "a",
         "over": "b",
@@ -93,14 +93,14 @@ def test_peers_have_a_worker_for_each_usable_processor(dataset, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
     monkeypatch.setattr(loaders, "is_installed", lambda _: False)
     with pytest.warns(Note, match="takes no part"):
-        entries = {entry.name: entry for entry in loaders._available(dataset, "cpu")}
-    assert [entries[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
+        cases = {case.name: case for case in loaders._available(dataset, "cpu")}
+    assert [cases[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
 
 
 def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
     need("ffcv")
     monkeypatch.chdir(dataset.folder)
-    assert "peer:ffcv" in [entry.name for entry in loaders._available(open_store(Path()), "cpu")]
+    assert "peer:ffcv" in [case.name for case in loaders._available(open_store(Path()), "cpu")]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +133,12 @@ def test_tables_tell_of_those_left_out_and_of_the_memory_of_a_gpu(capsys, monkey
         "rows": [row],
         "ratios": [],
     }
-    print_report(loaders.tables(report), loaders.notes(report))
+    print_tables(loaders.tables(report), loaders.notes(report))
     assert "left out" not in (without := capsys.readouterr().out)
     assert "GPU" not in without.replace("bf16, GPU", "")
     report["rows"] = [row | {"gpu_memory_mb": 5678.0}]
     report["failed"] = {"peer:dali": "peer:dali failed: no DALI"}
-    print_report(loaders.tables(report), loaders.notes(report))
+    print_tables(loaders.tables(report), loaders.notes(report))
     out = capsys.readouterr().out
     assert "MB host/GPU" in out
     assert "1,234/5,678" in out

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runner
-from benchmarks.runner import Contestant, Entry, OtherLoad, Work, _busy_ticks, _own_ticks
+from benchmarks.runner import Case, OtherLoad, Work, Worker, _busy_ticks, _own_ticks
 from pipelines.errors import Note, RunError
 
 
@@ -35,28 +35,28 @@ def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(d
     module.open_loader = open_loader
     monkeypatch.setitem(sys.modules, "slow_loader", module)
     monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    entry = Entry(name="slow", opener="slow_loader:open_loader", compiles=compiles)
+    case = Case(name="slow", opener="slow_loader:open_loader", compiles=compiles)
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
-    assert tuple(runner._Turns(entry, work).start.values()) == start
+    assert tuple(runner._OpenedCase(case, work).start.values()) == start
 
 
-def test_a_contestant_that_fails_ends_the_run_with_its_own_error(quick_contestants, dataset):
+def test_a_worker_that_fails_ends_the_run_with_its_own_error(quick_workers, dataset):
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=r"^broken failed: ModuleNotFoundError: .*no_such_peer.* \(.*\.py:\d+\)$"):
-        Contestant(Entry(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
+        Worker(Case(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
 
 
-RACE = """
+PROGRAM = """
 import signal
 import sys
 from pathlib import Path
-from benchmarks.runner import Entry, Work, race
+from benchmarks.runner import Case, Work, run_rounds
 from fastresnet import terminal
 
 def main(arguments):
-    entries = [Entry(name="slow", opener=f"test_runner:{arguments[0]}")]
+    cases = [Case(name="slow", opener=f"test_runner:{arguments[0]}")]
     work = Work(folder=Path(), batch_size=1, device="cpu", precision="fp32", threads=1)
-    for _ in race(entries, work, rounds=1, seconds=0.01):
+    for _ in run_rounds(cases, work, rounds=1, seconds=0.01):
         pass
     return 0
 
@@ -85,20 +85,20 @@ def works_until_told(*_):
 
 
 @pytest.fixture
-def race(tmp_path, monkeypatch):
-    """Start a race of one contestant in a session of its own, and wait until that is at work."""
+def start(tmp_path, monkeypatch):
+    """Start the rounds of one worker in a session of their own, and wait until that is at work."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    (tmp_path / "race.py").write_text(RACE)
+    (tmp_path / "rounds.py").write_text(PROGRAM)
     started = []
 
-    def start(opener):
-        command = [sys.executable, "race.py", opener]
+    def start_rounds(opener):
+        command = [sys.executable, "rounds.py", opener]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes))
         assert started[0].stdout.readline() == "working\n"
         return started[0]
 
-    yield start
+    yield start_rounds
     with contextlib.suppress(ProcessLookupError):
         os.killpg(started[0].pid, signal.SIGKILL)
     started[0].communicate()
@@ -113,16 +113,16 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM to all"])
-def test_a_race_that_is_stopped_while_a_contestant_starts_ends_without_it(race, stop):
-    process, (send, code, words) = race("opens_slowly"), STOPS[stop]
+def test_rounds_that_are_stopped_while_a_worker_opens_end_without_it(start, stop):
+    process, (send, code, words) = start("opens_slowly"), STOPS[stop]
     send(process.pid)
     assert process.communicate(timeout=60) == ("", words)  # all that hold the pipes have ended
     assert process.returncode == code
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM", "SIGKILL"])
-def test_a_contestant_that_nobody_waits_for_ends_in_silence(race, tmp_path, stop):
-    process, (send, code, words) = race("works_until_told"), STOPS[stop]
+def test_a_worker_that_nobody_waits_for_ends_in_silence(start, tmp_path, stop):
+    process, (send, code, words) = start("works_until_told"), STOPS[stop]
     send(process.pid)
     if stop == "SIGKILL":
         process.wait()
@@ -143,12 +143,12 @@ def killed(*_):
     ("opener", "message"),
     [("out_of_memory", "broken failed: out of memory: give a smaller"), ("killed", "broken died with exit code -9")],
 )
-def test_a_contestant_without_memory_is_told_in_one_line(quick_contestants, dataset, monkeypatch, opener, message):
+def test_a_worker_without_memory_is_told_in_one_line(quick_workers, dataset, monkeypatch, opener, message):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=message) as caught:
-        Contestant(Entry(name="broken", opener=f"test_runner:{opener}"), work)
+        Worker(Case(name="broken", opener=f"test_runner:{opener}"), work)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -167,26 +167,26 @@ def fails_in_its_second_turn(*_):
 
 
 @pytest.fixture
-def race_of(dataset, monkeypatch):
-    """The rounds of a race: who took part, and why the others did not."""
+def rounds_of(dataset, monkeypatch):
+    """The workers that each round leaves, and why the others failed."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
 
     def rounds(count=1, needed=(), **openers):
-        entries = [
-            Entry(name=name.replace("_", ":"), opener=f"test_runner:{opener}", needed=name in needed)
+        cases = [
+            Case(name=name.replace("_", ":"), opener=f"test_runner:{opener}", needed=name in needed)
             for name, opener in openers.items()
         ]
-        for contestants, failures in runner.race(entries, work, rounds=count, seconds=1e-9):
-            yield [(each.entry.name, len(each.images_per_s)) for each in contestants], dict(failures)
+        for workers, failures in runner.run_rounds(cases, work, rounds=count, seconds=1e-9):
+            yield [(each.case.name, len(each.images_per_s)) for each in workers], dict(failures)
 
     return rounds
 
 
-def test_who_fails_is_left_out_and_the_others_go_on(race_of):
+def test_who_fails_is_left_out_and_the_others_go_on(rounds_of):
     with pytest.warns(Note) as notes:
-        first, second = race_of(
+        first, second = rounds_of(
             2, resident="works", peer_early="out_of_memory", peer_late="fails_in_its_second_turn", peer_plain="works"
         )
     early = {"peer:early": "peer:early failed: out of memory: give a smaller --batch-size."}
@@ -198,11 +198,11 @@ def test_who_fails_is_left_out_and_the_others_go_on(race_of):
     assert [str(note.message) for note in notes] == [f"left out: {reason}" for reason in failures.values()]
 
 
-def test_a_race_without_any_of_ours_or_without_one_that_is_needed_is_a_failure(race_of):
+def test_rounds_without_any_of_ours_or_without_one_that_is_needed_are_a_failure(rounds_of):
     with pytest.warns(Note), pytest.raises(RunError, match="nothing is left to compare"):
-        list(race_of(resident="out_of_memory", peer_plain="works"))
+        list(rounds_of(resident="out_of_memory", peer_plain="works"))
     with pytest.raises(RunError, match=r"^resident died with exit code -9"):
-        list(race_of(needed=["resident"], resident="killed", dali="works"))
+        list(rounds_of(needed=["resident"], resident="killed", dali="works"))
 
 
 # --- the load by others -----------------------------------------------------------------------------------------------

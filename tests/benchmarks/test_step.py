@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 
 from benchmarks import cases, roofline, step
 from benchmarks.__main__ import main
-from benchmarks.cases import Case
+from benchmarks.cases import StepCase
 from benchmarks.report import ratio
 from benchmarks.step import StepOptions, markdown_table, measure_steps, notes, tables
 from fastresnet import terminal
@@ -23,8 +23,8 @@ SMALL = {"models": ("resnet20",), "batch_sizes": (4,), "backends": ("eager",), "
 BASE = "train/resnet20/b4/fp32/channels_last/eager"
 
 
-def small_case(mode: str = "train", batch_size: int = 4) -> Case:
-    return Case(
+def small_case(mode: str = "train", batch_size: int = 4) -> StepCase:
+    return StepCase(
         mode=mode,
         model="resnet20",
         batch_size=batch_size,
@@ -83,11 +83,11 @@ def test_every_case_is_measured_in_every_round(result):
 def test_the_parts_are_those_of_the_step_beside_them():
     """The same batch norms, and nothing is learned."""
     case = small_case()
-    split, alone = cases.SplitContender(case, CPU), cases._train_step(case, CPU)
+    split, alone = cases.TimedParts(case, CPU), cases._train_step(case, CPU)
     fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, alone.model)]
     assert fused[0] == fused[1] != []
     before = [parameter.clone() for parameter in split._model.parameters()]
-    split.take_turn(0.001)
+    split.measure(0.001)
     assert all(map(torch.equal, before, split._model.parameters()))
     assert all(ms > 0 for (ms,) in split.ms.values())
 
@@ -131,14 +131,14 @@ def test_ratios_are_between_cases_that_differ_in_one_thing(result):
 
 
 def test_tables_fit_into_80_columns(result, capsys, monkeypatch):
-    from benchmarks.report import print_report
+    from benchmarks.report import print_tables
 
     monkeypatch.setenv("COLUMNS", "80")
     report = json.loads(json.dumps(result[0]))
     longest = {"model": "resnet110", "batch_size": 4096, "backend": "compile", "percent_of_roof": 123.4}
     figures = {"images_per_s": 525_400.0, "images_per_s_low": 501_234.0, "images_per_s_high": 531_234.0}
     report["rows"][0] |= longest | figures
-    print_report(tables(report), [])
+    print_tables(tables(report), [])
     out = capsys.readouterr().out
     assert "…" not in out
     assert "resnet110 b4096 fp32 NHWC compile 525 (501–531)" in " ".join(out.split())
@@ -197,17 +197,17 @@ def test_operators_of_a_gpu_are_its_kernels(tmp_path, monkeypatch):
             is_user_annotation=is_user_annotation,
         )  # fmt: skip
 
-    contender = cases.Contender(small_case(), CPU)
+    timed = cases.TimedStep(small_case(), CPU)
     monkeypatch.setattr(cases, "profile", Profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    contender._device = torch.device("cuda")
-    operators = contender.profile(tmp_path / "trace.json")
+    timed._device = torch.device("cuda")
+    operators = timed.profile(tmp_path / "trace.json")
     assert operators == [("cudnn::conv_kernel", pytest.approx(0.1), 1), ("Memset (Device)", pytest.approx(0.002), 1)]
 
 
 @pytest.mark.gpu
 def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path):
-    operators = cases.Contender(small_case(), torch.device("cuda")).profile(tmp_path / "trace.json", steps=3)
+    operators = cases.TimedStep(small_case(), torch.device("cuda")).profile(tmp_path / "trace.json", steps=3)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     on_gpu = [event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     assert sum(ms for _, ms, _ in operators) == pytest.approx(sum(on_gpu) / 1000 / 3)
@@ -216,15 +216,15 @@ def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path
 
 def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
     turns = []
-    take_turn = cases.Contender.take_turn
+    measure = cases.TimedStep.measure
 
     def stopped_in_the_second_round(self, seconds):
         turns.append(self.case.name)
         if turns.count(self.case.name) == 2:
             raise KeyboardInterrupt
-        take_turn(self, seconds)
+        measure(self, seconds)
 
-    monkeypatch.setattr(cases.Contender, "take_turn", stopped_in_the_second_round)
+    monkeypatch.setattr(cases.TimedStep, "measure", stopped_in_the_second_round)
     path = tmp_path / "steps.json"
     arguments = ["--models", "resnet20", "--batch-sizes", "2", "--backends", "eager", "--precisions", "fp32"]
     arguments += ["--seconds", "0.001", "--device", "cpu", "--json", str(path)]
@@ -283,7 +283,7 @@ def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
     monkeypatch.setattr(cases, "free_memory", lambda _: 10 << 20)
     case = small_case(mode, 1 << 16)
     with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
-        step._prepared(cases.Contender, case, torch.device("cpu"), lambda _: None)
+        step._prepared(cases.TimedStep, case, torch.device("cpu"), lambda _: None)
 
 
 def failing(monkeypatch, error, *names):
@@ -327,7 +327,7 @@ def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
 
 def test_a_benchmark_of_which_every_case_fails_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(cases, "free_memory", lambda _: 0)
-    monkeypatch.setattr(cases, "SplitContender", cases.Contender)
+    monkeypatch.setattr(cases, "TimedParts", cases.TimedStep)
     assert terminal.guarded(main, SMALLEST) == 1
     assert "every case has failed" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks import loaders, train
 from benchmarks.__main__ import main
 from benchmarks.cases import SameBatch
-from benchmarks.gpu_cases import Candidate, Case, compile_ahead
+from benchmarks.gpu_cases import Candidate, RecipeCase, compile_ahead
 from benchmarks.runner import WaitTimer, Work
 from fastresnet import terminal
 from fastresnet.config import TrainConfig
@@ -113,7 +113,7 @@ def change_nothing(step):
 def test_what_is_compiled_ahead_goes_into_the_cache(dataset, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     broken, good = (
-        Candidate(name="", case=Case("baseline", "resnet20", batch_size), change=change_nothing)
+        Candidate(name="", case=RecipeCase("baseline", "resnet20", batch_size), change=change_nothing)
         for batch_size in (1 << 20, 24)
     )
     compile_ahead([broken, good], dataset, CUDA)
