@@ -190,7 +190,7 @@ def _result(
             **spread(worker.images_per_s, "images_per_s"),
             "rounds": len(worker.images_per_s),
             "percent_of_limit": 100 * statistics.median(worker.images_per_s) / roof,
-            **worker.start,
+            **worker.opening,
             **worker.used,
         }
         for worker in workers

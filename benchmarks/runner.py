@@ -184,67 +184,80 @@ class Case:
 def run_rounds(
     cases: Sequence[Case], work: Work, *, rounds: int, seconds: float
 ) -> Iterator[tuple[list[Worker], Failures]]:
-    """Start all workers and give them turns of about `seconds`; yields, after every round, those that have had all
-    of their turns, and why the others have not.
+    """Measure all `cases` for about `seconds` in each round, one after the other.
 
-    Raises `RunError` where one fails that is needed, or all of this program's own.
+    Yields, after every round, the workers that have measured in each, and the reasons why others have not. Raises
+    `RunError` where a case fails that is needed, or all of this program's own.
     """
-    failures, workers = Failures(), []
+    failures, workers = Failures(), [Worker(case, work) for case in cases]
     with contextlib.ExitStack() as stack:
-        for case in cases:
-            with failures.left_out(case.name, needed=case.needed):
-                workers.append(Worker(case, work))
-                stack.callback(workers[-1].stop)
-        workers = _remaining(workers, failures)
+        for worker in workers:
+            stack.callback(worker.stop)
+        # All import at the same time, for seconds; then each is opened by itself, so that its first batch is timed.
+        for action in (Worker.start, Worker.wait, Worker.open):
+            workers = _in_turns(workers, failures, action)
         for _ in range(rounds):
-            for worker in workers:
-                with failures.left_out(worker.case.name, needed=worker.case.needed):
-                    worker.measure(seconds)
-            workers = _remaining(workers, failures)
+            workers = _in_turns(workers, failures, lambda worker: worker.measure(seconds))
             yield workers, failures
 
 
-def _remaining(workers: list[Worker], failures: Failures) -> list[Worker]:
+def _in_turns(workers: list[Worker], failures: Failures, action: Callable[[Worker], None]) -> list[Worker]:
+    """Apply `action` to one worker after the other, and return those that have not failed."""
+    for worker in workers:
+        with failures.left_out(worker.case.name, needed=worker.case.needed):
+            action(worker)
     remaining = [worker for worker in workers if worker.case.name not in failures]
     if not any(worker.case.kind == "ours" for worker in remaining):
-        raise RunError("all of this program's own workers have failed: nothing is left to compare.")
+        raise RunError("all of this program's own cases have failed: nothing is left to compare.")
     return remaining
 
 
 class Worker:
-    """The parent's end: starts the process and gives it turns. Raises `RunError` where the process fails."""
+    """A process that measures a case, seen from its parent. Its methods raise `RunError` where the process fails."""
 
     def __init__(self, case: Case, work: Work) -> None:
         self.case = case
+        self.opening: dict[str, float] = {}
+        """Seconds to the first batch; empty before it."""
         self.images_per_s: list[float] = []
         """Of every turn."""
         self.used: dict[str, int | float] = {}
         """Memory, processes, threads and share of waiting, so far."""
-        self._connection, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, case, work))
-        with _interruptions_held_back():
+        self._connection, self._theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(self._theirs, case, work))
+
+    def start(self) -> None:
+        """Start the process, which imports what every case needs."""
+        with self._theirs, _delayed_interruptions():
             self._process.start()
-        try:
-            theirs.close()
-            self.start: dict[str, float] = self._receive()
-        except BaseException:
-            self._process.kill()
-            raise
+
+    def wait(self) -> None:
+        """Wait until the process has imported what it needs."""
+        self._answer()
+
+    def open(self) -> None:
+        """Open the case and take its first batch."""
+        self.opening = self._ask("open")
 
     def measure(self, seconds: float) -> None:
         """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was read ahead."""
-        with contextlib.suppress(ConnectionError):  # of a process that has died, as `_receive` tells
-            self._connection.send(seconds)
-        images_per_s, self.used = self._receive()
+        images_per_s, self.used = self._ask("measure", seconds)
         self.images_per_s.append(images_per_s)
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process: at once unless it is open."""
         self._connection.close()
-        self._process.join(5)
-        self._process.kill()
+        if self._process.pid is not None:
+            self._process.join(5 if self.opening else 0)
+            self._process.kill()
+            self._process.join(5)
 
-    def _receive(self) -> Any:
+    def _ask(self, *message: Any) -> Any:
+        with contextlib.suppress(ConnectionError):  # of a process that has died, as `_answer` tells
+            self._connection.send(message)
+        return self._answer()
+
+    def _answer(self) -> Any:
         try:
             answer = self._connection.recv()
         except EOFError:
@@ -258,7 +271,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _interruptions_held_back() -> Iterator[None]:
+def _delayed_interruptions() -> Iterator[None]:
     """A Ctrl-C, which a terminal sends to all processes, arrives after the block; those begun in it never see one."""
     resource_tracker.ensure_running()  # the first process begun would begin it, and Python 3.11 then lets signals in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -270,24 +283,25 @@ def _interruptions_held_back() -> Iterator[None]:
 
 def _serve(connection: Connection, case: Case, work: Work) -> None:
     with contextlib.suppress(ConnectionError):  # the parent listens no more
-        _serve_turns(connection, case, work)
+        _answer_messages(connection, case, work)
     os._exit(0)  # the libraries' threads and processes have nothing left to save
 
 
-def _serve_turns(connection: Connection, case: Case, work: Work) -> None:
+def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
+    """Tell that this process is ready, then call the methods of the case that the parent names."""
     try:
-        import torch  # before the clock starts: every worker needs it
+        import torch  # before the clock starts: every case needs it
 
         from fastresnet.device import explained_failures
 
         multiprocessing.set_start_method(None, force=True)  # that of a program by itself, for the loaders' own workers
         torch.set_num_threads(work.threads)
         torch.zeros(1, device=work.device)  # so is the GPU's context
+        connection.send(None)
         with explained_failures("give a smaller --batch-size"):
-            turns = _OpenedCase(case, work)
-            connection.send(turns.start)
-            for seconds in _messages(connection):
-                connection.send(turns.measure(seconds))
+            opened = _OpenCase(case, work)
+            for method, *arguments in _messages(connection):
+                connection.send(getattr(opened, method)(*arguments))
     except UserError as error:
         connection.send(str(error))
     except Exception as error:  # noqa: BLE001  told to the parent
@@ -305,21 +319,32 @@ def _messages(connection: Connection) -> Iterator[Any]:
             return
 
 
-class _OpenedCase:
+class _OpenCase:
+    """A case in its process: opened by its module, and measured from within."""
+
     def __init__(self, case: Case, work: Work) -> None:
-        self._work, self._timer, self._waited, self._worked = work, WaitTimer(), 0.0, 0.0
+        self._case, self._work, self._timer = case, work, WaitTimer()
+        self._waited = self._worked = 0.0
+        self._baseline = self._peak = 0
+        self._batches: Iterator[Any] = iter(())
+
+    def open(self) -> dict[str, float]:
+        """Take the first batch; return how long it took, and how much of that a compiler."""
         self._baseline = self._peak = _memory()
         started = time.perf_counter()
-        module, _, function = case.opener.partition(":")
-        start_epoch: Epochs = getattr(importlib.import_module(module), function)(work, self._timer, **case.options)
+        module, _, function = self._case.opener.partition(":")
+        open_case = getattr(importlib.import_module(module), function)
+        start_epoch: Epochs = open_case(self._work, self._timer, **self._case.options)
+        first = self._first_batch(start_epoch, started)
+        if not self._case.compiles:
+            return {"first_batch_s": first}
+        return {"first_batch_s": first, "compile_s": first - self._first_batch(start_epoch, time.perf_counter())}
+
+    def _first_batch(self, start_epoch: Epochs, started: float) -> float:
+        """Begin with the epochs, and return the seconds from `started` to the first batch."""
         self._batches = _endless(start_epoch)
         self.deliver(0)
-        self.start = {"first_batch_s": time.perf_counter() - started}
-        if case.compiles:
-            started = time.perf_counter()
-            self._batches = _endless(start_epoch)
-            self.deliver(0)
-            self.start["compile_s"] = self.start["first_batch_s"] - (time.perf_counter() - started)
+        return time.perf_counter() - started
 
     def measure(self, seconds: float) -> tuple[float, dict[str, int | float]]:
         """A turn: images per second, and what has been used so far."""

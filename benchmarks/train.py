@@ -196,7 +196,7 @@ def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
             **spread(worker.images_per_s, "images_per_s"),
             "rounds": len(worker.images_per_s),
             "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(worker.images_per_s),
-            **worker.start,
+            **worker.opening,
             "waiting_percent": 0.0,
             **worker.used,
         }

@@ -1,6 +1,7 @@
 """Processes in turns: those that fail or are stopped, and the load by others while they are measured."""
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -16,6 +17,65 @@ import pytest
 from benchmarks import runner
 from benchmarks.runner import Case, OtherLoad, Work, Worker, _busy_ticks, _own_ticks
 from pipelines.errors import Note, RunError
+
+# --- the load by others -----------------------------------------------------------------------------------------------
+
+
+BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+
+
+def test_the_work_of_this_process_and_of_those_below_it_is_its_own():
+    def seconds():
+        """Own work as this program and as Python count it; the latter without children that live."""
+        times = os.times()
+        python = times.user + times.system + times.children_user + times.children_system
+        return _own_ticks() / runner._TICKS_PER_S, python
+
+    before = seconds()
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+    ended = seconds()
+    assert ended[0] - before[0] == pytest.approx(ended[1] - before[1], abs=0.05)  # up to five ticks of 10 ms
+    with subprocess.Popen([sys.executable, "-c", f"{BURN}\nprint(flush=True); input()"], stdin=-1, stdout=-1) as child:
+        child.stdout.readline()
+        alive = seconds()
+        assert alive[0] - ended[0] >= alive[1] - ended[1] + 0.3 - 0.05  # as above: each figure is rounded to ticks
+        child.communicate(b"\n")
+
+
+def test_all_work_on_the_machine_is_counted_as_somebodys():
+    busy, own = _busy_ticks(), _own_ticks()
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+    assert _busy_ticks() - busy >= _own_ticks() - own - 2  # the kernel rounds both to ticks
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "overloaded"), [(0.0, 2, False), (0.97, 1, False), (0.97, 2, True), (1.5, 1, True)]
+)
+def test_a_result_says_whether_there_was_more_to_do_than_processors(monkeypatch, others, threads, overloaded):
+    clock = iter([100.0, 110.0])
+    ticks = iter([5000, 5000 + round(10 * others * runner._TICKS_PER_S)])
+    monkeypatch.setattr(runner, "usable_processors", lambda: 2)
+    monkeypatch.setattr(runner, "_other_ticks", lambda: next(ticks))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    figures = OtherLoad().figures(threads)
+    assert figures == {"processors": 2, "other_load": others, "overloaded": overloaded}
+
+
+def test_a_busy_machine_is_told_under_the_tables_and_in_the_file(run, tmp_path, monkeypatch):
+    ticks = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(runner, "_other_ticks", lambda: next(ticks))
+    arguments = ("--models", "resnet20", "--batch-sizes", 2, "--precisions", "fp32", "--backends", "eager")
+    code, out, _ = run(
+        "bench", "step", *arguments, "--rounds", 1, "--seconds", 0.01, "--threads", 1, "--json", tmp_path / "r.json"
+    )
+    assert code == 0
+    assert "busy machine: others kept" in out
+    environment = json.loads((tmp_path / "r.json").read_text())["environment"]
+    assert (environment["overloaded"], environment["threads"]) == (True, 1)
+    assert "busy machine: others kept" in run("bench", "show", tmp_path / "r.json")[1]
+
+
+# --- processes in turns -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("compiles", "start"), [(True, (17, 12)), (False, (17,))])
@@ -37,13 +97,20 @@ def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(d
     monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     case = Case(name="slow", opener="slow_loader:open_loader", compiles=compiles)
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
-    assert tuple(runner._OpenedCase(case, work).start.values()) == start
+    assert tuple(runner._OpenCase(case, work).open().values()) == start
+
+
+def opened(case, work):
+    worker = Worker(case, work)
+    worker.start()
+    worker.wait()
+    worker.open()
 
 
 def test_a_worker_that_fails_ends_the_run_with_its_own_error(quick_workers, dataset):
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=r"^broken failed: ModuleNotFoundError: .*no_such_peer.* \(.*\.py:\d+\)$"):
-        Worker(Case(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
+        opened(Case(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
 
 
 PROGRAM = """
@@ -148,7 +215,7 @@ def test_a_worker_without_memory_is_told_in_one_line(quick_workers, dataset, mon
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
     with pytest.raises(RunError, match=message) as caught:
-        Worker(Case(name="broken", opener=f"test_runner:{opener}"), work)
+        opened(Case(name="broken", opener=f"test_runner:{opener}"), work)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -184,6 +251,44 @@ def rounds_of(dataset, monkeypatch):
     return rounds
 
 
+class Meeting:
+    """A worker that is given it begins when so many are there."""
+
+    def __init__(self, folder, workers):
+        self.arguments = folder, workers
+
+    def __reduce__(self):
+        return meet, self.arguments
+
+
+def meet(folder, workers):
+    (folder / str(os.getpid())).touch()
+    end = time.monotonic() + 30
+    while len(list(folder.iterdir())) < workers:
+        assert time.monotonic() < end, "the others have not begun"
+        time.sleep(0.01)
+    return folder
+
+
+def opens_alone(*_, folder):
+    (folder / "open").touch(exist_ok=False)
+    time.sleep(0.2)
+    (folder / "open").unlink()
+    return works()
+
+
+def test_workers_start_together_and_open_one_after_the_other(dataset, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    meeting = importlib.import_module("test_runner").Meeting(tmp_path, 3)  # as the workers will import it
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+    cases = [Case(name=f"{n}", opener="test_runner:opens_alone", options={"folder": meeting}) for n in range(3)]
+    ((workers, failures),) = runner.run_rounds(cases, work, rounds=1, seconds=1e-9)
+    assert [worker.case.name for worker in workers] == ["0", "1", "2"]
+    assert failures == {}
+    assert all(worker.opening["first_batch_s"] >= 0.2 for worker in workers)
+
+
 def test_who_fails_is_left_out_and_the_others_go_on(rounds_of):
     with pytest.warns(Note) as notes:
         first, second = rounds_of(
@@ -203,60 +308,3 @@ def test_rounds_without_any_of_ours_or_without_one_that_is_needed_are_a_failure(
         list(rounds_of(resident="out_of_memory", peer_plain="works"))
     with pytest.raises(RunError, match=r"^resident died with exit code -9"):
         list(rounds_of(needed=["resident"], resident="killed", dali="works"))
-
-
-# --- the load by others -----------------------------------------------------------------------------------------------
-
-
-BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
-
-
-def test_the_work_of_this_process_and_of_those_below_it_is_its_own():
-    def seconds():
-        """Own work as this program and as Python count it; the latter without children that live."""
-        times = os.times()
-        python = times.user + times.system + times.children_user + times.children_system
-        return _own_ticks() / runner._TICKS_PER_S, python
-
-    before = seconds()
-    subprocess.run([sys.executable, "-c", BURN], check=True)
-    ended = seconds()
-    assert ended[0] - before[0] == pytest.approx(ended[1] - before[1], abs=0.05)  # up to five ticks of 10 ms
-    with subprocess.Popen([sys.executable, "-c", f"{BURN}\nprint(flush=True); input()"], stdin=-1, stdout=-1) as child:
-        child.stdout.readline()
-        alive = seconds()
-        assert alive[0] - ended[0] >= alive[1] - ended[1] + 0.3 - 0.05  # as above: each figure is rounded to ticks
-        child.communicate(b"\n")
-
-
-def test_all_work_on_the_machine_is_counted_as_somebodys():
-    busy, own = _busy_ticks(), _own_ticks()
-    subprocess.run([sys.executable, "-c", BURN], check=True)
-    assert _busy_ticks() - busy >= _own_ticks() - own - 2  # the kernel rounds both to ticks
-
-
-@pytest.mark.parametrize(
-    ("others", "threads", "overloaded"), [(0.0, 2, False), (0.97, 1, False), (0.97, 2, True), (1.5, 1, True)]
-)
-def test_a_result_says_whether_there_was_more_to_do_than_processors(monkeypatch, others, threads, overloaded):
-    clock = iter([100.0, 110.0])
-    ticks = iter([5000, 5000 + round(10 * others * runner._TICKS_PER_S)])
-    monkeypatch.setattr(runner, "usable_processors", lambda: 2)
-    monkeypatch.setattr(runner, "_other_ticks", lambda: next(ticks))
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
-    figures = OtherLoad().figures(threads)
-    assert figures == {"processors": 2, "other_load": others, "overloaded": overloaded}
-
-
-def test_a_busy_machine_is_told_under_the_tables_and_in_the_file(run, tmp_path, monkeypatch):
-    ticks = iter(range(0, 10**9, 10**6))
-    monkeypatch.setattr(runner, "_other_ticks", lambda: next(ticks))
-    arguments = ("--models", "resnet20", "--batch-sizes", 2, "--precisions", "fp32", "--backends", "eager")
-    code, out, _ = run(
-        "bench", "step", *arguments, "--rounds", 1, "--seconds", 0.01, "--threads", 1, "--json", tmp_path / "r.json"
-    )
-    assert code == 0
-    assert "busy machine: others kept" in out
-    environment = json.loads((tmp_path / "r.json").read_text())["environment"]
-    assert (environment["overloaded"], environment["threads"]) == (True, 1)
-    assert "busy machine: others kept" in run("bench", "show", tmp_path / "r.json")[1]
