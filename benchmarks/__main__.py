@@ -1,13 +1,13 @@
 """usage: fastresnet bench COMMAND [OPTIONS], or python -m benchmarks COMMAND [OPTIONS]
 
-Measure this program and what people would use instead of it, in turns, on this machine.
+Measure this program and its peers, in turns, on this machine.
 
   loaders   images/s of the data pipelines, and of torchvision, DALI and FFCV as their users write them
-  step      images/s of the training step and of inference alone, and how near they come to the hardware's limit
+  step      images/s of the training step and of inference alone, beside the roofline of the machine
   train     images/s of training from end to end, and of other people's loops
   all       the three of them, with results and charts in a folder
   show      the tables of a result that was written with --json
-  compare   the ratios of two results, and what became slower
+  compare   the ratios of two results, and the rows that became slower
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class AllOptions:
     threads: Threads = "auto"
     """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide."""
     quick: bool = False
-    """A first look, in under 5 minutes on 2 CPU cores."""
+    """Take a first look, in under 5 minutes on 2 CPU cores."""
     out: Path = Path("bench")
-    """Folder for the results, loaders.json, loaders.png and so on; made if it is not there."""
+    """Folder for the results, loaders.json, loaders.png and so on; made if it is missing."""
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
@@ -70,9 +70,9 @@ class ShowOptions:
     """Show the tables of a result again."""
 
     result: Positional[Path]
-    """A file that was written with --json."""
+    """File that was written with --json."""
     markdown: bool = False
-    """As a table for a README."""
+    """Print it as a table for a README."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +80,9 @@ class CompareOptions:
     """Compare two results of the same benchmark, row by row."""
 
     before: Positional[Path]
-    """A file that was written with --json."""
+    """File that was written with --json."""
     after: Positional[Path]
-    """Another one."""
+    """Later result, written in the same way."""
 
 
 def show(options: ShowOptions) -> None:
@@ -91,7 +91,13 @@ def show(options: ShowOptions) -> None:
     module = module_of(result)
     try:
         markdown, tables, notes = module.markdown_table(result), module.tables(result), module.notes(result)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # what only this benchmark has
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ):  # entries of this benchmark only
         raise no_result(options.result) from None
     if options.markdown:
         print(markdown, end="")
@@ -102,7 +108,7 @@ def show(options: ShowOptions) -> None:
 def compare(options: CompareOptions) -> None:
     """Print the ratios of the rows that both have. Raises `UsageError` where the files cannot be compared.
 
-    Slower or faster is only what lies beyond the spread of both: whose rounds do not overlap.
+    A row is slower or faster only where its rounds do not overlap: beyond the spread of both.
     """
     before, after = read_result(options.before), read_result(options.after)
     if before["benchmark"] != after["benchmark"]:

@@ -1,13 +1,13 @@
 """usage: python -m benchmarks.gpu_cases ceilings|steps|candidates --json FILE [--rehearse]
 
-Measure, for gpu_suite.sh, what a GPU can do, what training steps take there, and what might make them faster.
+Measure, for gpu_suite.sh, the ceilings of a GPU, training steps on it, and changes that may make them faster.
 
-  ceilings     large copies and matrix products, and what the smallest kernel takes in a CUDA graph
+  ceilings     large copies and matrix products, and the time of the smallest kernel in a CUDA graph
   steps        captured training steps of some recipes: images/s, memory, and the time of each kernel
-  candidates   each of some changes in turns with the step as it is
+  candidates   each of some changes in turns with the unchanged step
 
-Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short:
-nothing is measured then. A CPU does it too, with small batches, and steps that are not captured.
+Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short,
+and nothing is measured. A CPU can rehearse too, with small batches, and steps that are not captured.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from typing import Any
 import torch
 import torch._dynamo
 from rich.console import Console
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
-from benchmarks.cases import memory_held, memory_taken, recorded
-from benchmarks.report import SCHEMA, Result, ratio, short, spread, write_result
+from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, recorded, steps_in
+from benchmarks.report import SCHEMA, Result, ratio, row_of, short, write_result
 from benchmarks.roofline import copy_bandwidth, matmul_rate, seconds_between, stamp
 from fastresnet.device import DTYPES, environment, resolve_device
 from fastresnet.recipes import create_config
@@ -54,7 +53,7 @@ class Extent:
     seconds: float = 0.4
     """Length of a turn."""
     batch_divisor: int = 1
-    """Smaller on a CPU, for which full batches would be too much."""
+    """Divisor of batch sizes on a CPU, for which full batches would be too much."""
     profiled_steps: int = 10
     copied_bytes: int = 256 << 20
     largest_product: int = 8192
@@ -78,7 +77,7 @@ REHEARSAL = Extent(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecipeCase:
-    """A recipe's training."""
+    """Training of a recipe."""
 
     recipe: str
     model: str
@@ -99,14 +98,14 @@ CASES = (SGD, LARGE, MUON, RecipeCase("speedrun", "resnet9-medium", 512))
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A change of a step that may make it faster."""
+    """Change of a step that may make it faster."""
 
     name: str
     case: RecipeCase
     compiled: bool = True
-    """Forward and backward pass by Inductor, else by PyTorch's own kernels, in a CUDA graph all the same."""
+    """True where Inductor compiles both passes; else PyTorch's own kernels are captured."""
     timed_convolutions: bool = False
-    """cuDNN times its algorithms for each convolution and takes the fastest, else the one that it expects to be."""
+    """True where cuDNN times its algorithms for each convolution; else it takes that which it expects to be fastest."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
@@ -114,17 +113,17 @@ class Candidate:
 
 
 def compile_update(step: TrainStep) -> None:
-    """Have the first optimiser's update compiled too."""
+    """Compile the update of the first optimiser too."""
     optimizer = step.optimizers[0]
     optimizer.step = torch.compile(optimizer.step, dynamic=False, **_compiler(step.count.device))  # type: ignore[assignment, method-assign]
 
 
 COMBINED = {"combo_kernels": True}
-# Without force, the reductions of batch norm stay plain ones over the pixels, with a block for each few channels: most
+# Without force the reductions of batch norm stay plain ones over the pixels, with a block for every few channels: most
 # of the GPU would be idle.
 COOPERATIVE = {"triton.cooperative_reductions": True, "triton.force_cooperative_reductions": True}
 
-# What needs no new kernels for the network comes first: it is quickly compiled.
+# Changes without new kernels for the network come first: they compile quickly.
 CANDIDATES = (
     Candidate(name="timed convolutions", case=SGD, timed_convolutions=True),
     Candidate(name="timed convolutions", case=LARGE, timed_convolutions=True),
@@ -141,7 +140,7 @@ CANDIDATES = (
 
 
 class TimedRecipe:
-    """Steps of a training, to be taken over and over: its captured step on a GPU, one step after the other on a CPU."""
+    """Steps of a training, ready to be measured: its captured step on a GPU, one step after the other on a CPU."""
 
     def __init__(
         self, case: RecipeCase, dataset: Dataset, device: torch.device, candidate: Candidate | None = None
@@ -172,21 +171,20 @@ class TimedRecipe:
         self._seconds_per_step = math.inf
         self.measure(0)
         self.prepare_s = time.perf_counter() - began
-        """Compilation and recording; the compiler's caches may have been warm."""
+        """Seconds of compilation and recording; the compiler's caches may have been warm."""
         self._memory = memory_taken(held)
 
     def measure(self, seconds: float) -> float:
-        """Take steps for about `seconds`; returns images/s."""
-        # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
+        """Take steps for about `seconds`; return images/s."""
         most = self._trainer.total_steps - 1  # each has a learning rate
-        steps = self._begin(min(max(round(seconds / self._seconds_per_step), 1), most))
+        steps = self._begin(steps_in(seconds, self._seconds_per_step, most))
         begin = stamp(self._device)
         taken = sum(1 for _ in steps)
         self._seconds_per_step = seconds_between(begin, stamp(self._device)) / taken
         return self.case.batch_size / self._seconds_per_step
 
     def _begin(self, count: int) -> Iterator[None]:
-        """`count` steps, to be taken after a first one, for which an epoch is planned."""
+        """Take a first step, which plans an epoch, and return `count` steps to be taken after it."""
         self._trainer.step.count.zero_()
         steps = self._engine.steps(0, 0, count + 1)
         next(steps)
@@ -197,39 +195,24 @@ class TimedRecipe:
     def row(self, name: str, images_per_s: list[float]) -> dict[str, Any]:
         """Return the figures of a case: its turns, preparation and memory."""
         return {
-            "name": name,
-            "kind": "ours",
+            **row_of(name, "ours", images_per_s),
             **dataclasses.asdict(self.case),
-            **spread(images_per_s, "images_per_s"),
-            "rounds": len(images_per_s),
             "ms_per_step": 1000 * self.case.batch_size / statistics.median(images_per_s),
             "prepare_s": self.prepare_s,
             **self._memory,
         }
 
     def kernels(self, count: int) -> dict[str, Any]:
-        """Kernels of a step (of a CPU: operators), by the profiler: how many, and ms of all and of each."""
-        on_gpu = self._device.type == "cuda"
+        """Profile `count` steps; return the kernels of one, on a CPU its operators: calls and ms, of all and each."""
         steps = self._begin(count)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        with profile(activities=activities(self._device)) as profiler:
             taken = sum(1 for _ in steps)
-            if on_gpu:
+            if self._device.type == "cuda":
                 torch.cuda.synchronize()
-        time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        # On a GPU the time of a kernel also stands at the operator that launched it, and at the regions it lies in.
-        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-        found = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
-        found.sort(key=lambda each: -getattr(each, time_of))
-
-        def per_step(*events: Any) -> dict[str, float]:
-            return {
-                "ms": sum(getattr(each, time_of) for each in events) / 1000 / taken,
-                "calls": sum(each.count for each in events) / taken,
-            }
-
+        kernels = kernels_of(profiler, self._device, taken)
         return {
-            "kernels_per_step": per_step(*found),
-            "kernels": [{"name": each.key[:200]} | per_step(each) for each in found],
+            "kernels_per_step": {"ms": sum(ms for _, ms, _ in kernels), "calls": sum(calls for *_, calls in kernels)},
+            "kernels": [{"name": name[:200], "ms": ms, "calls": calls} for name, ms, calls in kernels],
         }
 
     def close(self) -> None:
@@ -237,7 +220,7 @@ class TimedRecipe:
 
 
 def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Options of `torch.compile`. On a CPU, which only rehearses, nothing is generated."""
+    """Return options of `torch.compile`. On a CPU, which only rehearses, nothing is generated."""
     return {"options": inductor or None} if device.type == "cuda" else {"backend": "eager"}
 
 
@@ -265,7 +248,7 @@ def measure_ceilings(result: Result, path: Path, device: torch.device, extent: E
 
 
 def _small_kernel_seconds(device: torch.device, count: int) -> float:
-    """Seconds that the addition of two numbers takes among `count` like it, one after the other, in a CUDA graph."""
+    """Measure the seconds of an addition of two numbers among `count` like it in a CUDA graph."""
     number = torch.zeros(1, device=device)
 
     def add() -> None:
@@ -283,8 +266,8 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
 def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: torch.device) -> None:
     """Compile all `candidates` for a GPU at once, each in a process of its own: the compiler's cache then has them.
 
-    One after the other, four take 110 s of an H100 (with 16 processors beside it), which is idle for almost all of it.
-    What fails is tried again when its turn comes. A CPU, which only rehearses, has nothing to compile.
+    One after the other, four take 110 s of an H100 (with 16 processors), which is idle for almost all of it. A failed
+    one is tried again in its turn. A CPU, which only rehearses, has nothing to compile.
     """
     if device.type != "cuda":
         return
@@ -292,8 +275,8 @@ def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: tor
         futures = [pool.submit(_compile, candidate, dataset.folder, device) for candidate in candidates]
         for candidate, future in zip(candidates, futures, strict=True):
             if (error := future.exception()) is not None:
-                what = f"{candidate.name} {candidate.case.name}".strip()
-                print(f"{what} does not compile: {type(error).__name__}: {str(error).strip()[:500]}")
+                name = f"{candidate.name} {candidate.case.name}".strip()
+                print(f"{name} does not compile: {type(error).__name__}: {str(error).strip()[:500]}")
 
 
 def _compile(candidate: Candidate, folder: Path, device: torch.device) -> None:
@@ -322,7 +305,7 @@ def _measure_case(result: Result, path: Path, steps: TimedRecipe, extent: Extent
 
 
 def measure_candidates(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
-    """Give each of `CANDIDATES` turns, and before each of them one to the step as it is."""
+    """Measure each of `CANDIDATES` in turns with the unchanged step."""
     dataset = find_dataset("shapes10", None)
     unchanged: dict[RecipeCase, TimedRecipe] = {}
     as_they_are = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
@@ -355,7 +338,7 @@ def _sized(case: RecipeCase, device: torch.device, extent: Extent) -> RecipeCase
 
 @contextlib.contextmanager
 def _told(result: Result, path: Path, name: str) -> Iterator[None]:
-    """Write the result in the end, with a reason where measuring `name` fails: the others go on."""
+    """Write the result after the block, with a reason where measuring `name` fails: the others go on."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  whatever the compiler, the driver and the GPU think of

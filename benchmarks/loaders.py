@@ -1,4 +1,4 @@
-"""How many images a second each loader delivers, against the peers and the copy bandwidth of the same machine."""
+"""Throughput of every loader, beside its peers and the copy bandwidth of the same machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.report import (
     print_tables,
     ratio,
     ratios_table,
-    spread,
+    row_of,
     throughput,
     title,
     write_result,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
-"""Optional ones, and the modules that they bring."""
+"""Optional libraries, and the modules that they bring."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def measure_loaders(options: LoadersOptions) -> None:
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
-    """A pipeline of this program, whose batches are delivered as training gets them."""
+    """Open a pipeline of this program, whose batches are delivered as training gets them."""
     from pipelines import GatheringPipeline
 
     opened = work.open_pipeline(pipeline)
@@ -91,7 +91,7 @@ def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
 
 
 def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
-    """Batches that a CUDA graph gathers, one for each replay, as the graph of a training step begins."""
+    """Record the gathering of a batch as a CUDA graph, as that of a training step begins; replay it for each."""
     import torch
 
     from benchmarks.cases import recorded
@@ -117,7 +117,7 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
 
 
 def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
-    """A loader of `benchmarks.peers`; `workers` is how many processes or threads it is told to use."""
+    """Open a loader of `benchmarks.peers`, with so many `workers`: processes or threads of its own."""
     import torch
 
     from fastresnet.device import DTYPES
@@ -134,7 +134,7 @@ def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
 
 
 def _available(dataset: Dataset, device: str) -> list[Case]:
-    """All workers whose libraries are installed; a `Note` names the others."""
+    """List the cases whose libraries are installed; name the others in a `Note`."""
     workers = usable_processors()
     cases = [
         *(_ours(name, device) for name in PIPELINES),
@@ -163,7 +163,7 @@ def _peer(name: str, module: str, workers: int) -> Case:
 
 
 def _surroundings(device: Any) -> dict[str, Any]:
-    """What every figure carries, with the versions of the optional libraries."""
+    """Describe the device, the versions and the command, the versions of optional libraries included."""
     from fastresnet.device import environment, versions_of
 
     surroundings = environment(device)
@@ -185,10 +185,7 @@ def _result(
     roof = bandwidth / (PIXELS * (1 + DTYPES[work.precision].itemsize))
     rows = [
         {
-            "name": worker.case.name,
-            "kind": worker.case.kind,
-            **spread(worker.images_per_s, "images_per_s"),
-            "rounds": len(worker.images_per_s),
+            **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
             "percent_of_limit": 100 * statistics.median(worker.images_per_s) / roof,
             **worker.opening,
             **worker.used,
@@ -214,7 +211,7 @@ def _result(
 
 
 def tables(result: Result) -> list[Table]:
-    """Figures, and ratios to the peers."""
+    """Create the tables of figures and of ratios to the peers."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("1000 images/s", throughput),
@@ -227,7 +224,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def notes(result: Result) -> list[str]:
-    """What the tables do not say."""
+    """Explain compilations, the limit and memory, which the tables only name."""
     limits = result["limits"]
     return [
         *(
@@ -243,7 +240,7 @@ def notes(result: Result) -> list[str]:
 
 
 def markdown_table(result: Result) -> str:
-    """Figures and ratios for a README."""
+    """Format figures and ratios for a README."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
@@ -263,5 +260,5 @@ def _first_batch(row: dict[str, Any]) -> str:
 
 
 def draw_chart(result: Result, path: Path) -> None:
-    """Bars of images/s, and the copy limit."""
+    """Draw bars of images/s, and the copy limit."""
     draw_bars(result, path, "Loaders", (result["limits"]["images_per_s"], "copy limit of the machine"))

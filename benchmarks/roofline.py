@@ -1,4 +1,7 @@
-"""What a step computes and moves, counted by PyTorch while it runs: floating-point operations and bytes."""
+"""Roofline of a step: the bytes that it moves, counted while it runs, and the limits that a machine sets.
+
+`flops_per_image` of `fastresnet.models` counts what it computes.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,22 @@ from torch.utils._pytree import tree_leaves
 from fastresnet.device import DTYPES
 from fastresnet.models.layers import one_image
 
-# They allocate and write nothing.
+# These allocate, and write nothing.
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
-# What they write over is not read before.
+# These do not read the tensor that they write.
 _OVERWRITING = {"copy_", "fill_", "zero_"}
 
-# What batch norm reads twice in training: it knows neither the statistics of its input nor, on the way back, the sums
-# that they take part in before it has read everything.
+# Batch norm reads these twice in training. It has to read all of them for its statistics and, in the backward pass, for
+# its sums, before it can apply those.
 _TWICE = {"input", "grad_out", "grad_output"}
 
 
 def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
-    """Bytes of activations that a step holds at once for one image, each of whose values takes `itemsize` bytes.
+    """Count the bytes of activations that a step holds at once for one image, in values of `itemsize` bytes.
 
-    A training step keeps every activation that the backward pass needs; inference an input, an output and what an
-    addition takes beside them.
+    A training step keeps every activation that the backward pass needs. Inference keeps an input, an output and the
+    other operand of an addition.
     """
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # so that no address is given out twice
@@ -52,11 +55,11 @@ def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Sums the bytes that the operators run inside read and write: each tensor that goes in, and each that comes out;
-    twice what batch norm reads twice.
+    """Sum of the bytes that eager operators in the block read and write.
 
-    Eager operators, that is, none of which hands its result to the next in a register. Views and allocations move
-    nothing; an expanded tensor has as many bytes as lie in memory.
+    Each tensor counts that goes into an operator or comes out of it, and twice where batch norm reads it twice. None
+    stays in a register for the next operator. Views and allocations move nothing. An expanded tensor counts as the
+    bytes that lie in memory.
     """
 
     def __init__(self) -> None:
@@ -95,7 +98,7 @@ def _read_again(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments that `func` changes in place."""
+    """List the arguments that `func` changes in place."""
     return [
         args[position] if position < len(args) else kwargs.get(argument.name)
         for position, argument in enumerate(func._schema.arguments)
@@ -113,7 +116,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def stamp(device: torch.device) -> Any:
-    """Now; on a GPU, when it comes to this point of its work."""
+    """Record the time; on a GPU that at which it comes to this point of its work."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -122,7 +125,7 @@ def stamp(device: torch.device) -> Any:
 
 
 def seconds_between(begin: Any, end: Any) -> float:
-    """Waits for the second stamp."""
+    """Return the seconds between two stamps; wait for the second one."""
     if isinstance(begin, float):
         return end - begin
     end.synchronize()
@@ -130,7 +133,7 @@ def seconds_between(begin: Any, end: Any) -> float:
 
 
 def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> float:
-    """Seconds that the fastest of so many runs of `work` takes; a GPU has the next one before it is done with one."""
+    """Return the seconds of the fastest of `times` runs of `work`, of which a GPU always has the next one queued."""
     stamps = [stamp(device)]
     for _ in range(times):
         work()
@@ -139,17 +142,17 @@ def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> floa
 
 
 def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
-    """Bytes a second that a large copy reads and writes together on `device`; the best of 6."""
+    """Measure the bytes a second that a large copy reads and writes together: the best of 6."""
     source = torch.ones(size, dtype=torch.uint8, device=device)  # pages never written would all be one cached page
     target = torch.empty_like(source)
     return 2 * size / _shortest(lambda: target.copy_(source), device, 6)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05, largest: int = 8192) -> float:
-    """Floating-point operations a second of a large square matrix product, a multiply-add counted as 2.
+    """Measure the floating-point operations a second of a large square matrix product; a multiply-add is 2.
 
-    The best of all sizes from 256 on, doubled until one product takes `seconds`: what fills a GPU would keep a CPU busy
-    for minutes, above all in a type that it has to emulate.
+    The best of all sizes from 256 on counts. They double until one product takes `seconds`: the size that fills a GPU
+    would keep a CPU busy for minutes, above all in a type that it emulates.
     """
     best, size, shortest = 0.0, 256, 0.0
     while shortest < seconds and size <= largest:
@@ -160,7 +163,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05,
 
 
 class Limits:
-    """What the machine achieves at the two things that a step is made of, measured in every round."""
+    """Limits of a machine at copies and matrix products, measured in every round."""
 
     def __init__(self, device: torch.device, precisions: Sequence[str]) -> None:
         self._device = device
@@ -168,12 +171,21 @@ class Limits:
         self._matmul: dict[str, list[float]] = {precision: [] for precision in precisions}
 
     def measure(self) -> None:
+        """Measure both once more."""
         self._copy.append(copy_bandwidth(self._device))
         for precision, rates in self._matmul.items():
             rates.append(matmul_rate(self._device, DTYPES[precision]))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the medians: `limits` in a result."""
         return {
             "copy_gb_per_s": statistics.median(self._copy) / 1e9,
             "matmul_tflops": {name: statistics.median(rates) / 1e12 for name, rates in self._matmul.items()},
         }
+
+
+def roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
+    """Return the images/s at which the counted FLOPs or bytes of `row` take all of the time, and which of them do."""
+    compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
+    memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
+    return (compute, "compute") if compute < memory else (memory, "memory")

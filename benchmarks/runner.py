@@ -1,7 +1,7 @@
-"""One worker in a process of its own, measured from within: its speed, its memory, its threads, its start.
+"""Cases in processes of their own, measured from within, in turns.
 
-In one process the workers would share memory, thread pools and imported libraries, and none could be told what it
-costs. The parent gives them turns; one that has no turn waits, with its read-ahead full.
+In one process they would share memory, thread pools and imported libraries, and none could be told what it costs. A
+worker that has no turn waits, with its read-ahead full.
 """
 
 from __future__ import annotations
@@ -15,35 +15,87 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import Failures, in_one_line
 from fastresnet import terminal
 from fastresnet.config import DEVICES, PRECISIONS
 from fastresnet.threads import Threads, check_threads
 from pipelines import Pipeline, usable_processors
-from pipelines.errors import RunError, UsageError, UserError, check_choice
+from pipelines.errors import Note, RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
 
 if TYPE_CHECKING:
     import torch
 
+Epochs = Callable[[int], Iterable[Any]]
+"""Begins an epoch: its items are batches delivered, or steps taken."""
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _TOLERATED = 0.1
-"""Processors: what a machine does anyway."""
+"""Processors that a machine keeps busy anyway."""
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """Options of every benchmark that runs workers. Raises `UsageError` on impossible values."""
+
+    data: str = "cifar10"
+    """Name or folder of the data set."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    batch_size: int = 128
+    """Images per batch."""
+    rounds: int = 7
+    """Rounds, in each of which every case has a turn."""
+    seconds: float = 2.0
+    """Length of a turn."""
+    quick: bool = False
+    """3 short rounds, for a first look; compiles nothing on a CPU."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that PyTorch computes with on a CPU, in all workers: a number, or auto, for which a few trial steps
+    decide; loaders, which have no steps, take PyTorch's default."""
+    precision: str = "auto"
+    """Precision of this program: auto, fp32, bf16 or fp16."""
+    json: Path | None = None
+    """Write the figures to this file, after every round."""
+    chart: Path | None = None
+    """Draw them in this file (.png, .svg or .pdf)."""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        check_common(self, f"--batch-size {self.batch_size}", self.batch_size)
+
+
+def check_common(options: Any, size: str, smallest: int) -> None:
+    """Raise `UsageError` where options of all benchmarks are impossible; `size` names the batches in its message."""
+    check_choice("device", options.device, DEVICES)
+    check_threads(options.threads)
+    terminal.check_output("--json", options.json)
+    terminal.check_output("--chart", options.chart)
+    if options.chart is not None:
+        check_choice("kind of chart", options.chart.suffix, (".png", ".svg", ".pdf"))
+    if options.rounds < 1 or not 0 < options.seconds < math.inf or smallest < 1:
+        told = f"--rounds {options.rounds} --seconds {options.seconds} {size}".rstrip()
+        raise UsageError(f"{told}: there is nothing to measure.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What every worker does."""
+    """Conditions that all cases share."""
 
     folder: Path
-    """The store."""
+    """Folder of the store."""
     batch_size: int
     device: str
     precision: str
@@ -52,7 +104,7 @@ class Work:
     """Threads that PyTorch computes with on a CPU, in each worker."""
 
     def open_pipeline(self, name: str) -> Pipeline:
-        """A pipeline of this program, for training with the usual augmentation."""
+        """Open a pipeline of this program, for training with the usual augmentation."""
         import torch
 
         from fastresnet.device import DTYPES
@@ -71,51 +123,8 @@ class Work:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    """What every race can be told. Raises `UsageError` on impossible values."""
-
-    data: str = "cifar10"
-    """Name or folder of the data set."""
-    root: Path | None = None
-    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
-    batch_size: int = 128
-    """Images per batch."""
-    rounds: int = 7
-    """Turns that each worker gets."""
-    seconds: float = 2.0
-    """Length of a turn."""
-    quick: bool = False
-    """3 short rounds, for a first look; compiles nothing on a CPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    threads: Threads = "auto"
-    """Threads that PyTorch computes with on a CPU, in all workers: a number, or auto, for which a few trial steps
-    decide; loaders, which have no steps, take PyTorch's default."""
-    precision: str = "auto"
-    """Of this program: auto, fp32, bf16 or fp16."""
-    json: Path | None = None
-    """Write the figures to this file, after every round."""
-    chart: Path | None = None
-    """Draw them in this file (.png, .svg or .pdf)."""
-
-    def __post_init__(self) -> None:
-        check_choice("device", self.device, DEVICES)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_threads(self.threads)
-        terminal.check_output("--json", self.json)
-        terminal.check_output("--chart", self.chart)
-        if self.chart is not None:
-            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
-        if self.rounds < 1 or not 0 < self.seconds < math.inf or self.batch_size < 1:
-            raise UsageError(
-                f"--rounds {self.rounds} --seconds {self.seconds} --batch-size {self.batch_size}: there is nothing to "
-                "measure."
-            )
-
-
 def describe_work(options: WorkerOptions) -> tuple[Dataset, torch.device, Work]:
-    """Data set and device that `options` stand for, and the work they make.
+    """Open the data set and find the device that `options` name; return both and the work.
 
     Raises `UsageError` and `DataError` where they do not exist or do not fit together.
     """
@@ -138,18 +147,14 @@ def describe_work(options: WorkerOptions) -> tuple[Dataset, torch.device, Work]:
     return dataset, device, work
 
 
-Epochs = Callable[[int], Iterable[Any]]
-"""Begins an epoch: its items are units of work, a batch delivered or a step taken."""
-
-
 class WaitTimer:
-    """Measures how long a loop waits for its batches."""
+    """Clock that runs while a loop waits for its batches."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches, timed."""
+        """Yield the same batches, and time the waiting."""
         iterator = iter(batches)
         while True:
             started = time.perf_counter()
@@ -162,23 +167,49 @@ class WaitTimer:
             yield batch
 
 
+# --- rounds ------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Who takes part."""
+    """Loader or loop to measure."""
 
     name: str
-    """`peer:` begins that of a peer."""
+    """Name of its row; that of a peer begins with `peer:`."""
     opener: str
     """`module:function`, called with the `Work`, a `WaitTimer` to use or not, and the options; returns `Epochs`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
-    """Whether the first batch waits for a compiler, which is then told apart."""
+    """True where the first batch waits for a compiler, whose time is then told apart."""
     needed: bool = False
-    """Nothing can be compared without it."""
+    """True where nothing can be compared without it."""
 
     @property
     def kind(self) -> str:
         return "peer" if self.name.startswith("peer:") else "ours"
+
+
+class Failures(dict[str, str]):
+    """Reasons of failures by the name of the case: `failed` in a result."""
+
+    @contextlib.contextmanager
+    def left_out(self, name: str, *, needed: bool = False) -> Iterator[None]:
+        """Leave `name` out where the block raises an error, and tell it in a `Note`; raise it where it is `needed`."""
+        try:
+            yield
+        except Exception as error:  # PyTorch and the libraries of peers raise anything
+            if needed:
+                raise
+            self[name] = str(error) if isinstance(error, UserError) else f"{name} failed: {in_one_line(error)}"
+            warnings.warn(f"left out: {self[name]}", Note, stacklevel=1)
+
+
+def in_one_line(error: Exception) -> str:
+    """Describe `error` and the place where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # which importing has of its own
+    reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def run_rounds(
@@ -186,8 +217,8 @@ def run_rounds(
 ) -> Iterator[tuple[list[Worker], Failures]]:
     """Measure all `cases` for about `seconds` in each round, one after the other.
 
-    Yields, after every round, the workers that have measured in each, and the reasons why others have not. Raises
-    `RunError` where a case fails that is needed, or all of this program's own.
+    Yields, after every round, the workers that are left, and the failures of the others. Raises `RunError` where a
+    case fails that is needed, or all of this program's own.
     """
     failures, workers = Failures(), [Worker(case, work) for case in cases]
     with contextlib.ExitStack() as stack:
@@ -213,14 +244,14 @@ def _in_turns(workers: list[Worker], failures: Failures, action: Callable[[Worke
 
 
 class Worker:
-    """A process that measures a case, seen from its parent. Its methods raise `RunError` where the process fails."""
+    """Process that measures a case, as its parent sees it. Its methods raise `RunError` where the process fails."""
 
     def __init__(self, case: Case, work: Work) -> None:
         self.case = case
         self.opening: dict[str, float] = {}
-        """Seconds to the first batch; empty before it."""
+        """Seconds to the first batch, and of its compilation; empty before."""
         self.images_per_s: list[float] = []
-        """Of every turn."""
+        """Throughput of every turn."""
         self.used: dict[str, int | float] = {}
         """Memory, processes, threads and share of waiting, so far."""
         self._connection, self._theirs = multiprocessing.Pipe()
@@ -240,12 +271,15 @@ class Worker:
         self.opening = self._ask("open")
 
     def measure(self, seconds: float) -> None:
-        """Deliver batches for about `seconds`, after a third of that untimed, which uses up what was read ahead."""
+        """Deliver batches for about `seconds`.
+
+        A third of that comes before them, untimed: it uses up what was read ahead.
+        """
         images_per_s, self.used = self._ask("measure", seconds)
         self.images_per_s.append(images_per_s)
 
     def stop(self) -> None:
-        """End the process: at once unless it is open."""
+        """End the process, at once where it is not open yet."""
         self._connection.close()
         if self._process.pid is not None:
             self._process.join(5 if self.opening else 0)
@@ -272,13 +306,19 @@ class Worker:
 
 @contextlib.contextmanager
 def _delayed_interruptions() -> Iterator[None]:
-    """A Ctrl-C, which a terminal sends to all processes, arrives after the block; those begun in it never see one."""
+    """Delay a Ctrl-C, which a terminal sends to all processes, to the end of the block.
+
+    Processes that are started in it never see one.
+    """
     resource_tracker.ensure_running()  # the first process begun would begin it, and Python 3.11 then lets signals in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# --- in the worker -----------------------------------------------------------------------------------------------
 
 
 def _serve(connection: Connection, case: Case, work: Work) -> None:
@@ -311,7 +351,7 @@ def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
 
 
 def _messages(connection: Connection) -> Iterator[Any]:
-    """What arrives until the other end is closed."""
+    """Yield what arrives until the other end is closed."""
     while True:
         try:
             yield connection.recv()
@@ -320,7 +360,7 @@ def _messages(connection: Connection) -> Iterator[Any]:
 
 
 class _OpenCase:
-    """A case in its process: opened by its module, and measured from within."""
+    """Case in its own process: opened by its module, and measured from within."""
 
     def __init__(self, case: Case, work: Work) -> None:
         self._case, self._work, self._timer = case, work, WaitTimer()
@@ -329,7 +369,10 @@ class _OpenCase:
         self._batches: Iterator[Any] = iter(())
 
     def open(self) -> dict[str, float]:
-        """Take the first batch; return how long it took, and how much of that a compiler."""
+        """Take the first batch; return the seconds to it, and of its compilation where there is one.
+
+        The compilation is what the first batch takes longer than that of a second start.
+        """
         self._baseline = self._peak = _memory()
         started = time.perf_counter()
         module, _, function = self._case.opener.partition(":")
@@ -341,13 +384,13 @@ class _OpenCase:
         return {"first_batch_s": first, "compile_s": first - self._first_batch(start_epoch, time.perf_counter())}
 
     def _first_batch(self, start_epoch: Epochs, started: float) -> float:
-        """Begin with the epochs, and return the seconds from `started` to the first batch."""
+        """Begin the epochs anew, and return the seconds from `started` to the first batch."""
         self._batches = _endless(start_epoch)
         self.deliver(0)
         return time.perf_counter() - started
 
     def measure(self, seconds: float) -> tuple[float, dict[str, int | float]]:
-        """A turn: images per second, and what has been used so far."""
+        """Return the images/s of a turn, and what has been used so far."""
         self.deliver(seconds / 3)
         waited, started = self._timer.seconds, time.perf_counter()
         images_per_s = self.deliver(seconds)
@@ -356,7 +399,7 @@ class _OpenCase:
         return images_per_s, self._used()
 
     def deliver(self, seconds: float) -> float:
-        """Images per second over at least `seconds` and one batch."""
+        """Return the images/s over at least `seconds` and one batch."""
         import torch
 
         started, batches = time.perf_counter(), 0
@@ -370,7 +413,7 @@ class _OpenCase:
         return batches * self._work.batch_size / elapsed
 
     def _used(self) -> dict[str, int | float]:
-        """Memory beyond PyTorch's own at its highest, processes and threads now, share of the turns spent waiting."""
+        """Return the highest memory beyond PyTorch's own, processes and threads now, and the share of waiting."""
         import torch
 
         processes = process_tree()
@@ -392,9 +435,9 @@ def _endless(start_epoch: Epochs) -> Iterator[Any]:
 
 
 def _memory() -> int:
-    """Bytes that this process and those below it hold: pages of their own, and files that this one has in memory.
+    """Count the bytes that this process and those below it hold.
 
-    Pages that forked processes still share are counted once.
+    They are pages of their own, and files that this one has in memory. Pages that forked processes share count once.
     """
     shared = _fields("/proc/self/smaps_rollup")
     files = shared["Rss"] - shared["Anonymous"] - shared.get("Shmem", 0)
@@ -406,23 +449,27 @@ def _memory() -> int:
 
 
 def _fields(path: str) -> dict[str, int]:
-    """Figures of a /proc file, kB."""
+    """Read the figures of a /proc file, in kB."""
     lines = (line.split() for line in Path(path).read_text().splitlines()[1:])
     return {words[0].rstrip(":"): int(words[1]) for words in lines}
 
 
+# --- load by others ----------------------------------------------------------------------------------------------
+
+
 class OtherLoad:
-    """Counts, from its creation on, how many of the usable processors others keep busy: their processes, and other
-    guests of the same host. This process and all below it are left out.
+    """Count of the usable processors that others have kept busy since it was created.
+
+    Others are their processes, and other guests of the same host; not this process and all below it.
     """
 
     def __init__(self) -> None:
         self._began, self._ticks = time.monotonic(), _other_ticks()
 
     def figures(self, threads: int) -> dict[str, Any]:
-        """Return the entries of a result where `threads` threads are measured: `other_load`, the mean number of
-        processors, and `overloaded`, true where they and the threads are more than the usable `processors`. Empty
-        without /proc.
+        """Return the mean load by others, and `overloaded` where it and `threads` exceed the usable `processors`.
+
+        They are entries of a result's environment; there are none without /proc.
         """
         if self._ticks is None:
             return {}
@@ -433,7 +480,7 @@ class OtherLoad:
 
 
 def process_tree() -> list[int]:
-    """This process and all below it."""
+    """List this process and all below it."""
     tree = [os.getpid()]
     for process in tree:  # grows while it is read
         for children in Path(f"/proc/{process}/task").glob("*/children"):
@@ -443,12 +490,12 @@ def process_tree() -> list[int]:
 
 
 def _other_ticks() -> int | None:
-    """Ticks that others have kept the usable processors busy; None where there is no /proc."""
+    """Count the ticks of others on the usable processors; None where there is no /proc."""
     return _busy_ticks() - _own_ticks() if Path("/proc/stat").exists() else None
 
 
 def _busy_ticks() -> int:
-    """Ticks that the usable processors have been busy, or taken by the host (proc(5), /proc/stat)."""
+    """Count the ticks that the usable processors were busy, or taken by the host (proc(5), /proc/stat)."""
     usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
     ticks = 0
@@ -460,7 +507,7 @@ def _busy_ticks() -> int:
 
 
 def _own_ticks() -> int:
-    """Ticks of this process, of all below it, and of those among them that have ended (proc(5), /proc/PID/stat)."""
+    """Count the ticks of this process and all below it, ended ones too (proc(5), /proc/PID/stat)."""
     ticks = 0
     for process in process_tree():
         with contextlib.suppress(OSError):  # it has just ended

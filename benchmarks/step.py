@@ -1,13 +1,11 @@
-"""How fast the training step and inference are by themselves, without data, and how near to what the hardware allows.
+"""Throughput of the training step and of inference alone, without data, beside the roofline of the machine.
 
-Starting from one base case, one thing at a time is varied: network, batch size, precision, memory format, backend.
+One thing at a time is varied from a base case: network, batch size, precision, memory format, backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ from rich.table import Table
 from benchmarks.report import (
     SCHEMA,
     Column,
-    Failures,
     Result,
     common_notes,
     figures_table,
@@ -30,23 +27,21 @@ from benchmarks.report import (
     ratio,
     save_figure,
     short,
-    spread,
     table,
     throughput,
     write_result,
 )
-from benchmarks.runner import OtherLoad
+from benchmarks.runner import Failures, OtherLoad, check_common
 from fastresnet import terminal
-from fastresnet.config import COMPILE, DEVICES, PRECISIONS
+from fastresnet.config import COMPILE, PRECISIONS
 from fastresnet.models import list_models
-from fastresnet.threads import Threads, check_threads, settled_threads
+from fastresnet.threads import Threads, settled_threads
 from pipelines.errors import RunError, UsageError, check_choice
 
 if TYPE_CHECKING:
     import torch
 
     from benchmarks.cases import StepCase, TimedParts, TimedStep
-    from benchmarks.roofline import Limits
 
 Value = TypeVar("Value")
 
@@ -59,7 +54,7 @@ QUICK_BATCH_SIZES = {"cpu": (32, 128, 512), "cuda": (128, 1024)}
 QUICK_BACKENDS = {"cpu": ("eager",), "cuda": ("eager", "graph")}
 
 MEMORY_FORMATS = {"channels_last": "NHWC", "contiguous": "NCHW"}
-"""And how tables call them."""
+"""Memory formats, and their names in tables."""
 
 _BOUNDS = {"compute": "FLOPs", "memory": "bytes"}
 
@@ -70,7 +65,7 @@ _COMPARISONS = (
     ("backend", "compile", "eager"),
     ("backend", "graph", "eager"),
 )
-"""What is compared with what: cases that differ in nothing else."""
+"""Field, value, and the value that it is compared with, in cases that differ in nothing else."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +85,7 @@ class StepOptions:
     backends: tuple[str, ...] = ()
     """eager, compile or graph. Without it: all that the device has (compiling takes a minute on 2 CPU cores)."""
     rounds: int = 7
-    """Turns that each case gets."""
+    """Rounds, in each of which every case has a turn."""
     seconds: float = 1.0
     """Length of a turn."""
     quick: bool = False
@@ -113,21 +108,11 @@ class StepOptions:
             check_choice("precision", precision, PRECISIONS[1:])
         for backend in self.backends:
             check_choice("backend", backend, COMPILE.values())
-        check_choice("device", self.device, DEVICES)
-        check_threads(self.threads)
-        terminal.check_output("--json", self.json)
-        terminal.check_output("--chart", self.chart)
         terminal.check_output("--profile", self.profile)
-        if self.chart is not None:
-            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
         if self.profile is not None:
             check_choice("kind of trace", self.profile.suffix, (".json",))
-        if self.rounds < 1 or not 0 < self.seconds < math.inf or min(self.batch_sizes, default=1) < 1:
-            sizes = "".join(f" {size}" for size in self.batch_sizes)
-            raise UsageError(
-                f"--rounds {self.rounds} --seconds {self.seconds}{' --batch-sizes' if sizes else ''}{sizes}: there is "
-                "nothing to measure."
-            )
+        sizes = " ".join(["--batch-sizes", *map(str, self.batch_sizes)]) if self.batch_sizes else ""
+        check_common(self, sizes, min(self.batch_sizes, default=1))
 
 
 def measure_steps(options: StepOptions) -> None:
@@ -149,40 +134,37 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
 
     from benchmarks.cases import TimedParts, TimedStep
     from benchmarks.roofline import Limits
-    from fastresnet.device import environment
+    from fastresnet.device import environment, explained_failures
 
-    base, load = cases[0], OtherLoad()
+    base, load, failures = cases[0], OtherLoad(), Failures()
     of_base = {key: value for key, value in dataclasses.asdict(base).items() if key != "mode"}
     surroundings = {**environment(device), **of_base}
     rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
-    split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
-    split_cases.insert(0, dataclasses.replace(base, backend="eager"))
     limits = Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
-    entrants: dict[str, tuple[type[TimedStep | TimedParts], StepCase]] = {
-        case.name: (TimedStep, case) for case in cases
-    }
-    entrants |= {f"parts of {case.name}": (TimedParts, case) for case in split_cases}
+    split = [dataclasses.replace(case, backend="eager") for case in cases if case is base or case.model != base.model]
+    planned: dict[str, tuple[type[TimedStep | TimedParts], StepCase]] = {case.name: (TimedStep, case) for case in cases}
+    planned |= {f"parts of {case.name}": (TimedParts, case) for case in split}
     ready: dict[str, TimedStep | TimedParts] = {}
-    failures = Failures()
     # Every case compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
     many = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with many, _progress((1 + rounds) * len(entrants)) as tell:
+    with many, _progress((1 + rounds) * len(planned)) as tell:
         for number in range(rounds):
             limits.measure()
-            for name, (kind, case) in entrants.items():
+            for name, (kind, case) in planned.items():
                 if name in failures:
                     continue
-                with failures.left_out(name):
-                    # Preparing may take half a minute: what comes before has its turn, and is written, by then.
+                advice = f"{case.name} does not fit; give smaller --batch-sizes"
+                with failures.left_out(name), explained_failures(advice):
+                    # Preparing may take half a minute: cases before it have been measured, and written, by then.
                     if number == 0:
-                        ready[name] = _prepared(kind, case, device, tell)
+                        tell(f"preparing {case.name}")
+                        ready[name] = kind(case, device)
                     tell(f"round {number + 1} of {rounds}: {name}")
-                    with _explained(case):
-                        ready[name].measure(seconds)
+                    ready[name].measure(seconds)
                 if name in failures:
                     ready.pop(name, None)
                 surroundings |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
-                result = _result(list(ready.values()), failures, limits, surroundings)
+                result = _result(list(ready.values()), failures, limits.to_dict(), surroundings)
                 write_result(result, options.json)
     if not result["rows"]:
         raise RunError("every case has failed: there is nothing to show.")
@@ -199,7 +181,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
 
 
 def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
-    """The cases, each once: first the base, then what differs from it in one thing, or is inference."""
+    """List the cases, each once: the base, then those that differ from it in one thing, or are inference."""
     from benchmarks.cases import StepCase
     from fastresnet.device import resolve_precision, supports
 
@@ -237,94 +219,45 @@ def _preferred(value: Value, among: Sequence[Value]) -> Value:
     return value if value in among else among[0]
 
 
-def _prepared(
-    kind: Callable[[StepCase, torch.device], Any], case: StepCase, device: torch.device, tell: Callable[[str], None]
-) -> Any:
-    tell(f"preparing {case.name}")
-    with _explained(case):
-        return kind(case, device)
-
-
-@contextmanager
-def _explained(case: StepCase) -> Iterator[None]:
-    from fastresnet.device import explained_failures
-
-    with explained_failures(f"{case.name} does not fit; give smaller --batch-sizes"):
-        yield
-
-
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, drawn only between turns: a thread that draws would take part in what is measured."""
+    """Show a bar on a terminal, drawn only between turns: a thread that draws would disturb them."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-        yield lambda what: progress.update(task, description=what, advance=1, refresh=True)
+        yield lambda text: progress.update(task, description=text, advance=1, refresh=True)
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
 def _result(
-    ready: list[TimedStep | TimedParts], failures: Failures, limits: Limits, surroundings: dict[str, Any]
+    ready: list[TimedStep | TimedParts], failures: Failures, limits: dict[str, Any], surroundings: dict[str, Any]
 ) -> Result:
     from benchmarks.cases import TimedParts, TimedStep
 
-    timed_steps = [each for each in ready if isinstance(each, TimedStep)]
-    measured = limits.to_dict()
+    steps = [each for each in ready if isinstance(each, TimedStep)]
     return {
         "schema": SCHEMA,
         "benchmark": "step",
         "environment": surroundings,
-        "limits": measured,
-        "rows": [_row(timed, measured) for timed in timed_steps],
-        "splits": [
-            {
-                "model": split.case.model,
-                **{key: value for part, ms in split.ms.items() for key, value in spread(ms, f"{part}_ms").items()},
-            }
-            for split in ready
-            if isinstance(split, TimedParts)
-        ],
-        "ratios": _ratios(timed_steps),
+        "limits": limits,
+        "rows": [step.row(limits) for step in steps],
+        "splits": [each.row() for each in ready if isinstance(each, TimedParts)],
+        "ratios": _ratios(steps),
         "failed": failures,
     }
 
 
-def _row(timed: TimedStep, limits: dict[str, Any]) -> dict[str, Any]:
-    case = timed.case
-    row = {
-        "name": case.name,
-        "kind": "ours",
-        **spread(timed.images_per_s, "images_per_s"),
-        "rounds": len(timed.images_per_s),
-        **dataclasses.asdict(case),
-        "ms_per_step": 1000 * case.batch_size / statistics.median(timed.images_per_s),
-        "prepare_s": timed.prepare_s,
-        "flops_per_image": timed.flops_per_image,
-        "bytes_per_image": timed.bytes_per_image,
-        **timed.memory,
-    }
-    roof, bound = _roof(row, limits)
-    return {**row, "percent_of_roof": 100 * row["images_per_s"] / roof, "bound": bound}
-
-
-def _roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
-    """Images/s at which computing or moving what was counted takes all of the time, and which of the two it is."""
-    compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
-    memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
-    return (compute, "compute") if compute < memory else (memory, "memory")
-
-
-def _ratios(timed_steps: list[TimedStep]) -> list[dict[str, Any]]:
-    by_case = {timed.case: timed for timed in timed_steps}
+def _ratios(steps: list[TimedStep]) -> list[dict[str, Any]]:
+    by_case = {step.case: step for step in steps}
     ratios = []
     for field, value, over in _COMPARISONS:
         changed: dict[str, Any] = {field: over}
-        for case, timed in by_case.items():
+        for case, step in by_case.items():
             other = by_case.get(dataclasses.replace(case, **changed))
             if getattr(case, field) == value and other is not None:
-                ratios.append(ratio(case.name, timed.images_per_s, other.case.name, other.images_per_s))
+                ratios.append(ratio(case.name, step.images_per_s, other.case.name, other.images_per_s))
     return ratios
 
 
@@ -332,13 +265,13 @@ def _ratios(timed_steps: list[TimedStep]) -> list[dict[str, Any]]:
 
 
 def tables(result: Result) -> list[Table]:
-    """Training, inference, the parts of a training step, and the ratios."""
+    """Create the tables of training, inference, the parts of a training step, and the ratios."""
     made = [_figures_table(result, "Training step", "train"), _figures_table(result, "Inference", "inference")]
     return [*made, _splits_table(result), _ratios_table(result)]
 
 
 def notes(result: Result) -> list[str]:
-    """What the tables are measured against."""
+    """Explain the limits that the tables refer to."""
     limits = result["limits"]
     rates = ", ".join(f"{short(rate, 3)} TFLOP/s in {name}" for name, rate in limits["matmul_tflops"].items())
     lines = [
@@ -396,7 +329,7 @@ def _split_ms(split: dict[str, Any]) -> list[float]:
 
 
 def _ratios_table(result: Result) -> Table:
-    """Only what sets the two cases apart is named; the rest is the base's."""
+    """Create the table of ratios, which names only the field in which two cases differ."""
     made = table("Times as fast, round by round", "", "over", "median", "lowest–highest")
     for each in result["ratios"]:
         ours, others = each["name"].split("/"), each["over"].split("/")
@@ -406,7 +339,7 @@ def _ratios_table(result: Result) -> Table:
 
 
 def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) -> Table:
-    """The ten costliest, by the time that they take themselves."""
+    """Create the table of the ten costliest operators, by their own time."""
     made = table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
     everything = sum(ms for _, ms, _ in operators)
     for name, ms, calls in operators[:10]:
@@ -415,7 +348,7 @@ def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) 
 
 
 def markdown_table(result: Result) -> str:
-    """Figures, and what each case is as fast as, for a README."""
+    """Format the figures, and the ratios of each case to others, for a README."""
     others = {(each["name"], each["over"]): each["median"] for each in result["ratios"]}
 
     def compared(row: dict[str, Any]) -> str:
@@ -429,11 +362,11 @@ def markdown_table(result: Result) -> str:
         ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
         ("times as fast as", compared),
     ]
-    return markdown({**result, "ratios": []}, columns)  # which the last column tells
+    return markdown({**result, "ratios": []}, columns)  # the last column tells them
 
 
 def draw_chart(result: Result, path: Path) -> None:
-    """Left: images/s by batch size, with the roofs. Right: of what a training step consists, by network."""
+    """Draw images/s by batch size with the roofs, and the parts of a training step by network."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -445,17 +378,19 @@ def draw_chart(result: Result, path: Path) -> None:
 
 
 def _draw_throughput(result: Result, axes: Any) -> None:
+    from benchmarks.roofline import roof
+
     environment, limits = result["environment"], result["limits"]
     fixed = ("model", "precision", "memory_format", "backend")
     rows = [row for row in result["rows"] if all(row[key] == environment[key] for key in fixed)]
-    for mode, what, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
+    for mode, heading, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
         line = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
         sizes, medians = [row["batch_size"] for row in line], [row["images_per_s"] for row in line]
         lows = [row["images_per_s"] - row["images_per_s_low"] for row in line]
         highs = [row["images_per_s_high"] - row["images_per_s"] for row in line]
-        axes.errorbar(sizes, medians, [lows, highs], color=color, marker="o", capsize=3, label=what)
-        roofs = [_roof(row, limits)[0] for row in line]
-        axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {what}")
+        axes.errorbar(sizes, medians, [lows, highs], color=color, marker="o", capsize=3, label=heading)
+        roofs = [roof(row, limits)[0] for row in line]
+        axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {heading}")
         for row in line:
             axes.annotate(
                 grouped(row["images_per_s"]),
@@ -468,8 +403,8 @@ def _draw_throughput(result: Result, axes: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else "")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else "")
     axes.margins(x=0.15, y=0.12)
     axes.set_xlabel("batch size")
     axes.set_ylabel("images/s")

@@ -1,9 +1,11 @@
 """usage: python -m benchmarks.tables FILE...
 
-Write the tables of `benchmarks/results` into each FILE: of a benchmark between `<!-- results: NAME -->` and
-`<!-- end -->`, of the accuracies of all runs between `<!-- accuracy: TABLE -->` and that, of a campaign of faults
-between `<!-- reliability: NAME -->` and that, of several processes between `<!-- scaling: NAME -->` and that, where
-the name `predicted` stands for what is predicted of GPUs.
+Write the tables of `benchmarks/results` into each FILE, between one of these lines and `<!-- end -->`:
+
+  <!-- results: FILE -->        a benchmark
+  <!-- accuracy: TABLE -->      accuracies of all runs
+  <!-- reliability: NAME -->    a campaign of `tests/faults`
+  <!-- scaling: NAME -->        training in several processes; `predicted` names the prediction for GPUs
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _TABLE = re.compile(r"(<!-- (results|accuracy|reliability|scaling): (\S+) -->\n)
 
 
 def with_tables(text: str) -> str:
-    """`text` with every table made anew from its result."""
+    """Return `text` with every table made anew from its result."""
 
     def table(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
@@ -53,14 +55,14 @@ def _provenance(result: dict) -> str:
 
 
 def _kills_table(result: dict[str, Any]) -> str:
-    """Kills by the moment at which they came."""
+    """Format kills by the moment at which they came."""
     moments = sorted(result["moments"].items(), key=lambda item: -item[1])
     rows = [[moment, str(count)] for moment, count in moments]
     return markdown_table(["killed", "times"], [*rows, ["in all", str(result["kills"])]])
 
 
 def _fuzz_table(result: dict[str, Any]) -> str:
-    """What became of damaged files of each kind."""
+    """Format the outcomes of damaged files of each kind."""
     head = ["files", "refused in words", "read, with the right content", "read, with another content"]
     outcomes = ("refused", "right", "other")
     rows = [[kind, *(f"{of_kind.get(o, 0):,}" for o in outcomes)] for kind, of_kind in result["outcomes"].items()]

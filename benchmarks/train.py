@@ -1,4 +1,4 @@
-"""How many images a second training goes through from end to end, against the same network in other people's loops."""
+"""Throughput of training from end to end, beside the same network in other people's loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.report import (
     print_tables,
     ratio,
     ratios_table,
-    spread,
+    row_of,
     throughput,
     title,
     write_result,
@@ -57,11 +57,11 @@ class TrainingOptions(WorkerOptions):
     """
 
     model: str = "resnet20"
-    """Network that all workers train."""
+    """Network that every loop trains."""
     seconds: float = 8.0
     """Length of a turn."""
     compile: str = "auto"
-    """Of this program: off, on, graph or auto, which is graph on a GPU; on a CPU whichever measures faster."""
+    """Compilation of this program: off, on, graph or auto: graph on a GPU, on a CPU whichever measures faster."""
 
     def __post_init__(self) -> None:
         WorkerOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
@@ -104,7 +104,7 @@ def measure_training(options: TrainingOptions) -> None:
 
 
 def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple[Work, str]:
-    """The work with the threads, and the backend, that `fastresnet train` would choose for a long run."""
+    """Choose the threads of the work, and the backend, as `fastresnet train` does for a long run."""
     import torch
 
     from fastresnet.device import explained_failures, resolve_compile
@@ -130,7 +130,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
-    """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
+    """Open this program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
     from benchmarks.cases import SameBatch
     from fastresnet.device import resolve_device
     from fastresnet.training.engine import Engine
@@ -158,7 +158,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
 
 
 def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
-    """A training step with learning rates for so many `steps`."""
+    """Create a training step with learning rates for so many `steps`."""
     import torch
 
     from fastresnet.config import TrainConfig
@@ -172,7 +172,7 @@ def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
 
 
 def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers: int) -> Epochs:
-    """A loop of `benchmarks.peers` on the same network."""
+    """Open a loop of `benchmarks.peers` on the same network."""
     import torch
 
     from fastresnet.models import create_model
@@ -191,10 +191,7 @@ def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers:
 def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
     rows = [
         {
-            "name": worker.case.name,
-            "kind": worker.case.kind,
-            **spread(worker.images_per_s, "images_per_s"),
-            "rounds": len(worker.images_per_s),
+            **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
             "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(worker.images_per_s),
             **worker.opening,
             "waiting_percent": 0.0,
@@ -216,7 +213,7 @@ def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """Figures, and ratios of this program to the others."""
+    """Create the tables of figures and of ratios to the other loops."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("1000 images/s", throughput),
@@ -231,7 +228,7 @@ def tables(result: Result) -> list[Table]:
 
 
 def notes(result: Result) -> list[str]:
-    """What the tables do not say."""
+    """Explain waiting and memory, which the tables only name."""
     return [
         "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
         *common_notes(result),
@@ -239,7 +236,7 @@ def notes(result: Result) -> list[str]:
 
 
 def markdown_table(result: Result) -> str:
-    """Figures and ratios for a README."""
+    """Format figures and ratios for a README."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
@@ -249,5 +246,5 @@ def markdown_table(result: Result) -> str:
 
 
 def draw_chart(result: Result, path: Path) -> None:
-    """Bars of images/s."""
+    """Draw bars of images/s."""
     draw_bars(result, path, f"Training {result['environment']['model']}")

@@ -338,10 +338,10 @@ def test_a_candidate_takes_turns_with_the_step_as_it_is(measure, monkeypatch):
         ),
     )
     turns = iter([5.0, 5.0, 10.0, 20.0, 10.0, 30.0])  # untimed off and on, then two rounds
-    measure = gpu_cases.TimedRecipe.measure
+    original = gpu_cases.TimedRecipe.measure
 
     def fixed(self, seconds):
-        measure(self, 0)
+        original(self, 0)
         return next(turns) if seconds else 0.0
 
     monkeypatch.setattr(gpu_cases.TimedRecipe, "measure", fixed)

@@ -16,7 +16,6 @@ from benchmarks.report import ratio
 from benchmarks.step import StepOptions, markdown_table, measure_steps, notes, tables
 from fastresnet import terminal
 from fastresnet.models.batchnorm import BatchNorm2d
-from pipelines.errors import RunError
 
 CPU = torch.device("cpu")
 SMALL = {"models": ("resnet20",), "batch_sizes": (4,), "backends": ("eager",), "seconds": 0.001, "device": "cpu"}
@@ -279,11 +278,12 @@ def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
+def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, capsys, mode):
     monkeypatch.setattr(cases, "free_memory", lambda _: 10 << 20)
-    case = small_case(mode, 1 << 16)
-    with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
-        step._prepared(cases.TimedStep, case, torch.device("cpu"), lambda _: None)
+    arguments = [word if word not in ("2", "3") else str(1 << 16) for word in SMALLEST]
+    assert terminal.guarded(main, [*arguments, "--threads", "1"]) == 1
+    advice = "fp32/channels_last/eager does not fit; give smaller --batch-sizes."
+    assert f"left out: out of memory: {mode}/resnet20/b65536/{advice}" in capsys.readouterr().err
 
 
 def failing(monkeypatch, error, *names):
@@ -327,7 +327,6 @@ def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
 
 def test_a_benchmark_of_which_every_case_fails_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(cases, "free_memory", lambda _: 0)
-    monkeypatch.setattr(cases, "TimedParts", cases.TimedStep)
     assert terminal.guarded(main, SMALLEST) == 1
     assert "every case has failed" in capsys.readouterr().err
 
