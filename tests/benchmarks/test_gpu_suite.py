@@ -155,8 +155,15 @@ def test_what_a_training_leaves(suite, tmp_path):
     (tmp_path / "data/cifar10/meta.json").touch()
     assert suite.run("accuracy", DATA=str(tmp_path / "data"))[0] == 0
     trainings = [call.split(" --out")[0].split(" train ")[1] for call in suite.calls() if " train " in call]
-    assert trainings[:5] == [f"fast --model resnet20 --seed {seed}" for seed in range(5)]
-    assert trainings[5:7] == ["baseline --model resnet20 --seed 0", "paper --model resnet20 --seed 0"]
+    kinds = (
+        ("speedrun", "resnet9-medium"),
+        ("fast", "resnet20"),
+        ("fast", "resnet56"),
+        ("baseline", "resnet20"),
+        ("paper", "resnet20"),
+    )
+    assert trainings[:5] == [f"{recipe} --model {model} --seed 0" for recipe, model in kinds]
+    assert trainings[5:9] == [f"fast --model resnet20 --seed {seed}" for seed in range(1, 5)]
     assert len(trainings) == len(set(trainings)) == 14
     names = sorted(Path(name).name for name in suite.packed() if name.startswith("accuracy/"))
     assert names == ["config.toml"] * 14 + ["metrics.csv"] * 14 + ["summary.json"] * 14
@@ -218,13 +225,13 @@ def test_a_second_start_adds_to_the_first(suite):
 
 def test_a_training_that_is_cut_is_left_out(suite, tmp_path):
     (tmp_path / "archive").touch()
-    suite.behave('*"--seed 1"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
+    suite.behave('*"fast --model resnet20"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
     code, out, _ = suite.run("--seconds", "13", "accuracy", DATA=str(tmp_path / "archive"))
     assert code == 0
     assert "passed, 1 of 14 trainings" in out
     assert suite.calls_file.with_suffix(".saved").exists()
     assert [name for name in suite.packed() if name.endswith("summary.json")] == [
-        "accuracy/fast-model-resnet20-seed-0/summary.json"
+        "accuracy/speedrun-model-resnet9-medium-seed-0/summary.json"
     ]
 
 
