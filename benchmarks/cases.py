@@ -281,7 +281,7 @@ def _count(case: StepCase, device: torch.device) -> tuple[int, float]:
         flops = flops_per_image(step.model, training=True)
     else:
         model = _network(case, device).eval()
-        # Not in inference mode, which hides from a counter what an operator is made of.
+        # Inference mode would hide the parts of an operator from the counter.
         with ByteCounter() as counter, torch.no_grad(), autocast(case.precision, device):
             model(batch.images)
         flops = flops_per_image(model, training=False)

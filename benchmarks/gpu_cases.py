@@ -72,7 +72,7 @@ REHEARSAL = Extent(
 )
 
 
-# --- what is measured --------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class TimedRecipe:
         config = dataclasses.replace(
             create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident", device=device.type
         )
-        gc.collect()  # what is left of cases before
+        gc.collect()  # earlier cases
         held = memory_held(device)
         began = time.perf_counter()
         self._trainer = Trainer(config, dataset, Console(quiet=True))

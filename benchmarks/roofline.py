@@ -82,7 +82,7 @@ def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         if name not in _OVERWRITING or all(tensor is not other for other in written)
     ]
     storages = {tensor.untyped_storage()._cdata for tensor in (*read, *written)}
-    # What shares memory with an argument is that argument, changed in place, or a view of it.
+    # A tensor that shares memory with an argument is that argument, changed in place, or a view of it.
     new = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in storages]
     return sum(map(_size, (*read, *written, *new, *_read_again(func, args, kwargs))))
 

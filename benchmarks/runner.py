@@ -1,6 +1,6 @@
 """Cases in processes of their own, measured from within, in turns.
 
-In one process they would share memory, thread pools and imported libraries, and none could be told what it costs. A
+In one process they would share memory, thread pools and imported libraries, and their costs could not be told apart. A
 worker that has no turn waits, with its read-ahead full.
 """
 
@@ -258,12 +258,12 @@ class Worker:
         self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(self._theirs, case, work))
 
     def start(self) -> None:
-        """Start the process, which imports what every case needs."""
+        """Start the process, which imports the libraries of every case."""
         with self._theirs, _delayed_interruptions():
             self._process.start()
 
     def wait(self) -> None:
-        """Wait until the process has imported what it needs."""
+        """Wait until the process has imported them."""
         self._answer()
 
     def open(self) -> None:
@@ -273,7 +273,7 @@ class Worker:
     def measure(self, seconds: float) -> None:
         """Deliver batches for about `seconds`.
 
-        A third of that comes before them, untimed: it uses up what was read ahead.
+        A third of that comes before them, untimed: it uses up batches that were read ahead.
         """
         images_per_s, self.used = self._ask("measure", seconds)
         self.images_per_s.append(images_per_s)
@@ -351,7 +351,7 @@ def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
 
 
 def _messages(connection: Connection) -> Iterator[Any]:
-    """Yield what arrives until the other end is closed."""
+    """Yield messages until the other end is closed."""
     while True:
         try:
             yield connection.recv()
@@ -371,7 +371,7 @@ class _OpenCase:
     def open(self) -> dict[str, float]:
         """Take the first batch; return the seconds to it, and of its compilation where there is one.
 
-        The compilation is what the first batch takes longer than that of a second start.
+        The compilation is the difference to the first batch of a second start.
         """
         self._baseline = self._peak = _memory()
         started = time.perf_counter()
@@ -390,7 +390,7 @@ class _OpenCase:
         return time.perf_counter() - started
 
     def measure(self, seconds: float) -> tuple[float, dict[str, int | float]]:
-        """Return the images/s of a turn, and what has been used so far."""
+        """Return the images/s of a turn, and the memory, processes and waiting so far."""
         self.deliver(seconds / 3)
         waited, started = self._timer.seconds, time.perf_counter()
         images_per_s = self.deliver(seconds)
@@ -424,7 +424,7 @@ class _OpenCase:
         }
         if self._timer.seconds:
             used["waiting_percent"] = 100 * self._waited / self._worked
-        if self._work.device == "cuda":  # PyTorch's share: what DALI takes of the GPU by itself is not in it
+        if self._work.device == "cuda":  # without DALI's own
             used["gpu_memory_mb"] = torch.cuda.max_memory_reserved() / 1e6
         return used
 

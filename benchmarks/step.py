@@ -177,7 +177,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
         draw_chart(result, options.chart)
 
 
-# --- what is measured --------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------
 
 
 def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
@@ -282,7 +282,7 @@ def notes(result: Result) -> list[str]:
     if beaten := [row["name"] for row in result["rows"] if row["percent_of_roof"] > 100]:
         lines.append(
             f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
-            "write what passes between them"
+            "write intermediate tensors"
         )
     return lines + common_notes(result)
 
