@@ -1,1 +1,1 @@
-"""Measurements of this program. Contestants take turns within one run, because machines drift; ratios count."""
+"""Measurements of this program and its peers. Cases take turns within one run, because machines drift."""

@@ -1,13 +1,13 @@
 """usage: fastresnet bench COMMAND [OPTIONS], or python -m benchmarks COMMAND [OPTIONS]
 
-Measure this program and what people would use instead of it, in turns, on this machine.
+Measure this program and its peers, in turns, on this machine.
 
   loaders   images/s of the data pipelines, and of torchvision, DALI and FFCV as their users write them
-  step      images/s of the training step and of inference alone, and how near they come to the hardware's limit
+  step      images/s of the training step and of inference alone, beside the roofline of the machine
   train     images/s of training from end to end, and of other people's loops
   all       the three of them, with results and charts in a folder
   show      the tables of a result that was written with --json
-  compare   the ratios of two results, and what became slower
+  compare   the ratios of two results, and the rows that became slower
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from benchmarks.loaders import LoadersOptions, measure_loaders
-from benchmarks.show import CompareOptions, ShowOptions, compare, show
-from benchmarks.steps import StepOptions, measure_steps
-from benchmarks.training import TrainingOptions, measure_training
+from benchmarks.report import module_of, no_result, print_tables, read_result, short, table
+from benchmarks.step import StepOptions, measure_steps
+from benchmarks.train import TrainingOptions, measure_training
 from fastresnet import terminal
 from fastresnet.config import DEVICES
 from fastresnet.threads import Threads, check_threads
-from pipelines.errors import check_choice
+from pipelines.errors import UsageError, check_choice
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +43,9 @@ class AllOptions:
     threads: Threads = "auto"
     """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide."""
     quick: bool = False
-    """A first look, in under 5 minutes on 2 CPU cores."""
+    """Take a first look, in under 5 minutes on 2 CPU cores."""
     out: Path = Path("bench")
-    """Folder for the results, loaders.json, loaders.png and so on; made if it is not there."""
+    """Folder for the results, loaders.json, loaders.png and so on; made if it is missing."""
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
@@ -61,6 +63,87 @@ def measure_all(options: AllOptions) -> None:
     measure_loaders(LoadersOptions(data=options.data, root=options.root, **common("loaders")))
     measure_steps(StepOptions(**common("step")))
     measure_training(TrainingOptions(data=options.data, root=options.root, **common("train")))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShowOptions:
+    """Show the tables of a result again."""
+
+    result: Positional[Path]
+    """File that was written with --json."""
+    markdown: bool = False
+    """Print it as a table for a README."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """Compare two results of the same benchmark, row by row."""
+
+    before: Positional[Path]
+    """File that was written with --json."""
+    after: Positional[Path]
+    """Later result, written in the same way."""
+
+
+def show(options: ShowOptions) -> None:
+    """Print a stored result. Raises `UsageError` where the file is none."""
+    result = read_result(options.result)
+    module = module_of(result)
+    try:
+        markdown, tables, notes = module.markdown_table(result), module.tables(result), module.notes(result)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ):  # entries of this benchmark only
+        raise no_result(options.result) from None
+    if options.markdown:
+        print(markdown, end="")
+    else:
+        print_tables(tables, notes)
+
+
+def compare(options: CompareOptions) -> None:
+    """Print the ratios of the rows that both have. Raises `UsageError` where the files cannot be compared.
+
+    A row is slower or faster only where its rounds do not overlap: beyond the spread of both.
+    """
+    before, after = read_result(options.before), read_result(options.after)
+    if before["benchmark"] != after["benchmark"]:
+        raise UsageError(
+            f"{options.before} is of bench {before['benchmark']}, {options.after} of bench {after['benchmark']}: they "
+            "have nothing to compare."
+        )
+    rows = {row["name"]: row for row in before["rows"]}
+    pairs = [(rows[row["name"]], row) for row in after["rows"] if row["name"] in rows]
+    if not pairs:
+        raise UsageError(f"{options.before} and {options.after} have no row in common.")
+    made = table(f"bench {after['benchmark']}: images/s", "", "before", "after", "ratio", "")
+    for old, new in pairs:
+        ratio = new["images_per_s"] / old["images_per_s"]
+        made.add_row(
+            new["name"],
+            f"{old['images_per_s']:,.0f}",
+            f"{new['images_per_s']:,.0f}",
+            short(ratio, 3),
+            _verdict(old, new),
+        )
+    slower = sum(_verdict(old, new) == "SLOWER" for old, new in pairs)
+    notes = [f"{slower} of {len(pairs)} slower beyond the spread" if slower else "nothing slower beyond the spread"]
+    for key in ("device", "threads"):
+        if before["environment"].get(key) != after["environment"].get(key):
+            notes.append(f"not the same {key}: {before['environment'].get(key)}, {after['environment'].get(key)}")
+    if missing := sorted(rows.keys() ^ {row["name"] for row in after["rows"]}):
+        notes.append(f"in one of the two only: {', '.join(missing)}")
+    print_tables([made], notes)
+
+
+def _verdict(old: dict, new: dict) -> str:
+    if new["images_per_s_high"] < old["images_per_s_low"]:
+        return "SLOWER"
+    return "faster" if new["images_per_s_low"] > old["images_per_s_high"] else "within the spread"
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

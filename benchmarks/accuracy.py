@@ -3,7 +3,7 @@
        python -m benchmarks.accuracy publish RUN
 
 `add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`, from which
-`python -m benchmarks.readme` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
+`python -m benchmarks.tables` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
 `publish` makes the weights of a run those of `load_pretrained`, with their card.
 """
 
@@ -29,8 +29,8 @@ from pipelines.files import sha256, write_bytes
 
 RESULTS = Path(__file__).with_name("results") / "accuracy"
 
-# Test error in percent: Table 6 of He et al. 2015 (the mean of ResNet-110's five runs is 6.61), and what the READMEs of
-# the two implementations that most people use say.
+# Test error in percent: Table 6 of He et al. 2015 (the mean of ResNet-110's five runs is 6.61), and the READMEs of the
+# two implementations that most people use.
 PUBLISHED = {
     "resnet20": {"paper": 8.75, "chenyaofo": 7.40, "akamaster": 8.27},
     "resnet32": {"paper": 7.51, "chenyaofo": 6.47, "akamaster": 7.37},
@@ -53,16 +53,16 @@ Summary = dict[str, Any]
 
 
 def read_summaries(folder: Path = RESULTS) -> list[Summary]:
-    """The `summary.json` of every run that counts: on CIFAR-10, with the settings that its recipe has today.
+    """Read the `summary.json` of every run that counts: on CIFAR-10, with the settings that its recipe has today.
 
-    Raises `UsageError` on settings that there are no more.
+    Raises `UsageError` on settings that no longer exist.
     """
     summaries = {str(path): json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     return [summary for path, summary in summaries.items() if not _objection(summary, path)]
 
 
 def _objection(summary: Summary, where: str) -> str:
-    """Why the run of which `where` tells does not count; empty where it does."""
+    """Return the reason why a run does not count, or ""; `where` names its file."""
     if summary["data"] != "cifar10":
         return f"it was trained on {summary['data']}, not on cifar10"
     if "settings" not in summary:
@@ -73,20 +73,20 @@ def _objection(summary: Summary, where: str) -> str:
 
 
 def reproduction_table(summaries: Iterable[Summary]) -> str:
-    """Test errors as Markdown: a row for each network of the paper, a column for each source and each recipe."""
+    """Format test errors as Markdown: a line for each network of the paper, a column for each source and recipe."""
     groups = _grouped(summaries)
     recipes = [recipe for recipe in RECIPES if recipe not in ("smoke", "speedrun")]  # those for the paper's networks
     head = ["network", *SOURCES, *(f"`{recipe}`" for recipe in recipes)]
-    rows = []
+    lines = []
     for model, published in PUBLISHED.items():
         cells = [f"{published[source]:.2f} %" if source in published else "–" for source in SOURCES]
         runs_of_recipes = [groups.get((recipe, model), []) for recipe in recipes]
-        rows.append([model, *cells, *map(_error_cell, runs_of_recipes)])
-    return markdown_table(head, rows)
+        lines.append([model, *cells, *map(_error_cell, runs_of_recipes)])
+    return markdown_table(head, lines)
 
 
 def runs_table(summaries: Iterable[Summary]) -> str:
-    """Return the runs as Markdown, a row for each recipe, network and device: accuracy, time and arithmetic."""
+    """Format the runs as Markdown, a line for each recipe, network and device: accuracy, time and arithmetic."""
     head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
     described = (
         _described(*key, list(runs))
@@ -97,9 +97,9 @@ def runs_table(summaries: Iterable[Summary]) -> str:
 
 
 def speedrun_table(summaries: Iterable[Summary]) -> str:
-    """What 94 % took, as Markdown: cifar10-airbench's programs, and each network that `speedrun` was run with."""
+    """Format the cost of 94 % as Markdown: cifar10-airbench's programs, and each network trained with `speedrun`."""
     head = ["", "epochs", "PFLOP", "runs", "single view", "mirrored", "shifted and mirrored"]
-    rows = [
+    lines = [
         [name, epochs, f"{pflop:.2f}", str(runs), "–", "–", f"{accuracy:.2f} %"]
         for name, (epochs, pflop, runs, accuracy) in PUBLISHED_SPEEDRUNS.items()
     ]
@@ -107,12 +107,12 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
         if recipe == "speedrun":
             cells = _described(recipe, model, runs)
             measured = [cells["epochs"], cells["PFLOP"], str(len(runs)), cells["test accuracy"], cells["mirrored"]]
-            rows.append([f"`speedrun`, {model}", *measured, "–"])
-    return markdown_table(head, rows)
+            lines.append([f"`speedrun`, {model}", *measured, "–"])
+    return markdown_table(head, lines)
 
 
 def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
-    """Cells by their column. That of the device is the first run's."""
+    """Return cells by their column. That of the device is the first run's."""
     minutes = statistics.median(run["train_seconds"] for run in runs) / 60
     return {
         "recipe": f"`{recipe}`",
@@ -168,11 +168,11 @@ def _epochs(runs: list[Summary]) -> str:
 
 
 TABLES = {"reproduction": reproduction_table, "runs": runs_table, "speedrun": speedrun_table}
-"""The tables, by what a Markdown file calls them."""
+"""Tables by their names in a Markdown file."""
 
 
 def add(runs: Iterable[Path]) -> None:
-    """Copy what is to be kept of finished `runs`: of all or of none.
+    """Copy the summaries and curves of finished `runs`: of all or of none.
 
     Raises `DataError` where one is not finished, does not count or would replace another.
     """
@@ -180,7 +180,7 @@ def add(runs: Iterable[Path]) -> None:
     for run, summary in summaries.items():
         if objection := _objection(summary, str(run)):
             command = f"fastresnet train {summary['recipe']} --model {summary['model']} --seed {summary['seed']}"
-            raise DataError(f"{run} would not count in the tables: {objection}. Train what does: {command}")
+            raise DataError(f"{run} would not count in the tables: {objection}. Train one that does: {command}")
         name = _stem(summary)
         of_run = {
             RESULTS / f"{name}.json": (json.dumps(summary, indent=2) + "\n").encode(),
@@ -200,9 +200,9 @@ def add(runs: Iterable[Path]) -> None:
 
 
 def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
-    """Draw errors in training and test over the epochs, of 20 and of 56 layers, as in the paper's figure 6.
+    """Draw the errors of 20 and 56 layers in training and test, as in the paper's figure 6.
 
-    To the left the plain networks, to the right the residual ones; the first seed of each. Raises `DataError` where
+    Plain networks stand to the left, residual ones to the right, with the first seed of each. Raises `DataError` where
     there is no run of `recipe`.
     """
     from matplotlib.figure import Figure
@@ -232,15 +232,15 @@ def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
 
 def _draw_errors(axes: Any, run: Summary, folder: Path, color: str) -> None:
     with open(folder / f"{_stem(run)}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    epochs = [int(row["epoch"]) for row in rows]
+        epochs = list(csv.DictReader(file))
+    numbers = [int(epoch["epoch"]) for epoch in epochs]
     for split, style in (("train", "--"), ("test", "-")):
-        errors = [100 - float(row[f"{split}_accuracy"]) for row in rows]
-        axes.plot(epochs, errors, style, color=color, label=f"{run['model']}, {split}: {errors[-1]:.2f} %")
+        errors = [100 - float(epoch[f"{split}_accuracy"]) for epoch in epochs]
+        axes.plot(numbers, errors, style, color=color, label=f"{run['model']}, {split}: {errors[-1]:.2f} %")
 
 
 def _stem(run: Summary) -> str:
-    """What the files of a run are called in the results."""
+    """Return the name, without its suffix, of the files of a run."""
     return f"{run['recipe']}-{run['model']}-seed{run['seed']}{'-gpu' if _on_gpu(run) else ''}"
 
 
@@ -282,7 +282,7 @@ def publish(run: Path) -> None:
 
 
 def _summary(run: Path) -> Summary:
-    """The contents of `summary.json`, without a folder of this machine in the command."""
+    """Read `summary.json`, without a folder of this machine in the command."""
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         environment = summary["environment"]

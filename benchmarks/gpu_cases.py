@@ -1,13 +1,13 @@
 """usage: python -m benchmarks.gpu_cases ceilings|steps|candidates --json FILE [--rehearse]
 
-Measure, for gpu_suite.sh, what a GPU can do, what training steps take there, and what might make them faster.
+Measure, for gpu_suite.sh, the ceilings of a GPU, training steps on it, and changes that may make them faster.
 
-  ceilings     large copies and matrix products, and what the smallest kernel takes in a CUDA graph
+  ceilings     large copies and matrix products, and the time of the smallest kernel in a CUDA graph
   steps        captured training steps of some recipes: images/s, memory, and the time of each kernel
-  candidates   each of some changes in turns with the step as it is
+  candidates   each of some changes in turns with the unchanged step
 
-Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short:
-nothing is measured then. A CPU does it too, with small batches, and steps that are not captured.
+Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short,
+and nothing is measured. A CPU can rehearse too, with small batches, and steps that are not captured.
 """
 
 from __future__ import annotations
@@ -28,21 +28,11 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
-from benchmarks.measurement import (
-    copy_bandwidth,
-    matmul_rate,
-    memory_held,
-    memory_taken,
-    ratio,
-    recorded,
-    seconds_between,
-    spread,
-    stamp,
-)
-from benchmarks.report import SCHEMA, Report, short, write_report
+from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, recorded, steps_in
+from benchmarks.report import SCHEMA, Result, ratio, row_of, short, write_result
+from benchmarks.roofline import copy_bandwidth, matmul_rate, seconds_between, stamp
 from fastresnet.device import DTYPES, resolve_device
 from fastresnet.distributed import SINGLE
 from fastresnet.provenance import environment
@@ -66,7 +56,7 @@ class Extent:
     seconds: float = 0.4
     """Length of a turn."""
     batch_divisor: int = 1
-    """Smaller on a CPU, for which full batches would be too much."""
+    """Divisor of batch sizes on a CPU, for which full batches would be too much."""
     profiled_steps: int = 10
     copied_bytes: int = 256 << 20
     largest_product: int = 8192
@@ -85,12 +75,12 @@ REHEARSAL = Extent(
 )
 
 
-# --- what is measured --------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Case:
-    """A recipe's training."""
+class RecipeCase:
+    """Training of a recipe."""
 
     recipe: str
     model: str
@@ -101,20 +91,24 @@ class Case:
         return f"{self.recipe}/{self.model}/b{self.batch_size}"
 
 
-SGD, LARGE, MUON = Case("baseline", "resnet20", 128), Case("baseline", "resnet20", 1024), Case("fast", "resnet20", 128)
-CASES = (SGD, LARGE, MUON, Case("speedrun", "resnet9-medium", 512))
+SGD, LARGE, MUON = (
+    RecipeCase("baseline", "resnet20", 128),
+    RecipeCase("baseline", "resnet20", 1024),
+    RecipeCase("fast", "resnet20", 128),
+)
+CASES = (SGD, LARGE, MUON, RecipeCase("speedrun", "resnet9-medium", 512))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A change of a step that may make it faster."""
+    """Change of a step that may make it faster."""
 
     name: str
-    case: Case
+    case: RecipeCase
     compiled: bool = True
-    """Forward and backward pass by Inductor, else by PyTorch's own kernels, in a CUDA graph all the same."""
+    """True where Inductor compiles both passes; else PyTorch's own kernels are captured."""
     timed_convolutions: bool = False
-    """cuDNN times its algorithms for each convolution and takes the fastest, else the one that it expects to be."""
+    """True where cuDNN times its algorithms for each convolution; else it takes that which it expects to be fastest."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
@@ -122,17 +116,17 @@ class Candidate:
 
 
 def compile_update(step: TrainStep) -> None:
-    """Have the first optimiser's update compiled too."""
+    """Compile the update of the first optimiser too."""
     optimizer = step.optimizers[0]
     optimizer.step = torch.compile(optimizer.step, dynamic=False, **_compiler(step.count.device))  # type: ignore[assignment, method-assign]
 
 
 COMBINED = {"combo_kernels": True}
-# Without force, the reductions of batch norm stay plain ones over the pixels, with a block for each few channels: most
+# Without force the reductions of batch norm stay plain ones over the pixels, with a block for every few channels: most
 # of the GPU would be idle.
 COOPERATIVE = {"triton.cooperative_reductions": True, "triton.force_cooperative_reductions": True}
 
-# What needs no new kernels for the network comes first: it is quickly compiled.
+# Changes without new kernels for the network come first: they compile quickly.
 CANDIDATES = (
     Candidate(name="timed convolutions", case=SGD, timed_convolutions=True),
     Candidate(name="timed convolutions", case=LARGE, timed_convolutions=True),
@@ -148,16 +142,18 @@ CANDIDATES = (
 # --- steps -------------------------------------------------------------------------------------------------------
 
 
-class Steps:
-    """Steps of a training, to be taken over and over: its captured step on a GPU, one step after the other on a CPU."""
+class TimedRecipe:
+    """Steps of a training, ready to be measured: its captured step on a GPU, one step after the other on a CPU."""
 
-    def __init__(self, case: Case, dataset: Dataset, device: torch.device, candidate: Candidate | None = None) -> None:
+    def __init__(
+        self, case: RecipeCase, dataset: Dataset, device: torch.device, candidate: Candidate | None = None
+    ) -> None:
         candidate = candidate or Candidate(name="", case=case, compiled=device.type == "cuda")
         self.case, self._device = case, device
         config = dataclasses.replace(
             create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident", device=device.type
         )
-        gc.collect()  # what is left of cases before
+        gc.collect()  # earlier cases
         held = memory_held(device)
         began = time.perf_counter()
         config, _ = resolve(config, dataset, device, SINGLE)
@@ -179,23 +175,22 @@ class Steps:
         with torch.backends.cudnn.flags(enabled=True, benchmark=candidate.timed_convolutions, allow_tf32=True):
             self._engine.prepare(next(pipeline.epoch(0)))
         self._seconds_per_step = math.inf
-        self.take_turn(0)
+        self.measure(0)
         self.prepare_s = time.perf_counter() - began
-        """Compilation and recording; the compiler's caches may have been warm."""
+        """Seconds of compilation and recording; the compiler's caches may have been warm."""
         self._memory = memory_taken(held)
 
-    def take_turn(self, seconds: float) -> float:
-        """Take steps for about `seconds`; returns images/s."""
-        # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
+    def measure(self, seconds: float) -> float:
+        """Take steps for about `seconds`; return images/s."""
         most = self._total_steps - 1  # each has a learning rate
-        steps = self._begin(min(max(round(seconds / self._seconds_per_step), 1), most))
+        steps = self._begin(steps_in(seconds, self._seconds_per_step, most))
         begin = stamp(self._device)
         taken = sum(1 for _ in steps)
         self._seconds_per_step = seconds_between(begin, stamp(self._device)) / taken
         return self.case.batch_size / self._seconds_per_step
 
     def _begin(self, count: int) -> Iterator[None]:
-        """`count` steps, to be taken after a first one, for which an epoch is planned."""
+        """Take a first step, which plans an epoch, and return `count` steps to be taken after it."""
         self._step.count.zero_()
         steps = self._engine.steps(0, 0, count + 1)
         next(steps)
@@ -206,39 +201,24 @@ class Steps:
     def row(self, name: str, images_per_s: list[float]) -> dict[str, Any]:
         """Return the figures of a case: its turns, preparation and memory."""
         return {
-            "name": name,
-            "kind": "ours",
+            **row_of(name, "ours", images_per_s),
             **dataclasses.asdict(self.case),
-            **spread(images_per_s, "images_per_s"),
-            "rounds": len(images_per_s),
             "ms_per_step": 1000 * self.case.batch_size / statistics.median(images_per_s),
             "prepare_s": self.prepare_s,
             **self._memory,
         }
 
     def kernels(self, count: int) -> dict[str, Any]:
-        """Kernels of a step (of a CPU: operators), by the profiler: how many, and ms of all and of each."""
-        on_gpu = self._device.type == "cuda"
+        """Profile `count` steps; return the kernels of one, on a CPU its operators: calls and ms, of all and each."""
         steps = self._begin(count)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        with profile(activities=activities(self._device)) as profiler:
             taken = sum(1 for _ in steps)
-            if on_gpu:
+            if self._device.type == "cuda":
                 torch.cuda.synchronize()
-        time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        # On a GPU the time of a kernel also stands at the operator that launched it, and at the regions it lies in.
-        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-        found = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
-        found.sort(key=lambda each: -getattr(each, time_of))
-
-        def per_step(*events: Any) -> dict[str, float]:
-            return {
-                "ms": sum(getattr(each, time_of) for each in events) / 1000 / taken,
-                "calls": sum(each.count for each in events) / taken,
-            }
-
+        kernels = kernels_of(profiler, self._device, taken)
         return {
-            "kernels_per_step": per_step(*found),
-            "kernels": [{"name": each.key[:200]} | per_step(each) for each in found],
+            "kernels_per_step": {"ms": sum(ms for _, ms, _ in kernels), "calls": sum(calls for *_, calls in kernels)},
+            "kernels": [{"name": name[:200], "ms": ms, "calls": calls} for name, ms, calls in kernels],
         }
 
     def close(self) -> None:
@@ -246,16 +226,16 @@ class Steps:
 
 
 def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Options of `torch.compile`. On a CPU, which only rehearses, nothing is generated."""
+    """Return options of `torch.compile`. On a CPU, which only rehearses, nothing is generated."""
     return {"options": inductor or None} if device.type == "cuda" else {"backend": "eager"}
 
 
 # --- the three commands ------------------------------------------------------------------------------------------
 
 
-def measure_ceilings(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+def measure_ceilings(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
     """Copy, multiply matrices, and replay a graph of very small kernels."""
-    report["limits"] = {
+    result["limits"] = {
         "copy_gb_per_s": copy_bandwidth(device, extent.copied_bytes) / 1e9,
         "matmul_tflops": {
             name: matmul_rate(device, dtype, largest=extent.largest_product) / 1e12 for name, dtype in DTYPES.items()
@@ -264,17 +244,17 @@ def measure_ceilings(report: Report, path: Path, device: torch.device, extent: E
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        report["gpu"] = {
+        result["gpu"] = {
             "capability": [properties.major, properties.minor],
             "memory_gb": properties.total_memory / 1e9,
             "multiprocessors": properties.multi_processor_count,
         }
-    write_report(report, path)
-    print(report["limits"])
+    write_result(result, path)
+    print(result["limits"])
 
 
 def _small_kernel_seconds(device: torch.device, count: int) -> float:
-    """Seconds that the addition of two numbers takes among `count` like it, one after the other, in a CUDA graph."""
+    """Measure the seconds of an addition of two numbers among `count` like it in a CUDA graph."""
     number = torch.zeros(1, device=device)
 
     def add() -> None:
@@ -292,8 +272,8 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
 def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: torch.device) -> None:
     """Compile all `candidates` for a GPU at once, each in a process of its own: the compiler's cache then has them.
 
-    One after the other, four take 110 s of an H100 (with 16 processors beside it), which is idle for almost all of it.
-    What fails is tried again when its turn comes. A CPU, which only rehearses, has nothing to compile.
+    One after the other, four take 110 s of an H100 (with 16 processors), which is idle for almost all of it. A failed
+    one is tried again in its turn. A CPU, which only rehearses, has nothing to compile.
     """
     if device.type != "cuda":
         return
@@ -301,78 +281,78 @@ def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: tor
         futures = [pool.submit(_compile, candidate, dataset.folder, device) for candidate in candidates]
         for candidate, future in zip(candidates, futures, strict=True):
             if (error := future.exception()) is not None:
-                what = f"{candidate.name} {candidate.case.name}".strip()
-                print(f"{what} does not compile: {type(error).__name__}: {str(error).strip()[:500]}")
+                name = f"{candidate.name} {candidate.case.name}".strip()
+                print(f"{name} does not compile: {type(error).__name__}: {str(error).strip()[:500]}")
 
 
 def _compile(candidate: Candidate, folder: Path, device: torch.device) -> None:
-    Steps(candidate.case, open_store(folder), device, candidate).close()
+    TimedRecipe(candidate.case, open_store(folder), device, candidate).close()
 
 
-def measure_cases(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
+def measure_cases(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
     """Measure `CASES` one after the other."""
     dataset = find_dataset("shapes10", None)
     compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
     for case in (_sized(case, device, extent) for case in CASES):
-        with _told(report, path, case.name):
-            _measure_case(report, path, Steps(case, dataset, device), extent)
+        with _told(result, path, case.name):
+            _measure_case(result, path, TimedRecipe(case, dataset, device), extent)
 
 
-def _measure_case(report: Report, path: Path, steps: Steps, extent: Extent) -> None:
+def _measure_case(result: Result, path: Path, steps: TimedRecipe, extent: Extent) -> None:
     with contextlib.closing(steps):
-        steps.take_turn(extent.seconds)
-        row = steps.row(steps.case.name, [steps.take_turn(extent.seconds) for _ in range(extent.rounds)])
-        report["rows"].append(row)
-        write_report(report, path)  # before the profiler, which may not be allowed here
+        steps.measure(extent.seconds)
+        row = steps.row(steps.case.name, [steps.measure(extent.seconds) for _ in range(extent.rounds)])
+        result["rows"].append(row)
+        write_result(result, path)  # before the profiler, which may not be allowed here
         row |= steps.kernels(extent.profiled_steps)
     print(f"{row['name']}: {short(row['ms_per_step'], 3)} ms a step, {row['images_per_s']:,.0f} images/s")
     for kernel in row["kernels"][:10]:
         print(f"  {kernel['ms']:.4f} ms in {kernel['calls']:.0f} calls of {kernel['name']}")
 
 
-def measure_candidates(report: Report, path: Path, device: torch.device, extent: Extent) -> None:
-    """Give each of `CANDIDATES` turns, and before each of them one to the step as it is."""
+def measure_candidates(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
+    """Measure each of `CANDIDATES` in turns with the unchanged step."""
     dataset = find_dataset("shapes10", None)
-    unchanged: dict[Case, Steps] = {}
+    unchanged: dict[RecipeCase, TimedRecipe] = {}
     as_they_are = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
     otherwise = [candidate for candidate in CANDIDATES if candidate.inductor or candidate.change]
     compile_ahead([*as_they_are, *otherwise], dataset, device)
     for candidate in CANDIDATES:
         case = _sized(candidate.case, device, extent)
         name = f"{candidate.name}: {case.name}"
-        with _told(report, path, name):
+        with _told(result, path, name):
             if case not in unchanged:
-                unchanged[case] = Steps(case, dataset, device, Candidate(name="unchanged", case=case))
-            _compare(report, name, unchanged[case], Steps(case, dataset, device, candidate), extent)
+                unchanged[case] = TimedRecipe(case, dataset, device, Candidate(name="unchanged", case=case))
+            _compare(result, name, unchanged[case], TimedRecipe(case, dataset, device, candidate), extent)
 
 
-def _compare(report: Report, name: str, off: Steps, on: Steps, extent: Extent) -> None:
+def _compare(result: Result, name: str, off: TimedRecipe, on: TimedRecipe, extent: Extent) -> None:
     with contextlib.closing(on):
-        off.take_turn(extent.seconds), on.take_turn(extent.seconds)
-        pairs = [(off.take_turn(extent.seconds), on.take_turn(extent.seconds)) for _ in range(extent.rounds)]
+        off.measure(extent.seconds), on.measure(extent.seconds)
+        pairs = [(off.measure(extent.seconds), on.measure(extent.seconds)) for _ in range(extent.rounds)]
     of_off, of_on = (list(turns) for turns in zip(*pairs, strict=True))
-    report["rows"] += [off.row(f"{name}, off", of_off), on.row(f"{name}, on", of_on)]
-    report["ratios"].append(compared := ratio(f"{name}, on", of_on, f"{name}, off", of_off))
+    result["rows"] += [off.row(f"{name}, off", of_off), on.row(f"{name}, on", of_on)]
+    result["ratios"].append(compared := ratio(f"{name}, on", of_on, f"{name}, off", of_off))
     median, low, high = (short(compared[key], 3) for key in ("median", "low", "high"))
     print(f"{name}: {median} times as fast ({low}–{high})")
 
 
-def _sized(case: Case, device: torch.device, extent: Extent) -> Case:
+def _sized(case: RecipeCase, device: torch.device, extent: Extent) -> RecipeCase:
     divisor = extent.batch_divisor if device.type == "cpu" else 1
     return dataclasses.replace(case, batch_size=case.batch_size // divisor)
 
 
 @contextlib.contextmanager
-def _told(report: Report, path: Path, name: str) -> Iterator[None]:
-    """Write the report in the end, with a reason where measuring `name` fails: the others go on."""
+def _told(result: Result, path: Path, name: str) -> Iterator[None]:
+    """Write the result after the block, with a reason where measuring `name` fails: the others go on."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  whatever the compiler, the driver and the GPU think of
-        report["failed"][name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        result["failed"][name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
         print(f"{name}: failed")
         traceback.print_exc()
     finally:
-        write_report(report, path)
+        write_result(result, path)
         sys.stdout.flush()
 
 
@@ -390,7 +370,7 @@ def main(arguments: list[str]) -> int:
     device, extent = resolve_device("auto"), REHEARSAL if rest else Extent()
     if device.type != "cuda" and not extent.rehearsal:
         raise UsageError("PyTorch sees no GPU here. --rehearse goes through the same on a CPU.")
-    report: Report = {
+    result: Result = {
         "schema": SCHEMA,
         "benchmark": f"gpu-{command}",
         "environment": {**environment(device), "data": "shapes10", "rehearsal": extent.rehearsal},
@@ -401,8 +381,8 @@ def main(arguments: list[str]) -> int:
     }
     # Each compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
     with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-        COMMANDS[command](report, Path(file), device, extent)
-    return 1 if report["failed"] else 0
+        COMMANDS[command](result, Path(file), device, extent)
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":

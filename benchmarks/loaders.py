@@ -1,4 +1,4 @@
-"""How many images a second each loader delivers, against the peers and the copy bandwidth of the same machine."""
+"""Throughput of every loader, beside its peers and the copy bandwidth of the same machine."""
 
 from __future__ import annotations
 
@@ -12,21 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
-from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
-    Report,
+    Result,
     common_notes,
     draw_bars,
     figures_table,
     markdown,
     memory,
-    print_report,
+    print_tables,
+    ratio,
     ratios_table,
+    row_of,
     throughput,
     title,
-    write_report,
+    write_result,
+)
+from benchmarks.runner import (
+    Case,
+    Epochs,
+    OtherLoad,
+    WaitTimer,
+    Work,
+    Worker,
+    WorkerOptions,
+    describe_work,
+    run_rounds,
 )
 from pipelines import PIPELINES, is_installed, usable_processors
 from pipelines.errors import Note
@@ -41,11 +52,11 @@ if TYPE_CHECKING:
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
-"""Optional ones, and the modules that they bring."""
+"""Optional libraries, and the modules that they bring."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoadersOptions(RaceOptions):
+class LoadersOptions(WorkerOptions):
     """Measure every loader on the same work: crop with padding 4, flip and normalise, in random order."""
 
     batch_size: int = 512
@@ -54,25 +65,25 @@ class LoadersOptions(RaceOptions):
 
 def measure_loaders(options: LoadersOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    from benchmarks.measurement import copy_bandwidth
+    from benchmarks.roofline import copy_bandwidth
 
     dataset, device, work = describe_work(options)
-    entries = _available(dataset, device.type)
+    cases = _available(dataset, device.type)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
     surroundings = {**_surroundings(device), "threads": work.threads}
     load, limits = OtherLoad(), list[float]()
-    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
+    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
         surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
-        report = _report(contestants, limits, work, surroundings, dataset) | {"failed": failures}
-        write_report(report, options.json)
-    print_report(tables(report), notes(report))
+        result = _result(workers, limits, work, surroundings, dataset) | {"failed": failures}
+        write_result(result, options.json)
+    print_tables(tables(result), notes(result))
     if options.chart is not None:
-        draw_chart(report, options.chart)
+        draw_chart(result, options.chart)
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
-    """A pipeline of this program, whose batches are delivered as training gets them."""
+    """Open a pipeline of this program, whose batches are delivered as training gets them."""
     from pipelines import GatheringPipeline
 
     opened = work.open_pipeline(pipeline)
@@ -80,10 +91,10 @@ def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
 
 
 def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
-    """Batches that a CUDA graph gathers, one for each replay, as the graph of a training step begins."""
+    """Record the gathering of a batch as a CUDA graph, as that of a training step begins; replay it for each."""
     import torch
 
-    from benchmarks.measurement import recorded
+    from benchmarks.cases import recorded
 
     gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
     step = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -106,7 +117,7 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
 
 
 def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
-    """A loader of `benchmarks.peers`; `workers` is how many processes or threads it is told to use."""
+    """Open a loader of `benchmarks.peers`, with so many `workers`: processes or threads of its own."""
     import torch
 
     from fastresnet.device import DTYPES
@@ -122,10 +133,10 @@ def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
     return lambda _: loader
 
 
-def _available(dataset: Dataset, device: str) -> list[Entry]:
-    """All contestants whose libraries are installed; a `Note` names the others."""
+def _available(dataset: Dataset, device: str) -> list[Case]:
+    """List the cases whose libraries are installed; name the others in a `Note`."""
     workers = usable_processors()
-    entries = [
+    cases = [
         *(_ours(name, device) for name in PIPELINES),
         _peer("torchvision-w0", "torchvision_dataloader", 0),
         _peer("torchvision-wN", "torchvision_dataloader", workers),
@@ -138,21 +149,21 @@ def _available(dataset: Dataset, device: str) -> list[Entry]:
     if "ffcv" not in missing:
         folder = dataset.folder.absolute()
         prepare(folder.name, folder.parent, lambda *_: None, formats=("raw", "beton"))
-    return [entry for entry in entries if entry.name.removeprefix("peer:") not in missing]
+    return [case for case in cases if case.name.removeprefix("peer:") not in missing]
 
 
-def _ours(name: str, device: str) -> Entry:
+def _ours(name: str, device: str) -> Case:
     compiles = name == "ffcv" or (name, device) == ("resident", "cuda")
-    return Entry(name=name, opener=f"{__name__}:open_ours", options={"pipeline": name}, compiles=compiles)
+    return Case(name=name, opener=f"{__name__}:open_ours", options={"pipeline": name}, compiles=compiles)
 
 
-def _peer(name: str, module: str, workers: int) -> Entry:
+def _peer(name: str, module: str, workers: int) -> Case:
     options = {"module": module, "workers": workers}
-    return Entry(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
+    return Case(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
 
 
 def _surroundings(device: Any) -> dict[str, Any]:
-    """What every figure carries, with the versions of the optional libraries."""
+    """Describe the device, the versions and the command, the versions of optional libraries included."""
     from fastresnet.provenance import environment, versions_of
 
     surroundings = environment(device)
@@ -160,14 +171,13 @@ def _surroundings(device: Any) -> dict[str, Any]:
     return surroundings
 
 
-def _report(
-    contestants: list[Contestant],
+def _result(
+    workers: list[Worker],
     limits: list[float],
     work: Work,
     surroundings: dict[str, Any],
     dataset: Dataset,
 ) -> dict[str, Any]:
-    from benchmarks.measurement import ratio, spread
     from fastresnet.device import DTYPES
 
     bandwidth = statistics.median(limits)
@@ -175,18 +185,15 @@ def _report(
     roof = bandwidth / (PIXELS * (1 + DTYPES[work.precision].itemsize))
     rows = [
         {
-            "name": contestant.entry.name,
-            "kind": contestant.entry.kind,
-            **spread(contestant.images_per_s, "images_per_s"),
-            "rounds": len(contestant.images_per_s),
-            "percent_of_limit": 100 * statistics.median(contestant.images_per_s) / roof,
-            **contestant.start,
-            **contestant.used,
+            **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
+            "percent_of_limit": 100 * statistics.median(worker.images_per_s) / roof,
+            **worker.opening,
+            **worker.used,
         }
-        for contestant in contestants
+        for worker in workers
     ]
-    ours, peers = ([c for c in contestants if c.entry.kind == kind] for kind in ("ours", "peer"))
-    ratios = [ratio(a.entry.name, a.images_per_s, b.entry.name, b.images_per_s) for a in ours for b in peers]
+    ours, peers = ([c for c in workers if c.case.kind == kind] for kind in ("ours", "peer"))
+    ratios = [ratio(a.case.name, a.images_per_s, b.case.name, b.images_per_s) for a in ours for b in peers]
     return {
         "schema": SCHEMA,
         "benchmark": "loaders",
@@ -203,44 +210,44 @@ def _report(
     }
 
 
-def tables(report: Report) -> list[Table]:
-    """Figures, and ratios to the peers."""
+def tables(result: Result) -> list[Table]:
+    """Create the tables of figures and of ratios to the peers."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("1000 images/s", throughput),
         ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
-        memory(report["rows"]),
+        memory(result["rows"]),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
-    return [figures_table(report["rows"], f"Loaders: {title(report)}", columns), ratios_table(report)]
+    return [figures_table(result["rows"], f"Loaders: {title(result)}", columns), ratios_table(result)]
 
 
-def notes(report: Report) -> list[str]:
-    """What the tables do not say."""
-    limits = report["limits"]
+def notes(result: Result) -> list[str]:
+    """Explain compilations, the limit and memory, which the tables only name."""
+    limits = result["limits"]
     return [
         *(
             f"{row['name']}: {row['compile_s']:.1f} s of the {row['first_batch_s']:.1f} s to the first batch are "
             f"{_compiler(row)}'s compilation"
-            for row in report["rows"]
+            for row in result["rows"]
             if "compile_s" in row
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
-        f"memory is beyond PyTorch's own, the data set has {report['environment']['data_mb']:.0f} MB",
-        *common_notes(report),
+        f"memory is beyond PyTorch's own, the data set has {result['environment']['data_mb']:.0f} MB",
+        *common_notes(result),
     ]
 
 
-def markdown_table(report: Report) -> str:
-    """Figures and ratios for a README."""
+def markdown_table(result: Result) -> str:
+    """Format figures and ratios for a README."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("first batch", _first_batch),
-        memory(report["rows"]),
+        memory(result["rows"]),
     ]
-    return markdown(report, columns)
+    return markdown(result, columns)
 
 
 def _compiler(row: dict[str, Any]) -> str:
@@ -252,6 +259,6 @@ def _first_batch(row: dict[str, Any]) -> str:
     return f"{row['first_batch_s']:.2f} s{compilation}"
 
 
-def draw_chart(report: Report, path: Path) -> None:
-    """Bars of images/s, and the copy limit."""
-    draw_bars(report, path, "Loaders", (report["limits"]["images_per_s"], "copy limit of the machine"))
+def draw_chart(result: Result, path: Path) -> None:
+    """Draw bars of images/s, and the copy limit."""
+    draw_bars(result, path, "Loaders", (result["limits"]["images_per_s"], "copy limit of the machine"))

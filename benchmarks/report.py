@@ -1,58 +1,55 @@
-"""Results as people see them: what the tables and charts of all benchmarks share."""
+"""Results: their files, and the parts of tables and charts that all benchmarks share."""
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import json
 import math
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import Note, UsageError, UserError
+from pipelines.errors import UsageError
 from pipelines.files import replacing, write_json
 
 SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
 
-Report = dict[str, Any]
+Result = dict[str, Any]
+"""Figures of a benchmark, with their environment: the contents of a file that --json names."""
 Column = tuple[str, Callable[[dict[str, Any]], str]]
-"""A heading, and what stands under it for a row."""
+"""Heading, and text under it for a row."""
 
 
-class Failures(dict[str, str]):
-    """Why those that failed have no row, by name; what `failed` is in a report."""
-
-    @contextlib.contextmanager
-    def left_out(self, name: str, *, needed: bool = False) -> Iterator[None]:
-        """An error inside leaves `name` out, as a `Note` tells; raises it where `name` is `needed`."""
-        try:
-            yield
-        except Exception as error:  # PyTorch and the libraries of peers raise anything
-            if needed:
-                raise
-            self[name] = str(error) if isinstance(error, UserError) else f"{name} failed: {in_one_line(error)}"
-            warnings.warn(f"left out: {self[name]}", Note, stacklevel=1)
+def spread(values: Sequence[float], name: str) -> dict[str, float]:
+    """Return median, lowest and highest of `values` as `name`, `name_low` and `name_high`."""
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
-def in_one_line(error: Exception) -> str:
-    """`error`, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # which importing has of its own
-    reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-    return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
+def row_of(name: str, kind: str, images_per_s: Sequence[float]) -> dict[str, Any]:
+    """Return the entries that rows of all benchmarks have, from the throughput of every turn."""
+    return {"name": name, "kind": kind, **spread(images_per_s, "images_per_s"), "rounds": len(images_per_s)}
 
 
-def common_notes(report: Report) -> list[str]:
-    """A line for each that has no row, and one where others took processors that were being measured."""
-    lines = [f"left out: {reason}" for reason in report.get("failed", {}).values()]
-    environment = report["environment"]
+def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]) -> dict[str, Any]:
+    """Divide `values` by `others`, round by round: machines drift, ratios less so.
+
+    One may be a turn ahead: rounds count that both have had.
+    """
+    ratios = [value / other for value, other in zip(values, others, strict=False)]
+    return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def common_notes(result: Result) -> list[str]:
+    """Name each case that has no row, and the load by others where it disturbed the measurement."""
+    lines = [f"left out: {reason}" for reason in result.get("failed", {}).values()]
+    environment = result["environment"]
     if environment.get("overloaded"):
         lines.append(
             f"busy machine: others kept {environment['other_load']:.2f} of {environment['processors']} processors "
@@ -61,41 +58,49 @@ def common_notes(report: Report) -> list[str]:
     return lines
 
 
-def read_report(path: Path) -> Report:
-    """A result that was written with --json. Raises `UsageError` where the file is none."""
+def read_result(path: Path) -> Result:
+    """Read a result that was written with --json. Raises `UsageError` where the file is none."""
     try:
-        report = json.loads(path.read_bytes())
-        known = report["schema"] == SCHEMA and report["benchmark"] in BENCHMARKS
-        known = known and {"limits", "ratios"} <= report.keys() and isinstance(report["environment"], dict)
-        known = known and all(_is_row(row) for row in report["rows"])
+        result = json.loads(path.read_bytes())
+        known = result["schema"] == SCHEMA and result["benchmark"] in BENCHMARKS
+        known = known and {"limits", "ratios"} <= result.keys() and isinstance(result["environment"], dict)
+        known = known and all(_is_row(row) for row in result["rows"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
         raise no_result(path)
-    return report
+    return result
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    """Whether `row` has what those of all benchmarks have."""
+    """Return true where `row` has the entries that rows of all benchmarks have."""
     low, median, high = (row[f"images_per_s{end}"] for end in ("_low", "", "_high"))
     return isinstance(row["name"], str) and 0 < low <= median <= high
 
 
+def module_of(result: Result) -> ModuleType:
+    """Import the module of the benchmark that made `result`: its functions show it."""
+    return importlib.import_module(f"benchmarks.{result['benchmark']}")
+
+
 def no_result(path: Path) -> UsageError:
-    """What to raise where the file `path` is no result, or not a whole one."""
+    """Return the error for a file that is no result, or not a whole one."""
     return UsageError(f"{path} is no result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
 
 
-def write_report(report: Report, path: Path | None) -> None:
-    """Write a result to `path`, if there is one: after every round, for an interruption to leave the finished ones."""
+def write_result(result: Result, path: Path | None) -> None:
+    """Write a result to `path`, if there is one.
+
+    Written after every round, it keeps the finished ones after an interruption.
+    """
     if path is not None:
-        write_json(path, report)
+        write_json(path, result)
 
 
-def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
-    """Tables, and lines under them."""
+def print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
+    """Print tables, and lines under them."""
     console = Console()
     for table in tables:
         console.print(table, "")
@@ -103,16 +108,19 @@ def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
         console.print(note, highlight=False, soft_wrap=True)
 
 
-def title(report: Report) -> str:
-    """On what a report was measured."""
-    environment = report["environment"]
+def title(result: Result) -> str:
+    """Name the data, the batch size, the precision and the device of a result."""
+    environment = result["environment"]
     return (
         f"{environment['data']}, batch {environment['batch_size']}, {environment['precision']}, {environment['device']}"
     )
 
 
 def table(heading: str, *columns: str) -> Table:
-    """An empty table: names to the left, folded where they are too long for the terminal, figures to the right."""
+    """Create an empty table, with names to the left and figures to the right.
+
+    Names that are too long for the terminal are folded.
+    """
     made = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
@@ -120,7 +128,7 @@ def table(heading: str, *columns: str) -> Table:
 
 
 def figures_table(rows: Sequence[dict[str, Any]], heading: str, columns: Sequence[Column]) -> Table:
-    """A line for each of `rows`."""
+    """Create a table with a line for each of `rows`."""
     made = table(heading, *(name for name, _ in columns))
     for row in rows:
         made.add_row(*(text(row) for _, text in columns))
@@ -128,7 +136,7 @@ def figures_table(rows: Sequence[dict[str, Any]], heading: str, columns: Sequenc
 
 
 def throughput(row: dict[str, Any]) -> str:
-    """Median and extremes, in 1000 images/s."""
+    """Format median and extremes, in 1000 images/s."""
     median, low, high = (short(row[f"images_per_s{end}"] / 1000, 3) for end in ("", "_low", "_high"))
     return f"{median} ({low}–{high})"
 
@@ -140,13 +148,13 @@ def memory(rows: Sequence[dict[str, Any]]) -> Column:
     return "memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"
 
 
-def ratios_table(report: Report) -> Table:
-    """Ours down, what they are compared with across: median and extremes of the rounds."""
+def ratios_table(result: Result) -> Table:
+    """Create the table of ratios: ours down, the others across, with median and extremes of the rounds."""
     cells = {
         (each["name"], each["over"]): f"{short(each['median'], 2)} ({short(each['low'], 2)}–{short(each['high'], 2)})"
-        for each in report["ratios"]
+        for each in result["ratios"]
     }
-    names, others = (list(dict.fromkeys(each[key] for each in report["ratios"])) for key in ("name", "over"))
+    names, others = (list(dict.fromkeys(each[key] for each in result["ratios"])) for key in ("name", "over"))
     made = table(
         "Times as fast as another: median (lowest–highest round)", "", *(each.removeprefix("peer:") for each in others)
     )
@@ -155,10 +163,10 @@ def ratios_table(report: Report) -> Table:
     return made
 
 
-def markdown(report: Report, columns: Sequence[Column]) -> str:
-    """A line for each row of `report`, with the median ratios to all others at its end: Markdown."""
-    others = list(dict.fromkeys(each["over"] for each in report["ratios"]))
-    ratios = {(each["name"], each["over"]): short(each["median"], 2) for each in report["ratios"]}
+def markdown(result: Result, columns: Sequence[Column]) -> str:
+    """Format `result` as Markdown: a line for each row, with the median ratios to all others at its end."""
+    others = list(dict.fromkeys(each["over"] for each in result["ratios"]))
+    ratios = {(each["name"], each["over"]): short(each["median"], 2) for each in result["ratios"]}
     throughputs: Column = (
         "images/s (lowest–highest)",
         lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
@@ -170,32 +178,35 @@ def markdown(report: Report, columns: Sequence[Column]) -> str:
     (name, name_text), *rest = columns
     every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest, *map(over, others)]
     return markdown_table(
-        [heading for heading, _ in every], [[text(row) for _, text in every] for row in report["rows"]]
+        [heading for heading, _ in every], [[text(row) for _, text in every] for row in result["rows"]]
     )
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a table in Markdown."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Format cells as a table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
 
 
 def short(value: float, digits: int) -> str:
-    """`digits` significant digits, or all before the point; no exponent."""
+    """Format `digits` significant digits, or all before the point, without an exponent."""
     if not value > 0:
         return "0"
     return f"{value:.{max(digits - 1 - math.floor(math.log10(value)), 0)}f}"
 
 
 def grouped(value: float) -> str:
-    """Three significant digits, with thousands set off."""
+    """Format three significant digits, with thousands set off."""
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
-def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
-    """Bars of images/s with their spread, and the `limit` with its name; logarithmic where they differ widely."""
+def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
+    """Draw bars of images/s with their spread, and the `limit` with its name.
+
+    The axis is logarithmic where they differ widely.
+    """
     from matplotlib.figure import Figure
 
-    rows = sorted(report["rows"], key=lambda row: row["images_per_s"])
+    rows = sorted(result["rows"], key=lambda row: row["images_per_s"])
     medians = [row["images_per_s"] for row in rows]
     errors = [
         [row["images_per_s"] - row["images_per_s_low"] for row in rows],
@@ -214,7 +225,7 @@ def draw_bars(report: Report, path: Path, heading: str, limit: tuple[float, str]
         axes.set_xscale("log")
         axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
     axes.set_xlabel("images/s (median of the rounds; whiskers: lowest and highest)")
-    figure.suptitle(f"{heading}: {title(report)}", fontsize=10)
+    figure.suptitle(f"{heading}: {title(result)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 

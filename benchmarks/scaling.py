@@ -1,8 +1,8 @@
 """usage: python -m benchmarks.scaling FILE [--data NAME] [--rounds N]
 
-Measure training in 1, 2 and 4 processes of one thread each on this machine's cores, and what the exchange of gradients
-takes by itself; write FILE, and show how well a model of a step predicts it. `docs/scaling.md` has what the model says
-of GPUs.
+Measure training in 1, 2 and 4 processes of one thread each on this machine's cores, and the exchange of gradients by
+itself. Write FILE, and show the step that a model predicts beside the one measured. `docs/scaling.md` has the model's
+predictions for GPUs.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ dist.destroy_process_group()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """What the model of a step needs to know."""
+    """Machine as the model of a step knows it."""
 
     overhead: float
-    """Seconds of a step that do not depend on its images."""
+    """Seconds of a step, whatever the number of its images."""
     per_image: float
     """Seconds for each image of a process."""
     latency: float
@@ -64,34 +64,34 @@ class Machine:
     bandwidth: float
     """Bytes a second between neighbours."""
     processors: int
-    """How many processes compute at the same time; more take turns."""
+    """Number of processes that compute at the same time; more take turns."""
 
     def exchange(self, size: int, processes: int) -> float:
-        """Seconds of a ring all-reduce of `size` bytes (Patarasuk & Yuan 2009)."""
+        """Return the seconds of a ring all-reduce of `size` bytes (Patarasuk & Yuan 2009)."""
         turns = 2 * (processes - 1)
         return turns * self.latency + turns / processes * size / self.bandwidth
 
-    def step(self, rows: float, size: int, processes: int) -> float:
-        """Seconds of a step of `rows` images in each process, with `size` bytes of gradients.
+    def step(self, images: float, size: int, processes: int) -> float:
+        """Return the seconds of a step of `images` in each process, with `size` bytes of gradients.
 
-        The exchange of a bucket goes on during the backward pass of those that follow; that of the last one cannot.
+        The exchange of a bucket goes on during the backward pass of later ones; that of the last one cannot.
         """
         turns = max(processes / self.processors, 1)
-        compute = turns * (self.overhead + rows * self.per_image)
+        compute = turns * (self.overhead + images * self.per_image)
         buckets = -(-size // _BUCKET)
         whole, last = turns * self.exchange(size, processes), turns * self.exchange(-(-size // buckets), processes)
         return compute + max(whole - _BACKWARD * compute * (buckets - 1) / buckets, last)
 
     def fitting_batch(self, size: int, processes: int, share: float = 0.8) -> int:
-        """The smallest power of two of images in each process at which a process keeps `share` of its speed alone."""
-        rows = 1
-        while self.overhead + rows * self.per_image < share * self.step(rows, size, processes):
-            rows *= 2
-        return rows
+        """Return the smallest power of two of images in each process at which it keeps `share` of its speed alone."""
+        images = 1
+        while self.overhead + images * self.per_image < share * self.step(images, size, processes):
+            images *= 2
+        return images
 
 
 # Not measured: there was one GPU at most. The images/s are the roof that memory bandwidth sets to a training step of
-# unfused kernels; the links are NVLink 4's and InfiniBand NDR's at three quarters of what they are sold for.
+# unfused kernels. The links are NVLink 4's and InfiniBand NDR's, at three quarters of their nominal bandwidth.
 ASSUMED = {
     8: Machine(overhead=100e-6, per_image=1 / 525_000, latency=4e-6, bandwidth=340e9, processors=8),
     64: Machine(overhead=100e-6, per_image=1 / 525_000, latency=8e-6, bandwidth=37e9, processors=64),
@@ -99,14 +99,14 @@ ASSUMED = {
 
 
 def gradient_bytes(model: str) -> int:
-    """What a step exchanges: gradients are in fp32."""
+    """Return the bytes that a step exchanges: gradients are in fp32."""
     from fastresnet.models import create_model
 
     return 4 * sum(parameter.numel() for parameter in create_model(model).parameters())
 
 
 def measure(data: str, rounds: int) -> dict[str, Any]:
-    """Images/s of each of `RUNS`, in turns, and the time of exchanges."""
+    """Measure the images/s of each of `RUNS`, in turns, and the time of exchanges."""
     surroundings = environment(torch.device("cpu"))
     seen: dict[tuple[int, int], list[float]] = {run: [] for run in RUNS}
     for number in range(rounds):
@@ -143,19 +143,19 @@ def _torchrun(processes: int, program: Sequence[str]) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def fitted(report: dict[str, Any]) -> Machine:
-    """The machine that a report was measured on: the time of a step alone at two sizes, of an exchange at two sizes."""
-    seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in report["runs"]}
+def fitted(result: dict[str, Any]) -> Machine:
+    """Fit the machine of a result to its steps alone at two sizes, and to its exchanges at two sizes."""
+    seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in result["runs"]}
     (_, few), (_, many) = RUNS[:2]
     per_image = (seconds[1, many] - seconds[1, few]) / (many - few)
-    (small_size, large_size), (small, large) = report["exchange_s"]["bytes"], report["exchange_s"]["seconds"]
+    (small_size, large_size), (small, large) = result["exchange_s"]["bytes"], result["exchange_s"]["seconds"]
     bandwidth = (large_size - small_size) / (large - small)  # of two processes: each byte goes once
     return Machine(
         overhead=max(seconds[1, few] - few * per_image, 0),
         per_image=per_image,
         latency=(small - small_size / bandwidth) / 2,
         bandwidth=bandwidth,
-        processors=report["processors"],
+        processors=result["processors"],
     )
 
 
@@ -163,42 +163,29 @@ def _step_seconds(run: dict[str, Any]) -> float:
     return run["batch_size"] / statistics.median(run["images_per_s"])
 
 
-def measured_table(report: dict[str, Any]) -> str:
-    """Measured and predicted steps of every run, as Markdown."""
-    machine, rows = fitted(report), []
-    for run in report["runs"]:
+def measured_table(result: dict[str, Any]) -> str:
+    """Format the measured and predicted steps of every run, as Markdown."""
+    machine, lines = fitted(result), []
+    for run in result["runs"]:
         processes, batch_size, speeds = run["processes"], run["batch_size"], run["images_per_s"]
-        predicted = machine.step(batch_size / processes, report["gradient_bytes"], processes)
+        predicted = machine.step(batch_size / processes, result["gradient_bytes"], processes)
+        spread = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f})"
         source = "fitted" if (processes, batch_size) in RUNS[:2] else f"{1000 * predicted:.0f} ms"
-        rows.append(
-            [
-                str(processes),
-                str(batch_size),
-                f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f})",
-                f"{1000 * _step_seconds(run):.0f} ms",
-                source,
-                f"{_step_seconds(run) / predicted:.2f}",
-            ]
-        )
-    head = [
-        "processes",
-        "batch size",
-        "images/s (lowest–highest)",
-        "step, measured",
-        "predicted",
-        "measured / predicted",
-    ]
-    return markdown_table(head, rows)
+        step = _step_seconds(run)
+        steps = [f"{1000 * step:.0f} ms", source, f"{step / predicted:.2f}"]
+        lines.append([str(processes), str(batch_size), spread, *steps])
+    head = ["processes", "batch size", "images/s (lowest–highest)"]
+    return markdown_table([*head, "step, measured", "predicted", "measured / predicted"], lines)
 
 
 def predicted_table() -> str:
-    """Steps on GPUs that the model predicts, as Markdown."""
-    rows, size = [], gradient_bytes(MODEL)
+    """Format the steps on GPUs that the model predicts, as Markdown."""
+    lines, size = [], gradient_bytes(MODEL)
     for processes, machine in ASSUMED.items():
         for each in (16, 128, 1024):
             seconds = machine.step(each, size, processes)
             alone = machine.overhead + each * machine.per_image
-            rows.append(
+            lines.append(
                 [
                     str(processes),
                     f"{each * processes:,}",
@@ -210,7 +197,7 @@ def predicted_table() -> str:
                 ]
             )
     head = ["GPUs", "batch size", "computing", "exchanging", "images/s", "of the GPUs' speed", "80 % from batch size"]
-    return markdown_table(head, rows)
+    return markdown_table(head, lines)
 
 
 def main() -> None:
@@ -219,9 +206,9 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    report = measure(options.data, options.rounds)
-    write_json(options.file, report)
-    print(measured_table(report))
+    result = measure(options.data, options.rounds)
+    write_json(options.file, result)
+    print(measured_table(result))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class World:
                 dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all world."""
         if not self.is_single:
             dist.barrier()
 

@@ -114,13 +114,13 @@ def python(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def quick_contestants(python):
+def quick_workers(python):
     """Processes that `multiprocessing` spawns are those of `python`, from now on."""
     multiprocessing.set_executable(python)
 
 
 @pytest.fixture
-def quick_processes(python, quick_contestants, monkeypatch):
+def quick_processes(python, quick_workers, monkeypatch):
     """So are those that the test or what it tests starts with `sys.executable`."""
     monkeypatch.setattr(sys, "executable", python)
 

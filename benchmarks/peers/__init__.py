@@ -1,10 +1,9 @@
-"""What users would pick instead, written as its users write it: the yardsticks.
+"""Peers: loaders and loops of other libraries, written as their users write them.
 
-Each module has `open_loader(dataset, *, batch_size, device, dtype, workers)`, which returns something to iterate over
-once per epoch, that yields `(images, labels)` on the device: images [B, 3, 32, 32] channels_last of `dtype`, randomly
-cropped with 4 pixels of padding, randomly flipped and normalised with mean = std = 0.5; ragged last batches dropped.
+A module has `open_loader(dataset, *, batch_size, device, dtype, workers)`. It returns an iterable, which yields an
+epoch's `(images, labels)` on the device. Images are [B, 3, 32, 32], channels_last, of `dtype`. They are randomly
+cropped with 4 pixels of padding, randomly flipped and normalised with mean = std = 0.5. Partial batches are dropped.
 
-Or it has `open_training(dataset, model, watch, *, batch_size, device, workers)`, which returns a function of the
-epoch's number: that trains `model`, with its batches taken through `watch`, which times the waiting, and yields after
-each step.
+Or it has `open_training(dataset, model, watch, *, batch_size, device, workers)`. It returns a function of the epoch's
+number, which trains `model` and yields after each step. `watch` times the waiting for the batches that go through it.
 """

@@ -1,4 +1,4 @@
-"""torchvision's random transforms on PIL images, one by one, in a `DataLoader`: what most CIFAR repositories do."""
+"""torchvision's random transforms on PIL images, one by one, in a `DataLoader`, as most CIFAR repositories do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.store import Dataset, Split
 
 
 class _Images(torch.utils.data.Dataset):
-    """Like `torchvision.datasets.CIFAR10`, from the store's arrays."""
+    """Images as of `torchvision.datasets.CIFAR10`, from the store's arrays."""
 
     def __init__(self, split: Split) -> None:
         self._split = split

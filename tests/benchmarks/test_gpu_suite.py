@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy, gpu_cases
-from benchmarks.gpu_cases import Candidate, Case
+from benchmarks.gpu_cases import Candidate, RecipeCase
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_suite.sh"
 STAGES = ["ceilings", "smoke", "steps", "candidates", "tests", "peers", "accuracy"]
@@ -155,8 +155,15 @@ def test_what_a_training_leaves(suite, tmp_path):
     (tmp_path / "data/cifar10/meta.json").touch()
     assert suite.run("accuracy", DATA=str(tmp_path / "data"))[0] == 0
     trainings = [call.split(" --out")[0].split(" train ")[1] for call in suite.calls() if " train " in call]
-    assert trainings[:5] == [f"fast --model resnet20 --seed {seed}" for seed in range(5)]
-    assert trainings[5:7] == ["baseline --model resnet20 --seed 0", "paper --model resnet20 --seed 0"]
+    kinds = (
+        ("speedrun", "resnet9-medium"),
+        ("fast", "resnet20"),
+        ("fast", "resnet56"),
+        ("baseline", "resnet20"),
+        ("paper", "resnet20"),
+    )
+    assert trainings[:5] == [f"{recipe} --model {model} --seed 0" for recipe, model in kinds]
+    assert trainings[5:9] == [f"fast --model resnet20 --seed {seed}" for seed in range(1, 5)]
     assert len(trainings) == len(set(trainings)) == 14
     names = sorted(Path(name).name for name in suite.packed() if name.startswith("accuracy/"))
     assert names == ["config.toml"] * 14 + ["metrics.csv"] * 14 + ["summary.json"] * 14
@@ -218,13 +225,13 @@ def test_a_second_start_adds_to_the_first(suite):
 
 def test_a_training_that_is_cut_is_left_out(suite, tmp_path):
     (tmp_path / "archive").touch()
-    suite.behave('*"--seed 1"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
+    suite.behave('*"fast --model resnet20"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
     code, out, _ = suite.run("--seconds", "13", "accuracy", DATA=str(tmp_path / "archive"))
     assert code == 0
     assert "passed, 1 of 14 trainings" in out
     assert suite.calls_file.with_suffix(".saved").exists()
     assert [name for name in suite.packed() if name.endswith("summary.json")] == [
-        "accuracy/fast-model-resnet20-seed-0/summary.json"
+        "accuracy/speedrun-model-resnet9-medium-seed-0/summary.json"
     ]
 
 
@@ -286,7 +293,7 @@ def test_the_rehearsal_goes_through_every_stage(tmp_path):
 # --- the cases -----------------------------------------------------------------------------------------------------
 
 
-SMALL = Case("fast", "resnet20", 128)  # 2 images on a CPU
+SMALL = RecipeCase("fast", "resnet20", 128)  # 2 images on a CPU
 
 
 @pytest.fixture
@@ -306,7 +313,7 @@ def measure(request, tmp_path, monkeypatch, data_root):
 
 
 def test_a_case_that_fails_is_told_and_the_next_is_measured(measure, monkeypatch):
-    monkeypatch.setattr(gpu_cases, "CASES", (Case("fast", "resnet20", 1 << 20), SMALL))  # a batch for no data set
+    monkeypatch.setattr(gpu_cases, "CASES", (RecipeCase("fast", "resnet20", 1 << 20), SMALL))  # a batch for no data set
     code, report = measure("steps")
     assert code == 1
     (failed,) = report["failed"]
@@ -338,13 +345,13 @@ def test_a_candidate_takes_turns_with_the_step_as_it_is(measure, monkeypatch):
         ),
     )
     turns = iter([5.0, 5.0, 10.0, 20.0, 10.0, 30.0])  # untimed off and on, then two rounds
-    take_turn = gpu_cases.Steps.take_turn
+    original = gpu_cases.TimedRecipe.measure
 
     def fixed(self, seconds):
-        take_turn(self, 0)
+        original(self, 0)
         return next(turns) if seconds else 0.0
 
-    monkeypatch.setattr(gpu_cases.Steps, "take_turn", fixed)
+    monkeypatch.setattr(gpu_cases.TimedRecipe, "measure", fixed)
     code, report = measure("candidates")
     assert code == 1
     assert report["failed"] == {"refused: fast/resnet20/b2": "RuntimeError: no such thing here"}

@@ -10,11 +10,11 @@ import fakegpu  # first: PyTorch is told of it
 import pytest
 import torch
 
-from benchmarks import loaders, training
+from benchmarks import loaders, train
 from benchmarks.__main__ import main
-from benchmarks.contestant import WaitTimer, Work
-from benchmarks.gpu_cases import Candidate, Case, compile_ahead
-from benchmarks.measurement import SameBatch
+from benchmarks.cases import SameBatch
+from benchmarks.gpu_cases import Candidate, RecipeCase, compile_ahead
+from benchmarks.runner import WaitTimer, Work
 from fastresnet import terminal
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
@@ -102,7 +102,7 @@ def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(data
 @pytest.mark.parametrize("data", [True, False], ids=["resident", "step-only"])
 def test_the_training_benchmark_replays_its_steps(dataset, data):
     work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16", threads=1)
-    epochs = training.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
+    epochs = train.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
     assert_replays_alone(iter(epochs(0)))
 
 
@@ -113,7 +113,7 @@ def change_nothing(step):
 def test_what_is_compiled_ahead_goes_into_the_cache(dataset, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     broken, good = (
-        Candidate(name="", case=Case("baseline", "resnet20", batch_size), change=change_nothing)
+        Candidate(name="", case=RecipeCase("baseline", "resnet20", batch_size), change=change_nothing)
         for batch_size in (1 << 20, 24)
     )
     compile_ahead([broken, good], dataset, CUDA)

@@ -1,36 +1,29 @@
 """The step benchmark: its counts are those made by hand, and its figures agree with one another and survive a stop."""
 
-import itertools
 import json
 import types
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.autograd import DeviceType
 
-from benchmarks import measurement, stepping, steps
+from benchmarks import cases, roofline, step
 from benchmarks.__main__ import main
-from benchmarks.counting import ByteCounter, memory_per_image
-from benchmarks.measurement import copy_bandwidth, matmul_rate
-from benchmarks.stepping import Case
-from benchmarks.steps import StepOptions, markdown_table, measure_steps, notes, tables
+from benchmarks.cases import StepCase
+from benchmarks.report import ratio
+from benchmarks.step import StepOptions, markdown_table, measure_steps, notes, tables
 from fastresnet import terminal
-from fastresnet.models import create_model
 from fastresnet.models.batchnorm import BatchNorm2d
-from fastresnet.models.summary import flops_per_image
-from pipelines.errors import RunError
 
 CPU = torch.device("cpu")
 SMALL = {"models": ("resnet20",), "batch_sizes": (4,), "backends": ("eager",), "seconds": 0.001, "device": "cpu"}
 BASE = "train/resnet20/b4/fp32/channels_last/eager"
 
 
-def small_case(mode: str = "train", batch_size: int = 4) -> Case:
-    return Case(
+def small_case(mode: str = "train", batch_size: int = 4) -> StepCase:
+    return StepCase(
         mode=mode,
         model="resnet20",
         batch_size=batch_size,
@@ -43,9 +36,9 @@ def small_case(mode: str = "train", batch_size: int = 4) -> Case:
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch):
     """Small copies and products: what they are worth is not tested."""
-    copy, product = measurement.copy_bandwidth, measurement.matmul_rate
-    monkeypatch.setattr(measurement, "copy_bandwidth", lambda device: copy(device, 1 << 20))
-    monkeypatch.setattr(measurement, "matmul_rate", lambda device, dtype: product(device, dtype, largest=256))
+    copy, product = roofline.copy_bandwidth, roofline.matmul_rate
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: copy(device, 1 << 20))
+    monkeypatch.setattr(roofline, "matmul_rate", lambda device, dtype: product(device, dtype, largest=256))
 
 
 @pytest.fixture(scope="module")
@@ -54,112 +47,10 @@ def result(tmp_path_factory):
     files = {"json": folder / "steps.json", "chart": folder / "steps.png", "profile": folder / "trace.json"}
     small = SMALL | {"batch_sizes": (4, 2), "precisions": ("fp32", "bf16")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepping, "MOST_STEPS", 100)
+        patch.setattr(cases, "MOST_STEPS", 100)
         patch.setattr("fastresnet.device._computes_bf16", lambda _: False)  # so that the base is the same everywhere
         measure_steps(StepOptions(**small, **files, rounds=2))
     return json.loads(files["json"].read_text()), folder
-
-
-# --- counts ------------------------------------------------------------------------------------------------------
-
-
-def bytes_of(work) -> int:
-    with ByteCounter() as counter:
-        work()
-    return counter.bytes
-
-
-def test_flops_of_a_convolution():
-    """8 output channels, each pixel 3 x 3 x 3 multiply-adds, on 32 x 32 pixels; padding counts as if computed."""
-    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False))
-    forward = 2 * 8 * 27 * 1024
-    assert flops_per_image(convolution, training=False) == forward
-    # The images need no gradient, so that the backward pass has only that of the weights.
-    assert flops_per_image(convolution, training=True) == 2 * forward
-
-
-def test_flops_of_resnet20():
-    """40.81 million multiply-adds with shortcut B; for training 3 times as many, less the gradient of the images."""
-    model = create_model("resnet20")
-    first_layer = 16 * 27 * 1024
-    stages = [
-        6 * 16 * 16 * 9 * 1024,
-        (16 * 32 + 5 * 32 * 32) * 9 * 256 + 16 * 32 * 256,
-        (32 * 64 + 5 * 64 * 64) * 9 * 64 + 32 * 64 * 64,
-    ]
-    macs = first_layer + sum(stages) + 640
-    assert round(macs / 1e6, 2) == 40.81
-    assert flops_per_image(model, training=False) == 2 * macs
-    assert flops_per_image(model, training=True) == 2 * (3 * macs - first_layer)
-
-
-@pytest.mark.parametrize(
-    ("work", "moved"),
-    [
-        (lambda x: x + x.t(), 4 * 3 * 100),
-        (lambda x: x.add_(1), 4 * 2 * 100),
-        (lambda x: torch.empty(10, 10).copy_(x), 4 * 2 * 100),  # what is overwritten is not read
-        (lambda x: x.zero_(), 4 * 100),
-        (lambda x: x.bfloat16(), (4 + 2) * 100),
-        (lambda x: x[0].expand(50, 10) * 2, 4 * (10 + 500)),  # ten values lie in memory
-        (lambda x: (x.t(), x.view(-1)[3:], x.detach(), torch.empty_like(x)), 0),
-        (lambda x: F.relu(x), 4 * 2 * 100),
-    ],
-)
-def test_bytes_of_operators(work, moved):
-    x = torch.ones(10, 10)
-    assert bytes_of(lambda: work(x)) == moved
-
-
-def test_bytes_of_a_linear_layer_and_its_backward_pass():
-    layer, x = nn.Linear(20, 5), torch.ones(8, 20, requires_grad=True)
-    weight, bias, into, out = 100, 5, 160, 40
-    forward = into + weight + bias + out
-    # Three products or sums, each of which reads the gradient of the output: of the input, the weights and the bias.
-    backward = (out + weight + into) + (out + into + weight) + (out + bias)
-    gradient = torch.ones(8, 5)
-    assert bytes_of(lambda: layer(x)) == 4 * forward
-    assert bytes_of(lambda: layer(x).backward(gradient)) == 4 * (forward + backward)
-
-
-def test_bytes_of_an_update():
-    """Parameter and momentum are read and written; so is the gradient, by what PyTorch declares."""
-    parameter = nn.Parameter(torch.ones(1000))
-    parameter.grad = torch.ones(1000)
-    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
-    optimizer.step()
-    assert bytes_of(optimizer.step) == pytest.approx(4 * 6 * 1000, abs=100)
-
-
-def test_memory_of_a_training_step_is_what_the_backward_pass_needs():
-    """Input, output of the convolution and of the relu, each kept once."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    largest = 8 * 1024
-    kept = 3 * 1024 + 2 * largest + 2 * 8  # and mean and deviation of each channel
-    assert memory_per_image(model, 2, training=True) == pytest.approx(2 * kept, abs=4 * 4 * 8)
-    assert memory_per_image(model, 2, training=False) == 2 * 3 * largest
-
-
-def test_the_rate_of_matrix_products_is_positive():
-    assert matmul_rate(CPU, torch.float32, largest=256) > 0
-
-
-def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypatch):
-    """A clock that says when a device has come so far: the second run takes 2 s, all others more."""
-    begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
-    monkeypatch.setattr(measurement, "stamp", lambda _: begin.pop() if begin else next(ends))
-    assert copy_bandwidth(CPU, 1000) == 2 * 1000 / 2
-    begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
-    assert matmul_rate(CPU, torch.float32) == 2 * 256**3 / 2
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_timed_without_its_host(monkeypatch):
-    """Whose clock stands still here."""
-    monkeypatch.setattr(measurement, "time", types.SimpleNamespace(perf_counter=lambda: 0.0))
-    device = torch.device("cuda")
-    assert 0 < copy_bandwidth(device) < float("inf")
-    assert 0 < matmul_rate(device, torch.float32) < float("inf")
 
 
 # --- the whole ---------------------------------------------------------------------------------------------------
@@ -191,11 +82,11 @@ def test_every_case_is_measured_in_every_round(result):
 def test_the_parts_are_those_of_the_step_beside_them():
     """The same batch norms, and nothing is learned."""
     case = small_case()
-    split, step = stepping.SplitContender(case, CPU), stepping._train_step(case, CPU)
-    fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, step.model)]
+    split, alone = cases.TimedParts(case, CPU), cases._train_step(case, CPU)
+    fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, alone.model)]
     assert fused[0] == fused[1] != []
     before = [parameter.clone() for parameter in split._model.parameters()]
-    split.take_turn(0.001)
+    split.measure(0.001)
     assert all(map(torch.equal, before, split._model.parameters()))
     assert all(ms > 0 for (ms,) in split.ms.values())
 
@@ -239,14 +130,14 @@ def test_ratios_are_between_cases_that_differ_in_one_thing(result):
 
 
 def test_tables_fit_into_80_columns(result, capsys, monkeypatch):
-    from benchmarks.report import print_report
+    from benchmarks.report import print_tables
 
     monkeypatch.setenv("COLUMNS", "80")
     report = json.loads(json.dumps(result[0]))
     longest = {"model": "resnet110", "batch_size": 4096, "backend": "compile", "percent_of_roof": 123.4}
     figures = {"images_per_s": 525_400.0, "images_per_s_low": 501_234.0, "images_per_s_high": 531_234.0}
     report["rows"][0] |= longest | figures
-    print_report(tables(report), [])
+    print_tables(tables(report), [])
     out = capsys.readouterr().out
     assert "…" not in out
     assert "resnet110 b4096 fp32 NHWC compile 525 (501–531)" in " ".join(out.split())
@@ -305,17 +196,17 @@ def test_operators_of_a_gpu_are_its_kernels(tmp_path, monkeypatch):
             is_user_annotation=is_user_annotation,
         )  # fmt: skip
 
-    contender = stepping.Contender(small_case(), CPU)
-    monkeypatch.setattr(stepping, "profile", Profiler)
+    timed = cases.TimedStep(small_case(), CPU)
+    monkeypatch.setattr(cases, "profile", Profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    contender._device = torch.device("cuda")
-    operators = contender.profile(tmp_path / "trace.json")
+    timed._device = torch.device("cuda")
+    operators = timed.profile(tmp_path / "trace.json")
     assert operators == [("cudnn::conv_kernel", pytest.approx(0.1), 1), ("Memset (Device)", pytest.approx(0.002), 1)]
 
 
 @pytest.mark.gpu
 def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path):
-    operators = stepping.Contender(small_case(), torch.device("cuda")).profile(tmp_path / "trace.json", steps=3)
+    operators = cases.TimedStep(small_case(), torch.device("cuda")).profile(tmp_path / "trace.json", steps=3)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     on_gpu = [event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     assert sum(ms for _, ms, _ in operators) == pytest.approx(sum(on_gpu) / 1000 / 3)
@@ -324,15 +215,15 @@ def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path
 
 def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
     turns = []
-    take_turn = stepping.Contender.take_turn
+    measure = cases.TimedStep.measure
 
     def stopped_in_the_second_round(self, seconds):
         turns.append(self.case.name)
         if turns.count(self.case.name) == 2:
             raise KeyboardInterrupt
-        take_turn(self, seconds)
+        measure(self, seconds)
 
-    monkeypatch.setattr(stepping.Contender, "take_turn", stopped_in_the_second_round)
+    monkeypatch.setattr(cases.TimedStep, "measure", stopped_in_the_second_round)
     path = tmp_path / "steps.json"
     arguments = ["--models", "resnet20", "--batch-sizes", "2", "--backends", "eager", "--precisions", "fp32"]
     arguments += ["--seconds", "0.001", "--device", "cpu", "--json", str(path)]
@@ -370,13 +261,13 @@ def test_wrong_arguments_exit_with_2(capsys, arguments, message):
 def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr("fastresnet.device._computes_bf16", lambda _: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
-    with pytest.raises(steps.UsageError, match="an old GPU lacks it"):
-        steps._sweep(StepOptions(precisions=("bf16",)), torch.device("cuda"))
+    with pytest.raises(step.UsageError, match="an old GPU lacks it"):
+        step._sweep(StepOptions(precisions=("bf16",)), torch.device("cuda"))
 
 
 def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
     monkeypatch.setattr("fastresnet.device._computes_bf16", lambda _: True)
-    base, *others = steps._sweep(StepOptions(), torch.device("cuda"))
+    base, *others = step._sweep(StepOptions(), torch.device("cuda"))
     assert base.name == "train/resnet20/b128/bf16/channels_last/graph"
     assert len(set(others)) == len(others)
     varied = ("model", "batch_size", "precision", "memory_format", "backend")
@@ -387,38 +278,24 @@ def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, mode):
-    monkeypatch.setattr(stepping, "free_memory", lambda _: 10 << 20)
-    case = small_case(mode, 1 << 16)
-    with pytest.raises(RunError, match=rf"out of memory: {mode}/resnet20/b65536/.* smaller --batch-sizes"):
-        steps._prepared(stepping.Contender, case, torch.device("cpu"), lambda _: None)
-
-
-def test_bytes_of_batch_norm():
-    """Training reads the input once for its mean and variance and once to apply them. Backward both the input and the
-    gradient of the output are read once for two sums, and once to apply these. Inference reads the input once.
-    """
-    layer, x = nn.BatchNorm2d(16), torch.ones(8, 16, 32, 32, requires_grad=True)
-    activation, few = 4 * x.numel(), 4 * 16 * 16  # at most so many vectors of 16 channels
-    gradient = torch.ones_like(x)
-    forward = bytes_of(lambda: layer(x))
-    assert forward == pytest.approx((2 + 1) * activation, abs=few)
-    assert bytes_of(lambda: layer(x).backward(gradient)) == pytest.approx(forward + (2 + 2 + 1) * activation, abs=few)
-    layer.eval()
-    with torch.no_grad():
-        assert bytes_of(lambda: layer(x)) == pytest.approx((1 + 1) * activation, abs=few)
+def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, capsys, mode):
+    monkeypatch.setattr(cases, "free_memory", lambda _: 10 << 20)
+    arguments = [word if word not in ("2", "3") else str(1 << 16) for word in SMALLEST]
+    assert terminal.guarded(main, [*arguments, "--threads", "1"]) == 1
+    advice = "fp32/channels_last/eager does not fit; give smaller --batch-sizes."
+    assert f"left out: out of memory: {mode}/resnet20/b65536/{advice}" in capsys.readouterr().err
 
 
 def failing(monkeypatch, error, *names):
     """Raise `error` where one of the cases `names` is prepared."""
-    original = stepping._training
+    original = cases._training
 
     def training(case, device):
         if case.name in names:
             raise error
         return original(case, device)
 
-    monkeypatch.setattr(stepping, "_training", training)
+    monkeypatch.setattr(cases, "_training", training)
 
 
 SMALLEST = ["step", "--models", "resnet20", "--backends", "eager", "--precisions", "fp32", "--batch-sizes", "2", "3"]
@@ -443,17 +320,16 @@ def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
     assert FIRST not in [row["name"] for row in report["rows"]]
     assert len(report["rows"]) == 4
     assert report["failed"].keys() == {FIRST}
-    told = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_steps.py:"
+    told = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_step.py:"
     assert told in out
     assert f"fastresnet: note: {told}" in err
 
 
 def test_a_benchmark_of_which_every_case_fails_is_a_failure(monkeypatch, capsys):
-    monkeypatch.setattr(stepping, "free_memory", lambda _: 0)
-    monkeypatch.setattr(stepping, "SplitContender", stepping.Contender)
+    monkeypatch.setattr(cases, "free_memory", lambda _: 0)
     assert terminal.guarded(main, SMALLEST) == 1
     assert "every case has failed" in capsys.readouterr().err
 
 
 def test_a_ratio_is_of_the_rounds_that_both_have_had():
-    assert measurement.ratio("a", [4.0, 9.0], "b", [2.0])["high"] == 2.0
+    assert ratio("a", [4.0, 9.0], "b", [2.0])["high"] == 2.0

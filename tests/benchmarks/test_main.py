@@ -6,7 +6,7 @@ from operator import getitem
 
 import pytest
 
-from benchmarks.readme import RESULTS
+from benchmarks.tables import RESULTS
 
 ENVIRONMENT = {"device": "a CPU", "threads": 2, "data": "shapes10", "batch_size": 8, "precision": "fp32"}
 

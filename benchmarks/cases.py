@@ -1,4 +1,4 @@
-"""Cases of the step benchmark at work: a network on one batch, over and over, and how long its steps take."""
+"""Cases of the step benchmark: a network on one batch, over and over, and the time of its steps."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import dataclasses
 import functools
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.counting import ByteCounter, memory_per_image
-from benchmarks.measurement import SameBatch, memory_held, memory_taken, recorded, seconds_between, stamp
+from benchmarks.report import row_of, spread
+from benchmarks.roofline import ByteCounter, memory_per_image, roof, seconds_between, stamp
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
@@ -27,20 +28,20 @@ from fastresnet.models.summary import flops_per_image
 from fastresnet.training.execution import Execution
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
-from pipelines import Batch, free_memory
+from pipelines import Batch, GatheringPipeline, free_memory
 from pipelines.files import replacing
-from pipelines.sampling import IMAGE_SIZE
+from pipelines.sampling import IMAGE_SIZE, EpochPlan
 
 MOST_STEPS = 100_000
-"""Steps of one turn; as many learning rates are laid out."""
+"""Limit to the steps of a turn; as many learning rates are laid out."""
 
 Steps = Callable[[int], None]
-"""Takes so many steps; a GPU may not have finished them."""
+"""Takes a number of steps; a GPU may not have finished them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One thing to measure."""
+class StepCase:
+    """Step of a network to measure."""
 
     mode: str
     """`train` or `inference`."""
@@ -58,13 +59,13 @@ class Case:
         return "/".join(values.values())
 
 
-class Contender:
-    """A case that is ready to take turns. Raises `MemoryError` where it would not fit, and whatever PyTorch does."""
+class TimedStep:
+    """Steps of a case, ready to be measured. Raises `MemoryError` where it would not fit, and whatever PyTorch does."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self._device = case, device
         self.images_per_s: list[float] = []
-        """Of every turn."""
+        """Throughput of every turn."""
         _check_memory(case, device)
         self.flops_per_image, self.bytes_per_image = _count(dataclasses.replace(case, backend="eager"), device)
         held = memory_held(device)
@@ -73,57 +74,60 @@ class Contender:
         self._seconds_per_step = math.inf  # of the latest steps
         self._take(0)  # the first one sets up more than those that follow
         self.prepare_s = time.perf_counter() - began
-        """Compilation, recording and the first step."""
+        """Seconds of compilation, recording and the first step."""
         self._take(0)
         self.memory = memory_taken(held)
 
-    def take_turn(self, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """Take steps for about `seconds`, after a third of that untimed."""
         self._take(seconds / 3)
         self._take(seconds)
         self.images_per_s.append(self.case.batch_size / self._seconds_per_step)
 
-    def profile(self, path: Path, steps: int = 3) -> list[tuple[str, float, float]]:
-        """Write a Chrome trace of `steps` steps to `path`; returns operators, their own ms and their calls a step.
+    def row(self, limits: dict[str, Any]) -> dict[str, Any]:
+        """Return the figures of the case, beside the roof that `limits` set."""
+        row = {
+            **row_of(self.case.name, "ours", self.images_per_s),
+            **dataclasses.asdict(self.case),
+            "ms_per_step": 1000 * self.case.batch_size / statistics.median(self.images_per_s),
+            "prepare_s": self.prepare_s,
+            "flops_per_image": self.flops_per_image,
+            "bytes_per_image": self.bytes_per_image,
+            **self.memory,
+        }
+        highest, bound = roof(row, limits)
+        return {**row, "percent_of_roof": 100 * row["images_per_s"] / highest, "bound": bound}
 
-        On a GPU kernels take the place of operators.
-        """
-        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
-        with profile(activities=kinds) as profiler:
+    def profile(self, path: Path, steps: int = 3) -> list[tuple[str, float, float]]:
+        """Write a Chrome trace of `steps` steps to `path`; return `kernels_of` it."""
+        with profile(activities=activities(self._device)) as profiler:
             self._steps(steps)
             _synchronize(self._device)
         with replacing(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        events, own = profiler.key_averages(), "self_cpu_time_total"
-        if self._device.type == "cuda":
-            # The time of a kernel also stands at the operator that launched it, and at the regions that it lies in.
-            events = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
-            own = "self_device_time_total"
-        operators = [(each.key, getattr(each, own) / 1000 / steps, each.count / steps) for each in events]
-        return sorted(operators, key=lambda operator: -operator[1])
+        return kernels_of(profiler, self._device, steps)
 
     def _take(self, seconds: float) -> None:
-        # How many steps is settled beforehand, so that nothing waits for a GPU until the last of them.
-        count = min(max(round(seconds / self._seconds_per_step), 1), MOST_STEPS)
+        count = steps_in(seconds, self._seconds_per_step)
         _synchronize(self._device)
         begin = stamp(self._device)
         self._steps(count)
         self._seconds_per_step = seconds_between(begin, stamp(self._device)) / count
 
 
-class SplitContender:
-    """An eager training step of which each part is timed: forward pass, backward pass and update.
+class TimedParts:
+    """Parts of a case's eager training step: forward pass, backward pass and update, each of which is timed.
 
-    Without what `TrainStep` does beside them: metrics, learning rates, the scaling of losses in fp16, and looking for
-    losses and gradients that are not finite.
+    `TrainStep` does more: metrics, learning rates, scaled losses in fp16, and a look for figures that are not finite.
     """
 
     PARTS = ("forward", "backward", "optimizer")
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self._device = case, device
         self.ms: dict[str, list[float]] = {part: [] for part in self.PARTS}
         """Milliseconds a step of every turn, by part."""
+        _check_memory(case, device)
         step = _train_step(case, device)
         self._batch, self._model, (self._optimizer,) = _random_batch(case, device), step.model, step.optimizers
         for group in self._optimizer.param_groups:
@@ -131,15 +135,20 @@ class SplitContender:
         self._seconds_per_step = math.inf
         self._take(0), self._take(0)
 
-    def take_turn(self, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """Take steps for about `seconds`, after a third of that untimed."""
         self._take(seconds / 3)
         for part, ms in zip(self.PARTS, self._take(seconds), strict=True):
             self.ms[part].append(ms)
 
+    def row(self) -> dict[str, Any]:
+        """Return the figures of the parts: an entry of `splits` in a result."""
+        spreads = [spread(ms, f"{part}_ms") for part, ms in self.ms.items()]
+        return {"model": self.case.model, **{key: value for each in spreads for key, value in each.items()}}
+
     def _take(self, seconds: float) -> list[float]:
-        """Milliseconds of the parts."""
-        count = min(max(round(seconds / self._seconds_per_step), 1), MOST_STEPS)
+        """Take steps for `seconds`; return the milliseconds of their parts."""
+        count = steps_in(seconds, self._seconds_per_step)
         _synchronize(self._device)
         stamps = [self._stamped_step() for _ in range(count)]
         _synchronize(self._device)
@@ -163,13 +172,34 @@ class SplitContender:
         return [*stamps, stamp(self._device)]
 
 
-def trial_step(case: Case, device: torch.device) -> Callable[[int], None]:
-    """Takes an eager step of `case` on so many images, which leaves no trace."""
+def steps_in(seconds: float, seconds_per_step: float, most: int = MOST_STEPS) -> int:
+    """Return the number of steps for a turn, settled before it: nothing waits for a GPU until the last of them."""
+    return min(max(round(seconds / seconds_per_step), 1), most)
+
+
+def activities(device: torch.device) -> list[ProfilerActivity]:
+    """List the activities to profile: the host's, and those of a GPU where there is one."""
+    return [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+
+
+def kernels_of(profiler: profile, device: torch.device, steps: int) -> list[tuple[str, float, float]]:
+    """List the kernels of a profile, on a CPU its operators: name, own ms and calls a step, the costliest first."""
+    on_gpu = device.type == "cuda"
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # The time of a kernel also stands at the operator that launched it, and at the regions that it lies in.
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
+    kernels = [(each.key, getattr(each, time_of) / 1000 / steps, each.count / steps) for each in events]
+    return sorted(kernels, key=lambda kernel: -kernel[1])
+
+
+def trial_step(case: StepCase, device: torch.device) -> Callable[[int], None]:
+    """Return a function that takes an eager step of `case` on a number of images, and leaves no trace."""
     step, batch = _train_step(case, device), _random_batch(case, device)
     return lambda images: step.trial(batch.images[:images], batch.labels[:images])
 
 
-def _training(case: Case, device: torch.device) -> Steps:
+def _training(case: StepCase, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
     engine = Execution(step, SameBatch(batch, MOST_STEPS), case.backend)
     engine.prepare(batch)
@@ -182,7 +212,7 @@ def _training(case: Case, device: torch.device) -> Steps:
     return take
 
 
-def _inference(case: Case, device: torch.device) -> Steps:
+def _inference(case: StepCase, device: torch.device) -> Steps:
     model, images = _network(case, device).eval(), _random_batch(case, device).images
     compiled = model if case.backend == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
 
@@ -201,21 +231,21 @@ def _inference(case: Case, device: torch.device) -> Steps:
     return take
 
 
-def _network(case: Case, device: torch.device) -> nn.Module:
+def _network(case: StepCase, device: torch.device) -> nn.Module:
     return create_model(case.model).to(device).to(memory_format=_memory_format(case))
 
 
-def _random_batch(case: Case, device: torch.device) -> Batch:
+def _random_batch(case: StepCase, device: torch.device) -> Batch:
     images = torch.randn(case.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     images = images.to(DTYPES[case.precision], memory_format=_memory_format(case))
     return Batch(images, torch.randint(10, (case.batch_size,), device=device), case.batch_size)
 
 
-def _memory_format(case: Case) -> torch.memory_format:
+def _memory_format(case: StepCase) -> torch.memory_format:
     return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
 
 
-def _train_step(case: Case, device: torch.device) -> TrainStep:
+def _train_step(case: StepCase, device: torch.device) -> TrainStep:
     model = _network(case, device).train()
     # With learning rates of 0 every step computes the same: learning one batch by heart ends in gradients so small
     # that a CPU takes longer for them.
@@ -224,8 +254,8 @@ def _train_step(case: Case, device: torch.device) -> TrainStep:
     return TrainStep(model, optimizers, lr_factors, precision=case.precision, device=device)
 
 
-def _check_memory(case: Case, device: torch.device) -> None:
-    """Raise `MemoryError` beforehand where main memory is short: Linux would sooner end the program than refuse it."""
+def _check_memory(case: StepCase, device: torch.device) -> None:
+    """Raise `MemoryError` where main memory is short: Linux would end the program instead of refusing it."""
     if device.type == "cuda":
         return
     itemsize = DTYPES[case.precision].itemsize
@@ -240,8 +270,8 @@ def _memory_per_image(model: str, itemsize: int, *, training: bool) -> int:
 
 
 @functools.cache
-def _count(case: Case, device: torch.device) -> tuple[int, float]:
-    """FLOPs, and bytes that PyTorch's operators read and write in a step of the eager `case`, for one image."""
+def _count(case: StepCase, device: torch.device) -> tuple[int, float]:
+    """Count the FLOPs of the eager `case`, and the bytes that its operators read and write, for one image."""
     batch = _random_batch(case, device)
     if case.mode == "train":
         step = _train_step(case, device)
@@ -251,7 +281,7 @@ def _count(case: Case, device: torch.device) -> tuple[int, float]:
         flops = flops_per_image(step.model, training=True)
     else:
         model = _network(case, device).eval()
-        # Not in inference mode, which hides from a counter what an operator is made of.
+        # Inference mode would hide the parts of an operator from the counter.
         with ByteCounter() as counter, torch.no_grad(), autocast(case.precision, device):
             model(batch.images)
         flops = flops_per_image(model, training=False)
@@ -261,3 +291,59 @@ def _count(case: Case, device: torch.device) -> tuple[int, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+class SameBatch(GatheringPipeline):
+    """Pipeline of `length` equal batches that costs nothing."""
+
+    def __init__(self, batch: Batch, length: int) -> None:
+        self._batch, self._length = batch, length
+
+    def _open(self) -> None:
+        """Nothing is read."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return itertools.repeat(self._batch, self._length - start)
+
+    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def load(self, epoch: int) -> None:
+        pass
+
+    def gather(self, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batch where it lies, for a recorded step."""
+        return self._batch.images, self._batch.labels
+
+    def close(self) -> None:
+        pass
+
+
+def recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """Record `work` as a CUDA graph, after three runs on a stream of their own, as PyTorch's notes ask."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph.replay
+
+
+def memory_held(device: torch.device) -> int | None:
+    """Return the bytes that PyTorch holds on a GPU, and count their highest anew; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved()
+
+
+def memory_taken(held: int | None) -> dict[str, float]:
+    """Return the most that PyTorch has taken of a GPU beyond `held`: an entry of a row; empty on a CPU."""
+    return {"gpu_memory_mb": (torch.cuda.max_memory_reserved() - held) / 1e6} if held is not None else {}

@@ -1,13 +1,11 @@
-"""How fast the training step and inference are by themselves, without data, and how near to what the hardware allows.
+"""Throughput of the training step and of inference alone, without data, beside the roofline of the machine.
 
-Starting from one base case, one thing at a time is varied: network, batch size, precision, memory format, backend.
+One thing at a time is varied from a base case: network, batch size, precision, memory format, backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,33 +15,33 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
     Column,
-    Failures,
-    Report,
+    Result,
     common_notes,
     figures_table,
     grouped,
     markdown,
-    print_report,
+    print_tables,
+    ratio,
     save_figure,
     short,
     table,
     throughput,
-    write_report,
+    write_result,
 )
+from benchmarks.runner import Failures, OtherLoad, check_common
 from fastresnet import terminal
-from fastresnet.config import COMPILE, DEVICES, PRECISIONS
+from fastresnet.config import COMPILE, PRECISIONS
 from fastresnet.models import list_models
-from fastresnet.threads import Threads, check_threads, settled_threads
+from fastresnet.threads import Threads, settled_threads
 from pipelines.errors import RunError, UsageError, check_choice
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.stepping import Case, Contender, SplitContender
+    from benchmarks.cases import StepCase, TimedParts, TimedStep
 
 Value = TypeVar("Value")
 
@@ -56,7 +54,7 @@ QUICK_BATCH_SIZES = {"cpu": (32, 128, 512), "cuda": (128, 1024)}
 QUICK_BACKENDS = {"cpu": ("eager",), "cuda": ("eager", "graph")}
 
 MEMORY_FORMATS = {"channels_last": "NHWC", "contiguous": "NCHW"}
-"""And how tables call them."""
+"""Memory formats, and their names in tables."""
 
 _BOUNDS = {"compute": "FLOPs", "memory": "bytes"}
 
@@ -67,7 +65,7 @@ _COMPARISONS = (
     ("backend", "compile", "eager"),
     ("backend", "graph", "eager"),
 )
-"""What is compared with what: cases that differ in nothing else."""
+"""Field, value, and the value that it is compared with, in cases that differ in nothing else."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +85,7 @@ class StepOptions:
     backends: tuple[str, ...] = ()
     """eager, compile or graph. Without it: all that the device has (compiling takes a minute on 2 CPU cores)."""
     rounds: int = 7
-    """Turns that each case gets."""
+    """Rounds, in each of which every case has a turn."""
     seconds: float = 1.0
     """Length of a turn."""
     quick: bool = False
@@ -110,26 +108,16 @@ class StepOptions:
             check_choice("precision", precision, PRECISIONS[1:])
         for backend in self.backends:
             check_choice("backend", backend, COMPILE.values())
-        check_choice("device", self.device, DEVICES)
-        check_threads(self.threads)
-        terminal.check_output("--json", self.json)
-        terminal.check_output("--chart", self.chart)
         terminal.check_output("--profile", self.profile)
-        if self.chart is not None:
-            check_choice("kind of chart", self.chart.suffix, (".png", ".svg", ".pdf"))
         if self.profile is not None:
             check_choice("kind of trace", self.profile.suffix, (".json",))
-        if self.rounds < 1 or not 0 < self.seconds < math.inf or min(self.batch_sizes, default=1) < 1:
-            sizes = "".join(f" {size}" for size in self.batch_sizes)
-            raise UsageError(
-                f"--rounds {self.rounds} --seconds {self.seconds}{' --batch-sizes' if sizes else ''}{sizes}: there is "
-                "nothing to measure."
-            )
+        sizes = " ".join(["--batch-sizes", *map(str, self.batch_sizes)]) if self.batch_sizes else ""
+        check_common(self, sizes, min(self.batch_sizes, default=1))
 
 
 def measure_steps(options: StepOptions) -> None:
     """Run the benchmark, print tables, write the JSON and draw the chart."""
-    from benchmarks.stepping import trial_step
+    from benchmarks.cases import trial_step
     from fastresnet.device import resolve_device
 
     device = resolve_device(options.device)
@@ -141,62 +129,61 @@ def measure_steps(options: StepOptions) -> None:
         _measure_cases(options, cases, device)
 
 
-def _measure_cases(options: StepOptions, cases: Sequence[Case], device: torch.device) -> None:
+def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torch.device) -> None:
     import torch._dynamo
 
-    from benchmarks.stepping import Contender, SplitContender
+    from benchmarks.cases import TimedParts, TimedStep
+    from benchmarks.roofline import Limits
+    from fastresnet.device import explained_failures
     from fastresnet.provenance import environment
 
-    base, load = cases[0], OtherLoad()
+    base, load, failures = cases[0], OtherLoad(), Failures()
     of_base = {key: value for key, value in dataclasses.asdict(base).items() if key != "mode"}
     surroundings = {**environment(device), **of_base}
     rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
-    split_cases = [dataclasses.replace(case, backend="eager") for case in cases if case.model != base.model]
-    split_cases.insert(0, dataclasses.replace(base, backend="eager"))
-    limits = _Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
-    entrants: dict[str, tuple[type[Contender | SplitContender], Case]] = {
-        case.name: (Contender, case) for case in cases
-    }
-    entrants |= {f"parts of {case.name}": (SplitContender, case) for case in split_cases}
-    ready: dict[str, Contender | SplitContender] = {}
-    failures = Failures()
+    limits = Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
+    split = [dataclasses.replace(case, backend="eager") for case in cases if case is base or case.model != base.model]
+    planned: dict[str, tuple[type[TimedStep | TimedParts], StepCase]] = {case.name: (TimedStep, case) for case in cases}
+    planned |= {f"parts of {case.name}": (TimedParts, case) for case in split}
+    ready: dict[str, TimedStep | TimedParts] = {}
     # Every case compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
     many = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with many, _progress((1 + rounds) * len(entrants)) as tell:
+    with many, _progress((1 + rounds) * len(planned)) as tell:
         for number in range(rounds):
             limits.measure()
-            for name, (kind, case) in entrants.items():
+            for name, (kind, case) in planned.items():
                 if name in failures:
                     continue
-                with failures.left_out(name):
-                    # Preparing may take half a minute: what comes before has its turn, and is written, by then.
+                advice = f"{case.name} does not fit; give smaller --batch-sizes"
+                with failures.left_out(name), explained_failures(advice):
+                    # Preparing may take half a minute: cases before it have been measured, and written, by then.
                     if number == 0:
-                        ready[name] = _prepared(kind, case, device, tell)
+                        tell(f"preparing {case.name}")
+                        ready[name] = kind(case, device)
                     tell(f"round {number + 1} of {rounds}: {name}")
-                    with _explained(case):
-                        ready[name].take_turn(seconds)
+                    ready[name].measure(seconds)
                 if name in failures:
                     ready.pop(name, None)
                 surroundings |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
-                report = _report(list(ready.values()), failures, limits, surroundings)
-                write_report(report, options.json)
-    if not report["rows"]:
+                result = _result(list(ready.values()), failures, limits.to_dict(), surroundings)
+                write_result(result, options.json)
+    if not result["rows"]:
         raise RunError("every case has failed: there is nothing to show.")
-    shown = tables(report)
+    shown = tables(result)
     profiled = ready.get(base.name)
-    if options.profile is not None and isinstance(profiled, Contender):
+    if options.profile is not None and isinstance(profiled, TimedStep):
         shown.append(_operators_table(base, profiled.profile(options.profile)))
-    print_report(shown, notes(report))
+    print_tables(shown, notes(result))
     if options.chart is not None:
-        draw_chart(report, options.chart)
+        draw_chart(result, options.chart)
 
 
-# --- what is measured --------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------
 
 
-def _sweep(options: StepOptions, device: torch.device) -> list[Case]:
-    """The cases, each once: first the base, then what differs from it in one thing, or is inference."""
-    from benchmarks.stepping import Case
+def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
+    """List the cases, each once: the base, then those that differ from it in one thing, or are inference."""
+    from benchmarks.cases import StepCase
     from fastresnet.device import resolve_precision, supports
 
     quick, kind = options.quick, device.type
@@ -209,7 +196,7 @@ def _sweep(options: StepOptions, device: torch.device) -> list[Case]:
     precisions = options.precisions or [precision for precision in usual if supports(precision, device)]
     for precision in precisions:
         resolve_precision(precision, device)  # refuses what the device lacks
-    base = Case(
+    base = StepCase(
         mode="train",
         model=_preferred("resnet20", models),
         batch_size=_preferred(128, batch_sizes),
@@ -233,170 +220,93 @@ def _preferred(value: Value, among: Sequence[Value]) -> Value:
     return value if value in among else among[0]
 
 
-class _Limits:
-    """What the machine achieves at the two things that a step is made of, measured in every round."""
-
-    def __init__(self, device: torch.device, precisions: Sequence[str]) -> None:
-        self._device = device
-        self._copy: list[float] = []
-        self._matmul: dict[str, list[float]] = {precision: [] for precision in precisions}
-
-    def measure(self) -> None:
-        from benchmarks.measurement import copy_bandwidth, matmul_rate
-        from fastresnet.device import DTYPES
-
-        self._copy.append(copy_bandwidth(self._device))
-        for precision, rates in self._matmul.items():
-            rates.append(matmul_rate(self._device, DTYPES[precision]))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "copy_gb_per_s": statistics.median(self._copy) / 1e9,
-            "matmul_tflops": {name: statistics.median(rates) / 1e12 for name, rates in self._matmul.items()},
-        }
-
-
-def _prepared(
-    kind: Callable[[Case, torch.device], Any], case: Case, device: torch.device, tell: Callable[[str], None]
-) -> Any:
-    tell(f"preparing {case.name}")
-    with _explained(case):
-        return kind(case, device)
-
-
-@contextmanager
-def _explained(case: Case) -> Iterator[None]:
-    from fastresnet.device import explained_failures
-
-    with explained_failures(f"{case.name} does not fit; give smaller --batch-sizes"):
-        yield
-
-
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, drawn only between turns: a thread that draws would take part in what is measured."""
+    """Show a bar on a terminal, drawn only between turns: a thread that draws would disturb them."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-        yield lambda what: progress.update(task, description=what, advance=1, refresh=True)
+        yield lambda text: progress.update(task, description=text, advance=1, refresh=True)
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
-def _report(
-    ready: list[Contender | SplitContender], failures: Failures, limits: _Limits, surroundings: dict[str, Any]
-) -> Report:
-    from benchmarks.measurement import spread
-    from benchmarks.stepping import Contender, SplitContender
+def _result(
+    ready: list[TimedStep | TimedParts], failures: Failures, limits: dict[str, Any], surroundings: dict[str, Any]
+) -> Result:
+    from benchmarks.cases import TimedParts, TimedStep
 
-    contenders = [each for each in ready if isinstance(each, Contender)]
-    measured = limits.to_dict()
+    steps = [each for each in ready if isinstance(each, TimedStep)]
     return {
         "schema": SCHEMA,
         "benchmark": "step",
         "environment": surroundings,
-        "limits": measured,
-        "rows": [_row(contender, measured) for contender in contenders],
-        "splits": [
-            {
-                "model": split.case.model,
-                **{key: value for part, ms in split.ms.items() for key, value in spread(ms, f"{part}_ms").items()},
-            }
-            for split in ready
-            if isinstance(split, SplitContender)
-        ],
-        "ratios": _ratios(contenders),
+        "limits": limits,
+        "rows": [step.row(limits) for step in steps],
+        "splits": [each.row() for each in ready if isinstance(each, TimedParts)],
+        "ratios": _ratios(steps),
         "failed": failures,
     }
 
 
-def _row(contender: Contender, limits: dict[str, Any]) -> dict[str, Any]:
-    from benchmarks.measurement import spread
-
-    case = contender.case
-    row = {
-        "name": case.name,
-        "kind": "ours",
-        **spread(contender.images_per_s, "images_per_s"),
-        "rounds": len(contender.images_per_s),
-        **dataclasses.asdict(case),
-        "ms_per_step": 1000 * case.batch_size / statistics.median(contender.images_per_s),
-        "prepare_s": contender.prepare_s,
-        "flops_per_image": contender.flops_per_image,
-        "bytes_per_image": contender.bytes_per_image,
-        **contender.memory,
-    }
-    roof, bound = _roof(row, limits)
-    return {**row, "percent_of_roof": 100 * row["images_per_s"] / roof, "bound": bound}
-
-
-def _roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
-    """Images/s at which computing or moving what was counted takes all of the time, and which of the two it is."""
-    compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
-    memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
-    return (compute, "compute") if compute < memory else (memory, "memory")
-
-
-def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
-    from benchmarks.measurement import ratio
-
-    by_case = {contender.case: contender for contender in contenders}
+def _ratios(steps: list[TimedStep]) -> list[dict[str, Any]]:
+    by_case = {step.case: step for step in steps}
     ratios = []
     for field, value, over in _COMPARISONS:
         changed: dict[str, Any] = {field: over}
-        for case, contender in by_case.items():
+        for case, step in by_case.items():
             other = by_case.get(dataclasses.replace(case, **changed))
             if getattr(case, field) == value and other is not None:
-                ratios.append(ratio(case.name, contender.images_per_s, other.case.name, other.images_per_s))
+                ratios.append(ratio(case.name, step.images_per_s, other.case.name, other.images_per_s))
     return ratios
 
 
 # --- tables and chart --------------------------------------------------------------------------------------------
 
 
-def tables(report: Report) -> list[Table]:
-    """Training, inference, the parts of a training step, and the ratios."""
-    made = [_figures_table(report, "Training step", "train"), _figures_table(report, "Inference", "inference")]
-    return [*made, _splits_table(report), _ratios_table(report)]
+def tables(result: Result) -> list[Table]:
+    """Create the tables of training, inference, the parts of a training step, and the ratios."""
+    made = [_figures_table(result, "Training step", "train"), _figures_table(result, "Inference", "inference")]
+    return [*made, _splits_table(result), _ratios_table(result)]
 
 
-def notes(report: Report) -> list[str]:
-    """What the tables are measured against."""
-    limits = report["limits"]
+def notes(result: Result) -> list[str]:
+    """Explain the limits that the tables refer to."""
+    limits = result["limits"]
     rates = ", ".join(f"{short(rate, 3)} TFLOP/s in {name}" for name, rate in limits["matmul_tflops"].items())
     lines = [
         f"limits: {limits['copy_gb_per_s']:.1f} GB/s copied, read and written; matrix products at {rates}",
         "roof: the images/s at which the FLOPs counted at that rate, or the bytes that eager operators read and write "
         "at that speed, take all of the time, whichever takes longer (it stands beside the percentage)",
     ]
-    if beaten := [row["name"] for row in report["rows"] if row["percent_of_roof"] > 100]:
+    if beaten := [row["name"] for row in result["rows"] if row["percent_of_roof"] > 100]:
         lines.append(
             f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
-            "write what passes between them"
+            "write intermediate tensors"
         )
-    return lines + common_notes(report)
+    return lines + common_notes(result)
 
 
-def _base(report: Report) -> str:
-    environment = report["environment"]
+def _base(result: Result) -> str:
+    environment = result["environment"]
     return (
         f"{environment['model']}, batches of {environment['batch_size']}, {environment['precision']}, "
         f"{environment['memory_format']}, {environment['backend']}"
     )
 
 
-def _figures_table(report: Report, heading: str, mode: str) -> Table:
+def _figures_table(result: Result, heading: str, mode: str) -> Table:
     columns: list[Column] = [
         ("", _short_name),
         ("1000 images/s", throughput),
         ("ms/step", lambda row: short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
     ]
-    rows = [row for row in report["rows"] if row["mode"] == mode]
+    rows = [row for row in result["rows"] if row["mode"] == mode]
     if any("gpu_memory_mb" in row for row in rows):
         columns.append(("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB"))
-    return figures_table(rows, f"{heading}: {report['environment']['device']}", columns)
+    return figures_table(rows, f"{heading}: {result['environment']['device']}", columns)
 
 
 def _short_name(row: dict[str, Any]) -> str:
@@ -404,11 +314,11 @@ def _short_name(row: dict[str, Any]) -> str:
     return f"{row['model']} b{row['batch_size']} {row['precision']} {memory_format} {row['backend']}"
 
 
-def _splits_table(report: Report) -> Table:
-    environment = report["environment"]
+def _splits_table(result: Result) -> Table:
+    environment = result["environment"]
     where = f"batches of {environment['batch_size']}, {environment['precision']}, {environment['memory_format']}"
     made = table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "together")
-    for split in report["splits"]:
+    for split in result["splits"]:
         parts = _split_ms(split)
         cells = (f"{short(ms, 3)} ms ({100 * ms / sum(parts):.0f} %)" for ms in parts)
         made.add_row(split["model"], *cells, f"{short(sum(parts), 3)} ms")
@@ -419,18 +329,18 @@ def _split_ms(split: dict[str, Any]) -> list[float]:
     return [split[f"{part}_ms"] for part in ("forward", "backward", "optimizer")]
 
 
-def _ratios_table(report: Report) -> Table:
-    """Only what sets the two cases apart is named; the rest is the base's."""
+def _ratios_table(result: Result) -> Table:
+    """Create the table of ratios, which names only the field in which two cases differ."""
     made = table("Times as fast, round by round", "", "over", "median", "lowest–highest")
-    for each in report["ratios"]:
+    for each in result["ratios"]:
         ours, others = each["name"].split("/"), each["over"].split("/")
         ((name, over),) = [pair for pair in zip(ours, others, strict=True) if len(set(pair)) == 2]
         made.add_row(name, over, short(each["median"], 3), f"{short(each['low'], 3)}–{short(each['high'], 3)}")
     return made
 
 
-def _operators_table(case: Case, operators: list[tuple[str, float, float]]) -> Table:
-    """The ten costliest, by the time that they take themselves."""
+def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) -> Table:
+    """Create the table of the ten costliest operators, by their own time."""
     made = table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
     everything = sum(ms for _, ms, _ in operators)
     for name, ms, calls in operators[:10]:
@@ -438,9 +348,9 @@ def _operators_table(case: Case, operators: list[tuple[str, float, float]]) -> T
     return made
 
 
-def markdown_table(report: Report) -> str:
-    """Figures, and what each case is as fast as, for a README."""
-    others = {(each["name"], each["over"]): each["median"] for each in report["ratios"]}
+def markdown_table(result: Result) -> str:
+    """Format the figures, and the ratios of each case to others, for a README."""
+    others = {(each["name"], each["over"]): each["median"] for each in result["ratios"]}
 
     def compared(row: dict[str, Any]) -> str:
         found = [(over, median) for (name, over), median in others.items() if name == row["name"]]
@@ -453,33 +363,35 @@ def markdown_table(report: Report) -> str:
         ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
         ("times as fast as", compared),
     ]
-    return markdown({**report, "ratios": []}, columns)  # which the last column tells
+    return markdown({**result, "ratios": []}, columns)  # the last column tells them
 
 
-def draw_chart(report: Report, path: Path) -> None:
-    """Left: images/s by batch size, with the roofs. Right: of what a training step consists, by network."""
+def draw_chart(result: Result, path: Path) -> None:
+    """Draw images/s by batch size with the roofs, and the parts of a training step by network."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_throughput(report, left)
-    _draw_splits(report, right)
-    figure.suptitle(f"Steps: {_base(report)}; {report['environment']['device']}", fontsize=10)
+    _draw_throughput(result, left)
+    _draw_splits(result, right)
+    figure.suptitle(f"Steps: {_base(result)}; {result['environment']['device']}", fontsize=10)
     save_figure(figure, path)
 
 
-def _draw_throughput(report: Report, axes: Any) -> None:
-    environment, limits = report["environment"], report["limits"]
+def _draw_throughput(result: Result, axes: Any) -> None:
+    from benchmarks.roofline import roof
+
+    environment, limits = result["environment"], result["limits"]
     fixed = ("model", "precision", "memory_format", "backend")
-    rows = [row for row in report["rows"] if all(row[key] == environment[key] for key in fixed)]
-    for mode, what, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
+    rows = [row for row in result["rows"] if all(row[key] == environment[key] for key in fixed)]
+    for mode, heading, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
         line = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
         sizes, medians = [row["batch_size"] for row in line], [row["images_per_s"] for row in line]
         lows = [row["images_per_s"] - row["images_per_s_low"] for row in line]
         highs = [row["images_per_s_high"] - row["images_per_s"] for row in line]
-        axes.errorbar(sizes, medians, [lows, highs], color=color, marker="o", capsize=3, label=what)
-        roofs = [_roof(row, limits)[0] for row in line]
-        axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {what}")
+        axes.errorbar(sizes, medians, [lows, highs], color=color, marker="o", capsize=3, label=heading)
+        roofs = [roof(row, limits)[0] for row in line]
+        axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {heading}")
         for row in line:
             axes.annotate(
                 grouped(row["images_per_s"]),
@@ -492,8 +404,8 @@ def _draw_throughput(report: Report, axes: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else "")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else "")
     axes.margins(x=0.15, y=0.12)
     axes.set_xlabel("batch size")
     axes.set_ylabel("images/s")
@@ -502,11 +414,11 @@ def _draw_throughput(report: Report, axes: Any) -> None:
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
 
 
-def _draw_splits(report: Report, axes: Any) -> None:
-    models = [split["model"] for split in report["splits"]]
+def _draw_splits(result: Result, axes: Any) -> None:
+    models = [split["model"] for split in result["splits"]]
     if not models:  # all have failed
         return
-    parts = list(zip(*map(_split_ms, report["splits"]), strict=True))
+    parts = list(zip(*map(_split_ms, result["splits"]), strict=True))
     bottom = [0.0] * len(models)
     colors = ("tab:blue", "tab:cyan", "tab:red")
     for part, values, color in zip(("forward", "backward", "optimizer"), parts, colors, strict=True):
@@ -516,7 +428,7 @@ def _draw_splits(report: Report, axes: Any) -> None:
         axes.annotate(f"{short(total, 3)} ms", (model, total), (0, 4), textcoords="offset points", ha="center")
     axes.margins(y=0.1)
     axes.set_ylabel("ms per step")
-    axes.set_title(f"parts of an eager training step of {report['environment']['batch_size']} images", fontsize=10)
+    axes.set_title(f"parts of an eager training step of {result['environment']['batch_size']} images", fontsize=10)
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

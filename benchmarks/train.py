@@ -1,4 +1,4 @@
-"""How many images a second training goes through from end to end, against the same network in other people's loops."""
+"""Throughput of training from end to end, beside the same network in other people's loops."""
 
 from __future__ import annotations
 
@@ -13,21 +13,32 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.contestant import Contestant, Entry, Epochs, RaceOptions, WaitTimer, Work, describe_work, race
-from benchmarks.load import OtherLoad
 from benchmarks.report import (
     SCHEMA,
-    Report,
+    Result,
     common_notes,
     draw_bars,
     figures_table,
     markdown,
     memory,
-    print_report,
+    print_tables,
+    ratio,
     ratios_table,
+    row_of,
     throughput,
     title,
-    write_report,
+    write_result,
+)
+from benchmarks.runner import (
+    Case,
+    Epochs,
+    OtherLoad,
+    WaitTimer,
+    Work,
+    Worker,
+    WorkerOptions,
+    describe_work,
+    run_rounds,
 )
 from fastresnet.config import COMPILE
 from fastresnet.models import list_models
@@ -39,21 +50,21 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingOptions(RaceOptions):
+class TrainingOptions(WorkerOptions):
     """Measure training from end to end: batches, steps and metrics, without evaluation.
 
     The plain loop computes in fp32, the timm-style one in bf16, whatever --precision says.
     """
 
     model: str = "resnet20"
-    """Network that all contestants train."""
+    """Network that every loop trains."""
     seconds: float = 8.0
     """Length of a turn."""
     compile: str = "auto"
-    """Of this program: off, on, graph or auto, which is graph on a GPU; on a CPU whichever measures faster."""
+    """Compilation of this program: off, on, graph or auto: graph on a GPU, on a CPU whichever measures faster."""
 
     def __post_init__(self) -> None:
-        RaceOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
+        WorkerOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
         check_choice("model", self.model, list_models())
         check_choice("compile", self.compile, ("auto", *COMPILE))
 
@@ -76,24 +87,24 @@ def measure_training(options: TrainingOptions) -> None:
     }
     ours = {"model": options.model, "backend": backend}
     peers = {"model": options.model, "workers": usable_processors()}
-    entries = [
-        Entry(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}, needed=True),
-        Entry(name="step-only", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
-        Entry(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
-        Entry(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
+    cases = [
+        Case(name="resident", opener=f"{__name__}:open_ours", options=ours | {"data": True}, needed=True),
+        Case(name="step-only", opener=f"{__name__}:open_ours", options=ours | {"data": False}),
+        Case(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
+        Case(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
     ]
     rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
-    for contestants, failures in race(entries, work, rounds=rounds, seconds=seconds):
+    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
         surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
-        report = _report(contestants, surroundings) | {"failed": failures}
-        write_report(report, options.json)
-    print_report(tables(report), notes(report))
+        result = _result(workers, surroundings) | {"failed": failures}
+        write_result(result, options.json)
+    print_tables(tables(result), notes(result))
     if options.chart is not None:
-        draw_chart(report, options.chart)
+        draw_chart(result, options.chart)
 
 
 def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple[Work, str]:
-    """The work with the threads, and the backend, that `fastresnet train` would choose for a long run."""
+    """Choose the threads of the work, and the backend, as `fastresnet train` does for a long run."""
     import torch
 
     from fastresnet.device import explained_failures, resolve_compile
@@ -119,8 +130,8 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
-    """This program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
-    from benchmarks.measurement import SameBatch
+    """Open this program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
+    from benchmarks.cases import SameBatch
     from fastresnet.device import resolve_device
     from fastresnet.training.execution import Execution
     from fastresnet.training.loop import STATUS_EVERY
@@ -147,7 +158,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
 
 
 def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
-    """A training step with learning rates for so many `steps`."""
+    """Create a training step with learning rates for so many `steps`."""
     import torch
 
     from fastresnet.config import TrainConfig
@@ -161,7 +172,7 @@ def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
 
 
 def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers: int) -> Epochs:
-    """A loop of `benchmarks.peers` on the same network."""
+    """Open a loop of `benchmarks.peers` on the same network."""
     import torch
 
     from fastresnet.models import create_model
@@ -177,68 +188,63 @@ def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers:
     )
 
 
-def _report(contestants: list[Contestant], surroundings: dict[str, Any]) -> Report:
-    from benchmarks.measurement import ratio, spread
-
+def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
     rows = [
         {
-            "name": contestant.entry.name,
-            "kind": contestant.entry.kind,
-            **spread(contestant.images_per_s, "images_per_s"),
-            "rounds": len(contestant.images_per_s),
-            "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(contestant.images_per_s),
-            **contestant.start,
+            **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
+            "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(worker.images_per_s),
+            **worker.opening,
             "waiting_percent": 0.0,
-            **contestant.used,
+            **worker.used,
         }
-        for contestant in contestants
+        for worker in workers
     ]
-    resident, *others = contestants
+    resident, *others = workers
     step_only = [row["images_per_s"] for row in rows if row["name"] == "step-only"]
-    compare = functools.partial(ratio, resident.entry.name, resident.images_per_s)
+    compare = functools.partial(ratio, resident.case.name, resident.images_per_s)
     return {
         "schema": SCHEMA,
         "benchmark": "train",
         "environment": surroundings,
         "limits": {"step_only_images_per_s": step_only[0]} if step_only else {},
         "rows": rows,
-        "ratios": [compare(other.entry.name, other.images_per_s) for other in others],
+        "ratios": [compare(other.case.name, other.images_per_s) for other in others],
     }
 
 
-def tables(report: Report) -> list[Table]:
-    """Figures, and ratios of this program to the others."""
+def tables(result: Result) -> list[Table]:
+    """Create the tables of figures and of ratios to the other loops."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("1000 images/s", throughput),
         ("per step", lambda row: f"{row['ms_per_step']:.1f} ms"),
         ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
-        memory(report["rows"]),
+        memory(result["rows"]),
     ]
-    environment = report["environment"]
-    heading = f"Training {environment['model']}, {environment['backend']}: {title(report)}"
-    return [figures_table(report["rows"], heading, columns), ratios_table(report)]
+    environment = result["environment"]
+    heading = f"Training {environment['model']}, {environment['backend']}: {title(result)}"
+    return [figures_table(result["rows"], heading, columns), ratios_table(result)]
 
 
-def notes(report: Report) -> list[str]:
-    """What the tables do not say."""
+def notes(result: Result) -> list[str]:
+    """Explain waiting and memory, which the tables only name."""
     return [
         "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
-        *common_notes(report),
+        *common_notes(result),
     ]
 
 
-def markdown_table(report: Report) -> str:
-    """Figures and ratios for a README."""
+def markdown_table(result: Result) -> str:
+    """Format figures and ratios for a README."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
-        memory(report["rows"]),
+        memory(result["rows"]),
     ]
-    return markdown(report, columns)
+    return markdown(result, columns)
 
 
-def draw_chart(report: Report, path: Path) -> None:
-    """Bars of images/s."""
-    draw_bars(report, path, f"Training {report['environment']['model']}")
+def draw_chart(result: Result, path: Path) -> None:
+    """Draw bars of images/s."""
+    draw_bars(result, path, f"Training {result['environment']['model']}")

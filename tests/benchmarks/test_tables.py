@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import RESULTS, main, with_tables
+from benchmarks.tables import RESULTS, main, with_tables
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "benchmarks" / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
@@ -17,7 +17,7 @@ WITH_TABLES = [path for path in DOCUMENTS if "<!-- end -->" in path.read_text(en
 @pytest.mark.parametrize("path", WITH_TABLES, ids=lambda path: path.name)
 def test_every_table_is_up_to_date(path):
     text = path.read_text(encoding="utf-8")
-    assert with_tables(text) == text, f"run: python -m benchmarks.readme {path}"
+    assert with_tables(text) == text, f"run: python -m benchmarks.tables {path}"
 
 
 def test_the_documents_that_quote_measurements_have_tables():
@@ -39,12 +39,12 @@ def test_a_table_is_replaced_and_nothing_else():
 @pytest.mark.parametrize(
     ("argument", "code", "out", "err"),
     [
-        ("--help", 0, "usage: python -m benchmarks.readme FILE...", ""),
+        ("--help", 0, "usage: python -m benchmarks.tables FILE...", ""),
         ("no-such-file.md", 2, "", "fastresnet: cannot read no-such-file.md: No such file or directory.\n"),
     ],
 )
 def test_the_command_line_explains_itself(argument, code, out, err):
-    command = [sys.executable, "-m", "benchmarks.readme", argument]
+    command = [sys.executable, "-m", "benchmarks.tables", argument]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.partition("\n")[0], done.stderr) == (code, out, err)
 

@@ -1,0 +1,517 @@
+"""Cases in processes of their own, measured from within, in turns.
+
+In one process they would share memory, thread pools and imported libraries, and their costs could not be told apart. A
+worker that has no turn waits, with its read-ahead full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastresnet import terminal
+from fastresnet.config import DEVICES, PRECISIONS
+from fastresnet.threads import Threads, check_threads
+from pipelines import Pipeline, usable_processors
+from pipelines.errors import Note, RunError, UsageError, UserError, check_choice
+from pipelines.prepare import find_dataset
+from pipelines.store import Dataset
+
+if TYPE_CHECKING:
+    import torch
+
+Epochs = Callable[[int], Iterable[Any]]
+"""Begins an epoch: its items are batches delivered, or steps taken."""
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_TOLERATED = 0.1
+"""Processors that a machine keeps busy anyway."""
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """Options of every benchmark that runs workers. Raises `UsageError` on impossible values."""
+
+    data: str = "cifar10"
+    """Name or folder of the data set."""
+    root: Path | None = None
+    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    batch_size: int = 128
+    """Images per batch."""
+    rounds: int = 7
+    """Rounds, in each of which every case has a turn."""
+    seconds: float = 2.0
+    """Length of a turn."""
+    quick: bool = False
+    """3 short rounds, for a first look; compiles nothing on a CPU."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that PyTorch computes with on a CPU, in all workers: a number, or auto, for which a few trial steps
+    decide; loaders, which have no steps, take PyTorch's default."""
+    precision: str = "auto"
+    """Precision of this program: auto, fp32, bf16 or fp16."""
+    json: Path | None = None
+    """Write the figures to this file, after every round."""
+    chart: Path | None = None
+    """Draw them in this file (.png, .svg or .pdf)."""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        check_common(self, f"--batch-size {self.batch_size}", self.batch_size)
+
+
+def check_common(options: Any, size: str, smallest: int) -> None:
+    """Raise `UsageError` where options of all benchmarks are impossible; `size` names the batches in its message."""
+    check_choice("device", options.device, DEVICES)
+    check_threads(options.threads)
+    terminal.check_output("--json", options.json)
+    terminal.check_output("--chart", options.chart)
+    if options.chart is not None:
+        check_choice("kind of chart", options.chart.suffix, (".png", ".svg", ".pdf"))
+    if options.rounds < 1 or not 0 < options.seconds < math.inf or smallest < 1:
+        told = f"--rounds {options.rounds} --seconds {options.seconds} {size}".rstrip()
+        raise UsageError(f"{told}: there is nothing to measure.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Conditions that all cases share."""
+
+    folder: Path
+    """Folder of the store."""
+    batch_size: int
+    device: str
+    precision: str
+    """fp32, bf16 or fp16."""
+    threads: int
+    """Threads that PyTorch computes with on a CPU, in each worker."""
+
+    def open_pipeline(self, name: str) -> Pipeline:
+        """Open a pipeline of this program, for training with the usual augmentation."""
+        import torch
+
+        from fastresnet.device import DTYPES
+        from pipelines import Augmentation, open_pipeline
+        from pipelines.store import open_store
+
+        return open_pipeline(
+            name,
+            open_store(self.folder),
+            train=True,
+            batch_size=self.batch_size,
+            device=torch.device(self.device),
+            dtype=DTYPES[self.precision],
+            seed=0,
+            augmentation=Augmentation(),
+        )
+
+
+def describe_work(options: WorkerOptions) -> tuple[Dataset, torch.device, Work]:
+    """Open the data set and find the device that `options` name; return both and the work.
+
+    Raises `UsageError` and `DataError` where they do not exist or do not fit together.
+    """
+    import torch
+
+    from fastresnet.device import resolve_device, resolve_precision
+
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    dataset = find_dataset(options.data, options.root)
+    if options.batch_size > len(dataset.train):
+        raise UsageError(f"batch size {options.batch_size} is larger than the training set, {len(dataset.train)}.")
+    work = Work(
+        folder=dataset.folder.absolute(),
+        batch_size=options.batch_size,
+        device=device.type,
+        precision=precision,
+        threads=torch.get_num_threads() if options.threads == "auto" else options.threads,
+    )
+    return dataset, device, work
+
+
+class WaitTimer:
+    """Clock that runs while a loop waits for its batches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the same batches, and time the waiting."""
+        iterator = iter(batches)
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield batch
+
+
+# --- rounds ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Loader or loop to measure."""
+
+    name: str
+    """Name of its row; that of a peer begins with `peer:`."""
+    opener: str
+    """`module:function`, called with the `Work`, a `WaitTimer` to use or not, and the options; returns `Epochs`."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    compiles: bool = False
+    """True where the first batch waits for a compiler, whose time is then told apart."""
+    needed: bool = False
+    """True where nothing can be compared without it."""
+
+    @property
+    def kind(self) -> str:
+        return "peer" if self.name.startswith("peer:") else "ours"
+
+
+class Failures(dict[str, str]):
+    """Reasons of failures by the name of the case: `failed` in a result."""
+
+    @contextlib.contextmanager
+    def left_out(self, name: str, *, needed: bool = False) -> Iterator[None]:
+        """Leave `name` out where the block raises an error, and tell it in a `Note`; raise it where it is `needed`."""
+        try:
+            yield
+        except Exception as error:  # PyTorch and the libraries of peers raise anything
+            if needed:
+                raise
+            self[name] = str(error) if isinstance(error, UserError) else f"{name} failed: {in_one_line(error)}"
+            warnings.warn(f"left out: {self[name]}", Note, stacklevel=1)
+
+
+def in_one_line(error: Exception) -> str:
+    """Describe `error` and the place where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # which importing has of its own
+    reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def run_rounds(
+    cases: Sequence[Case], work: Work, *, rounds: int, seconds: float
+) -> Iterator[tuple[list[Worker], Failures]]:
+    """Measure all `cases` for about `seconds` in each round, one after the other.
+
+    Yields, after every round, the workers that are left, and the failures of the others. Raises `RunError` where a
+    case fails that is needed, or all of this program's own.
+    """
+    failures, workers = Failures(), [Worker(case, work) for case in cases]
+    with contextlib.ExitStack() as stack:
+        for worker in workers:
+            stack.callback(worker.stop)
+        # All import at the same time, for seconds; then each is opened by itself, so that its first batch is timed.
+        for action in (Worker.start, Worker.wait, Worker.open):
+            workers = _in_turns(workers, failures, action)
+        for _ in range(rounds):
+            workers = _in_turns(workers, failures, lambda worker: worker.measure(seconds))
+            yield workers, failures
+
+
+def _in_turns(workers: list[Worker], failures: Failures, action: Callable[[Worker], None]) -> list[Worker]:
+    """Apply `action` to one worker after the other, and return those that have not failed."""
+    for worker in workers:
+        with failures.left_out(worker.case.name, needed=worker.case.needed):
+            action(worker)
+    remaining = [worker for worker in workers if worker.case.name not in failures]
+    if not any(worker.case.kind == "ours" for worker in remaining):
+        raise RunError("all of this program's own cases have failed: nothing is left to compare.")
+    return remaining
+
+
+class Worker:
+    """Process that measures a case, as its parent sees it. Its methods raise `RunError` where the process fails."""
+
+    def __init__(self, case: Case, work: Work) -> None:
+        self.case = case
+        self.opening: dict[str, float] = {}
+        """Seconds to the first batch, and of its compilation; empty before."""
+        self.images_per_s: list[float] = []
+        """Throughput of every turn."""
+        self.used: dict[str, int | float] = {}
+        """Memory, processes, threads and share of waiting, so far."""
+        self._connection, self._theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(self._theirs, case, work))
+
+    def start(self) -> None:
+        """Start the process, which imports the libraries of every case."""
+        with self._theirs, _delayed_interruptions():
+            self._process.start()
+
+    def wait(self) -> None:
+        """Wait until the process has imported them."""
+        self._answer()
+
+    def open(self) -> None:
+        """Open the case and take its first batch."""
+        self.opening = self._ask("open")
+
+    def measure(self, seconds: float) -> None:
+        """Deliver batches for about `seconds`.
+
+        A third of that comes before them, untimed: it uses up batches that were read ahead.
+        """
+        images_per_s, self.used = self._ask("measure", seconds)
+        self.images_per_s.append(images_per_s)
+
+    def stop(self) -> None:
+        """End the process, at once where it is not open yet."""
+        self._connection.close()
+        if self._process.pid is not None:
+            self._process.join(5 if self.opening else 0)
+            self._process.kill()
+            self._process.join(5)
+
+    def _ask(self, *message: Any) -> Any:
+        with contextlib.suppress(ConnectionError):  # of a process that has died, as `_answer` tells
+            self._connection.send(message)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            reason = ": perhaps memory ran out; give a smaller --batch-size" if code == -signal.SIGKILL else ""
+            raise RunError(f"{self.case.name} died with exit code {code}{reason}.") from None
+        if isinstance(answer, str):
+            raise RunError(f"{self.case.name} failed: {answer}")
+        return answer
+
+
+@contextlib.contextmanager
+def _delayed_interruptions() -> Iterator[None]:
+    """Delay a Ctrl-C, which a terminal sends to all processes, to the end of the block.
+
+    Processes that are started in it never see one.
+    """
+    resource_tracker.ensure_running()  # the first process begun would begin it, and Python 3.11 then lets signals in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# --- in the worker -----------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, case: Case, work: Work) -> None:
+    with contextlib.suppress(ConnectionError):  # the parent listens no more
+        _answer_messages(connection, case, work)
+    os._exit(0)  # the libraries' threads and processes have nothing left to save
+
+
+def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
+    """Tell that this process is ready, then call the methods of the case that the parent names."""
+    try:
+        import torch  # before the clock starts: every case needs it
+
+        from fastresnet.device import explained_failures
+
+        multiprocessing.set_start_method(None, force=True)  # that of a program by itself, for the loaders' own workers
+        torch.set_num_threads(work.threads)
+        torch.zeros(1, device=work.device)  # so is the GPU's context
+        connection.send(None)
+        with explained_failures("give a smaller --batch-size"):
+            opened = _OpenCase(case, work)
+            for method, *arguments in _messages(connection):
+                connection.send(getattr(opened, method)(*arguments))
+    except UserError as error:
+        connection.send(str(error))
+    except Exception as error:  # noqa: BLE001  told to the parent
+        connection.send(in_one_line(error))
+    finally:
+        connection.close()
+
+
+def _messages(connection: Connection) -> Iterator[Any]:
+    """Yield messages until the other end is closed."""
+    while True:
+        try:
+            yield connection.recv()
+        except EOFError:
+            return
+
+
+class _OpenCase:
+    """Case in its own process: opened by its module, and measured from within."""
+
+    def __init__(self, case: Case, work: Work) -> None:
+        self._case, self._work, self._timer = case, work, WaitTimer()
+        self._waited = self._worked = 0.0
+        self._baseline = self._peak = 0
+        self._batches: Iterator[Any] = iter(())
+
+    def open(self) -> dict[str, float]:
+        """Take the first batch; return the seconds to it, and of its compilation where there is one.
+
+        The compilation is the difference to the first batch of a second start.
+        """
+        self._baseline = self._peak = _memory()
+        started = time.perf_counter()
+        module, _, function = self._case.opener.partition(":")
+        open_case = getattr(importlib.import_module(module), function)
+        start_epoch: Epochs = open_case(self._work, self._timer, **self._case.options)
+        first = self._first_batch(start_epoch, started)
+        if not self._case.compiles:
+            return {"first_batch_s": first}
+        return {"first_batch_s": first, "compile_s": first - self._first_batch(start_epoch, time.perf_counter())}
+
+    def _first_batch(self, start_epoch: Epochs, started: float) -> float:
+        """Begin the epochs anew, and return the seconds from `started` to the first batch."""
+        self._batches = _endless(start_epoch)
+        self.deliver(0)
+        return time.perf_counter() - started
+
+    def measure(self, seconds: float) -> tuple[float, dict[str, int | float]]:
+        """Return the images/s of a turn, and the memory, processes and waiting so far."""
+        self.deliver(seconds / 3)
+        waited, started = self._timer.seconds, time.perf_counter()
+        images_per_s = self.deliver(seconds)
+        self._waited += self._timer.seconds - waited
+        self._worked += time.perf_counter() - started
+        return images_per_s, self._used()
+
+    def deliver(self, seconds: float) -> float:
+        """Return the images/s over at least `seconds` and one batch."""
+        import torch
+
+        started, batches = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds or not batches:
+            next(self._batches)
+            batches += 1
+        if self._work.device == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        self._peak = max(self._peak, _memory())
+        return batches * self._work.batch_size / elapsed
+
+    def _used(self) -> dict[str, int | float]:
+        """Return the highest memory beyond PyTorch's own, processes and threads now, and the share of waiting."""
+        import torch
+
+        processes = process_tree()
+        used = {
+            "peak_memory_mb": (self._peak - self._baseline) / 1e6,
+            "processes": len(processes),
+            "threads": sum(len(os.listdir(f"/proc/{process}/task")) for process in processes),
+        }
+        if self._timer.seconds:
+            used["waiting_percent"] = 100 * self._waited / self._worked
+        if self._work.device == "cuda":  # without DALI's own
+            used["gpu_memory_mb"] = torch.cuda.max_memory_reserved() / 1e6
+        return used
+
+
+def _endless(start_epoch: Epochs) -> Iterator[Any]:
+    for epoch in itertools.count():
+        yield from start_epoch(epoch)
+
+
+def _memory() -> int:
+    """Count the bytes that this process and those below it hold.
+
+    They are pages of their own, and files that this one has in memory. Pages that forked processes share count once.
+    """
+    shared = _fields("/proc/self/smaps_rollup")
+    files = shared["Rss"] - shared["Anonymous"] - shared.get("Shmem", 0)
+    own = 0
+    for process in process_tree():
+        fields = _fields(f"/proc/{process}/smaps_rollup")
+        own += fields["Pss_Anon"] + fields["Pss_Shmem"]
+    return 1024 * (files + own)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """Read the figures of a /proc file, in kB."""
+    lines = (line.split() for line in Path(path).read_text().splitlines()[1:])
+    return {words[0].rstrip(":"): int(words[1]) for words in lines}
+
+
+# --- load by others ----------------------------------------------------------------------------------------------
+
+
+class OtherLoad:
+    """Count of the usable processors that others have kept busy since it was created.
+
+    Others are their processes, and other guests of the same host; not this process and all below it.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._ticks = time.monotonic(), _other_ticks()
+
+    def figures(self, threads: int) -> dict[str, Any]:
+        """Return the mean load by others, and `overloaded` where it and `threads` exceed the usable `processors`.
+
+        They are entries of a result's environment; there are none without /proc.
+        """
+        if self._ticks is None:
+            return {}
+        ticks = (_other_ticks() or 0) - self._ticks
+        others = max(ticks / _TICKS_PER_S / (time.monotonic() - self._began), 0.0)
+        overloaded = others + threads > usable_processors() + _TOLERATED
+        return {"processors": usable_processors(), "other_load": round(others, 2), "overloaded": overloaded}
+
+
+def process_tree() -> list[int]:
+    """List this process and all below it."""
+    tree = [os.getpid()]
+    for process in tree:  # grows while it is read
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # it has just ended
+                tree += map(int, children.read_text().split())
+    return tree
+
+
+def _other_ticks() -> int | None:
+    """Count the ticks of others on the usable processors; None where there is no /proc."""
+    return _busy_ticks() - _own_ticks() if Path("/proc/stat").exists() else None
+
+
+def _busy_ticks() -> int:
+    """Count the ticks that the usable processors were busy, or taken by the host (proc(5), /proc/stat)."""
+    usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    ticks = 0
+    for name, *fields in lines:
+        if name in usable:
+            user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, fields[:8])
+            ticks += user + nice + system + sum(interrupts_and_steal)
+    return ticks
+
+
+def _own_ticks() -> int:
+    """Count the ticks of this process and all below it, ended ones too (proc(5), /proc/PID/stat)."""
+    ticks = 0
+    for process in process_tree():
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return ticks

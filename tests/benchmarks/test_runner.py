@@ -1,0 +1,310 @@
+"""Processes in turns: those that fail or are stopped, and the load by others while they are measured."""
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from benchmarks import runner
+from benchmarks.runner import Case, OtherLoad, Work, Worker, _busy_ticks, _own_ticks
+from pipelines.errors import Note, RunError
+
+# --- the load by others -----------------------------------------------------------------------------------------------
+
+
+BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+
+
+def test_the_work_of_this_process_and_of_those_below_it_is_its_own():
+    def seconds():
+        """Own work as this program and as Python count it; the latter without children that live."""
+        times = os.times()
+        python = times.user + times.system + times.children_user + times.children_system
+        return _own_ticks() / runner._TICKS_PER_S, python
+
+    before = seconds()
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+    ended = seconds()
+    assert ended[0] - before[0] == pytest.approx(ended[1] - before[1], abs=0.05)  # up to five ticks of 10 ms
+    with subprocess.Popen([sys.executable, "-c", f"{BURN}\nprint(flush=True); input()"], stdin=-1, stdout=-1) as child:
+        child.stdout.readline()
+        alive = seconds()
+        assert alive[0] - ended[0] >= alive[1] - ended[1] + 0.3 - 0.05  # as above: each figure is rounded to ticks
+        child.communicate(b"\n")
+
+
+def test_all_work_on_the_machine_is_counted_as_somebodys():
+    busy, own = _busy_ticks(), _own_ticks()
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+    assert _busy_ticks() - busy >= _own_ticks() - own - 2  # the kernel rounds both to ticks
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "overloaded"), [(0.0, 2, False), (0.97, 1, False), (0.97, 2, True), (1.5, 1, True)]
+)
+def test_a_result_says_whether_there_was_more_to_do_than_processors(monkeypatch, others, threads, overloaded):
+    clock = iter([100.0, 110.0])
+    ticks = iter([5000, 5000 + round(10 * others * runner._TICKS_PER_S)])
+    monkeypatch.setattr(runner, "usable_processors", lambda: 2)
+    monkeypatch.setattr(runner, "_other_ticks", lambda: next(ticks))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    figures = OtherLoad().figures(threads)
+    assert figures == {"processors": 2, "other_load": others, "overloaded": overloaded}
+
+
+def test_a_busy_machine_is_told_under_the_tables_and_in_the_file(run, tmp_path, monkeypatch):
+    ticks = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(runner, "_other_ticks", lambda: next(ticks))
+    arguments = ("--models", "resnet20", "--batch-sizes", 2, "--precisions", "fp32", "--backends", "eager")
+    code, out, _ = run(
+        "bench", "step", *arguments, "--rounds", 1, "--seconds", 0.01, "--threads", 1, "--json", tmp_path / "r.json"
+    )
+    assert code == 0
+    assert "busy machine: others kept" in out
+    environment = json.loads((tmp_path / "r.json").read_text())["environment"]
+    assert (environment["overloaded"], environment["threads"]) == (True, 1)
+    assert "busy machine: others kept" in run("bench", "show", tmp_path / "r.json")[1]
+
+
+# --- processes in turns -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("compiles", "start"), [(True, (17, 12)), (False, (17,))])
+def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(dataset, monkeypatch, compiles, start):
+    """By a clock that stands still but while a loader is opened, 2 s, and makes its batches, the first in 15 s."""
+    clock, seconds = [0.0], iter([15, 5])
+
+    def open_loader(*_):
+        clock[0] += 2
+        return epoch
+
+    def epoch(_):
+        clock[0] += next(seconds)
+        yield
+
+    module = types.ModuleType("slow_loader")
+    module.open_loader = open_loader
+    monkeypatch.setitem(sys.modules, "slow_loader", module)
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    case = Case(name="slow", opener="slow_loader:open_loader", compiles=compiles)
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+    assert tuple(runner._OpenCase(case, work).open().values()) == start
+
+
+def opened(case, work):
+    worker = Worker(case, work)
+    worker.start()
+    worker.wait()
+    worker.open()
+
+
+def test_a_worker_that_fails_ends_the_run_with_its_own_error(quick_workers, dataset):
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+    with pytest.raises(RunError, match=r"^broken failed: ModuleNotFoundError: .*no_such_peer.* \(.*\.py:\d+\)$"):
+        opened(Case(name="broken", opener="benchmarks.peers.no_such_peer:open"), work)
+
+
+PROGRAM = """
+import signal
+import sys
+from pathlib import Path
+from benchmarks.runner import Case, Work, run_rounds
+from fastresnet import terminal
+
+def main(arguments):
+    cases = [Case(name="slow", opener=f"test_runner:{arguments[0]}")]
+    work = Work(folder=Path(), batch_size=1, device="cpu", precision="fp32", threads=1)
+    for _ in run_rounds(cases, work, rounds=1, seconds=0.01):
+        pass
+    return 0
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & would ignore
+    sys.exit(terminal.guarded(main, sys.argv[1:]))
+"""
+
+
+def opens_slowly(*_):
+    print("working", flush=True)
+    time.sleep(3600)
+
+
+def works_until_told(*_):
+    """The first batch is there at once; those of a turn come when there is a file `go`."""
+
+    def epoch(_):
+        yield
+        print("working", flush=True)
+        while not Path("go").exists():
+            time.sleep(0.01)
+        yield from itertools.repeat(None)
+
+    return epoch
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start the rounds of one worker in a session of their own, and wait until that is at work."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "rounds.py").write_text(PROGRAM)
+    started = []
+
+    def start_rounds(opener):
+        command = [sys.executable, "rounds.py", opener]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes))
+        assert started[0].stdout.readline() == "working\n"
+        return started[0]
+
+    yield start_rounds
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started[0].pid, signal.SIGKILL)
+    started[0].communicate()
+
+
+STOPS = {
+    "Ctrl-C": (lambda pid: os.killpg(pid, signal.SIGINT), 130, "fastresnet: interrupted.\n"),
+    "SIGTERM": (lambda pid: os.kill(pid, signal.SIGTERM), 143, ""),
+    "SIGTERM to all": (lambda pid: os.killpg(pid, signal.SIGTERM), 143, ""),
+    "SIGKILL": (lambda pid: os.kill(pid, signal.SIGKILL), -9, ""),
+}
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM to all"])
+def test_rounds_that_are_stopped_while_a_worker_opens_end_without_it(start, stop):
+    process, (send, code, words) = start("opens_slowly"), STOPS[stop]
+    send(process.pid)
+    assert process.communicate(timeout=60) == ("", words)  # all that hold the pipes have ended
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM", "SIGKILL"])
+def test_a_worker_that_nobody_waits_for_ends_in_silence(start, tmp_path, stop):
+    process, (send, code, words) = start("works_until_told"), STOPS[stop]
+    send(process.pid)
+    if stop == "SIGKILL":
+        process.wait()
+    (tmp_path / "go").touch()
+    assert process.communicate(timeout=60) == ("", words)
+    assert process.returncode == code
+
+
+def out_of_memory(*_):
+    raise MemoryError
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("opener", "message"),
+    [("out_of_memory", "broken failed: out of memory: give a smaller"), ("killed", "broken died with exit code -9")],
+)
+def test_a_worker_without_memory_is_told_in_one_line(quick_workers, dataset, monkeypatch, opener, message):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+    with pytest.raises(RunError, match=message) as caught:
+        opened(Case(name="broken", opener=f"test_runner:{opener}"), work)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def works(*_):
+    return lambda _: itertools.repeat(None)
+
+
+def fails_in_its_second_turn(*_):
+    """The first batch, then a turn of two parts of one batch each; more is too much."""
+
+    def epoch(_):
+        yield from (None, None, None)
+        raise ValueError("no more\nthan this")
+
+    return epoch
+
+
+@pytest.fixture
+def rounds_of(dataset, monkeypatch):
+    """The workers that each round leaves, and why the others failed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+
+    def rounds(count=1, needed=(), **openers):
+        cases = [
+            Case(name=name.replace("_", ":"), opener=f"test_runner:{opener}", needed=name in needed)
+            for name, opener in openers.items()
+        ]
+        for workers, failures in runner.run_rounds(cases, work, rounds=count, seconds=1e-9):
+            yield [(each.case.name, len(each.images_per_s)) for each in workers], dict(failures)
+
+    return rounds
+
+
+class Meeting:
+    """A worker that is given it begins when so many are there."""
+
+    def __init__(self, folder, workers):
+        self.arguments = folder, workers
+
+    def __reduce__(self):
+        return meet, self.arguments
+
+
+def meet(folder, workers):
+    (folder / str(os.getpid())).touch()
+    end = time.monotonic() + 30
+    while len(list(folder.iterdir())) < workers:
+        assert time.monotonic() < end, "the others have not begun"
+        time.sleep(0.01)
+    return folder
+
+
+def opens_alone(*_, folder):
+    (folder / "open").touch(exist_ok=False)
+    time.sleep(0.2)
+    (folder / "open").unlink()
+    return works()
+
+
+def test_workers_start_together_and_open_one_after_the_other(dataset, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    meeting = importlib.import_module("test_runner").Meeting(tmp_path, 3)  # as the workers will import it
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+    cases = [Case(name=f"{n}", opener="test_runner:opens_alone", options={"folder": meeting}) for n in range(3)]
+    ((workers, failures),) = runner.run_rounds(cases, work, rounds=1, seconds=1e-9)
+    assert [worker.case.name for worker in workers] == ["0", "1", "2"]
+    assert failures == {}
+    assert all(worker.opening["first_batch_s"] >= 0.2 for worker in workers)
+
+
+def test_who_fails_is_left_out_and_the_others_go_on(rounds_of):
+    with pytest.warns(Note) as notes:
+        first, second = rounds_of(
+            2, resident="works", peer_early="out_of_memory", peer_late="fails_in_its_second_turn", peer_plain="works"
+        )
+    early = {"peer:early": "peer:early failed: out of memory: give a smaller --batch-size."}
+    assert first == ([("resident", 1), ("peer:late", 1), ("peer:plain", 1)], early)
+    left, failures = second
+    assert left == [("resident", 2), ("peer:plain", 2)]
+    assert failures.keys() == {"peer:early", "peer:late"}
+    assert "peer:late failed: ValueError: no more (test_runner.py:" in failures["peer:late"]
+    assert [str(note.message) for note in notes] == [f"left out: {reason}" for reason in failures.values()]
+
+
+def test_rounds_without_any_of_ours_or_without_one_that_is_needed_are_a_failure(rounds_of):
+    with pytest.warns(Note), pytest.raises(RunError, match="nothing is left to compare"):
+        list(rounds_of(resident="out_of_memory", peer_plain="works"))
+    with pytest.raises(RunError, match=r"^resident died with exit code -9"):
+        list(rounds_of(needed=["resident"], resident="killed", dali="works"))
