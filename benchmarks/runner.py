@@ -56,7 +56,7 @@ class WorkerOptions:
     batch_size: int = 128
     """Images per batch."""
     rounds: int = 7
-    """Rounds, in each of which every case has a turn."""
+    """Turns of each case."""
     seconds: float = 2.0
     """Length of a turn."""
     quick: bool = False

@@ -85,7 +85,7 @@ class StepOptions:
     backends: tuple[str, ...] = ()
     """eager, compile or graph. Without it: all that the device has (compiling takes a minute on 2 CPU cores)."""
     rounds: int = 7
-    """Rounds, in each of which every case has a turn."""
+    """Turns of each case."""
     seconds: float = 1.0
     """Length of a turn."""
     quick: bool = False
