@@ -151,7 +151,7 @@ class TimedRecipe:
         candidate = candidate or Candidate(name="", case=case, compiled=device.type == "cuda")
         self.case, self._device = case, device
         config = dataclasses.replace(
-            create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident", device=device.type
+            create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident"
         )
         gc.collect()  # earlier cases
         held = memory_held(device)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastresnet.evaluation import Evaluation
     from fastresnet.run_folder import Run
     from fastresnet.threads import Threads
+    from pipelines.sampling import NormalizationMode
 
 
 def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
@@ -42,7 +43,7 @@ def evaluate(
     *,
     data: str | None = None,
     root: Path | None = None,
-    normalization: str = "channel",
+    normalization: NormalizationMode = "channel",
     precision: str = "fp32",
     device: str = "auto",
     threads: Threads = "auto",

@@ -10,22 +10,23 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 from tyro.conf import Suppress
 
-from fastresnet.models import check_model
+from fastresnet.models import Shortcut, check_model
 from fastresnet.threads import Threads, check_threads
-from pipelines import DECODERS, PIPELINES, Augmentation
-from pipelines.errors import UsageError, check_choice
-from pipelines.sampling import IMAGE_SIZE
+from pipelines import Augmentation, Decoder, PipelineName
+from pipelines.errors import UsageError, check_choice, check_literals
+from pipelines.sampling import IMAGE_SIZE, Flip, NormalizationMode, PaddingMode
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda")
-OPTIMIZERS = ("sgd", "adamw", "muon")
-SCHEDULES = ("step", "cosine", "linear")
-COMPILE = {"off": "eager", "on": "compile", "graph": "graph"}
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISIONS = get_args(Precision)
+Device = Literal["auto", "cpu", "cuda"]
+DEVICES = get_args(Device)
+Compile = Literal["auto", "off", "on", "graph"]
+COMPILE: dict[Compile, str] = {"off": "eager", "on": "compile", "graph": "graph"}
 """Values of --compile, and the backends that they stand for."""
 
 # What may differ between a run and its resumption, because it does not decide the result: the checkpoint knows the data
@@ -41,16 +42,16 @@ class TrainConfig:
 
     model: str = "resnet20"
     """resnet20, plain20, preresnet20, wrn16-2, resnext29-2x16d, se-resnet20, resnet9 ...: `summary --help` has all."""
-    shortcut: str = "B"
+    shortcut: Shortcut = "B"
     """Where the width changes: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 
     data: str = "cifar10"
     """cifar10, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
-    pipeline: str = "auto"
+    pipeline: Literal["auto", PipelineName] = "auto"
     """auto (resident where the data set fits in memory), resident, dali, ffcv or torchvision."""
-    decode: str = "raw"
+    decode: Decoder = "raw"
     """raw, or jpeg: train on the JPEG shards of `prepare --formats jpeg`, decoded by the dali pipeline."""
     val_split: int = 0
     """Training images held out to choose the best checkpoint by; the paper holds out 5000."""
@@ -63,7 +64,7 @@ class TrainConfig:
     """Images per optimisation step, over all processes where torchrun starts several."""
     sync_bn: bool = False
     """Batch norm over the images of all processes, not of each by itself."""
-    optimizer: str = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """sgd, adamw, or muon (for convolutions; SGD with --sgd-lr for the rest)."""
     lr: float = 0.1
     """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
@@ -75,7 +76,7 @@ class TrainConfig:
     lr_batch_size: int | None = None
     """Batch size that the learning rates are meant for: they grow and shrink with --batch-size (the linear scaling rule
     of Goyal et al. 2017). Without it, they are taken as they are."""
-    schedule: str = "step"
+    schedule: Literal["step", "cosine", "linear"] = "step"
     """step (divided by 10 at each milestone), cosine or linear (both to 0)."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the run after which --schedule step divides the learning rate by 10."""
@@ -96,9 +97,9 @@ class TrainConfig:
 
     crop_padding: int = 4
     """Pixels of padding for the random crop; 0: no crop."""
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
     """zeros or reflect."""
-    flip: str = "random"
+    flip: Flip = "random"
     """none, random, or alternating (turned over every epoch)."""
     cutout: int = 0
     """Side of the square blanked out in each training image, in pixels."""
@@ -112,19 +113,19 @@ class TrainConfig:
     """Stochastic depth: rate at which the last block is left out, falling linearly to the first; 0: none."""
     zero_init_residual: bool = False
     """Start every residual branch at zero, by the weights of its last batch norm."""
-    normalization: str = "half"
+    normalization: NormalizationMode = "half"
     """half (mean = std = 0.5), channel (the data set's mean and std) or pixel (the paper's per-pixel mean)."""
 
     seed: int = 0
     """Decides initial weights, order and augmentation."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu or cuda."""
     threads: Threads = "auto"
     """Threads that a CPU computes with: a number, or auto, which tries 1, half and all of the usable processors for a
     few steps and takes the fastest. The last bits of a run depend on it."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """auto, fp32, bf16 or fp16 (with a gradient scaler)."""
-    compile: str = "auto"
+    compile: Compile = "auto"
     """torch.compile: off, on, graph (with the whole step one CUDA graph) or auto: graph on a GPU; on a CPU whichever
     measures faster, if the run is long enough to pay for compilation."""
 
@@ -142,15 +143,9 @@ class TrainConfig:
     """Log to MLflow, as its environment variables say."""
 
     def __post_init__(self) -> None:
-        check_choice("pipeline", self.pipeline, ("auto", *PIPELINES))
-        check_choice("decoder", self.decode, DECODERS)
+        check_literals(self)
         if self.decode == "jpeg" and self.pipeline not in ("auto", "dali"):
             raise UsageError(f"--decode jpeg needs --pipeline dali, not {self.pipeline}.")
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("device", self.device, DEVICES)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("compile", self.compile, ("auto", *COMPILE))
         check_threads(self.threads)
         for name, low, high in (
             ("epochs", 1, 1_000_000),
@@ -189,20 +184,20 @@ class TrainConfig:
 
     @property
     def augmentation(self) -> Augmentation:
-        """What the pipelines need to know."""
+        """The part that pipelines need."""
         return Augmentation(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)})
 
     @property
     def lr_scale(self) -> float:
-        """What all learning rates are multiplied with."""
+        """The factor of all learning rates."""
         return self.batch_size / (self.lr_batch_size or self.batch_size)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimisation steps of the whole run."""
+        """Compute the optimisation steps of the whole run."""
         return min(self.epochs * steps_per_epoch, self.iterations or sys.maxsize)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that decide the result, in plain types; None is left out, as TOML has none."""
+        """Return the fields that decide the result, in plain types; None is left out, as TOML has none."""
         values = dataclasses.asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -211,7 +206,7 @@ class TrainConfig:
         }
 
     def to_toml(self) -> str:
-        """The contents of `config.toml`: what decides the result, and the root of the data if one was given."""
+        """Format `config.toml`: what decides the result, and the root of the data if one was given."""
         return tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
 
 
@@ -235,13 +230,15 @@ def from_toml(path: Path) -> TrainConfig:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Names of the settings in which two `to_dict` results differ."""
+    """Name the settings in which two `to_dict` results differ."""
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        hint = str  # `TrainConfig` checks the word
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise UsageError(f"{where}: {name} = {value!r} is no list.")

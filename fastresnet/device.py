@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from fastresnet.config import DEVICES
+from fastresnet.config import DEVICES, Compile, Precision
 from pipelines.errors import Note, RunError, UsageError, check_choice
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
@@ -71,7 +72,7 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_threshold, 32 << 20)  # the most that it takes
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
+def resolve_precision(name: str, device: torch.device) -> Precision:
     """Resolve `name`: `auto` is bf16 where the hardware computes it, else fp32.
 
     On a CPU with AVX512-BF16 bf16 has 2.0x the speed of fp32.
@@ -80,7 +81,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return "bf16" if _computes_bf16(device) else "fp32"
     if not supports(name, device):
         raise UsageError(f"--precision {name}: {torch.cuda.get_device_name(device)} lacks it. Use fp16.")
-    return name
+    return cast(Precision, name)
 
 
 def supports(precision: str, device: torch.device) -> bool:
@@ -94,7 +95,7 @@ def _computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> str:
+def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> Compile:
     """Resolve `name`: `auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide.
 
     Where several ranks exchange gradients within a step, it is `on` and `off`.
@@ -104,9 +105,9 @@ def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> 
     if name == "graph" and not single:
         raise UsageError("--compile graph is for a training in one process. Use --compile on.")
     if name != "auto":
-        return name
+        return cast(Compile, name)
     if single:
-        return "graph" if device.type == "cuda" else name
+        return "graph" if device.type == "cuda" else "auto"
     return "on" if device.type == "cuda" else "off"
 
 

@@ -20,6 +20,7 @@ from fastresnet.weights import Weights
 from pipelines import Augmentation, Pipeline, open_pipeline
 from pipelines.errors import DataError
 from pipelines.prepare import find_dataset
+from pipelines.sampling import NormalizationMode
 from pipelines.sources import Report
 from pipelines.store import CIFAR10, Dataset
 
@@ -60,7 +61,7 @@ def find_dataset_for(
 
 def open_evaluation(
     dataset: Dataset,
-    normalization: str,
+    normalization: NormalizationMode,
     *,
     pipeline: str,
     precision: str,

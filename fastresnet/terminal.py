@@ -6,6 +6,7 @@ Nothing slow is imported before it is needed, so that `--help` is instant.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import Note, UsageError, UserError
+from pipelines.errors import Note, UsageError, UserError, check_choice, literals
 
 if TYPE_CHECKING:
     from pipelines.sources import Report
@@ -92,7 +93,18 @@ def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> 
     """Fill `options` (a dataclass) from the command line; tyro exits with 2 on unknown flags and unfit values."""
     import tyro
 
+    _check_words(options, arguments)
     return tyro.cli(options, prog=f"fastresnet {command}", args=arguments, **settings)
+
+
+def _check_words(options: type, arguments: list[str]) -> None:
+    """Raise `UsageError` on a value of an option that is none of its words: tyro would not name the nearest."""
+    words = literals(options)
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        flag, assigned, value = argument.partition("=")
+        name, value = flag.removeprefix("--").replace("-", "_"), value if assigned else following
+        if flag.startswith("--") and name in words and value and not value.startswith("--"):
+            check_choice(name.replace("_", " "), value, words[name])
 
 
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:

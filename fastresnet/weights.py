@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastresnet.checkpoint import load_tensors, take_prefix
 from fastresnet.models import MODELS, create_model, list_models
 from pipelines.errors import DataError, check_choice
-from pipelines.sampling import NORMALIZATIONS
+from pipelines.sampling import NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import Dataset
 
@@ -56,7 +56,7 @@ class Weights:
     """[3, 1, 1]"""
 
     @property
-    def normalization(self) -> str:
+    def normalization(self) -> NormalizationMode:
         """By which name of `pipelines.Augmentation` its training normalised; of foreign files `channel`."""
         return (self.training or {}).get("normalization", "channel")
 
@@ -152,7 +152,7 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
         raise DataError(f"{path} describes no network known here (model {name!r}, shortcut {shortcut!r}).")
     if not isinstance(config.get("data"), str):
         raise DataError(f"{path} describes a training without a data set (data {config.get('data')!r}).")
-    for setting, known in (("normalization", NORMALIZATIONS), ("precision", _PRECISIONS)):
+    for setting, known in (("normalization", get_args(NormalizationMode)), ("precision", _PRECISIONS)):
         if (value := config.get(setting)) not in known:
             raise DataError(f"{path} describes a training of unknown {setting} {value!r}. Known: {', '.join(known)}.")
     return name, shortcut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .base import Batch, GatheringPipeline, Pipeline, free_memory, is_installed, usable_processors
 from .errors import UsageError, check_choice
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from .store import Dataset
 
 __all__ = [
-    "DECODERS",
     "PIPELINES",
     "Augmentation",
     "Batch",
+    "Decoder",
     "GatheringPipeline",
     "Pipeline",
+    "PipelineName",
     "choose_pipeline",
     "free_memory",
     "is_installed",
@@ -30,11 +31,12 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-PIPELINES = ("resident", "dali", "ffcv", "torchvision")
-DECODERS = ("raw", "jpeg")
+PipelineName = Literal["resident", "dali", "ffcv", "torchvision"]
+PIPELINES = get_args(PipelineName)
+Decoder = Literal["raw", "jpeg"]
 
 
-def choose_pipeline(dataset: Dataset, device: torch.device) -> tuple[str, str]:
+def choose_pipeline(dataset: Dataset, device: torch.device) -> tuple[PipelineName, str]:
     """Choose the pipeline that `auto` stands for on `device`; return its name and the reason.
 
     `resident` where the images take at most half of the free memory, which leaves the rest to the network; otherwise
@@ -74,7 +76,7 @@ def open_pipeline(
     damaged or of another data set.
     """
     check_choice("pipeline", name, PIPELINES)
-    check_choice("decoder", decode, DECODERS)
+    check_choice("decoder", decode, get_args(Decoder))
     if decode == "jpeg" and name != "dali":
         raise UsageError(f"--decode jpeg is for --pipeline dali; {name} reads raw pixels.")
     if not train:

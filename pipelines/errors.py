@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -41,3 +42,15 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     nearest = max(likeness, key=likeness.__getitem__)
     hint = f"did you mean {nearest!r}? " if likeness[nearest] >= 0.5 else ""
     raise UsageError(f"unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")
+
+
+def literals(options: type) -> dict[str, tuple[str, ...]]:
+    """Return the words of every field of dataclass `options` that is a `Literal`, by name."""
+    hints = get_type_hints(options)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def check_literals(options: Any) -> None:
+    """Raise `UsageError` where a field of a dataclass has none of the words of its `Literal`."""
+    for name, words in literals(type(options)).items():
+        check_choice(name.replace("_", " "), getattr(options, name), words)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 
-from .errors import UsageError, check_choice
+from .errors import UsageError, check_literals
 from .prng import Array, Stream, hash64, pair_below, permutation, stream_key
 
-PADDING_MODES = ("zeros", "reflect")
-FLIPS = ("none", "random", "alternating")
-NORMALIZATIONS = ("half", "channel", "pixel")
+PaddingMode = Literal["zeros", "reflect"]
+Flip = Literal["none", "random", "alternating"]
+NormalizationMode = Literal["half", "channel", "pixel"]
 
 IMAGE_SIZE = 32
 """Height and width of every image, in pixels."""
@@ -28,21 +29,19 @@ class Augmentation:
 
     crop_padding: int = 4
     """Pixels added on each side before the random 32x32 crop; 0: no crop."""
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
     """`zeros` (black, He et al. 2015) or `reflect` (mirrored without repeating the edge)."""
-    flip: str = "random"
+    flip: Flip = "random"
     """`none`, `random` (each epoch anew) or `alternating` (random in the first epoch, then turned over every epoch, as
     in Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024, section 3.6)."""
     cutout: int = 0
     """Side of the square filled with the mean colour (DeVries & Taylor 2017), in pixels; 0: none."""
-    normalization: str = "half"
+    normalization: NormalizationMode = "half"
     """`half` (mean = std = 0.5), `channel` (the data set's own mean and std) or `pixel` (the per-pixel mean is
     subtracted, without division by a std; He et al. 2015)."""
 
     def __post_init__(self) -> None:
-        check_choice("padding mode", self.padding_mode, PADDING_MODES)
-        check_choice("flip", self.flip, FLIPS)
-        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        check_literals(self)
         if not 0 <= self.crop_padding < IMAGE_SIZE:
             raise UsageError(f"crop padding {self.crop_padding} is not in 0..{IMAGE_SIZE - 1}.")
         if not 0 <= self.cutout <= IMAGE_SIZE:

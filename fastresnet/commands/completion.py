@@ -1,4 +1,4 @@
-"""`fastresnet completion`: what a shell needs to complete this program's command lines."""
+"""`fastresnet completion`: completion of command lines in bash and zsh."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tyro.conf import Positional
 
 from fastresnet.terminal import parse
-from pipelines.errors import check_choice
+from pipelines.errors import check_choice, literals
 
 SHELLS = ("bash", "zsh")
 
@@ -55,8 +55,8 @@ class Options:
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "completion", arguments)
     of_commands = _options()
-    flags = {command: _flags(command, of_command) for command, of_command in of_commands.items()}
-    values = [f"{names}) {action} ;;" for names, action in _values(flags)]
+    flags = {command: _flags(of_command) for command, of_command in of_commands.items()}
+    values = [f"{names}) {action} ;;" for names, action in _values(flags, _choices(of_commands))]
     commands = [f'{pattern}) words="{" ".join(words)}" ;;' for pattern, words in _places(of_commands, flags)]
     script = _FUNCTION.format(values="\n        ".join(values), commands="\n            ".join(commands))
     print((_ZSH if options.shell == "zsh" else "") + script, end="")
@@ -64,22 +64,18 @@ def run(arguments: list[str]) -> int:
 
 
 def _options() -> dict[str, type]:
-    """What holds the options of each command; of a benchmark under `bench NAME`."""
+    """Return the dataclass of each command's options; a benchmark's is under `bench NAME`."""
     from fastresnet.cli import COMMANDS, load_bench
-    from fastresnet.config import TrainConfig
 
-    others = [name for name in COMMANDS if name not in ("train", "bench")]
+    others = [name for name in COMMANDS if name != "bench"]
     return {
-        "train": TrainConfig,
         **{name: importlib.import_module(f"fastresnet.commands.{name}").Options for name in others},
         **{f"bench {name}": options for name, (options, _) in load_bench().COMMANDS.items()},
     }
 
 
-def _flags(command: str, options: type) -> dict[str, str]:
-    """The flags of a command, and the type of what each takes."""
-    from fastresnet.commands import train
-
+def _flags(options: type) -> dict[str, str]:
+    """Return the flags of a command, and the type of each value."""
     flags: dict[str, str] = {}
     for field in dataclasses.fields(options):
         kind, name = str(field.type), field.name.replace("_", "-")
@@ -87,12 +83,11 @@ def _flags(command: str, options: type) -> dict[str, str]:
             flags |= {f"--{name}": kind, f"--no-{name}": kind}
         elif not kind.startswith(("Positional", "Suppress")):
             flags[f"--{name}"] = kind
-    return {**flags, **(train.FLAGS if command == "train" else {}), "--help": "bool"}
+    return {**flags, "--help": "bool"}
 
 
-def _values(flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """What to do after a flag that takes a value, as the pattern of a `case` and a command of the shell."""
-    choices = _choices()
+def _values(flags: dict[str, dict[str, str]], choices: dict[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """Yield the pattern of a `case`, and the shell's command, for flags that take a value."""
     kinds = {flag: kind for of_command in flags.values() for flag, kind in of_command.items() if kind != "bool"}
     files = [flag for flag, kind in kinds.items() if "Path" in kind or flag == "--weights"]
     yield from ((flag, f'words="{" ".join(choices[flag])}"') for flag in kinds if flag in choices)
@@ -102,8 +97,10 @@ def _values(flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, Iterable[str]]]:
-    """What else fits, by patterns of the number of the word to complete, the first two words after the program's name
-    and the beginning of the word to complete.
+    """Yield the words that fit elsewhere.
+
+    Patterns match the number of the word to complete, the first two words after the program's name, and the beginning
+    of the word to complete.
     """
     from fastresnet.cli import COMMANDS
     from fastresnet.recipes import RECIPES
@@ -119,32 +116,25 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
         yield f'*":{command} "*{only_dashes}', flags[command]
 
 
-def _choices() -> dict[str, Sequence[str]]:
-    """The words that options take, wherever they occur."""
+def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
+    """Return the words that options take: by their types, and where these do not tell, from the modules."""
     from fastresnet.commands import export, plot
-    from fastresnet.config import COMPILE, DEVICES, OPTIMIZERS, PRECISIONS, SCHEDULES
-    from fastresnet.models import SHORTCUTS, list_models
-    from pipelines import DECODERS, PIPELINES
+    from fastresnet.config import COMPILE, PRECISIONS
+    from fastresnet.models import list_models
     from pipelines.prepare import CIFAR10, FORMATS, SHAPES10
-    from pipelines.sampling import FLIPS, NORMALIZATIONS, PADDING_MODES
 
+    typed = {
+        f"--{name.replace('_', '-')}": words
+        for options in of_commands.values()
+        for name, words in literals(options).items()
+    }
     return {
+        **typed,
+        "--threads": ("auto",),
         "--model": list_models(),
         "--models": list_models(),
-        "--shortcut": SHORTCUTS,
         "--data": (CIFAR10, SHAPES10),
-        "--pipeline": ("auto", *PIPELINES),
-        "--decode": DECODERS,
-        "--optimizer": OPTIMIZERS,
-        "--schedule": SCHEDULES,
-        "--padding-mode": PADDING_MODES,
-        "--flip": FLIPS,
-        "--normalization": NORMALIZATIONS,
-        "--device": DEVICES,
-        "--threads": ("auto",),
-        "--precision": PRECISIONS,
         "--precisions": PRECISIONS[1:],
-        "--compile": ("auto", *COMPILE),
         "--backends": tuple(COMPILE.values()),
         "--kind": plot.KINDS,
         "--format": tuple(export.SUFFIXES),

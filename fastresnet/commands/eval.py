@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
         print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
     trained_in = "fp32" if is_pretrained(options.weights) else training.get("precision", "fp32")
     if options.precision != "auto":
-        precision = resolve_precision(options.precision, device)
+        precision: str = resolve_precision(options.precision, device)
     elif supports(trained_in, device):
         precision = trained_in
     else:

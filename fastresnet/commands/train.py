@@ -9,66 +9,59 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastresnet.config import TrainConfig
 from fastresnet.terminal import check_output, parse, print_table, progress_line
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastresnet.config import TrainConfig
     from pipelines.store import Dataset
 
-FLAGS = {"--seeds": "str", "--config": "Path", "--find-lr": "Path", "--dry-run": "bool", "--print-config": "bool"}
-"""What the command takes beside the settings, and the types of the values."""
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options(TrainConfig):
+    """Settings of a training, and the other things to do with them."""
+
+    config: Path | None = None
+    """Take the defaults from the config.toml of a run, in place of a recipe's."""
+    seeds: str | None = None
+    """Train with each of these seeds, such as 0-9 or 0-4,7, on as many GPUs as there are; end with a table of all."""
+    find_lr: Path | None = None
+    """Draw the loss (.png or .svg) while --lr grows from 1e-5 to 10 in 100 steps, and leave no run."""
+    dry_run: bool = False
+    """Tell what to expect of the run, after 20 steps that leave nothing behind."""
+    print_config: bool = False
+    """Print the settings as TOML."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)  # `super()` does not find its way in classes with slots
+        if self.find_lr is not None:
+            check_output("--find-lr", self.find_lr, (".png", ".svg"))
+            if self.dry_run or self.print_config or self.seeds is not None or "RANK" in os.environ:
+                raise UsageError("--find-lr cannot be combined with --seeds, --dry-run, --print-config or torchrun.")
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Options:
+        """Make options with the settings of `config`."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
+
+    def settings(self) -> TrainConfig:
+        """Return the settings alone."""
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
 
 
 def run(arguments: list[str]) -> int:
     began = time.perf_counter()
-    from fastresnet.config import TrainConfig, from_toml
-    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
-
-    modes = [name for name in ("--dry-run", "--print-config") if name in arguments]
-    arguments = [argument for argument in arguments if argument not in modes]
-    seeds, arguments = _take_option(arguments, "--seeds")
-    picture, arguments = _take_option(arguments, "--find-lr")
-    if picture is not None:
-        check_output("--find-lr", Path(picture), (".png", ".svg"))
-        if modes or seeds is not None or "RANK" in os.environ:
-            raise UsageError("--find-lr goes neither with --seeds, --dry-run or --print-config nor with torchrun.")
-    given = list(arguments)
-    config_file, arguments = _take_option(arguments, "--config")
-    if config_file is not None:
-        base = from_toml(Path(config_file))
-    else:
-        recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-        base = create_config(recipe, _take_option(arguments, "--model")[0])
-    read = functools.partial(
-        parse,
-        TrainConfig,
-        "train [RECIPE]",
-        arguments,
-        default=base,
-        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
-        "the defaults below; --config FILE takes them from the config.toml of a run instead. --seeds 0-9 trains with "
-        "each of these seeds, on as many GPUs as there are, and ends with a table of all. --dry-run tells what to "
-        "expect of a run after 20 steps that leave nothing behind; --find-lr FILE draws the loss (.png or .svg) while "
-        "--lr grows from 1e-5 to 10 in 100 steps, and leaves no run; --print-config shows the settings as TOML.",
-    )
-    config: TrainConfig
-    config, unknown = read(return_unknown_args=True)
-    if misplaced := [word for word in unknown if word in RECIPES]:
-        raise UsageError(
-            f"{misplaced[0]} is out of place: a recipe is the first word after train, and goes not with --config."
-        )
-    if unknown:
-        read()  # exits, with words on what may have been meant
-    if "--print-config" in modes:
+    options = _parse(arguments)
+    config = options.settings()
+    if options.print_config:
         print(config.to_toml(), end="")
         return 0
-    if modes:
+    if options.dry_run:
         return _dry_run(config)
-    if picture is not None:
-        return _find_lr(config, Path(picture))
-    if seeds is not None:
-        return _train_seeds(config, seeds, given)
+    if options.find_lr is not None:
+        return _find_lr(config, options.find_lr)
+    if options.seeds is not None:
+        return _train_seeds(config, options.seeds, arguments)
 
     from rich.console import Console
 
@@ -83,6 +76,38 @@ def run(arguments: list[str]) -> int:
     if main:
         print_table("result", _summary_lines(summary))
     return 0
+
+
+def _parse(arguments: list[str]) -> Options:
+    """Read the options, whose defaults a recipe or a config file decides."""
+    from fastresnet.config import from_toml
+    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
+
+    file, _, _ = (_take_option(arguments, name)[0] for name in ("--config", "--seeds", "--find-lr"))
+    if file is not None:
+        base = from_toml(Path(file))
+    else:
+        named = bool(arguments) and not arguments[0].startswith("-")
+        recipe, arguments = (arguments[0], arguments[1:]) if named else (DEFAULT_RECIPE, arguments)
+        base = create_config(recipe, _take_option(arguments, "--model")[0])
+    read = functools.partial(
+        parse,
+        Options,
+        "train [RECIPE]",
+        arguments,
+        default=Options.of(base),
+        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
+        "the defaults below.",
+    )
+    options, unknown = read(return_unknown_args=True)
+    if misplaced := [word for word in unknown if word in RECIPES]:
+        raise UsageError(
+            f"{misplaced[0]} is out of place: a recipe is the first word after train, and cannot be combined with "
+            "--config."
+        )
+    if unknown:
+        read()  # exits, with words on what may have been meant
+    return options
 
 
 def _dry_run(config: TrainConfig) -> int:
@@ -136,9 +161,8 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     from fastresnet.seeds import parse_seeds, train_seeds
 
     seeds = parse_seeds(text)
-    _, rest = _take_option(arguments, "--seed")
-    if rest != arguments or "RANK" in os.environ:
-        raise UsageError("--seeds goes neither with --seed nor with torchrun.")
+    if _take_option(arguments, "--seed")[0] is not None or "RANK" in os.environ:
+        raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     import torch
 
     from fastresnet.device import resolve_device
@@ -155,11 +179,12 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     print(
         f"{len(seeds)} trainings, {where}; each tells its progress in train.log in its folder: {folders[seeds[0]]} ..."
     )
-    _, rest = _take_option(arguments, "--out")
+    for option in ("--seeds", "--out"):
+        arguments = _take_option(arguments, option)[1]
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
-        _seed_lines(train_seeds(rest, folders, gpus)),
-        header=("seed", "test accuracy", "mirrored views averaged", "time training"),
+        _seed_lines(train_seeds(arguments, folders, gpus)),
+        header=("seed", "test accuracy", "with horizontal-flip TTA", "time training"),
     )
     return 0
 
@@ -172,7 +197,7 @@ def _find_dataset(config: TrainConfig) -> Dataset:
 
 
 def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A line for each run, and one for all of them."""
+    """Format a line for each run, and one for all of them."""
     from fastresnet.seeds import mean_and_spread
     from fastresnet.training.loggers import format_duration
 
@@ -189,13 +214,14 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it. Raises `UsageError`
-    where the value is missing.
+    """Return the value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it.
+
+    Raises `UsageError` where the value is missing.
     """
     for i, argument in enumerate(arguments):
         if argument == name:
-            if i + 1 == len(arguments):
-                raise UsageError(f"{name} needs {'a file' if FLAGS.get(name) == 'Path' else 'a value'}.")
+            if i + 1 == len(arguments) or arguments[i + 1].startswith("--"):
+                raise UsageError(f"{name} needs a value.")
             return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
@@ -203,7 +229,7 @@ def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]
 
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a person wants to know of `summary.json`, as (what, value)."""
+    """Select from `summary.json` what people ask for, as (what, value)."""
     from fastresnet.training.loggers import format_duration
 
     chosen_on = "the held-out split" if summary["best_chosen_on"] == "validation" else "the test set itself"
@@ -211,7 +237,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", summary["data"]),
         ("model", summary["model"]),
         ("test accuracy, last epoch", f"{summary['test_accuracy']:.2f} %"),
-        ("  the same with mirrored views averaged", f"{summary['test_accuracy_mirror']:.2f} %"),
+        ("  with horizontal-flip TTA", f"{summary['test_accuracy_mirror']:.2f} %"),
         (f"test accuracy, best epoch (chosen on {chosen_on})", f"{summary['best_accuracy']:.2f} %"),
         ("epochs / steps", f"{summary['epochs']} / {summary['steps']:,}"),
         ("training throughput", f"{summary['images_per_s']:,.0f} images/s"),

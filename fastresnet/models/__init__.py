@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipelines.errors import UsageError, check_choice
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEPTHS = (20, 32, 44, 56, 110, 1202)
-SHORTCUTS = ("A", "B")
+Shortcut = Literal["A", "B"]
+SHORTCUTS: tuple[Shortcut, ...] = get_args(Shortcut)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class ModelSpec:
     """Weighted layers, as the network's paper counts them."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of the creator for this network alone."""
-    shortcuts: tuple[str, ...] = SHORTCUTS
+    shortcuts: tuple[Shortcut, ...] = SHORTCUTS
     """Shortcut options that are defined for the network."""
     uses_shortcut: bool = True
     """Dependence on the shortcut option: some shortcut bridges a change of width."""

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -36,7 +36,7 @@ from fastresnet.training.loggers import Status, create_loggers
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import create_optimizers, lr_factors
 from fastresnet.training.step import TrainStep
-from pipelines import Batch, Pipeline, choose_pipeline, open_pipeline
+from pipelines import Batch, Pipeline, PipelineName, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
@@ -185,7 +185,8 @@ def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: 
     Raises `UsageError` where the machine cannot do what `config` asks for.
     """
     check_choice("recipe", config.recipe, RECIPES)
-    pipeline, reason = config.pipeline, ""
+    reason = ""
+    pipeline: Literal["auto", PipelineName] = config.pipeline
     if pipeline == "auto" and config.decode == "jpeg":
         pipeline = "dali"
     elif pipeline == "auto":
@@ -193,7 +194,7 @@ def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: 
         reason = f" ({sizes})"
     resolved = dataclasses.replace(
         config,
-        device=device.type,
+        device="cuda" if device.type == "cuda" else "cpu",
         precision=resolve_precision(config.precision, device),
         compile=resolve_compile(config.compile, device, single=world.is_single),
         pipeline=pipeline,

@@ -145,7 +145,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["prepare", "--data", "shapes10", "--formats", ""], ["unknown format ''", "raw, beton, jpeg"]),
         (["prepare", "--data", "shapes10", "--jpeg-quality", "0"], ["JPEG quality 0 is not in 1..100"]),
         (["prepare", "--data", "shapes10", "--jpeg-subsampling", "420"], ["did you mean '4:2:0'?"]),
-        (["train", "--decode", "jpg"], ["unknown decoder 'jpg'", "did you mean 'jpeg'?"]),
+        (["train", "--decode", "jpg"], ["unknown decode 'jpg'", "did you mean 'jpeg'?"]),
         (["train", "--decode", "jpeg", "--pipeline", "ffcv"], ["--decode jpeg needs --pipeline dali, not ffcv"]),
         (["bench", "nonsense"], ["unknown benchmark 'nonsense'", "loaders, step, train, all, show, compare"]),
         (["bench", "loader"], ["did you mean 'loaders'?"]),
@@ -401,8 +401,8 @@ def test_a_switch_takes_both_forms_whatever_the_recipe_has_set(run, recipe, swit
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config"], "--config needs a file."),
-        (["fast", "--find-lr"], "--find-lr needs a file."),
+        (["--config"], "--config needs a value."),
+        (["fast", "--find-lr"], "--find-lr needs a value."),
         (["--seeds", "--dry-run"], "--seeds needs a value."),
         (["--data", "shapes10", "best"], "best is out of place: a recipe is the first word"),
         (["fast", "--resume", "best"], "best is out of place: a recipe is the first word"),

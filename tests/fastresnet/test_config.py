@@ -249,8 +249,7 @@ def test_a_value_at_its_limit_is_accepted(name, value):
 def test_an_unknown_choice_is_refused_with_the_nearest_valid_one(name, value, nearest):
     with pytest.raises(UsageError) as caught:
         TrainConfig(**{name: value})
-    what = {"decode": "decoder"}.get(name, name.replace("_", " "))
-    assert f"unknown {what} {value!r}: did you mean {nearest!r}? Valid: " in str(caught.value)
+    assert f"unknown {name.replace('_', ' ')} {value!r}: did you mean {nearest!r}? Valid: " in str(caught.value)
     assert caught.value.exit_code == 2
 
 

@@ -114,8 +114,8 @@ def test_a_loss_that_rises_at_once_is_an_error(run, tmp_path, monkeypatch):
     [
         (["--find-lr", "lr.bmp"], "ends in .png or .svg"),
         (["--find-lr", "no/lr.png"], "there is no folder no"),
-        (["--find-lr=lr.png", "--dry-run"], "--find-lr goes neither with"),
-        (["--find-lr", "lr.png", "--seeds", "0-1"], "--find-lr goes neither with"),
+        (["--find-lr=lr.png", "--dry-run"], "--find-lr cannot be combined with"),
+        (["--find-lr", "lr.png", "--seeds", "0-1"], "--find-lr cannot be combined with"),
         (["--find-lr", "lr.png", "--lr", "0"], "--lr 0 has no proportion"),
         (["--find-lr", "lr.png", "--lr", "x"], "x"),
         (["--find-lr"], "--find-lr"),
