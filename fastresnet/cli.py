@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 
+from fastresnet import check_not_shadowed
 from fastresnet.terminal import guarded
 from pipelines import __version__
 from pipelines.errors import UsageError, check_choice
@@ -58,5 +59,9 @@ def _dispatch(arguments: list[str]) -> int:
 def load_bench() -> ModuleType:
     """Import the benchmarks: they build on this package, which knows them by their entry point alone."""
     for entry in metadata.entry_points(group="fastresnet.commands", name="bench"):
+        try:
+            check_not_shadowed("benchmarks")
+        except ImportError as error:
+            raise UsageError(str(error)) from None
         return importlib.import_module(entry.module)
     raise UsageError("fastresnet is not installed here, so bench is not found: use python -m benchmarks.")

@@ -3,6 +3,8 @@
 import ast
 import functools
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,27 @@ def test_functions_and_classes_fit_on_a_few_screens():
         if isinstance(node, ast.ClassDef)
     }
     assert not {name: methods for name, methods in classes.items() if methods > 20}
+
+
+@pytest.fixture
+def shadowed(tmp_path):
+    """Run Python in a folder that has a module of the name of a package of ours."""
+
+    def run(package, *command):
+        (tmp_path / f"{package}.py").write_text("")
+        return subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(("package", "command"), [("pipelines", "list"), ("benchmarks", "bench")])
+def test_a_module_that_shadows_a_package_is_named_in_one_line(shadowed, tmp_path, package, command):
+    done = shadowed(package, "-m", "fastresnet", command)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"fastresnet: {tmp_path / package}.py is imported in place of fastresnet's own package")
+
+
+def test_a_shadowed_package_is_an_error_of_the_import_in_python(shadowed, tmp_path):
+    done = shadowed("pipelines", "-c", "import fastresnet")
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {tmp_path / 'pipelines.py'} is imported in place of")
