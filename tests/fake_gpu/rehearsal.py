@@ -25,6 +25,7 @@ from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, open_pipeline
 
 CUDA = torch.device("cuda")
+BATCH_SIZE = 24  # seven batches of the 171 images
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def nothing_forbidden():
 
 
 def open_resident(dataset, precision):
-    settings = {"batch_size": 32, "dtype": DTYPES[precision], "augmentation": Augmentation(cutout=8)}
+    settings = {"batch_size": BATCH_SIZE, "dtype": DTYPES[precision], "augmentation": Augmentation(cutout=8)}
     return open_pipeline("resident", dataset, train=True, device=CUDA, seed=0, **settings)
 
 
@@ -86,22 +87,22 @@ def test_a_step_on_the_same_batch_copies_nothing(dataset):
 
 
 def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(dataset):
-    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16", threads=1)
+    work = Work(folder=dataset.folder, batch_size=BATCH_SIZE, device="cuda", precision="bf16", threads=1)
     epochs = loaders.open_ours(work, WaitTimer(), pipeline="resident")
     names = [name for name in fakegpu.nodes() if name.startswith("triton")]
     assert 1 <= len(names) <= 2
     assert len(fakegpu.nodes()) == len(names) + 2  # and which step it is, and one more
     assert_replays_alone(iter(epochs(0)))
     images, labels = next(iter(epochs(1)))
-    assert images.shape == (32, 3, 32, 32)
+    assert images.shape == (BATCH_SIZE, 3, 32, 32)
     assert images.dtype == torch.bfloat16
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert labels.shape == (32,)
+    assert labels.shape == (BATCH_SIZE,)
 
 
 @pytest.mark.parametrize("data", [True, False], ids=["resident", "step-only"])
 def test_the_training_benchmark_replays_its_steps(dataset, data):
-    work = Work(folder=dataset.folder, batch_size=32, device="cuda", precision="bf16", threads=1)
+    work = Work(folder=dataset.folder, batch_size=BATCH_SIZE, device="cuda", precision="bf16", threads=1)
     epochs = train.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
     assert_replays_alone(iter(epochs(0)))
 
