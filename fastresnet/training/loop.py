@@ -312,8 +312,8 @@ def measure_choices(
     clock: Stopwatch,
 ) -> TrainConfig:
     """Replace the `auto` of threads and compilation on a CPU by what trial steps find fastest for `steps` steps."""
-    clock.enter("threads")
     if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
+        clock.enter("threads")
         threads, reason = fastest_threads(
             lambda images: step.trial(batch.images[:images], batch.labels[:images]), len(batch.labels), steps
         )
