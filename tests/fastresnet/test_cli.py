@@ -441,7 +441,7 @@ def test_a_data_set_of_ones_own_is_prepared_by_the_command_that_is_named(run, tm
 
 def test_the_helps_name_every_network_and_one_of_each_family(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
     networks = set(re.findall(r"`(\S+)`", text.partition("## Networks")[2].partition("`--shortcut")[0])) - {"--model"}
     assert set(re.findall(r"[a-z0-9-]+", run("summary", "--help")[1])) >= networks
     example = re.search(r"--model STR (.*)", run("train", "--help")[1])[1]
