@@ -1,10 +1,8 @@
-"""usage: python -m benchmarks.accuracy add RUN...
-       python -m benchmarks.accuracy chart RECIPE FILE
-       python -m benchmarks.accuracy publish RUN
+"""usage: python -m benchmarks.accuracy add RUN... | chart RECIPE FILE | publish RUN
 
-`add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`, from which
-`python -m benchmarks.tables` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
-`publish` makes the weights of a run those of `load_pretrained`, with their card.
+`add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`. Then
+`python -m benchmarks.tables` makes the tables of accuracy from them. `chart` draws the plain networks beside the
+residual ones. `publish` makes the weights of a run those of `load_pretrained`, with their card.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float
         with torch.inference_mode():
             difference = max(float((loaded(batch) - network(batch)).abs().max()) for batch in batches)
         if not difference <= TOLERANCE:
-            raise RunError(f"what {kind} computes differs from the network by {difference:g}; {path} was not written.")
+            raise RunError(f"logits of {kind} differ from the network's by {difference:g}; {path} was not written.")
     return difference
 
 

@@ -128,7 +128,7 @@ def sweep(
     """Draw losses over the learning rates of their steps; `told` are rates to mark, by their names."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(rates, losses, color="#bbbbbb", linewidth=1, label="of each step")
+    axes.plot(rates, losses, color="#bbbbbb", linewidth=1, label="each step")
     axes.plot(rates, smoothed, color=_COLORS["train"], label="smoothed")
     for (what, rate), color in zip(told.items(), (_COLORS["test"], _COLORS["val"]), strict=False):
         axes.axvline(rate, color=color, linestyle="--", label=f"{what}: {rate:.2g}")
