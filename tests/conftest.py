@@ -1,5 +1,7 @@
-"""What all tests share: a small drawn data set, CIFAR-10 where its archive is at hand, the command line in-process, and
-no silent skips in CI."""
+"""Fixtures that all tests share, and no silent skips in CI.
+
+They are a small drawn data set, CIFAR-10 where its archive is at hand, and the command line in-process.
+"""
 
 import dataclasses
 import gc

@@ -80,8 +80,9 @@ def test_smoothed_losses_are_weighted_means():
 
 
 def test_the_steepest_and_lowest_places_of_a_known_curve_are_found():
-    """The loss falls around 1e-2, is lowest near 1e-1 and falls once more, faster, after it has risen. Smoothing with
-    0.9 lags by some 9 steps, about half a decade.
+    """The loss falls around 1e-2, is lowest near 1e-1 and falls once more, faster, after it has risen.
+
+    Smoothing with 0.9 lags by some 9 steps, about half a decade.
     """
     decades = np.log10(RATES)
     losses = 2.3 - 1 / (1 + np.exp(-4 * (decades + 2))) + 3 * np.exp(-(((decades - 0.2) / 0.2) ** 2))

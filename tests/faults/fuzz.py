@@ -328,13 +328,13 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if options.atheris:
         with_atheris(options.atheris, rest)
-    surroundings = environment(torch.device("cpu"))
+    facts = environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = campaign(options.inputs, options.seed, Path(folder))
     report = {
         "schema": 1,
         "report": "fuzz",
-        "environment": surroundings,
+        "environment": facts,
         "seed": options.seed,
         "inputs": sum(outcome.total() for outcome in outcomes.values()),
         "outcomes": {name: dict(outcome) for name, outcome in outcomes.items()},

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--pipelines", default=",".join(PIPELINES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    surroundings = environment(torch.device("cpu"))
+    facts = environment(torch.device("cpu"))
     names, choose, tally = options.pipelines.split(","), random.Random(options.seed), Tally()
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(names):
@@ -245,7 +245,7 @@ def main() -> None:
     report = {
         "schema": 1,
         "report": "kills",
-        "environment": surroundings,
+        "environment": facts,
         "seed": options.seed,
         "kills": tally.commands.total(),
         "commands": dict(tally.commands),

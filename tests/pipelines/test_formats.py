@@ -1,5 +1,7 @@
-"""Files made from a store for FFCV (.beton) and DALI (JPEG shards): right by readers that are not ours, bound to the
-store they were made from, and never half there."""
+"""Files made from a store for FFCV (.beton) and DALI (JPEG shards).
+
+They are right by readers that are not ours, bound to the store they were made from, and never half there.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def folder(dataset, tmp_path) -> Path:
 
 @pytest.fixture
 def bare(folder) -> Path:
-    """The same without derived files."""
+    """A copy of the common store without derived files."""
     for name in names(folder) - RAW_FILES:
         (folder / name).unlink()
     return folder

@@ -689,8 +689,10 @@ def nobody() -> Iterator[str]:
 
 @pytest.fixture
 def download_from(tmp_path, monkeypatch):
-    """`download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`; it must leave the
-    process's time-out as it was."""
+    """Run `download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`.
+
+    It must leave the process's time-out as it was.
+    """
     torchvision = pytest.importorskip("torchvision.datasets")
     monkeypatch.setenv("no_proxy", "*")
 
