@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """In CI a skipped test is a failed one, unless it needs a GPU."""
+    """Fail a run in CI for a skipped test, unless it needs a GPU."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not os.environ.get("CI"):
         return

@@ -1,4 +1,4 @@
-"""What a step computes and moves, against sums by hand, and the limits of a machine."""
+"""Arithmetic and traffic of a step, against sums by hand, and the limits of a machine."""
 
 import itertools
 import types

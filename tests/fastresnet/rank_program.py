@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py does under torchrun: `rank_program.py STORE OUT` writes OUT/rank<N>.pt."""
+"""Program of each process of test_distributed.py under torchrun: `rank_program.py STORE OUT` writes OUT/rank<N>.pt."""
 
 import functools
 import sys

@@ -49,7 +49,7 @@ def finish(process, timeout=240):
 
 
 def results_of(python, processes, pipelines, out, dataset, root):
-    """What every rank has computed."""
+    """Read the results of every rank."""
     process = torchrun(python, processes, Path(rank_program.__file__), dataset.folder, out, *pipelines, root=root)
     code, _, err = finish(process)
     assert code == 0, err

@@ -56,7 +56,7 @@ def make_engine(
 
 
 def losses(made, step):
-    """Of every step of two epochs, beginning with the third step of the first."""
+    """Return the loss of every step of two epochs, beginning with the third step of the first."""
     seen = []
     for epoch, start in ((0, 2), (1, 0)):
         step.count.fill_(6 * epoch + start)  # by which a recorded step gathers its batch

@@ -18,7 +18,7 @@ def batch():
 
 @pytest.fixture
 def logits(batch):
-    """Of the images in 0..1, normalised as the card says."""
+    """Compute logits of the images in 0..1, normalised as the card says."""
     card = pretrained_card("resnet20")
     mean, std = (torch.tensor(values)[:, None, None] for values in (card.mean, card.std))
     with torch.no_grad():

@@ -397,7 +397,7 @@ def shared_memory():
 
 
 def left_over(segments):
-    """What is there beyond `segments`, when everybody had the time to clean up."""
+    """List the files beyond `segments`, when everybody had the time to clean up."""
     for _ in range(100):
         if not (remaining := shared_memory() - segments):
             break
