@@ -185,7 +185,7 @@ class Limits:
 
 
 def roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
-    """Return the images/s at which the FLOPs or bytes of `row` take all of the time, and the name of those that do."""
+    """Return the images/s at which the FLOPs or bytes of `row` take all of the time, and the name of these."""
     compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
     memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
     return (compute, "compute") if compute < memory else (memory, "memory")

@@ -19,7 +19,7 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
 
     `settings` are fields of `fastresnet.config.TrainConfig`, such as `model="resnet56"`, `data="shapes10"`,
     `epochs=3` or `out="runs/first"`. With `quiet` nothing is printed. Raises `UsageError` on impossible settings and
-    where `out` holds a run (unless `resume=True`). Raises `DataError` where the data set is missing or damaged, and
+    where `out` holds a run (unless `resume=True`). Raises `DataError` where the data set is missing or damaged. Raises
     `RunError` where loss or gradients are not finite or memory runs out.
     """
     from rich.console import Console

@@ -98,7 +98,7 @@ def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> 
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
     """Raise `UsageError`, before the work and not after it, where file `path` cannot be written.
 
-    That is so without a folder to lie in, and for a name that ends in none of `suffixes`, if there are any.
+    It has no folder to lie in, or a name that ends in none of `suffixes`, if there are any.
     """
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}.")

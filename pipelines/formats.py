@@ -34,7 +34,7 @@ FACTS: dict[str, set[str]] = {"beton": set(), "jpeg": {"psnr_db", "exact_pixels"
 """Numbers that a manifest has for each split."""
 
 WriteFiles = Callable[[dict[str, Path]], dict[str, dict[str, float]]]
-"""Function that writes the files of a format under the given paths, by name, and returns the `FACTS` of each split."""
+"""Function that writes a format's files under the given paths, by name, and returns the `FACTS` of each split."""
 
 
 def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: WriteFiles) -> None:

@@ -176,7 +176,7 @@ def _checked(data: RawData, path: Path) -> RawData:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each known member of a folder, tar or zip archive, in the order they lie there."""
+    """Yield name and content of each known member of a folder, tar or zip archive, in its order."""
     known = {*_PYTHON_MEMBERS, *_BINARY_MEMBERS}
     if path.is_dir():
         for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
@@ -364,7 +364,7 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, 
 def read_image(file: Path) -> tuple[np.ndarray, bool]:
     """Read RGB pixels, uint8 [32, 32, 3]; with True if the image had to be cropped to a square and resized.
 
-    Raises `DataError` where the file is no image, too large to decode safely, or of more than 8 bits a channel.
+    Raises `DataError` where the file is no image, too large to decode safely, or has over 8 bits a channel.
     """
     from PIL import Image, ImageOps
 

@@ -1,7 +1,7 @@
 """Training loop in the manner of timm's `train.py`.
 
-Batches of uint8 are normalised on the device, the forward pass is in bf16 and channels-last, nothing is compiled, and
-the loss is read every 50 steps.
+Batches of uint8 are normalised on the device. The forward pass is in bf16 (autocast) and channels-last. Nothing is
+compiled. The loss is read every 50 steps.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ class Mixer:
         return _per_image(share), share
 
     def _box(self, hashes: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weight of the own image in each pixel [B, 1, 32, 32], 0 inside a box, and its share [B].
+        """Return the own image's weight in each pixel [B, 1, 32, 32], 0 inside a box, and its share [B].
 
-        The box is clipped at the edge, and the part outside of it is the share, as in the authors' code.
+        The box is clipped at the edge. The part outside of it is the share, as in the authors' code.
         """
         half = (IMAGE_SIZE * (1 - self._draw(self._cutmix, hashes)).sqrt() / 2).round()[:, None]
         pixel = torch.arange(IMAGE_SIZE, device=hashes.device)

@@ -28,10 +28,10 @@ class TrainStep:
     """Optimisation step, which sums its metrics on the device.
 
     Its own number and the learning rates of all steps are tensors there too. A step captured as a CUDA graph needs
-    nothing from the host. A loss or a gradient that is not finite calls off that update of the parameters and every
-    later one, on the device itself. `failed_at` tells the step when the caller next asks, so the steady loop need not
-    synchronise (the idea is torchtitan's, `trainer.py`). Gradients that overflow in fp16 are the gradient scaler's to
-    deal with: their update is left out, and counted.
+    nothing from the host. A loss or a gradient that is not finite calls off that update and every later one, on the
+    device itself. `failed_at` tells the step when the caller next asks. So the steady loop need not synchronise (the
+    idea is torchtitan's, `trainer.py`). Gradients that overflow in fp16 are the gradient scaler's to deal with: their
+    update is left out, and counted.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ class Sweep:
 def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
     """Run the range test of the learning rates: train as `config` says for 100 steps and write nothing.
 
-    From each step to the next --lr grows by the same factor, from 1e-5 to 10, and the other rates with it. The test
+    From each step to the next --lr grows by one factor, from 1e-5 to 10. The other rates grow with it. The test
     ends where the smoothed loss is above four times its minimum. Raises as `loop.train` does, `UsageError` where --lr
     is 0, and `RunError` where the loss rises at once.
     """
