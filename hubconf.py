@@ -8,7 +8,7 @@ dependencies = ["torch", "numpy", "safetensors"]
 
 
 def _network(name, *, pretrained=False, **options):
-    """`pretrained`: with the weights that come with fastresnet; `options` are those of `fastresnet.create_model`."""
+    """Create a network by the `options` of `fastresnet.create_model`, or load its `pretrained` weights."""
     create = _fastresnet.load_pretrained if pretrained else _fastresnet.create_model
     return create(name, **options)
 

@@ -1,10 +1,8 @@
-"""usage: python -m benchmarks.accuracy add RUN...
-       python -m benchmarks.accuracy chart RECIPE FILE
-       python -m benchmarks.accuracy publish RUN
+"""usage: python -m benchmarks.accuracy add RUN... | chart RECIPE FILE | publish RUN
 
-`add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`, from which
-`python -m benchmarks.tables` makes the tables of accuracy; `chart` draws the plain networks beside the residual ones.
-`publish` makes the weights of a run those of `load_pretrained`, with their card.
+`add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`. Then
+`python -m benchmarks.tables` makes the tables of accuracy from them. `chart` draws the plain networks beside the
+residual ones. `publish` makes the weights of a run those of `load_pretrained`, with their card.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ PUBLISHED = {
 }
 SOURCES = ("paper", "chenyaofo", "akamaster")
 
-# Epochs, PFLOP, runs and their mean accuracy in percent, shifted and mirrored views averaged: the README of
+# Epochs, PFLOP, runs and their mean accuracy in percent, with TTA of shifts and flips: the README of
 # KellerJordan/cifar10-airbench.
 PUBLISHED_SPEEDRUNS = {
     "airbench94_muon.py": ("8", 0.29, 200, 94.01),
@@ -87,7 +85,7 @@ def reproduction_table(summaries: Iterable[Summary]) -> str:
 
 def runs_table(summaries: Iterable[Summary]) -> str:
     """Format the runs as Markdown, a line for each recipe, network and device: accuracy, time and arithmetic."""
-    head = ["recipe", "network", "epochs", "seeds", "test accuracy", "mirrored", "PFLOP", "minutes", "device"]
+    head = ["recipe", "network", "epochs", "seeds", "test accuracy", "flip TTA", "PFLOP", "minutes", "device"]
     described = (
         _described(*key, list(runs))
         for key, group in _grouped(summaries).items()
@@ -98,7 +96,7 @@ def runs_table(summaries: Iterable[Summary]) -> str:
 
 def speedrun_table(summaries: Iterable[Summary]) -> str:
     """Format the cost of 94 % as Markdown: cifar10-airbench's programs, and each network trained with `speedrun`."""
-    head = ["", "epochs", "PFLOP", "runs", "single view", "mirrored", "shifted and mirrored"]
+    head = ["", "epochs", "PFLOP", "runs", "single view", "flip TTA", "shifts and flips"]
     lines = [
         [name, epochs, f"{pflop:.2f}", str(runs), "–", "–", f"{accuracy:.2f} %"]
         for name, (epochs, pflop, runs, accuracy) in PUBLISHED_SPEEDRUNS.items()
@@ -106,7 +104,7 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
     for (recipe, model), runs in _grouped(summaries).items():
         if recipe == "speedrun":
             cells = _described(recipe, model, runs)
-            measured = [cells["epochs"], cells["PFLOP"], str(len(runs)), cells["test accuracy"], cells["mirrored"]]
+            measured = [cells["epochs"], cells["PFLOP"], str(len(runs)), cells["test accuracy"], cells["flip TTA"]]
             lines.append([f"`speedrun`, {model}", *measured, "–"])
     return markdown_table(head, lines)
 
@@ -120,7 +118,7 @@ def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
         "epochs": _epochs(runs),
         "seeds": ", ".join(str(run["seed"]) for run in runs),
         "test accuracy": f"{mean_and_spread([run['test_accuracy'] for run in runs])} %",
-        "mirrored": f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
+        "flip TTA": f"{mean_and_spread([run['test_accuracy_mirror'] for run in runs])} %",
         "PFLOP": f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
         "minutes": f"{minutes:.0f}" if minutes >= 1 else f"{minutes:.1f}",
         "device": _device(runs[0]),

@@ -36,7 +36,7 @@ MOST_STEPS = 100_000
 """Limit to the steps of a turn; as many learning rates are laid out."""
 
 Steps = Callable[[int], None]
-"""Takes a number of steps; a GPU may not have finished them."""
+"""Function that takes a number of steps; a GPU may not have finished them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +44,14 @@ class StepCase:
     """Step of a network to measure."""
 
     mode: str
-    """`train` or `inference`."""
+    """Mode: `train` or `inference`."""
     model: str
     batch_size: int
     precision: str
     memory_format: str
-    """`channels_last` or `contiguous`."""
+    """Memory format: `channels_last` or `contiguous`."""
     backend: str
-    """`eager`, `compile` or `graph`."""
+    """Backend: `eager`, `compile` or `graph`."""
 
     @property
     def name(self) -> str:
@@ -300,7 +300,7 @@ class SameBatch(GatheringPipeline):
         self._batch, self._length = batch, length
 
     def _open(self) -> None:
-        """Nothing is read."""
+        """Open nothing: the batch is at hand."""
 
     def __len__(self) -> int:
         return self._length

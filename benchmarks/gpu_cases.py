@@ -106,9 +106,9 @@ class Candidate:
     name: str
     case: RecipeCase
     compiled: bool = True
-    """True where Inductor compiles both passes; else PyTorch's own kernels are captured."""
+    """Use of Inductor for both passes; else PyTorch's own kernels are captured."""
     timed_convolutions: bool = False
-    """True where cuDNN times its algorithms for each convolution; else it takes that which it expects to be fastest."""
+    """Timing of cuDNN's algorithms for each convolution; else it takes that which it expects to be fastest."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
@@ -272,8 +272,8 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
 def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: torch.device) -> None:
     """Compile all `candidates` for a GPU at once, each in a process of its own: the compiler's cache then has them.
 
-    One after the other, four take 110 s of an H100 (with 16 processors), which is idle for almost all of it. A failed
-    one is tried again in its turn. A CPU, which only rehearses, has nothing to compile.
+    One after the other, four take 110 s beside an H100 (with 16 processors), which idles. A failed one is tried again
+    in its turn. A CPU, which only rehearses, has nothing to compile.
     """
     if device.type != "cuda":
         return
@@ -360,7 +360,7 @@ COMMANDS = {"ceilings": measure_ceilings, "steps": measure_cases, "candidates": 
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command line; 1 where something failed."""
+    """Run a command line; return 1 where something failed."""
     match arguments:
         case [command, "--json", file, *rest] if rest in ([], ["--rehearse"]):
             check_choice("command", command, COMMANDS)

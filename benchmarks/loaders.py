@@ -70,12 +70,12 @@ def measure_loaders(options: LoadersOptions) -> None:
     dataset, device, work = describe_work(options)
     cases = _available(dataset, device.type)
     rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
-    surroundings = {**_surroundings(device), "threads": work.threads}
+    facts = {**_environment(device), "threads": work.threads}
     load, limits = OtherLoad(), list[float]()
     for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
         limits.append(copy_bandwidth(device))
-        surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
-        result = _result(workers, limits, work, surroundings, dataset) | {"failed": failures}
+        facts |= load.figures(work.threads if device.type == "cpu" else 1)
+        result = _result(workers, limits, work, facts, dataset) | {"failed": failures}
         write_result(result, options.json)
     print_tables(tables(result), notes(result))
     if options.chart is not None:
@@ -162,20 +162,20 @@ def _peer(name: str, module: str, workers: int) -> Case:
     return Case(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
 
 
-def _surroundings(device: Any) -> dict[str, Any]:
+def _environment(device: Any) -> dict[str, Any]:
     """Describe the device, the versions and the command, the versions of optional libraries included."""
     from fastresnet.provenance import environment, versions_of
 
-    surroundings = environment(device)
-    surroundings["versions"] |= versions_of("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-    return surroundings
+    facts = environment(device)
+    facts["versions"] |= versions_of("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+    return facts
 
 
 def _result(
     workers: list[Worker],
     limits: list[float],
     work: Work,
-    surroundings: dict[str, Any],
+    facts: dict[str, Any],
     dataset: Dataset,
 ) -> dict[str, Any]:
     from fastresnet.device import DTYPES
@@ -198,7 +198,7 @@ def _result(
         "schema": SCHEMA,
         "benchmark": "loaders",
         "environment": {
-            **surroundings,
+            **facts,
             "precision": work.precision,
             "batch_size": work.batch_size,
             "data": dataset.name,

@@ -75,7 +75,7 @@ def read_result(path: Path) -> Result:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    """Return true where `row` has the entries that rows of all benchmarks have."""
+    """Return True where `row` has the entries that rows of all benchmarks have."""
     low, median, high = (row[f"images_per_s{end}"] for end in ("_low", "", "_high"))
     return isinstance(row["name"], str) and 0 < low <= median <= high
 

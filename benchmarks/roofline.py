@@ -57,9 +57,9 @@ def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
 class ByteCounter(TorchDispatchMode):
     """Sum of the bytes that eager operators in the block read and write.
 
-    Each tensor counts that goes into an operator or comes out of it, and twice where batch norm reads it twice. None
-    stays in a register for the next operator. Views and allocations move nothing. An expanded tensor counts as the
-    bytes that lie in memory.
+    Each tensor counts that goes into an operator or comes out of it. It counts twice where batch norm reads it twice.
+    None stays in a register for the next operator. Views and allocations move nothing. An expanded tensor counts as
+    the bytes that lie in memory.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def seconds_between(begin: Any, end: Any) -> float:
 
 
 def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> float:
-    """Return the seconds of the fastest of `times` runs of `work`, of which a GPU always has the next one queued."""
+    """Return the seconds of the fastest of `times` runs of `work`; a GPU always has the next one queued."""
     stamps = [stamp(device)]
     for _ in range(times):
         work()
@@ -151,8 +151,8 @@ def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05, largest: int = 8192) -> float:
     """Measure the floating-point operations a second of a large square matrix product; a multiply-add is 2.
 
-    The best of all sizes from 256 on counts. They double until one product takes `seconds`: the size that fills a GPU
-    would keep a CPU busy for minutes, above all in a type that it emulates.
+    The best of all sizes from 256 on counts. They double until one product takes `seconds`. The size that fills a GPU
+    would keep a CPU busy for minutes, above all in an emulated type.
     """
     best, size, shortest = 0.0, 256, 0.0
     while shortest < seconds and size <= largest:
@@ -185,7 +185,7 @@ class Limits:
 
 
 def roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
-    """Return the images/s at which the counted FLOPs or bytes of `row` take all of the time, and which of them do."""
+    """Return the images/s at which the FLOPs or bytes of `row` take all of the time, and the name of these."""
     compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
     memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
     return (compute, "compute") if compute < memory else (memory, "memory")

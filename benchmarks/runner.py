@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     import torch
 
 Epochs = Callable[[int], Iterable[Any]]
-"""Begins an epoch: its items are batches delivered, or steps taken."""
+"""Function that begins an epoch: its items are batches delivered, or steps taken."""
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _TOLERATED = 0.1
-"""Processors that a machine keeps busy anyway."""
+"""Number of processors that a machine keeps busy anyway."""
 
 
 # --- options -----------------------------------------------------------------------------------------------------
@@ -178,12 +178,12 @@ class Case:
     name: str
     """Name of its row; that of a peer begins with `peer:`."""
     opener: str
-    """`module:function`, called with the `Work`, a `WaitTimer` to use or not, and the options; returns `Epochs`."""
+    """Function `module:name` of the `Work`, a `WaitTimer` to use or not, and the options; it returns `Epochs`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
-    """True where the first batch waits for a compiler, whose time is then told apart."""
+    """Wait of the first batch for a compiler, whose time is then told apart."""
     needed: bool = False
-    """True where nothing can be compared without it."""
+    """Need for this case: nothing can be compared without it."""
 
     @property
     def kind(self) -> str:
@@ -329,7 +329,7 @@ def _serve(connection: Connection, case: Case, work: Work) -> None:
 
 
 def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
-    """Tell that this process is ready, then call the methods of the case that the parent names."""
+    """Report that this process is ready, then call the methods of the case that the parent names."""
     try:
         import torch  # before the clock starts: every case needs it
 

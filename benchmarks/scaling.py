@@ -1,8 +1,8 @@
 """usage: python -m benchmarks.scaling FILE [--data NAME] [--rounds N]
 
-Measure training in 1, 2 and 4 processes of one thread each on this machine's cores, and the exchange of gradients by
-itself. Write FILE, and show the step that a model predicts beside the one measured. `docs/scaling.md` has the model's
-predictions for GPUs.
+Measure training in 1, 2 and 4 processes of one thread each on this machine's cores. Measure the exchange of gradients
+by itself. Write FILE, and show the step that a model predicts beside the one measured. `docs/scaling.md` has the
+model's predictions for GPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.files import write_json
 
 MODEL = "resnet20"
 RUNS = ((1, 64), (1, 256), (2, 128), (2, 512), (4, 256), (4, 512))
-"""(processes, batch size over all of them). The first two give the model its compute time."""
+"""Pairs (processes, batch size over all of them). The first two give the model its compute time."""
 _STEPS = 24
 _BUCKET = 25 << 20  # of DistributedDataParallel
 _BACKWARD = 2 / 3  # of the arithmetic of a step is in its backward pass
@@ -53,7 +53,7 @@ dist.destroy_process_group()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-    """Machine as the model of a step knows it."""
+    """Parameters of a machine in the model of a step."""
 
     overhead: float
     """Seconds of a step, whatever the number of its images."""
@@ -107,7 +107,7 @@ def gradient_bytes(model: str) -> int:
 
 def measure(data: str, rounds: int) -> dict[str, Any]:
     """Measure the images/s of each of `RUNS`, in turns, and the time of exchanges."""
-    surroundings = environment(torch.device("cpu"))
+    facts = environment(torch.device("cpu"))
     seen: dict[tuple[int, int], list[float]] = {run: [] for run in RUNS}
     for number in range(rounds):
         for run in RUNS:
@@ -118,7 +118,7 @@ def measure(data: str, rounds: int) -> dict[str, Any]:
     return {
         "schema": 1,
         "report": "scaling",
-        "environment": surroundings,
+        "environment": facts,
         "model": MODEL,
         "gradient_bytes": size,
         "processors": usable_processors(),

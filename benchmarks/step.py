@@ -72,8 +72,8 @@ _COMPARISONS = (
 class StepOptions:
     """Measure the optimisation step and inference alone, on random images that lie on the device.
 
-    One thing at a time is varied from a base: training resnet20 on batches of 128 in the best precision,
-    channels_last, eager on a CPU and as a CUDA graph on a GPU.
+    One thing at a time is varied from a base: training resnet20 on batches of 128 in the best precision and
+    channels_last. The base is eager on a CPU and a CUDA graph on a GPU.
     """
 
     models: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
 
     base, load, failures = cases[0], OtherLoad(), Failures()
     of_base = {key: value for key, value in dataclasses.asdict(base).items() if key != "mode"}
-    surroundings = {**environment(device), **of_base}
+    facts = {**environment(device), **of_base}
     rounds, seconds = (3, 0.4) if options.quick else (options.rounds, options.seconds)
     limits = Limits(device, tuple(dict.fromkeys(case.precision for case in cases)))
     split = [dataclasses.replace(case, backend="eager") for case in cases if case is base or case.model != base.model]
@@ -164,8 +164,8 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
                     ready[name].measure(seconds)
                 if name in failures:
                     ready.pop(name, None)
-                surroundings |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
-                result = _result(list(ready.values()), failures, limits.to_dict(), surroundings)
+                facts |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
+                result = _result(list(ready.values()), failures, limits.to_dict(), facts)
                 write_result(result, options.json)
     if not result["rows"]:
         raise RunError("every case has failed: there is nothing to show.")
@@ -233,7 +233,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _result(
-    ready: list[TimedStep | TimedParts], failures: Failures, limits: dict[str, Any], surroundings: dict[str, Any]
+    ready: list[TimedStep | TimedParts], failures: Failures, limits: dict[str, Any], facts: dict[str, Any]
 ) -> Result:
     from benchmarks.cases import TimedParts, TimedStep
 
@@ -241,7 +241,7 @@ def _result(
     return {
         "schema": SCHEMA,
         "benchmark": "step",
-        "environment": surroundings,
+        "environment": facts,
         "limits": limits,
         "rows": [step.row(limits) for step in steps],
         "splits": [each.row() for each in ready if isinstance(each, TimedParts)],

@@ -76,7 +76,7 @@ def measure_training(options: TrainingOptions) -> None:
     dataset, device, work = describe_work(options)
     work, backend = _settle(options, work, device)
     load = OtherLoad()
-    surroundings = {
+    facts = {
         **environment(device),
         "threads": work.threads,
         "precision": work.precision,
@@ -95,8 +95,8 @@ def measure_training(options: TrainingOptions) -> None:
     ]
     rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
     for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
-        surroundings |= load.figures(work.threads if device.type == "cpu" else 1)
-        result = _result(workers, surroundings) | {"failed": failures}
+        facts |= load.figures(work.threads if device.type == "cpu" else 1)
+        result = _result(workers, facts) | {"failed": failures}
         write_result(result, options.json)
     print_tables(tables(result), notes(result))
     if options.chart is not None:
@@ -188,11 +188,11 @@ def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers:
     )
 
 
-def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
+def _result(workers: list[Worker], facts: dict[str, Any]) -> Result:
     rows = [
         {
             **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
-            "ms_per_step": 1000 * surroundings["batch_size"] / statistics.median(worker.images_per_s),
+            "ms_per_step": 1000 * facts["batch_size"] / statistics.median(worker.images_per_s),
             **worker.opening,
             "waiting_percent": 0.0,
             **worker.used,
@@ -205,7 +205,7 @@ def _result(workers: list[Worker], surroundings: dict[str, Any]) -> Result:
     return {
         "schema": SCHEMA,
         "benchmark": "train",
-        "environment": surroundings,
+        "environment": facts,
         "limits": {"step_only_images_per_s": step_only[0]} if step_only else {},
         "rows": rows,
         "ratios": [compare(other.case.name, other.images_per_s) for other in others],

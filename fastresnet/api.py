@@ -1,4 +1,4 @@
-"""Training and evaluation from Python, as notebooks use them: what the commands do, with values for arguments."""
+"""Training and evaluation from Python, as notebooks use them: the commands, with values for arguments."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
 
     `settings` are fields of `fastresnet.config.TrainConfig`, such as `model="resnet56"`, `data="shapes10"`,
     `epochs=3` or `out="runs/first"`. With `quiet` nothing is printed. Raises `UsageError` on impossible settings and
-    where `out` holds a run (unless `resume=True`), `DataError` where the data set is missing or damaged, `RunError`
-    where loss or gradients are not finite or memory runs out.
+    where `out` holds a run (unless `resume=True`). Raises `DataError` where the data set is missing or damaged. Raises
+    `RunError` where loss or gradients are not finite or memory runs out.
     """
     from rich.console import Console
 
@@ -49,14 +49,14 @@ def evaluate(
     threads: Threads = "auto",
     mirror: bool = False,
 ) -> Evaluation:
-    """Accuracy and loss on the test set of `data`: top-1 in percent, cross-entropy in nats.
+    """Measure accuracy and loss on the test set of `data`: top-1 in percent, cross-entropy in nats.
 
-    `weights` is a network, which takes images [N, 3, 32, 32] normalised as `normalization` says (`half`, `channel` or
-    `pixel`, see `pipelines.Augmentation`) and returns logits [N, classes]; or a file as for `fastresnet eval`, or
-    `pretrained:NAME`, which say themselves how their images are normalised, and what stands in for `data` if it is left
-    out: the data set of their training. For others that is cifar10. `threads` is how many a CPU computes with; with a
-    file, `auto` takes what is fastest in a few trial steps. `mirror` adds the accuracy with mirrored views averaged.
-    Raises `UsageError` on impossible arguments, `DataError` where a file or the data set is missing, damaged or does
+    `weights` is a network, a file as for `fastresnet eval`, or `pretrained:NAME`. A network maps images
+    [N, 3, 32, 32] to logits [N, classes]. `normalization` names the normalisation of its images: `half`, `channel` or
+    `pixel` (see `pipelines.Augmentation`). Files and pretrained weights name theirs themselves. The default of `data`
+    is the data set of their training, else cifar10. `threads` is the number that a CPU computes with. With a file,
+    `auto` takes what is fastest in a few trial steps. `mirror` adds the accuracy with horizontal-flip TTA. Raises
+    `UsageError` on impossible arguments. Raises `DataError` where a file or the data set is missing, damaged or does
     not fit.
     """
     import torch

@@ -1,6 +1,6 @@
 """Tensors and facts in one file: safetensors with a JSON description and a SHA-256 over both.
 
-No pickle is involved, so opening a file can never run code from it, and anything that reads safetensors reads it.
+No pickle is involved, so opening a file can never run code from it. Anything that reads safetensors reads it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _DESCRIPTION, _DIGEST = "fastresnet", "fastresnet.sha256"
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], description: dict[str, Any], *, previous: Path | None = None
 ) -> None:
-    """Write `tensors` (any device) and `description` (JSON types) atomically; the file that was there becomes
-    `previous`, if one is given. Raises `OSError`, `path` untouched.
+    """Write `tensors` (any device) and `description` (JSON types) atomically.
+
+    The file that was there becomes `previous`, if one is given. Raises `OSError`, `path` untouched.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"schema": SCHEMA, **description})
@@ -59,12 +60,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` with `prefix.` before every name."""
+    """Return `tensors` with `prefix.` before every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors named `prefix.<name>`, by <name>."""
+    """Select the tensors named `prefix.<name>`, by <name>."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 

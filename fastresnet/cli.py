@@ -1,4 +1,4 @@
-"""The command line. Each command is a module, imported when it is called, so that `--help` is instant."""
+"""Command line. Each command is a module, imported when it is called, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ commands:
   train       train a network by a recipe: fast (the default), best, speedrun, paper, baseline or smoke
   eval        measure weights: this program's, or another repository's state dict
   predict     classify image files
-  plot        pictures of runs: curves of one or many, confusion matrix, worst mistakes
+  plot        pictures of runs: curves of one or many, confusion matrix, most confident mistakes
   report      a run as one HTML page
   summary     the layers of a network, their parameters and multiply-adds
   export      a trained network as ONNX, safetensors or a program of torch.export
@@ -38,7 +38,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line; return the exit code."""
     return guarded(_dispatch, list(sys.argv[1:] if argv is None else argv))
 
 

@@ -36,14 +36,14 @@ _FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard", "
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Raises `UsageError` on impossible values."""
+    """Settings of a training run. Raises `UsageError` on impossible values."""
 
     recipe: Suppress[str] = "baseline"
 
     model: str = "resnet20"
     """resnet20, plain20, preresnet20, wrn16-2, resnext29-2x16d, se-resnet20, resnet9 ...: `summary --help` has all."""
     shortcut: Shortcut = "B"
-    """Where the width changes: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
+    """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 
     data: str = "cifar10"
     """cifar10, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
@@ -71,7 +71,7 @@ class TrainConfig:
     sgd_lr: float = 0.1
     """Peak learning rate of what muon leaves to SGD: the linear layer, norms and biases."""
     norm_lr: float | None = None
-    """With muon, the peak learning rate of norms and biases, which bear more than the linear layer does. Without it,
+    """Peak learning rate of norms and biases with muon, which bear more than the linear layer does. Without it,
     --sgd-lr."""
     lr_batch_size: int | None = None
     """Batch size that the learning rates are meant for: they grow and shrink with --batch-size (the linear scaling rule
@@ -117,7 +117,7 @@ class TrainConfig:
     """half (mean = std = 0.5), channel (the data set's mean and std) or pixel (the paper's per-pixel mean)."""
 
     seed: int = 0
-    """Decides initial weights, order and augmentation."""
+    """Seed of initial weights, order and augmentation."""
     device: Device = "auto"
     """auto, cpu or cuda."""
     threads: Threads = "auto"

@@ -17,7 +17,7 @@ from fastresnet.config import DEVICES, Compile, Precision
 from pipelines.errors import Note, RunError, UsageError, check_choice
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
-"""A file of NVIDIA's driver."""
+"""File of NVIDIA's driver."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,8 +59,8 @@ def _missing_gpu() -> str:
 def _keep_freed_memory() -> None:
     """Have glibc keep the memory of one step for the next.
 
-    Left to itself it gives activations back to the system at every step, to get them again as pages that fault and are
-    zeroed: 6,500 to 15,000 faults a step of ResNet-20 at batch 128, 730 images/s instead of 950 on 2 cores.
+    Left to itself it gives activations back to the system at every step. It gets them again as pages that fault and
+    are zeroed: 6,500 to 15,000 faults a step of ResNet-20 at batch 128, 730 images/s instead of 950 on 2 cores.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -85,7 +85,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def supports(precision: str, device: torch.device) -> bool:
-    """Return whether `device` computes in `precision` at all; a CPU does, if slowly."""
+    """Return True if `device` computes in `precision` at all; a CPU does, if slowly."""
     return precision != "bf16" or device.type != "cuda" or _computes_bf16(device)
 
 

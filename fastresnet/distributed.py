@@ -1,4 +1,4 @@
-"""One training as several processes, each with a GPU or with a share of the cores: what they tell each other.
+"""Communication of one training's processes, each with a GPU or with a share of the cores.
 
 `torchrun` starts the processes and PyTorch's `torch.distributed` connects them. A process by itself goes through the
 same code, where nothing here costs it anything.
@@ -23,12 +23,12 @@ from pipelines.errors import RunError, UsageError
 from pipelines.sampling import rank_rows
 
 TIMEOUT = timedelta(minutes=5)
-"""How long a rank waits for the others, which may be compiling or writing a checkpoint."""
+"""Longest wait of a rank for the others, which may be compiling or writing a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class World:
-    """This process among those that train one network together.
+    """Place of this process among those that train one network together.
 
     All ranks have to call `sum`, `highest`, `broadcast` and `wait` at the same point.
     """
@@ -50,7 +50,7 @@ class World:
         return rank_rows(batch_size, self.rank, self.world_size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which is changed, summed over the world."""
+        """Sum `tensor`, which is changed, over the world."""
         if not self.is_single:
             dist.all_reduce(tensor)
         return tensor
@@ -75,8 +75,9 @@ class World:
             dist.barrier()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Wrap `model` so that its gradients are averaged over the ranks during the backward pass; the first rank's
-        parameters and buffers become everyone's.
+        """Wrap `model` so that its gradients are averaged over the ranks during the backward pass.
+
+        The first rank's parameters and buffers become everyone's.
         """
         if self.is_single:
             return model
@@ -130,8 +131,9 @@ def _take_gpu(number: int) -> torch.device:
 
 
 def _store() -> dist.Store:
-    """Open the store of the ranks' addresses: a place of its own for each of torchrun's attempts, which may have one
-    store for all, with the addresses of those that have died (pytorch/pytorch#135712).
+    """Open the store of the ranks' addresses: a place of its own for each of torchrun's attempts.
+
+    They may share one store, with the addresses of ranks that have died (pytorch/pytorch#135712).
     """
     store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

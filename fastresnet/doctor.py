@@ -1,4 +1,4 @@
-"""What works on this machine, and what to do about what does not."""
+"""Findings on this machine: things that work, and remedies for the others."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _LITTLE = 1 << 30
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at."""
+    """Result of one check."""
 
     what: str
     state: str
-    """`works`, `missing` (something optional is not there) or `broken`."""
+    """State: `works`, `missing` (something optional is not there) or `broken`."""
     detail: str
     remedy: str = ""
-    """What to do, where anything is to be done."""
+    """Advice, where anything is to be done."""
 
 
 def examine(root: Path | None = None) -> list[Finding]:
@@ -72,7 +72,7 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver; None where there is none."""
+    """Read the version of NVIDIA's driver; None where there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -82,7 +82,7 @@ def _driver() -> str | None:
 
 
 def _without_gpu() -> tuple[str, str]:
-    """Why PyTorch finds none, and what to do."""
+    """Tell the reason why PyTorch finds no GPU, and the remedy."""
     if torch.version.cuda is None:
         return "this PyTorch is built for CPUs", "pip install torch from PyPI, which has CUDA, if there is a GPU"
     if (driver := _driver()) is None and not NVIDIA_CONTROL.exists():

@@ -1,4 +1,4 @@
-"""Accuracy and loss on a split: single view, every image counted once; beside it, if asked for, with mirrored views."""
+"""Accuracy and loss on a split: single view, every image counted once; if asked for, with horizontal-flip TTA too."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ BATCH_SIZE = 1000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a network achieves on a split."""
+    """Accuracy and loss of a network on a split."""
 
     accuracy: float
-    """Top-1, percent."""
+    """Top-1 accuracy, percent."""
     loss: float
     """Mean cross-entropy, nats."""
     per_class: dict[str, float]
-    """Top-1 of each class, percent; classes without images are left out."""
+    """Top-1 accuracy of each class, percent; classes without images are left out."""
     images_per_s: float
     mirror_accuracy: float | None = None
-    """Top-1 of the mean logits of each image and its mirror image (test-time augmentation), percent."""
+    """Top-1 accuracy with horizontal-flip TTA, percent: mean logits of each image and its mirror image."""
 
 
 def find_dataset_for(
@@ -48,8 +48,8 @@ def find_dataset_for(
 ) -> Dataset:
     """Find the data set to measure `weights`, loaded from `given`, on.
 
-    It is `data`, else the one of their training, else cifar10, with the constants of their training to normalise it
-    where these are known. Raises `DataError` where it has another number of classes.
+    It is `data`, else the one of their training, else cifar10. The constants of their training normalise it where
+    these are known. Raises `DataError` where it has another number of classes.
     """
     dataset = find_dataset(data or (weights.training or {}).get("data", CIFAR10), root, report)
     if weights.num_classes != len(dataset.classes):
@@ -68,8 +68,9 @@ def open_evaluation(
     device: torch.device,
     world: World = SINGLE,
 ) -> Pipeline:
-    """A pipeline over the test split of `dataset`, without augmentation; its share for this rank, where there are
-    several.
+    """Open a pipeline over the test split of `dataset`, without augmentation.
+
+    Where there are several ranks, it covers the share of this one.
     """
     return open_pipeline(
         pipeline,
@@ -97,10 +98,10 @@ def evaluate(
     after_batch: Callable[[], None] = lambda: None,
     world: World = SINGLE,
 ) -> Evaluation:
-    """Evaluate `model` on the pipeline's device; sets it to evaluation mode.
+    """Evaluate `model` on the pipeline's device; set it to evaluation mode.
 
     `mirror` adds `mirror_accuracy`, for twice the work. `after_batch` may raise to stop early. Where there are several
-    ranks, each brings its share of the images, and the result is that of all of them.
+    ranks, each brings its share of the images. The result is that of all images.
     """
     model.eval()
     started = time.perf_counter()
@@ -139,7 +140,7 @@ def evaluate(
 def evaluation_threads(
     threads: Threads, model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
 ) -> Iterator[str]:
-    """Settle with how many threads `model` is evaluated inside; see `settled_threads`."""
+    """Settle the number of threads that evaluate `model` inside; see `settled_threads`."""
     batch = next(iter(pipeline.epoch(0)))
     model.eval()
 
@@ -156,8 +157,9 @@ def evaluation_threads(
 def probabilities(
     model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each image of a split, in its order: the probabilities of all classes, float32 [N, classes], and the label,
-    int64 [N].
+    """Compute the probabilities of all classes, float32 [N, classes], and collect the labels, int64 [N].
+
+    Rows are the images of the split, in its order.
     """
     model.eval()
     likely, labels = [], []

@@ -1,4 +1,4 @@
-"""A closer look at what a trained network does on a test set: what it confuses, and where it is surely wrong."""
+"""Closer look at a trained network on a test set: its confusion matrix and its most confident mistakes."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ SHOWN = 24
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examined:
-    """A network's probabilities for every image of a test set."""
+    """Probabilities that a network gives for every image of a test set."""
 
     name: str
     classes: tuple[str, ...]
     images: np.ndarray
-    """uint8 [N, 32, 32, 3]"""
+    """Pixels, uint8 [N, 32, 32, 3]."""
     labels: np.ndarray
-    """int64 [N]"""
+    """True classes, int64 [N]."""
     probabilities: np.ndarray
-    """float32 [N, classes]"""
+    """Probabilities of all classes, float32 [N, classes]."""
 
     @property
     def counts(self) -> np.ndarray:
-        """Images by their class (rows) and by what they were taken for (columns), int64 [classes, classes]."""
+        """Numbers of images by true class (rows) and predicted class (columns), int64 [classes, classes]."""
         counts = np.zeros((len(self.classes),) * 2, np.int64)
         np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
         return counts
 
     @property
     def accuracy(self) -> float:
-        """Percent."""
+        """Top-1 accuracy, percent."""
         return 100 * float(np.trace(self.counts)) / len(self.labels)
 
     def confusion(self) -> Figure:
-        """The matrix of `counts`."""
+        """Draw the matrix of `counts`."""
         return confusion(
             self.counts, self.classes, f"{self.name}: {self.accuracy:.2f} % of {len(self.labels):,} images"
         )
 
     def worst(self) -> np.ndarray:
-        """Rows of the images that are taken for another class with the highest probabilities, the worst first."""
-        taken_for = self.probabilities.argmax(1)
-        wrong = np.flatnonzero(taken_for != self.labels)
-        return wrong[np.argsort(-self.probabilities[wrong, taken_for[wrong]], kind="stable")][:SHOWN]
+        """Return the rows of the most confident mistakes, the worst first."""
+        predicted = self.probabilities.argmax(1)
+        wrong = np.flatnonzero(predicted != self.labels)
+        return wrong[np.argsort(-self.probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
 
     def mistakes(self) -> Figure:
-        """The images that are surely taken for something else."""
+        """Draw the most confident mistakes."""
         rows = self.worst()
         titles = [self._title(row) for row in rows]
-        return image_grid(self.images[rows], titles, f"{self.name}: surest mistakes; class, and what it was taken for")
+        return image_grid(self.images[rows], titles, f"{self.name}: most confident mistakes; true / predicted class")
 
     def _title(self, row: int) -> str:
-        taken_for = int(self.probabilities[row].argmax())
-        share = 100 * self.probabilities[row, taken_for]
-        return f"{self.classes[self.labels[row]]}\n{self.classes[taken_for]} {share:.0f} %"
+        predicted = int(self.probabilities[row].argmax())
+        share = 100 * self.probabilities[row, predicted]
+        return f"{self.classes[self.labels[row]]}\n{self.classes[predicted]} {share:.0f} %"
 
 
 def examine(path: Path, data: str | None, root: Path | None, device: str) -> Examined:
-    """Have the network in file `path` look at the test set of `data`, or of the data set that it was trained on.
+    """Run the network in file `path` on the test set of `data`, or of the data set of its training.
 
     Raises `DataError` where the file or the data set are missing, damaged or do not fit together.
     """

@@ -1,4 +1,4 @@
-"""A trained network for other programs: ONNX, safetensors, or a program of `torch.export`."""
+"""Export of a trained network: ONNX, safetensors, or a program of `torch.export`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipelines.files import replacing, write_bytes
 from pipelines.sampling import IMAGE_SIZE
 
 TOLERANCE = 1e-4
-"""How far logits of an exported network may be from those of the original."""
+"""Largest difference allowed between logits of an exported network and those of the original."""
 
 
 def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float:
-    """Write the network to `path` in format `kind`, one of `FORMATS`, and compare what the file computes.
+    """Write the network to `path` in format `kind`, one of `FORMATS`, and check the output of the file.
 
     The batch size stays free. With `normalize` images in 0..1 go in. Returns the largest difference of a logit on
     random images in batches of 1 and of 7. Raises `UsageError` where a library is missing, `RunError` where the
@@ -37,7 +37,7 @@ def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float
         with torch.inference_mode():
             difference = max(float((loaded(batch) - network(batch)).abs().max()) for batch in batches)
         if not difference <= TOLERANCE:
-            raise RunError(f"what {kind} computes differs from the network by {difference:g}; {path} was not written.")
+            raise RunError(f"logits of {kind} differ from the network's by {difference:g}; {path} was not written.")
     return difference
 
 

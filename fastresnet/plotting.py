@@ -19,8 +19,10 @@ _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
 def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figure:
-    """Loss, accuracy and learning rate of runs over their epochs: by name, the rows of `metrics.csv` and the split
-    measured after every epoch. One run has a colour for each split; of several, each has its own, training dashed.
+    """Draw loss, accuracy and learning rate of runs over their epochs.
+
+    `runs` has, by name, the rows of `metrics.csv` and the split measured after every epoch. One run has a colour for
+    each split; of several, each has its own, training dashed.
     """
     figure, several = Figure(figsize=(13, 4 + 0.12 * len(runs)), layout="constrained"), len(runs) > 1
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -55,12 +57,12 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
 
 
 def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the learning rate takes few values, which a logarithmic axis shows well; it has no place for 0."""
+    """Return True if the learning rate takes few values: a logarithmic axis shows them well; it has no place for 0."""
     return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """`counts` [classes, classes] of images by their class (rows) and by what they were taken for (columns)."""
+    """Draw `counts` [classes, classes] of images by true class (rows) and predicted class (columns)."""
     size = max(4.0, 0.6 * len(classes) + 2)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
@@ -72,14 +74,14 @@ def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     axes.set_title(title, fontsize=10)
     return figure
 
 
 def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
-    """uint8 images [N, 32, 32, 3] with a line or two over each."""
+    """Draw uint8 images [N, 32, 32, 3] with a line or two over each."""
     columns = 6
     rows = max(-(-len(images) // columns), 1)
     figure = Figure(figsize=(1.7 * columns, 2.1 * rows + 0.4), layout="constrained")
@@ -93,7 +95,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
 
 
 def saliency_grid(images: Tensor, saliency: Tensor, titles: Sequence[str]) -> Figure:
-    """Images [N, 3, 32, 32] in 0..1 and, under each, its saliency [N, 32, 32] in 0..1."""
+    """Draw images [N, 3, 32, 32] in 0..1 and, under each, its saliency [N, 32, 32] in 0..1."""
     columns = min(len(images), 4)
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.4 * columns, 4.6 * rows), layout="constrained")
@@ -114,7 +116,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """The contents of an `svg` or `png` file."""
+    """Return the contents of an `svg` or `png` file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120)
     return buffer.getvalue()
@@ -123,10 +125,10 @@ def rendered(figure: Figure, kind: str) -> bytes:
 def sweep(
     rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], told: Mapping[str, float]
 ) -> Figure:
-    """Losses over the learning rates of their steps; `told` are rates to mark, by what they are."""
+    """Draw losses over the learning rates of their steps; `told` are rates to mark, by their names."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(rates, losses, color="#bbbbbb", linewidth=1, label="of each step")
+    axes.plot(rates, losses, color="#bbbbbb", linewidth=1, label="each step")
     axes.plot(rates, smoothed, color=_COLORS["train"], label="smoothed")
     for (what, rate), color in zip(told.items(), (_COLORS["test"], _COLORS["val"]), strict=False):
         axes.axvline(rate, color=color, linestyle="--", label=f"{what}: {rate:.2g}")

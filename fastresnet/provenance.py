@@ -1,4 +1,4 @@
-"""The origin of a figure: device, versions, commit, command and time."""
+"""Origin of a figure: device, versions, commit, command and time."""
 
 from __future__ import annotations
 

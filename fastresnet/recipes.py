@@ -1,4 +1,4 @@
-"""Named configurations. Each is a function of the model and makes a claim about what it trains."""
+"""Named configurations. Each is a function of the model and makes a claim about its accuracy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipelines.errors import check_choice
 
 
 def paper(model: str = "resnet20") -> TrainConfig:
-    """He et al. 2015, section 4.2, as published: 64k iterations at batch 128, shortcut A, per-pixel mean.
+    """Follow He et al. 2015, section 4.2, as published: 64k iterations at batch 128, shortcut A, per-pixel mean.
 
-    Where the text leaves things open: crops are padded with black before the mean is subtracted, the zero channels of
-    shortcut A lie at both ends, and BN and biases decay like all parameters.
+    Where the text leaves things open, crops are padded with black before the mean is subtracted. The zero channels of
+    shortcut A lie at both ends. BN and biases decay like all parameters.
 
     Paper, test error: ResNet-20 8.75 %, -32 7.51 %, -44 7.17 %, -56 6.97 %, -110 6.43 %. Not yet measured with this
     program. `--val-split 5000` trains on 45,000 images, as the paper did to find its schedule.
@@ -35,27 +35,29 @@ def paper(model: str = "resnet20") -> TrainConfig:
 
 
 def baseline(model: str = "resnet20") -> TrainConfig:
-    """The usual implementation: 160 epochs at batch 128, lr 0.1 divided by 10 after 80 and 120, shortcut B, mean = std
-    = 0.5. `fastresnet train baseline`: 91.66 % on the test set (ResNet-20, last epoch, single view, seed 0).
+    """Follow the usual implementation: 160 epochs at batch 128, lr 0.1 divided by 10 after 80 and 120, shortcut B.
+
+    Images are normalised with mean = std = 0.5. `fastresnet train baseline`: 91.66 % on the test set (ResNet-20, last
+    epoch, single view, seed 0).
     """
     return TrainConfig(recipe="baseline", model=model)
 
 
 def fast(model: str = "resnet20") -> TrainConfig:
-    """More than the accuracy of the paper's ResNet-20 (91.25 %) in an eighth of its epochs.
+    """Exceed the accuracy of the paper's ResNet-20 (91.25 %) in an eighth of its epochs.
 
-    `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2), in
-    36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16; on an H100 91.33 ± 0.12 %
+    `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2). That is
+    36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16. On an H100: 91.33 ± 0.12 %
     (seeds 0 to 3), in 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds 0 to 2), ResNet-32: 92.19 % (seed 0),
-    short of the paper's 93.03 and 92.49 %. What was tried is in `docs/fast-recipe.md`.
+    short of the paper's 93.03 and 92.49 %. The experiments are in `docs/fast-recipe.md`.
 
-    Muon for the convolutions, whose weights it keeps at a fixed norm, and a learning rate that falls linearly to 0.
-    Crops are padded with the mirrored image, as in cifar10-airbench: a network learns what black margins do to its
-    statistics, and whole images, as the test has them, then surprise it. So few epochs leave a network of 20 layers
-    short of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as
-    in airbench, so that every image is seen both ways. Deeper networks start as shallow ones where they can, and have
-    norms that learn a hundred times as fast as the linear layer: at its rate they stay what they are. The two are worth
-    1.1 points to ResNet-56.
+    Muon trains the convolutions, whose weights it keeps at a fixed norm. The learning rate falls linearly to 0. Crops
+    are padded with the mirrored image, as in cifar10-airbench: a network learns the effect of black margins on its
+    statistics. Whole images, as the test has them, then surprise it. So few epochs leave a network of 20 layers short
+    of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as in
+    airbench, so that every image is seen both ways. Deeper networks start as shallow ones where they can. Their norms
+    learn a hundred times as fast as the linear layer: at its rate they stay what they are. The two are worth 1.1
+    points to ResNet-56.
     """
     spec = find_model(model)
     deep = spec.depth > 20
@@ -83,25 +85,25 @@ def fast(model: str = "resnet20") -> TrainConfig:
 
 
 def best(model: str = "resnet20") -> TrainConfig:
-    """More accuracy in 60 epochs: `fast` for longer, with norms that learn fast, and for variety with crops of 4 pixels
-    and cutout, for every network.
+    """Reach more accuracy in 60 epochs: `fast` for longer, with norms that learn fast.
 
-    `fastresnet train best`: 92.97 % on the test set (ResNet-20, last epoch, single view, seed 0), in 48 minutes of
-    training on one core of an AMD EPYC that had other work, in bf16. Other networks: not yet measured.
+    For variety, every network has crops of 4 pixels and cutout. `fastresnet train best`: 92.97 % on the test set
+    (ResNet-20, last epoch, single view, seed 0). That is 48 minutes of training on one core of an AMD EPYC that had
+    other work, in bf16. Other networks: not yet measured.
     """
     return dataclasses.replace(fast(model), recipe="best", epochs=60, norm_lr=3.0, crop_padding=4, cutout=8)
 
 
 def speedrun(model: str = "resnet9-medium") -> TrainConfig:
-    """94.0 % with little arithmetic, by a ResNet-9.
+    """Reach 94.0 % with little arithmetic, by a ResNet-9.
 
-    `fastresnet train speedrun`: 94.44 ± 0.13 % on the test set (last epoch, single view, seeds 0 and 1), 94.95 ± 0.11 %
-    with mirrored views averaged, for 1.73 PFLOP, in 198 minutes of training on one core of an AMD EPYC that had other
-    work, in bf16. With resnet9-narrow 93.70 ± 0.10 % and 94.45 ± 0.14 % (seeds 0 and 1), for 0.98 PFLOP.
-    cifar10-airbench takes 0.29 PFLOP for 94.01 %, with shifted and mirrored views averaged (`docs/speedrun.md`).
+    `fastresnet train speedrun`: 94.44 ± 0.13 % on the test set (last epoch, single view, seeds 0 and 1), and 94.95 ±
+    0.11 % with horizontal-flip TTA, for 1.73 PFLOP. That is 198 minutes of training on one core of an AMD EPYC that
+    had other work, in bf16. With resnet9-narrow: 93.70 ± 0.10 % and 94.45 ± 0.14 % (seeds 0 and 1), for 0.98 PFLOP.
+    The program of cifar10-airbench takes 0.29 PFLOP for 94.01 %, with TTA of shifts and flips (`docs/speedrun.md`).
 
-    `fast` with larger batches, which a GPU is faster with, labels smoothed as in cifar10-airbench, norms that learn
-    fast, and cutout.
+    It is `fast` with larger batches, which a GPU is faster with, and cutout. Labels are smoothed as in
+    cifar10-airbench, and norms learn fast.
     """
     return dataclasses.replace(
         fast(model),
@@ -118,24 +120,25 @@ def speedrun(model: str = "resnet9-medium") -> TrainConfig:
 
 
 def smoke(model: str = "resnet20") -> TrainConfig:
-    """One short epoch: does everything work? ResNet-20 on CIFAR-10 passes 40 % test accuracy, about a minute on 2 CPU
-    cores.
+    """Train one short epoch, as a smoke test: ResNet-20 on CIFAR-10 passes 40 % test accuracy.
+
+    That takes about a minute on 2 CPU cores.
     """
     return TrainConfig(recipe="smoke", model=model, epochs=1)
 
 
 def create_config(recipe: str, model: str | None = None) -> TrainConfig:
-    """The settings of `recipe` for `model`, its own choice without one. Raises `UsageError` on unknown ones."""
+    """Create the settings of `recipe` for `model`, its own choice without one. Raises `UsageError` on unknown ones."""
     check_choice("recipe", recipe, RECIPES)
     return RECIPES[recipe](model) if model else RECIPES[recipe]()
 
 
-# What every run chooses for itself, whatever its recipe.
+# Every run chooses these for itself, whatever its recipe.
 _FREE = {"model", "data", "seed", "pipeline", "decode", "device", "threads", "precision", "compile"}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings in which `config` departs from its recipe, in plain types. Raises `UsageError` on an unknown one."""
+    """List the settings in which `config` departs from its recipe, in plain types. Raises as `create_config` does."""
     recipe = create_config(config.recipe, config.model).to_dict()
     settings = config.to_dict()
     return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs no network and no other file."""
+"""Report of a run: one HTML page that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
 def page(run: Run, examined: Examined) -> str:
-    """The HTML of a finished `run`, whose network has looked at its test set. Raises as `from_toml` does."""
+    """Write the HTML of a finished `run`; `examined` is its network on the test set. Raises as `from_toml` does."""
     summary = run.summary or {}
     config = from_toml(run.folder / "config.toml")
     title = f"{summary['model']} on {summary['data']}, recipe {summary['recipe']}, seed {summary['seed']}"
     chosen_on = "held-out images" if summary["best_chosen_on"] == "validation" else "the test set itself"
     tiles = [
         (f"{summary['test_accuracy']:.2f} %", "test accuracy, last epoch, single view"),
-        (f"{summary['test_accuracy_mirror']:.2f} %", "with mirrored views averaged"),
+        (f"{summary['test_accuracy_mirror']:.2f} %", "with horizontal-flip TTA"),
         (f"{summary['best_accuracy']:.2f} %", f"best epoch, chosen on {chosen_on}"),
         (f"{summary['epochs']}", f"epochs, {summary['steps']:,} steps"),
         (f"{summary['images_per_s']:,.0f}", "images/s in training"),
@@ -64,11 +64,11 @@ def page(run: Run, examined: Examined) -> str:
 <p class="muted">{escape(summary["environment"]["device"])}; started {escape(summary["environment"]["started"])}</p>
 <div class="tiles">{shown}</div>
 <h2>Curves</h2>{_figure(curves({run.name: (run.rows, run.evaluated_on)}))}
-<h2>What it confuses</h2>{_figure(examined.confusion(), "square")}
-<h2>Surest mistakes</h2>{_picture(examined.mistakes())}
-<h2>Where the time went</h2>{_times(summary)}
+<h2>Confusion matrix</h2>{_figure(examined.confusion(), "square")}
+<h2>Most confident mistakes</h2>{_picture(examined.mistakes())}
+<h2>Time</h2>{_times(summary)}
 <h2>Settings</h2>{_settings(config)}
-<h2>Surroundings</h2>{_table(_surroundings(summary))}
+<h2>Environment</h2>{_table(_environment(summary))}
 </body></html>
 """
 
@@ -84,12 +84,12 @@ def _figure(figure: Figure, kind: str = "") -> str:
 
 def _picture(figure: Figure) -> str:
     data = base64.b64encode(rendered(figure, "png")).decode()
-    text = "images, their classes, and what they were taken for"
+    text = "images with their true and predicted classes"
     return f'<div class="wide"><figure><img alt="{text}" src="data:image/png;base64,{data}"></figure></div>'
 
 
 def _times(summary: dict[str, Any]) -> str:
-    """Start, training and the rest (evaluation, checkpoints) as one bar."""
+    """Draw start, training and the rest (evaluation, checkpoints) as one bar."""
     cold = summary["cold_start"]
     start = cold["import"] + cold["data"] + cold.get("threads", 0.0) + cold.get("compile", 0.0)
     rest = max(summary["total_seconds"] - summary["train_seconds"] - start, 0.0)
@@ -120,7 +120,7 @@ def _settings(config: TrainConfig) -> str:
     return f"<p>{escape(note)}</p>{_table(config.to_dict().items())}"
 
 
-def _surroundings(summary: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+def _environment(summary: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     for name, value in summary["environment"].items():
         yield name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
     yield "arithmetic", f"{summary['flops'] / 1e15:.4f} PFLOP"

@@ -1,4 +1,4 @@
-"""The folder of a training run: every file in it, written and read; its lock; what resuming needs."""
+"""Folder of a training run: its files, written and read, its lock, and the state for resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.files import write_bytes, write_json
 from pipelines.store import Dataset
 
 Row = dict[str, Any]
-"""One line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
+"""Line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
 overflows: updates that the epoch left out because gradients overflowed in fp16."""
 
 # Each of these makes a folder a run's, to be continued or left alone.
@@ -52,7 +52,7 @@ class Progress:
     epoch: int = 0
     """Epochs finished, evaluation included."""
     rows: list[Row] = dataclasses.field(default_factory=list)
-    """metrics.csv so far."""
+    """Lines of metrics.csv so far."""
     best_accuracy: float | None = None
     """Highest accuracy on the evaluated split, percent."""
     train_seconds: float = 0.0
@@ -66,18 +66,18 @@ class Checkpoint:
     """Contents of last.ckpt."""
 
     tensors: dict[str, Tensor]
-    """See `TrainStep.state_dict`."""
+    """Tensors of `TrainStep.state_dict`."""
     progress: Progress
     scaler: dict[str, Any]
     """State of the gradient scaler; empty where the run was not in fp16 so far."""
     config: dict[str, Any]
-    """See `TrainConfig.to_dict`."""
+    """Settings by `TrainConfig.to_dict`."""
     data: str
     data_sha256: str | None
 
 
 class RunFolder:
-    """The files of one run. Of several ranks the main one alone `writes` them."""
+    """Files of one run. Among several ranks, the main one alone `writes` them."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self._writes = path, writes
@@ -136,7 +136,7 @@ class RunFolder:
     def continued(
         self, config: TrainConfig, checkpoint: Checkpoint, dataset: Dataset, *, threads_matter: bool
     ) -> tuple[TrainConfig, list[str]]:
-        """Return `config` with what the run has measured for itself, and the settings that cost the last bits.
+        """Return `config` with the run's own measured choices, and the settings that cost the last bits.
 
         Raises `DataError` on another data set, `UsageError` on settings that make it another run.
         """
@@ -228,7 +228,7 @@ class RunFolder:
 
     @property
     def last_good_state(self) -> str:
-        """A clause on what a failed run has left."""
+        """Clause on the state that a failed run has left."""
         if (self.path / "last.ckpt").exists():
             return "last.ckpt holds the last good state"
         return "no checkpoint had been written yet"
@@ -287,13 +287,13 @@ def _in_use(folder: Path, holder: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """A run, finished or not."""
+    """Finished or unfinished run."""
 
     folder: Path
     rows: list[Row]
-    """metrics.csv, a line for each epoch."""
+    """Lines of metrics.csv, one for each epoch."""
     summary: dict[str, Any] | None
-    """summary.json; None while the run is not finished."""
+    """Contents of summary.json; None while the run is not finished."""
 
     @property
     def name(self) -> str:
@@ -301,7 +301,7 @@ class Run:
 
     @property
     def evaluated_on(self) -> str:
-        """The split measured after every epoch, `test` or `val`."""
+        """Split measured after every epoch, `test` or `val`."""
         return _evaluated_split(self.rows)
 
 

@@ -1,4 +1,4 @@
-"""The same training with several seeds: a process for each, as many at once as there are GPUs, and one table."""
+"""Training with several seeds: a process for each, as many at once as there are GPUs, and one table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_SEEDS = 10_000
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-9`, `3` or `0-4,7`: the seeds, each once, in this order. Raises `UsageError`."""
+    """Parse seeds such as `0-9`, `3` or `0-4,7`, each once, in this order. Raises `UsageError`."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
@@ -37,15 +37,15 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and, of more than one, sample standard deviation."""
+    """Format the mean and, of more than one value, the sample standard deviation."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
 
 def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -> list[dict[str, Any]]:
-    """Run `fastresnet train ARGUMENTS --seed SEED --out FOLDER` for each seed; the contents of their `summary.json`.
+    """Run `fastresnet train ARGUMENTS --seed SEED --out FOLDER` for each seed; return the contents of `summary.json`.
 
-    Each writes what it has to say to `train.log` in its folder. With `gpus` 0 they run on the CPU, one after the other,
+    Each writes its messages to `train.log` in its folder. With `gpus` 0 they run on the CPU, one after the other,
     as each uses all cores. Where one fails, the others go on; then `RunError` names those that failed. On the way out,
     by Ctrl-C or SIGTERM too, the trainings that still run are asked to save and stop.
     """
@@ -75,7 +75,7 @@ def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -
 
 
 def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, stopping: threading.Event) -> int:
-    """Exit code of one training, which is stopped, or not begun, when `stopping` is set."""
+    """Return the exit code of one training, which is stopped, or not begun, when `stopping` is set."""
     if stopping.is_set():
         return 128 + signal.SIGTERM
     environment = dict(os.environ)

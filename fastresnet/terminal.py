@@ -1,4 +1,4 @@
-"""Shared by the commands: arguments, tables, progress, and the last words and exit code.
+"""Parts that the commands share: arguments, tables, progress, and the last words and exit code.
 
 Nothing slow is imported before it is needed, so that `--help` is instant.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run `command`; what a user can mend becomes one line on stderr and the documented exit code."""
+    """Run `command`; an error that a user can mend becomes one line on stderr and the documented exit code."""
     speaker = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
     with _notes_on_stderr(), _orderly_sigterm():
         try:
@@ -44,8 +44,8 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 def _orderly_sigterm() -> Iterator[None]:
     """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop.
 
-    A command that is ending with a `UserError` goes on to tell it, as torchrun sends SIGTERM to all ranks once one has
-    failed; a second SIGTERM ends that too.
+    A command that is ending with a `UserError` goes on to tell it: torchrun sends SIGTERM to all ranks once one has
+    failed. A second SIGTERM ends that too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -67,7 +67,7 @@ def _orderly_sigterm() -> Iterator[None]:
 
 
 def _is_to_be_told(error: BaseException | None) -> bool:
-    """Return whether `error`, or what was on its way when that arose while cleaning up, is a `UserError`."""
+    """Return True if `error`, or the one on its way when that arose while cleaning up, is a `UserError`."""
     while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return error is not None
@@ -108,8 +108,9 @@ def _check_words(options: type, arguments: list[str]) -> None:
 
 
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Raise `UsageError` where a file to be written has no folder to lie in, or a name that ends in none of `suffixes`,
-    if there are any: before the work, not after it.
+    """Raise `UsageError`, before the work and not after it, where file `path` cannot be written.
+
+    It has no folder to lie in, or a name that ends in none of `suffixes`, if there are any.
     """
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}.")

@@ -1,4 +1,4 @@
-"""The number of threads that a CPU computes with: as asked for, or that with which trial steps are fastest.
+"""Number of threads that a CPU computes with: as asked for, or that with which trial steps are fastest.
 
 PyTorch takes one for each core, the best choice on a quiet machine. Beside a busy process every parallel region waits
 for the core that is taken: 31 images/s with 2 threads and 589 with 1 (steps of ResNet-20 on 2 cores, one of them busy).
@@ -33,7 +33,7 @@ _HOPELESS = 2.0  # times the fastest step so far: a step is not waited for any l
 
 
 class _TooSlowError(Exception):
-    """A trial step has taken too long, and is given up."""
+    """Signal that a trial step has taken too long and is given up."""
 
 
 def check_threads(threads: Threads) -> None:
@@ -46,7 +46,7 @@ def check_threads(threads: Threads) -> None:
 def settled_threads(
     threads: Threads, device: torch.device, work: Callable[[int], object], images: int, repetitions: int
 ) -> Iterator[str]:
-    """Compute with `threads` threads inside; yields which number that is, and why, or "" where nothing was chosen.
+    """Compute with `threads` threads inside; yield their number and the reason, or "" where nothing was chosen.
 
     `auto` chooses on a CPU, see `fastest_threads`, and leaves a GPU's host alone.
     """
@@ -81,7 +81,7 @@ def fastest_threads(
 
     `work(n)` is to compute `n` images without leaving a trace; `repetitions` times `images` of them follow. The trial
     takes about 2 s or 2 % of that, whichever is more. PyTorch's own number stays where $OMP_NUM_THREADS is set, as
-    schedulers do, for a single batch, and where steps are too long for a trial.
+    schedulers do. It also stays for a single batch, and where steps are too long for a trial.
     """
     import torch
 
@@ -118,7 +118,7 @@ class _Trial:
         """Images of a step; 0 where two of them take too long."""
 
     def step_seconds(self, threads: int) -> float:
-        """Median time of a step; infinite where it is given up."""
+        """Return the median time of a step; infinite where it is given up."""
         import torch
 
         torch.set_num_threads(threads)
@@ -132,7 +132,7 @@ class _Trial:
         return seconds
 
     def _affordable_images(self, images: int, repetitions: int, steps: int) -> int:
-        """Return so many that `steps` steps with one thread stay within the limits; the search takes two of them."""
+        """Return the images with which `steps` steps of one thread stay within the limits; the search takes two."""
         import torch
 
         torch.set_num_threads(1)

@@ -39,30 +39,31 @@ _RENAMED = ((re.compile(r"^linear\."), "fc."), (re.compile(r"\.shortcut\."), ".d
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Weights:
-    """A network with its trained weights, and what is known of its training."""
+    """Network with its trained weights, and the known facts of its training."""
 
     model: nn.Module
     name: str
     shortcut: str
     num_classes: int
     training: dict[str, Any] | None
-    """For files of this program: the training's `TrainConfig.to_dict()`; None for foreign ones."""
+    """Settings of the training by `TrainConfig.to_dict()`; None for foreign files."""
     classes: tuple[str, ...]
-    """Their names; of foreign files CIFAR-10's where there are ten, numbers otherwise."""
+    """Names of the classes; of foreign files CIFAR-10's where there are ten, numbers otherwise."""
     mean: Tensor
-    """[3, 1, 1], or [3, 32, 32] for a mean of each pixel: images in 0..1 go in as (image - mean) / std. Where the file
-    does not say, CIFAR-10's."""
+    """Mean [3, 1, 1], or [3, 32, 32] for one of each pixel: images in 0..1 go in as (image - mean) / std. Where the
+    file does not say, it is CIFAR-10's."""
     std: Tensor
-    """[3, 1, 1]"""
+    """Standard deviation [3, 1, 1]."""
 
     @property
     def normalization(self) -> NormalizationMode:
-        """By which name of `pipelines.Augmentation` its training normalised; of foreign files `channel`."""
+        """Name, in `pipelines.Augmentation`, of the training's normalisation; of foreign files `channel`."""
         return (self.training or {}).get("normalization", "channel")
 
     def as_in_training(self, dataset: Dataset) -> Dataset:
-        """`dataset` with the mean and standard deviation that normalised the training's images, where they are known
-        and another data set's.
+        """Return `dataset` with the mean and standard deviation that normalised the training's images.
+
+        It stays as it is where they are unknown or its own.
         """
         if self.training is None:
             return dataset
@@ -76,7 +77,7 @@ class Weights:
 
 
 class Normalized(nn.Module):
-    """A network that normalises its images itself: they go in as values in 0..1."""
+    """Network that normalises its images itself: they go in as values in 0..1."""
 
     mean: Tensor
     std: Tensor
@@ -88,7 +89,7 @@ class Normalized(nn.Module):
         self.network = weights.model
 
     def forward(self, images: Tensor) -> Tensor:
-        """`images` [N, 3, 32, 32] in 0..1 to logits [N, classes]."""
+        """Map `images` [N, 3, 32, 32] in 0..1 to logits [N, classes]."""
         return self.network((images - self.mean) / self.std)
 
 
@@ -130,7 +131,7 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
 
 
 def _planes(values: Any, path: Path) -> Tensor:
-    """Constants of each channel [3] or of each pixel [32, 32, 3], channels first."""
+    """Rearrange constants of each channel [3] or of each pixel [32, 32, 3], channels first."""
     try:
         constants = torch.tensor(values, dtype=torch.float32).reshape(*([1, 1, 3] if len(values) == 3 else [32, 32, 3]))
     except (TypeError, ValueError, RuntimeError):
@@ -145,7 +146,7 @@ def _names(given: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
-    """Model name and shortcut option that a file of this program gives."""
+    """Return model name and shortcut option that a file of this program gives."""
     config = config if isinstance(config, dict) else {}
     name, shortcut = model or config.get("model"), config.get("shortcut")
     if name not in list_models() or shortcut not in MODELS[name].shortcuts:
@@ -191,7 +192,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The mapping of names to tensors in `content`, out of whatever wrapper it came in."""
+    """Find the mapping of names to tensors in `content`, in any wrapper."""
     for _ in range(3):  # there are files that wrap twice; one that holds itself could go on for ever
         if isinstance(content, Mapping):
             content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
@@ -202,7 +203,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` under this program's parameter names."""
+    """Return `state` under this program's parameter names."""
     canonical = {}
     for name, tensor in state.items():
         while name.startswith(_PREFIXES):
@@ -214,7 +215,7 @@ def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _infer(state: dict[str, Tensor], path: Path, model: str | None) -> tuple[str, str]:
-    """Model name and shortcut option that fit the names and shapes in `state`."""
+    """Infer model name and shortcut option that fit the names and shapes in `state`."""
     blocks = len({match[1] for name in state if (match := re.match(r"layer1\.(\d+)\.conv1\.weight$", name))})
     shortcut = "B" if any(".downsample." in name for name in state) else "A"
     name = model or f"resnet{6 * blocks + 2}"

@@ -1,4 +1,4 @@
-"""The data: from CIFAR-10's archives to normalised batches on the device. Independent of models and training."""
+"""Data: from CIFAR-10's archives to normalised batches on the device. Independent of models and training."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def open_pipeline(
     `batch_size` counts the images of a step over all ranks. `dtype` is that of the images; `torch.uint8` delivers the
     augmented pixels without normalisation. Evaluation (`train=False`) is in order, without crop, flip and cutout, and
     needs no seed. With `decode="jpeg"`, `dali` reads the JPEG shards in place of the pixels. Raises `UsageError` where
-    the arguments are impossible or a library is missing, `DataError` where a file that the pipeline reads is missing,
-    damaged or of another data set.
+    the arguments are impossible or a library is missing. Raises `DataError` where a file that the pipeline reads is
+    missing, damaged or of another data set.
     """
     check_choice("pipeline", name, PIPELINES)
     check_choice("decoder", decode, get_args(Decoder))

@@ -27,12 +27,12 @@ from .store import Dataset
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """`(pixel - mean) * scale` in float32, pixel in 0..255."""
+    """Constants of `(pixel - mean) * scale` in float32, pixel in 0..255."""
 
     mean: Tensor
-    """[3], or [32, 32, 3] for a per-pixel mean."""
+    """Means [3], or [32, 32, 3] for a per-pixel mean, in 0..255."""
     scale: Tensor
-    """[3]: the reciprocal of the standard deviation."""
+    """Reciprocals of the standard deviations [3]."""
 
     @classmethod
     def of(cls, name: str, dataset: Dataset, device: torch.device | str = "cpu") -> Normalization:

@@ -27,9 +27,9 @@ class Batch:
     """One batch, on the pipeline's device."""
 
     images: Tensor
-    """[B, 3, 32, 32] channels_last, normalised fp32, bf16 or fp16; or the bare pixels where uint8 was asked for."""
+    """Images [B, 3, 32, 32] channels_last, normalised fp32, bf16 or fp16; bare pixels where uint8 was asked for."""
     labels: Tensor
-    """[B] int64"""
+    """Labels [B], int64."""
     valid: int
     """Number of real rows; smaller than B only in the last evaluation batch."""
 
@@ -50,7 +50,7 @@ class Pipeline(abc.ABC):
         dtype: torch.dtype,
         decode: str = "raw",
     ) -> None:
-        """See `pipelines.open_pipeline`, which checks the arguments."""
+        """Open a pipeline; see `pipelines.open_pipeline`, which checks the arguments."""
         self._dataset, self._split, self._sampler, self._augmentation = dataset, split, sampler, augmentation
         self._device, self._dtype, self._decode = device, dtype, decode
         self._open()
@@ -112,7 +112,7 @@ def usable_processors() -> int:
 
 
 def is_installed(module: str) -> bool:
-    """Return whether `module` could be imported, without importing it."""
+    """Return True if `module` could be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a part of its name is no package

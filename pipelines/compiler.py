@@ -16,9 +16,9 @@ class CompilerError(Exception):
 
 
 def compile_c(source: Path, *options: str) -> ctypes.CDLL:
-    """Functions of `source`, compiled (in 0.2 s) by `$CC`, with `options` for the compiler but not for the linker.
+    """Compile `source` (in 0.2 s) with `$CC` and return its functions; the linker does not get `options`.
 
-    Compiled anew by every process that needs it: there is no cache that could be stale, damaged or written by others.
+    Every process that needs it compiles anew: there is no cache that could be stale, damaged or written by others.
     Raises `CompilerError`.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")

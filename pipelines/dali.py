@@ -1,7 +1,7 @@
 """NVIDIA DALI: order and augmentation parameters go in, and its operators decode, crop, flip, cut out and normalise.
 
 On a GPU they run there (`device="gpu"`, JPEG through nvJPEG), elsewhere on the CPU. The epoch's plan is an external
-source, so there is no reader with an order or an epoch of its own.
+source: no reader has an order or an epoch of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _AHEAD = 2
 
 
 class DaliPipeline(Pipeline):
-    """Reads raw pixels of the store, or its JPEG shard, and executes the plan with DALI's operators."""
+    """Pipeline that reads the store's raw pixels or its JPEG shard, and executes the plan with DALI's operators."""
 
     def _open(self) -> None:
         augmentation = self._augmentation
@@ -180,7 +180,7 @@ class DaliPipeline(Pipeline):
 
 
 def _reflect_pad(images: DataNode, padding: int) -> DataNode:
-    """Pad with the mirrored edges, cut out, flipped and joined: DALI itself pads with constants only."""
+    """Pad with the mirrored edges, cut out, flipped and joined: DALI pads with constants only."""
     last = IMAGE_SIZE - 1
     top = fn.flip(images[1 : 1 + padding], vertical=1, horizontal=0)
     bottom = fn.flip(images[last - padding : last], vertical=1, horizontal=0)

@@ -8,29 +8,29 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; the message says what, where and what to do."""
+    """Failure outside the program; the message says what, where and what to do."""
 
     exit_code = 1
 
 
 class RunError(UserError):
-    """The work itself failed, for example the loss became non-finite."""
+    """Failure of the work itself, for example a non-finite loss."""
 
 
 class UsageError(UserError):
-    """An argument is unknown, out of range or impossible here."""
+    """Argument that is unknown, out of range or impossible here."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """A file is missing, damaged or foreign."""
+    """File that is missing, damaged or foreign."""
 
     exit_code = 3
 
 
 class Note(UserWarning):
-    """Something that a user should know and that stops nothing."""
+    """Fact that a user should know and that stops nothing."""
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:

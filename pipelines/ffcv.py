@@ -47,7 +47,7 @@ finally:
     torch.set_num_threads(_threads)  # importing FFCV sets it to 1
 
 TIMEOUT_S = 300.0
-"""How long to wait for a batch. The first one takes half a minute, while numba compiles."""
+"""Longest wait for a batch. The first one takes half a minute, while numba compiles."""
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class _Writer(DatasetWriter):
 
 
 class FfcvPipeline(Pipeline):
-    """FFCV's threads read ahead; augmentation happens where the batch is going."""
+    """Pipeline whose batches FFCV's threads read ahead and whose augmentation happens on the target device."""
 
     def _open(self) -> None:
         (path,) = open_derived(self._dataset, "beton", self._split.name)
@@ -134,7 +134,7 @@ class FfcvPipeline(Pipeline):
 
 
 class _Order(TraversalOrder):
-    """The order that our sampler decides, in place of FFCV's own."""
+    """Order that our sampler decides, in place of FFCV's own."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows

@@ -21,7 +21,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(name: str) -> str:
-    """Under which `replacing` writes the file `name`: one fixed, so that what a killed writer left is replaced."""
+    """Return the name under which `replacing` writes the file `name`: fixed, so that a killed writer's is replaced."""
     return f".{name}.tmp"
 
 
@@ -50,8 +50,9 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Write `data` to `path` atomically; what was there becomes `previous`, if one is given. Raises `OSError` with
-    `path` untouched.
+    """Write `data` to `path` atomically; what was there becomes `previous`, if one is given.
+
+    Raises `OSError` with `path` untouched.
     """
     with replacing(path, previous=previous) as temporary:
         temporary.write_bytes(data)
@@ -63,7 +64,7 @@ def write_json(path: Path, contents: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Compute the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -34,7 +34,7 @@ FACTS: dict[str, set[str]] = {"beton": set(), "jpeg": {"psnr_db", "exact_pixels"
 """Numbers that a manifest has for each split."""
 
 WriteFiles = Callable[[dict[str, Path]], dict[str, dict[str, float]]]
-"""Writes the files of a format under the given paths, by name; returns the `FACTS` of each split."""
+"""Function that writes a format's files under the given paths, by name, and returns the `FACTS` of each split."""
 
 
 def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: WriteFiles) -> None:
@@ -170,14 +170,14 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shard:
-    """An opened shard, memory-mapped."""
+    """Opened shard, memory-mapped."""
 
     data: np.ndarray
-    """uint8 [bytes of the tar]"""
+    """Contents of the tar, uint8 [bytes]."""
     offsets: np.ndarray
-    """int64 [N], where the JPEG of each sample begins."""
+    """Position at which the JPEG of each sample begins, int64 [N]."""
     sizes: np.ndarray
-    """int64 [N], its length in bytes."""
+    """Length of the JPEG of each sample in bytes, int64 [N]."""
 
     def encoded(self, row: int) -> np.ndarray:
         """Return the JPEG of sample `row`, uint8 [bytes], a view."""

@@ -1,4 +1,4 @@
-"""From a source to a verified store, once."""
+"""Preparation of a verified store from a source, once."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def prepare(
     formats: Sequence[str] = ("raw",),
     jpeg: JpegSettings = DEFAULT_JPEG,
 ) -> tuple[Dataset, bool]:
-    """Make the store `root`/`name` unless it is there and verified; return it and whether it had to be made.
+    """Make the store `root`/`name` unless it is there and verified; return it, and True if it had to be made.
 
     `source` None: `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images. `formats`
     beside `raw`, the store itself, are made from it where they are not there and whole. A second process that prepares
-    the same store waits for the first. Raises `DataError` where a source or what lies in the place of the store is
-    unfit, `UsageError` on a name that cannot be used and where the library of a format is missing.
+    the same store waits for the first. Raises `DataError` where a source is unfit, or what lies in the place of the
+    store. Raises `UsageError` on a name that cannot be used and where the library of a format is missing.
     """
     for kind in formats:
         check_choice("format", kind, FORMATS)
@@ -93,7 +93,7 @@ def prepare(
 
 
 def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> bool:
-    """Make the files of format `kind` unless they are there and whole; return whether they had to be made."""
+    """Make the files of format `kind` unless they are there and whole; return True if they had to be made."""
     settings = dataclasses.asdict(jpeg) if kind == "jpeg" else {}
     try:
         for split in ("train", "test"):

@@ -1,8 +1,8 @@
-"""A counter-based generator of random numbers: every value is a pure function of its key and counter.
+"""Counter-based generator of random numbers: every value is a pure function of its key and counter.
 
-The output function of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
-replaces every stateful generator in the data path. The same lines serve NumPy arrays and torch tensors (CPU or CUDA):
-both wrap int64 arithmetic modulo 2**64 and shift right arithmetically. So this module needs no torch.
+The output function of SplitMix64 replaces every stateful generator in the data path (Steele, Lea & Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014). The same lines serve NumPy arrays and torch tensors (CPU or
+CUDA): both wrap int64 arithmetic modulo 2**64 and shift right arithmetically. So this module needs no torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 Array = Any
-"""A NumPy array or a torch tensor, int64."""
+"""NumPy array or torch tensor, int64."""
 
 
 class Stream(IntEnum):
-    """Purposes that hashes are drawn for, a stream each. The values are part of the format: never reuse one."""
+    """Purposes of hashes, a stream each. The values are part of the format: never reuse one."""
 
     ORDER = 0
     CROP = 1

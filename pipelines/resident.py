@@ -1,4 +1,4 @@
-"""The whole split in memory, on the CPU or the GPU: every batch is gathered from it."""
+"""Whole split in memory, on the CPU or the GPU: every batch is gathered from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sampling import EpochPlan
 
 
 class HostPipeline(Pipeline):
-    """On a CPU the images are the store's own memory-mapped pages; threads make the batches ahead of time."""
+    """Pipeline of a CPU: images are the store's own memory-mapped pages, and threads make the batches ahead of time."""
 
     def _open(self) -> None:
         self._images = np.asarray(self._split.images)
@@ -57,7 +57,7 @@ def _ahead(jobs: Iterator[Callable[[], Batch]], pool: ThreadPoolExecutor, depth:
 
 
 class DevicePipeline(GatheringPipeline):
-    """On a GPU images, order and augmentation parameters are tensors there: a step needs nothing from the host.
+    """Pipeline of a GPU, which holds images, order and augmentation parameters: a step needs nothing from the host.
 
     `load` and `gather` are for a captured step, which is replayed with another epoch's plan in the same memory.
     """

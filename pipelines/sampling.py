@@ -30,15 +30,19 @@ class Augmentation:
     crop_padding: int = 4
     """Pixels added on each side before the random 32x32 crop; 0: no crop."""
     padding_mode: PaddingMode = "zeros"
-    """`zeros` (black, He et al. 2015) or `reflect` (mirrored without repeating the edge)."""
+    """Content of the padding: `zeros` (black, He et al. 2015) or `reflect` (mirrored without repeating the edge)."""
     flip: Flip = "random"
-    """`none`, `random` (each epoch anew) or `alternating` (random in the first epoch, then turned over every epoch, as
-    in Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024, section 3.6)."""
+    """Choice of the flipped images: `none`, `random` (each epoch anew) or `alternating`.
+
+    `alternating` is random in the first epoch, then turned over every epoch (Jordan, "94% on CIFAR-10 in 3.29
+    seconds", 2024, section 3.6)."""
     cutout: int = 0
     """Side of the square filled with the mean colour (DeVries & Taylor 2017), in pixels; 0: none."""
     normalization: NormalizationMode = "half"
-    """`half` (mean = std = 0.5), `channel` (the data set's own mean and std) or `pixel` (the per-pixel mean is
-    subtracted, without division by a std; He et al. 2015)."""
+    """Name of the normalisation: `half`, `channel` or `pixel`.
+
+    `half` is mean = std = 0.5, `channel` the data set's own mean and std. `pixel` subtracts the per-pixel mean,
+    without division by a std (He et al. 2015)."""
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -49,7 +53,7 @@ class Augmentation:
 
     @property
     def changes_pixels(self) -> bool:
-        """True where anything but the normalisation happens."""
+        """Presence of a change besides the normalisation."""
         return self.crop_padding > 0 or self.flip != "none" or self.cutout > 0
 
 
@@ -62,7 +66,7 @@ class Draws:
     left: Array
     """First column of the crop in the padded image, 0..2 * crop_padding."""
     flip: Array
-    """1: mirror the crop left to right; 0: leave it."""
+    """Flip of the crop: 1 mirrors it left to right, 0 leaves it."""
     cutout_top: Array
     """First row of the cutout square in the finished crop; may lie outside, the square is clipped."""
     cutout_left: Array
@@ -100,7 +104,7 @@ def rank_rows(batch_size: int, rank: int, world_size: int) -> slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """Assigns samples to batches, on this rank.
+    """Assignment of samples to batches, on this rank.
 
     `batch_size` counts the images of a step over all ranks; rank r takes a fixed slice of them, so the ranks' batches
     joined are the single-process batch. Training drops the ragged last batch, evaluation pads it by repeating the last
@@ -161,14 +165,14 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """The batches of an epoch on one rank, before any pixel is touched: all that a pipeline has to execute."""
+    """Batches of an epoch on one rank, before any pixel is touched: all that a pipeline has to execute."""
 
     rows: Array
-    """int64 [steps, B], rows of the store."""
+    """Rows of the store, int64 [steps, B]."""
     draws: Draws
-    """[steps, B]"""
+    """Augmentation parameters [steps, B]."""
     labels: Array
-    """int64 [steps, B]"""
+    """Labels, int64 [steps, B]."""
 
     def columns(self) -> list[Array]:
         """Return all arrays, in a fixed order."""

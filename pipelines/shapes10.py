@@ -1,7 +1,7 @@
 """shapes10: a drawn stand-in with CIFAR-10's layout (10 classes, 32x32 RGB), for first runs, tests and benchmarks.
 
-Image i shows shape number i % 10 at a place, size and in colours given by the counter-based hash, under noise. The same
-index always gives the same image, so a smaller set is the beginning of a larger one.
+Image i shows shape number i % 10 under noise. The counter-based hash gives its place, size and colours. The same index
+always gives the same image, so a smaller set is the beginning of a larger one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def draw_shapes10(train_images: int, test_images: int, report: Report) -> RawDat
 
 
 def _draw(split: int, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """uint8 [N, 32, 32, 3]"""
+    """Draw images, uint8 [N, 32, 32, 3]."""
 
     def pair(field: int, bound: int) -> tuple[np.ndarray, np.ndarray]:
         return pair_below(hash64(stream_key(split, field, Stream.SHAPE), ids), bound)
@@ -67,7 +67,7 @@ def _draw(split: int, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _inside(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Which pixels belong to the shape; y [N, 32, 1] and x [N, 1, 32] in units of its radius."""
+    """Mark the pixels of the shape; y [N, 32, 1] and x [N, 1, 32] are in units of its radius."""
     square = (abs(y) <= 1) & (abs(x) <= 1)
     match name:
         case "circle":
@@ -93,7 +93,7 @@ def _inside(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _noise(split: int, ids: np.ndarray) -> np.ndarray:
-    """Uniform noise -24..24 for each pixel, int16 [N, 32, 32, 3]: every byte of a hash makes one."""
+    """Draw uniform noise -24..24 for each pixel, int16 [N, 32, 32, 3]: every byte of a hash makes one."""
     words = IMAGE_SIZE * IMAGE_SIZE * 3 // 8
     hashes = hash64(stream_key(split, 0, Stream.NOISE), ids[:, None] * words + np.arange(words))
     noise = hashes.astype("<i8").view(np.uint8).astype(np.int16)

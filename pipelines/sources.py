@@ -1,4 +1,4 @@
-"""Where images come from: the official CIFAR-10 in any of its packings, or a folder of images by class.
+"""Sources of images: the official CIFAR-10 in any of its packings, or a folder of images by class.
 
 Nothing is unpacked to disk: archive members are read into memory by name, so no path in an archive can lead anywhere.
 """
@@ -30,7 +30,7 @@ from .sampling import IMAGE_SIZE
 from .store import RawData
 
 Report = Callable[[str, int, int], None]
-"""Called with (what is being done, how much of it is done, how much there is)."""
+"""Report of progress, called with (work at hand, amount done, whole amount)."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -47,7 +47,7 @@ _PYTHON_MEMBERS = (*_TRAIN_BATCHES, "test_batch", "batches.meta")
 _BINARY_MEMBERS = (*(f"{name}.bin" for name in (*_TRAIN_BATCHES, "test_batch")), "batches.meta.txt")
 _MEMBER_LIMIT = 64 << 20  # the largest official member has 31,035,999 bytes
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-"""Which files of a folder are its images."""
+"""Suffixes of the image files in a folder."""
 _DAMAGE = (
     EOFError,
     tarfile.TarError,
@@ -68,10 +68,10 @@ _NETWORK_TROUBLE = (
 
 
 def read_source(path: Path, report: Report) -> RawData:
-    """Read the data set at `path`: an official archive (python or binary version; tar, tar.gz, tar.xz, zip), its
-    unpacked folder, or a folder with `train/<class>/*.png|jpg` and `test/<class>/*.png|jpg`.
+    """Read the data set at `path`: an official archive, its unpacked folder, or a folder of images.
 
-    Raises `DataError` with the file and what is wrong with it.
+    Archives have the python or the binary version, as tar, tar.gz, tar.xz or zip. A folder of images has
+    `train/<class>/*.png|jpg` and `test/<class>/*.png|jpg`. Raises `DataError` with the file and its fault.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist. --source takes a CIFAR-10 archive or folder, or a folder of images.")
@@ -176,7 +176,7 @@ def _checked(data: RawData, path: Path) -> RawData:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each known member of a folder, tar or zip archive, in the order they lie there."""
+    """Yield name and content of each known member of a folder, tar or zip archive, in its order."""
     known = {*_PYTHON_MEMBERS, *_BINARY_MEMBERS}
     if path.is_dir():
         for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
@@ -210,7 +210,7 @@ def _check_size(name: str, size: int, path: Path) -> None:
 
 
 def _parse_member(name: str, data: bytes, path: Path) -> Any:
-    """(images, labels) of a batch, or the class names."""
+    """Parse the (images, labels) of a batch, or the class names."""
     try:
         if name == "batches.meta.txt":
             return tuple(data.decode("ascii").split())
@@ -246,13 +246,16 @@ def _parse_python_batch(content: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _channels_last(planes: np.ndarray) -> np.ndarray:
-    """[N, 3072] red, green, blue planes to [N, 32, 32, 3]."""
+    """Rearrange red, green and blue planes [N, 3072] to [N, 32, 32, 3]."""
     return np.ascontiguousarray(planes.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE).transpose(0, 2, 3, 1))
 
 
 def _check_program(data: bytes) -> None:
-    """Refuse pickles that would exhaust the interpreter: far-out memo entries, and tuples nested until hashing one
-    overflows the C stack. Official batches have a handful of tuples and number their memo without gaps."""
+    """Refuse pickles that would exhaust the interpreter.
+
+    They have far-out memo entries, or tuples nested until hashing one overflows the C stack. Official batches have a
+    handful of tuples and number their memo without gaps.
+    """
     tuples = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # genops warns of odd escapes in damaged strings
@@ -263,7 +266,7 @@ def _check_program(data: bytes) -> None:
 
 
 class _PickledDtype:
-    """Stands in for `numpy.dtype` while unpickling."""
+    """Stand-in for `numpy.dtype` while unpickling."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.code = code
@@ -273,7 +276,7 @@ class _PickledDtype:
 
 
 class _PickledArray:
-    """Stands in for `numpy.ndarray` while unpickling: keeps the state, allocates nothing."""
+    """Stand-in for `numpy.ndarray` while unpickling: it keeps the state and allocates nothing."""
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, self.fortran_order, self.data = state
@@ -289,7 +292,7 @@ def _reconstruct(*_: Any) -> _PickledArray:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Admits the three names that the official batches use, each as a harmless stand-in, and refuses all others."""
+    """Unpickler of the three names of official batches, each as a harmless stand-in; it refuses all others."""
 
     _ADMITTED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -359,9 +362,9 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, 
 
 
 def read_image(file: Path) -> tuple[np.ndarray, bool]:
-    """RGB pixels of an image file, uint8 [32, 32, 3], and whether it had to be cropped to a square and resized.
+    """Read RGB pixels, uint8 [32, 32, 3]; with True if the image had to be cropped to a square and resized.
 
-    Raises `DataError` where the file is no image, one too large to decode safely, or of more than 8 bits a channel.
+    Raises `DataError` where the file is no image, too large to decode safely, or has over 8 bits a channel.
     """
     from PIL import Image, ImageOps
 

@@ -1,4 +1,4 @@
-"""The binary data set on disk: a folder of plain NumPy files and a `meta.json` with their SHA-256.
+"""Binary data set on disk: a folder of plain NumPy files and a `meta.json` with their SHA-256.
 
     <root>/<name>/train_images.npy   uint8 [N, 32, 32, 3]      test_images.npy
                   train_labels.npy   int64 [N]                 test_labels.npy
@@ -28,7 +28,7 @@ from .prng import Stream, permutation, stream_key
 from .sampling import IMAGE_SIZE
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
-"""The data sets that are prepared without files of one's own."""
+"""Data sets that are prepared without files of one's own."""
 
 SCHEMA = 1
 _ARRAYS = {
@@ -43,22 +43,22 @@ DERIVED_FILES = {
     "beton": ("train.beton", "test.beton"),
     "jpeg": ("train.tar", "train.idx", "test.tar", "test.idx"),
 }
-"""The files of each format that is made from a store (`derived.py`)."""
+"""Files of each format that is made from a store (`formats.py`)."""
 
 _DERIVED = [name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)]
 STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS), *_DERIVED, *map(temporary_name, _DERIVED)})
-"""Everything that may lie in the folder of a store, with what a killed writer of derived files left."""
+"""Names that may lie in the folder of a store, with those that a killed writer of derived files left."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawData:
-    """A data set in memory, as a source delivers it."""
+    """Data set in memory, as a source delivers it."""
 
     classes: tuple[str, ...]
     train_images: np.ndarray
-    """uint8 [N, 32, 32, 3]"""
+    """Pixels, uint8 [N, 32, 32, 3]."""
     train_labels: np.ndarray
-    """int64 [N], 0..len(classes)-1"""
+    """Classes of the images, int64 [N], 0..len(classes)-1."""
     test_images: np.ndarray
     test_labels: np.ndarray
 
@@ -68,14 +68,14 @@ class Split:
     """Samples of a store; `ids` are their row numbers in it and select a part of the rows."""
 
     name: str
-    """`train` or `test`: the files that the rows are in."""
+    """Files that the rows are in: `train` or `test`."""
 
     images: np.ndarray
-    """uint8 [rows of the store, 32, 32, 3], a read-only memory map."""
+    """Read-only memory map, uint8 [rows of the store, 32, 32, 3]."""
     labels: np.ndarray
-    """int64 [rows of the store]"""
+    """Classes of all rows, int64 [rows of the store]."""
     ids: np.ndarray
-    """int64 [N]"""
+    """Row numbers of the samples, int64 [N]."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,7 +83,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """An opened and verified store."""
+    """Opened and verified store."""
 
     name: str
     classes: tuple[str, ...]
@@ -94,7 +94,7 @@ class Dataset:
     std: tuple[float, ...]
     """Standard deviation of the training pixels of each channel, in 0..1."""
     pixel_mean: np.ndarray
-    """float32 [32, 32, 3], in 0..1."""
+    """Mean of the training images, float32 [32, 32, 3], in 0..1."""
     digest: str
     """SHA-256 over classes, images and labels, wherever, from whichever file and by whichever version prepared."""
     folder: Path
@@ -116,7 +116,7 @@ class Dataset:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 [N, 32, 32, 3], in 0..1, from exact counts of each level."""
+    """Compute mean and standard deviation of each channel of uint8 [N, 32, 32, 3], in 0..1, from exact counts."""
     counts = np.zeros((3, 256))
     for start in range(0, len(images), 4096):  # bincount widens to int64: all at once would need 8 bytes a pixel
         for channel in range(3):
@@ -146,7 +146,7 @@ def write_store(folder: Path, data: RawData, *, source: str, version: str) -> No
 
 
 def _meta_digest(meta: dict[str, Any]) -> str:
-    """SHA-256 of everything in meta.json but itself."""
+    """Compute the SHA-256 of everything in meta.json but itself."""
     return _json_digest({key: value for key, value in meta.items() if key != "sha256"})
 
 
@@ -224,18 +224,18 @@ def open_store(folder: Path) -> Dataset:
 
 
 def is_name(name: str) -> bool:
-    """Whether a data set may be called `name`: it becomes the name of a folder, and a part of others'."""
+    """Return True if a data set may be called `name`: it becomes the name of a folder, and a part of others'."""
     return bool(name) and name == Path(name).name and not name.startswith(".")
 
 
 def prepare_command(folder: Path) -> str:
-    """The command that prepares the store `folder`, or what is made from it once it is there."""
+    """Return the command that prepares the store `folder`, or files made from it once it is there."""
     folder = folder.absolute()
     return shlex.join(["fastresnet", "prepare", "--data", folder.name, "--root", str(folder.parent)])
 
 
 def prepare_anew_command(folder: Path) -> str:
-    """The same for a store that is missing or damaged: it is made from files, if it is one of one's own."""
+    """Return the command for a missing or damaged store: one of one's own is made from files."""
     source = "" if folder.absolute().name in (CIFAR10, SHAPES10) else " --source PATH"
     return f"{prepare_command(folder)}{source}"
 

@@ -1,5 +1,7 @@
-"""The plain way: a `Dataset` that augments one sample at a time with torchvision's functional transforms, in a
-`DataLoader`. The simplest thing that is right, and what the others are compared with."""
+"""Plain pipeline: a `Dataset` in a `DataLoader` augments one sample at a time by torchvision's functional transforms.
+
+It is the simplest thing that is right, and what the others are compared with.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ except ModuleNotFoundError as error:
     raise UsageError(f"torchvision is not installed ({error}): pip install torchvision") from None
 
 _GRACE_S = 20
-"""How long a worker lives after SIGTERM."""
+"""Seconds that a worker lives after SIGTERM."""
 
 
 class _Sample(NamedTuple):
@@ -43,7 +45,7 @@ class _AugmentedSamples(torch.utils.data.Dataset):
         self._split, self._augmentation, self._fill = split, augmentation, fill[:, None, None]
 
     def __getitem__(self, sample: _Sample) -> tuple[Tensor, int]:
-        """uint8 image [3, 32, 32] and label."""
+        """Return image, uint8 [3, 32, 32], and label."""
         image = torch.from_numpy(self._split.images[sample.row].copy()).permute(2, 0, 1)
         if padding := self._augmentation.crop_padding:
             mode = {"zeros": "constant", "reflect": "reflect"}[self._augmentation.padding_mode]
@@ -78,7 +80,7 @@ def _outlive_stop_signals(_: int) -> None:
 
 
 class TorchvisionPipeline(Pipeline):
-    """Uses a worker process for each usable processor, 8 at most, while training, and none for evaluation."""
+    """Pipeline with a worker process for each usable processor, 8 at most, in training, and none in evaluation."""
 
     def _open(self) -> None:
         self._normalization = Normalization.of(self._augmentation.normalization, self._dataset, self._device)

@@ -1,5 +1,7 @@
-"""What all tests share: a small drawn data set, CIFAR-10 where its archive is at hand, the command line in-process, and
-no silent skips in CI."""
+"""Fixtures that all tests share, and no silent skips in CI.
+
+They are a small drawn data set, CIFAR-10 where its archive is at hand, and the command line in-process.
+"""
 
 import dataclasses
 import gc
@@ -40,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """In CI a skipped test is a failed one, unless it needs a GPU."""
+    """Fail a run in CI for a skipped test, unless it needs a GPU."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not os.environ.get("CI"):
         return

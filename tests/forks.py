@@ -158,8 +158,9 @@ def run_here(arguments: list[str], files: dict[int, int]) -> None:
 
 
 def run_and_leave(work: Callable[[], object]) -> None:
-    """Do `work` and end as Python does, but leave modules and their objects alone: to take them apart would first copy
-    the memory that is shared with the server, which takes longer than most of this work.
+    """Do `work` and end as Python does, but leave modules and their objects alone.
+
+    To take them apart would first copy the memory shared with the server, which takes longer than most of this work.
     """
     code = 0
     try:

@@ -41,7 +41,7 @@ COMMAND_LINES = list(dict.fromkeys(line for document in DOCUMENTS for line in co
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """What the documents take for granted: CIFAR-10 (300 drawn images of that name), two runs, pictures, weights."""
+    """Folder as the documents expect it: CIFAR-10 (300 drawn images of that name), two runs, pictures, weights."""
     place = tmp_path_factory.mktemp("workspace")
     drawn, _ = prepare("shapes10", place / "data", lambda *_: None, train_images=300, test_images=40)
     train, test = drawn.train, drawn.test
@@ -75,7 +75,7 @@ def smaller(arguments):
 
 
 def forget_runs(workspace):
-    """Of the commands before, which left them under the names that the next ones would give."""
+    """Remove runs of the commands before, which have the names that the next ones would give."""
     for folder in (workspace / "runs").iterdir():
         if folder.name not in ("NAME", "OTHER"):
             shutil.rmtree(folder)

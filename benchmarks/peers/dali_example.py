@@ -1,5 +1,7 @@
-"""DALI with its own random operators, as its users feed it CIFAR: a shuffled external source, the image pasted onto a
-larger black canvas, and one operator that crops, mirrors and normalises; `DALIGenericIterator` makes torch tensors.
+"""DALI with its own random operators, as its users feed it CIFAR.
+
+An external source is shuffled, and each image is pasted onto a larger black canvas. One operator crops, mirrors and
+normalises. `DALIGenericIterator` makes torch tensors.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class _AsTuples:
 def open_loader(
     dataset: Dataset, *, batch_size: int, device: torch.device, dtype: torch.dtype, workers: int
 ) -> _AsTuples:
-    """See `benchmarks.peers`; `workers` is the number of DALI's threads."""
+    """Open a loader, see `benchmarks.peers`; `workers` is the number of DALI's threads."""
     on_gpu = device.type == "cuda"
     graph = _graph(
         _Shuffled(dataset.train, batch_size),

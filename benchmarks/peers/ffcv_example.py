@@ -1,5 +1,7 @@
-"""FFCV's own pipeline for CIFAR-10, as its example (`examples/cifar/train_cifar.py`) composes it: numba transforms on
-the CPU, conversion and normalisation by torch on the device. Without its cutout, and translated by up to 4 pixels.
+"""FFCV's own pipeline for CIFAR-10, as its example (`examples/cifar/train_cifar.py`) composes it.
+
+Numba transforms run on the CPU; torch converts and normalises on the device. Cutout is left out, and translations are
+of up to 4 pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pipelines.store import Dataset
 
 
 def open_loader(dataset: Dataset, *, batch_size: int, device: torch.device, dtype: torch.dtype, workers: int) -> Loader:
-    """See `benchmarks.peers`; `workers` is the number of numba's threads."""
+    """Open a loader, see `benchmarks.peers`; `workers` is the number of numba's threads."""
     move = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
     to_torch = [ToTensor(), *move, ToTorchImage(), Convert(dtype), Normalize([127.5] * 3, [127.5] * 3)]
     return Loader(

@@ -20,7 +20,7 @@ def open_training(
     device: torch.device,
     workers: int,
 ) -> Callable[[int], Iterator[None]]:
-    """See `benchmarks.peers`."""
+    """Open a training, see `benchmarks.peers`."""
     loader = open_loader(dataset, batch_size=batch_size, device=device, dtype=torch.float32, workers=workers)
     model = model.to(device)
     criterion = nn.CrossEntropyLoss()

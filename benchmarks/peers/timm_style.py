@@ -1,5 +1,7 @@
-"""Training loop in the manner of timm's `train.py`: uint8 batches normalised on the device, bf16 autocast,
-channels-last, no compilation, the loss read every 50 steps.
+"""Training loop in the manner of timm's `train.py`.
+
+Batches of uint8 are normalised on the device. The forward pass is in bf16 (autocast) and channels-last. Nothing is
+compiled. The loss is read every 50 steps.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def open_training(
     device: torch.device,
     workers: int,
 ) -> Callable[[int], Iterator[None]]:
-    """See `benchmarks.peers`."""
+    """Open a training, see `benchmarks.peers`."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

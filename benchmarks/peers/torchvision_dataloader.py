@@ -1,4 +1,4 @@
-"""torchvision's random transforms on PIL images, one by one, in a `DataLoader`, as most CIFAR repositories do."""
+"""Random transforms of torchvision on PIL images, one by one, in a `DataLoader`, as most CIFAR repositories do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _OnDevice:
 def open_loader(
     dataset: Dataset, *, batch_size: int, device: torch.device, dtype: torch.dtype, workers: int
 ) -> _OnDevice:
-    """See `benchmarks.peers`; `workers` 0 loads in this process."""
+    """Open a loader, see `benchmarks.peers`; `workers` 0 loads in this process."""
     loader = DataLoader(
         _Images(dataset.train),
         batch_size=batch_size,

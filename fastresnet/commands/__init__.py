@@ -1,1 +1,1 @@
-"""One module for each command of `fastresnet`: its options, and `run`, which takes the arguments after its name."""
+"""Commands of `fastresnet`, a module each: its options, and `run`, which takes the arguments after its name."""

@@ -1,4 +1,4 @@
-"""`fastresnet doctor`: what works here, and what to do about what does not."""
+"""`fastresnet doctor`: findings on this machine, with remedies."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Options:
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     json: Path | None = None
-    """Write what was found to this file."""
+    """JSON file to write the findings to."""
 
     def __post_init__(self) -> None:
         check_output("--json", self.json)
 
 
 def run(arguments: list[str]) -> int:
-    """Returns 1 where something is broken; what is optional and missing does not count."""
+    """Return 1 where something is broken; optional things that are missing do not count."""
     options: Options = parse(Options, "doctor", arguments)
     from rich.console import Console
     from rich.markup import escape

@@ -16,10 +16,10 @@ class Options:
     """Measure weights on a test set: top-1 accuracy, loss, accuracy of each class."""
 
     weights: Path
-    """A checkpoint or model.safetensors of this program, a state dict saved by another (.pt, .th, .safetensors), or
-    pretrained:NAME, such as pretrained:resnet20, for what comes with this program."""
+    """Checkpoint or model.safetensors of this program, or state dict saved by another (.pt, .th, .safetensors).
+    pretrained:NAME, such as pretrained:resnet20, stands for weights that come with this program."""
     model: str | None = None
-    """Network; without it, what the file says, or what its shapes fit. Plain networks must be named."""
+    """Network; without it, the one that the file names or its shapes fit. Plain networks must be named."""
     data: str | None = None
     """Name or folder of the data set. Without it: the one the weights were trained on, else cifar10."""
     root: Path | None = None
@@ -35,9 +35,9 @@ class Options:
     precision: str = "auto"
     """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
     mirror: bool = False
-    """Beside the single view, average the logits of each image and its mirror image (test-time augmentation)."""
+    """Measure with horizontal-flip TTA too: average the logits of each image and its mirror image."""
     json: Path | None = None
-    """Write the figures to this file."""
+    """JSON file to write the figures to."""
 
     def __post_init__(self) -> None:
         check_output("--json", self.json)
@@ -92,13 +92,13 @@ def run(arguments: list[str]) -> int:
     ):
         if reason:
             print(reason)
-        surroundings = environment(device)
+        measured_on = environment(device)
         result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)
     print_table(
         f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
         [
             ("top-1 accuracy", f"{result.accuracy:.2f} %"),
-            *([("  with mirrored views averaged", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
+            *([("  with horizontal-flip TTA", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
             ("loss", f"{result.loss:.4f}"),
             *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
             ("throughput", f"{result.images_per_s:,.0f} images/s"),
@@ -116,7 +116,7 @@ def run(arguments: list[str]) -> int:
             "loss": result.loss,
             "per_class": result.per_class,
             "images_per_s": result.images_per_s,
-            "environment": surroundings,
+            "environment": measured_on,
         }
         write_json(options.json, figures)
     return 0

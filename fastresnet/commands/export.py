@@ -20,9 +20,9 @@ class Options:
     """Write a trained network for other programs, and check that the file computes the same."""
 
     weights: str = "pretrained:resnet20"
-    """A checkpoint or model.safetensors of this program, a state dict of another, or pretrained:NAME."""
+    """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
     model: str | None = None
-    """Network; without it, what the file says, or what its shapes fit."""
+    """Network; without it, the one that the file names or its shapes fit."""
     format: str = "onnx"
     """onnx, torch-export (a program for torch.export.load) or safetensors (the weights alone)."""
     normalize: bool = False

@@ -19,12 +19,12 @@ KINDS = ("curves", "confusion", "mistakes")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Draw runs: their curves in one picture, or what one of them confuses, or its worst mistakes."""
+    """Draw runs: their curves in one picture, or the confusion matrix or most confident mistakes of one."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders, such as runs/fast-resnet20-cifar10-seed0."""
     kind: str = "curves"
-    """curves, confusion (matrix of the test set), or mistakes (the test images that it gets wrong most surely)."""
+    """curves, confusion (matrix of the test set), or mistakes (most confident mistakes on the test set)."""
     out: Path | None = None
     """File to write, .png or .svg. Without it: the kind, as .png, in the run folder, or here if there are several."""
     data: str | None = None

@@ -1,4 +1,4 @@
-"""`fastresnet predict`: what a network sees in image files."""
+"""`fastresnet predict`: classes of image files."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Options:
     images: Positional[tuple[Path, ...]]
     """Image files (.png, .jpg), and folders, in which all are taken."""
     weights: str = "pretrained:resnet20"
-    """A checkpoint or model.safetensors of this program, a state dict of another, or pretrained:NAME."""
+    """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
     model: str | None = None
-    """Network; without it, what the file says, or what its shapes fit."""
+    """Network; without it, the one that the file names or its shapes fit."""
     top: int = 3
-    """How many classes to tell for each image."""
+    """Number of classes to tell for each image."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: Threads = "auto"
     """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
     csv: Path | None = None
-    """Write all predictions to this file."""
+    """CSV file to write all predictions to."""
     saliency: Path | None = None
-    """Write a picture of the images, and of which pixels the likeliest class depends on, to this file (.png)."""
+    """Picture to write (.png): the images, and the pixels on which the likeliest class depends."""
 
     def __post_init__(self) -> None:
         for option in ("csv", "saliency"):
@@ -101,7 +101,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _image_files(given: tuple[Path, ...]) -> list[Path]:
-    """All image files, those of a folder in the order of their names. Raises `DataError` where there are none."""
+    """List all image files, those of a folder in the order of their names. Raises `DataError` where there are none."""
     from pipelines.sources import IMAGE_SUFFIXES
 
     if not given:
@@ -118,7 +118,7 @@ def _image_files(given: tuple[Path, ...]) -> list[Path]:
 
 
 def _read(files: list[Path]) -> Tensor:
-    """Images in 0..1, [N, 3, 32, 32]."""
+    """Read images in 0..1, [N, 3, 32, 32]."""
     import numpy as np
     import torch
 
@@ -130,8 +130,10 @@ def _read(files: list[Path]) -> Tensor:
 
 
 def _saliency(network: nn.Module, images: Tensor) -> Tensor:
-    """How much the logit of the likeliest class changes with each pixel, [N, 32, 32], at most 1: the largest absolute
-    gradient of its colours (Simonyan, Vedaldi & Zisserman, "Deep Inside Convolutional Networks", 2013, section 3).
+    """Compute the saliency of each pixel for the likeliest class, [N, 32, 32], at most 1.
+
+    It is the largest absolute gradient of the logit over the pixel's colours (Simonyan, Vedaldi & Zisserman, "Deep
+    Inside Convolutional Networks", 2013, section 3).
     """
     import torch
 

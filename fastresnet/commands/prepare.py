@@ -12,25 +12,25 @@ from pipelines.errors import Note, UsageError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Make a data set once: verified, in plain NumPy files. What is there and whole is left as it is."""
+    """Make a data set once: verified, in plain NumPy files. Files that are there and whole stay as they are."""
 
     data: str = "cifar10"
-    """Its name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or one of your own for --source."""
+    """Name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or one of your own for --source."""
     source: Path | None = None
-    """A CIFAR-10 archive (python or binary version; .tar, .tar.gz, .tar.xz or .zip), its unpacked folder, or a folder
+    """CIFAR-10 archive (python or binary version; .tar, .tar.gz, .tar.xz or .zip), its unpacked folder, or a folder
     of images: train/CLASS/*.png and test/CLASS/*.png (or .jpg)."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     train_images: int = 50_000
-    """How many training images of shapes10 to draw."""
+    """Number of training images of shapes10 to draw."""
     test_images: int = 10_000
-    """How many test images of shapes10 to draw."""
+    """Number of test images of shapes10 to draw."""
     formats: str = "raw"
-    """What to make beside the store itself (raw), with commas between: beton (for FFCV), jpeg (for DALI's decoder)."""
+    """Formats to make beside the store itself (raw), with commas between: beton (for FFCV), jpeg (for DALI)."""
     jpeg_quality: int = 95
     """Quality of the JPEG files, 1..100."""
     jpeg_subsampling: str = "4:4:4"
-    """Resolution of their colours: 4:4:4 (full), 4:2:2 or 4:2:0."""
+    """Colour resolution of the JPEG files: 4:4:4 (full), 4:2:2 or 4:2:0."""
 
     def __post_init__(self) -> None:
         for name in ("train_images", "test_images"):

@@ -13,7 +13,7 @@ from pipelines.errors import DataError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Make a page of a finished run: accuracy, curves, confusions, worst mistakes, time and settings, in one file."""
+    """Make a page of a finished run: accuracy, curves, most confident mistakes, time and settings, in one file."""
 
     run: Positional[Path]
     """Run folder, such as runs/fast-resnet20-cifar10-seed0."""

@@ -12,18 +12,18 @@ from pipelines.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Show the layers of a network: what comes out of each, its parameters, its multiply-adds for an image."""
+    """Show the layers of a network: output shape, parameters and multiply-adds for an image."""
 
     model: str = "resnet20"
     """Name of the network."""
     shortcut: str = "B"
-    """A (padded identity) or B (1x1 convolution)."""
+    """Shortcut option: A (padded identity) or B (1x1 convolution)."""
     classes: int = 10
-    """How many classes it tells apart."""
+    """Number of classes."""
     json: Path | None = None
-    """Write the layers to this file."""
+    """JSON file to write the layers to."""
     graph: Path | None = None
-    """Draw the network, a box for each layer and the shortcuts at the side, to this file (.svg)."""
+    """Diagram to write (.svg): a box for each layer, and the shortcuts at the side."""
 
     def __post_init__(self) -> None:
         check_output("--json", self.json)

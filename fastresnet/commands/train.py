@@ -139,6 +139,7 @@ def _dry_run(config: TrainConfig) -> int:
 
 def _find_lr(config: TrainConfig, picture: Path) -> int:
     from fastresnet.plotting import save_figure, sweep
+    from fastresnet.recipes import create_config
     from fastresnet.training.trials import find_lr
 
     dataset = _find_dataset(config)
@@ -151,7 +152,10 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     beside = "".join(f"; {name} was {times:g} times as high" for name, times in given.items())
     print_table(
         f"--lr{beside}",
-        [*((what, f"{rate:.2g}") for what, rate in told.items()), (f"of {config.recipe} as given", f"{config.lr:g}")],
+        [
+            *((what, f"{rate:.2g}") for what, rate in told.items()),
+            ("recipe default", f"{create_config(config.recipe, config.model).lr:g}"),
+        ],
     )
     print(picture)
     return 0

@@ -101,8 +101,8 @@ def create_model(
     """Create network `name` with freshly initialised weights from torch's global generator.
 
     The network maps images [N, 3, 32, 32] to logits [N, num_classes]. `shortcut` selects how a residual network bridges
-    a change of width: `A` (identity, subsampled and padded with zero channels) or `B` (1x1 convolution, followed by
-    batch norm unless the network is a pre-activation one). Plain networks and ResNet-9 ignore it. `drop_path` is the
+    a change of width. `A` is the identity, subsampled and padded with zero channels. `B` is a 1x1 convolution, followed
+    by batch norm unless the network is a pre-activation one. Plain networks and ResNet-9 ignore it. `drop_path` is the
     rate of stochastic depth in the last block; `stochastic_depth.seed_stochastic_depth` sets the seed.
     `zero_init_residual` sets the weights of each residual branch's last batch norm to zero (Goyal et al. 2017,
     "Accurate, Large Minibatch SGD", section 5.1), so that a deep network begins as a shallow one. Raise `UsageError` as

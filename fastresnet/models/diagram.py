@@ -38,7 +38,7 @@ rect { stroke: #888; fill: #eee } .frame { fill: #f7f7f7; stroke: #ddd } path { 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Box:
-    """A layer, or a function between layers, in the graph of a network."""
+    """Layer, or function between layers, in the graph of a network."""
 
     name: str
     """Name of the module, or of the module that calls the function."""

@@ -56,7 +56,7 @@ class BasicBlock(PreActivationBlock):
 
 
 class BottleneckBlock(PreActivationBlock):
-    """A 3x3 convolution on a quarter of the channels, between two 1x1 convolutions.
+    """Two 1x1 convolutions, and between them a 3x3 convolution on a quarter of the channels.
 
     The first 1x1 convolution has the stride, as in KaimingHe/resnet-1k-layers.
     """

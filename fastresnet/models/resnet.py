@@ -1,9 +1,9 @@
-"""The CIFAR-10 networks of He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", 2015, section 4.2.
+"""CIFAR-10 networks of He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", 2015, section 4.2.
 
-6n + 2 weighted layers: a 3x3 convolution, three stages of n blocks with two 3x3 convolutions each (16, 32 and 64
-channels on 32x32, 16x16 and 8x8 pixels), global average pooling and a linear layer. Parameters are named as in
-torchvision (`layer1.0.conv1`, `downsample.0`, `fc`). Optional squeeze and excitation follows Hu, Shen & Sun,
-"Squeeze-and-Excitation Networks", 2018. The networks in the other files share these parts.
+6n + 2 weighted layers: a 3x3 convolution, three stages of n blocks, global average pooling and a linear layer. Each
+block has two 3x3 convolutions. The stages have 16, 32 and 64 channels on 32x32, 16x16 and 8x8 pixels. Parameters are
+named as in torchvision (`layer1.0.conv1`, `downsample.0`, `fc`). Optional squeeze and excitation follows Hu, Shen &
+Sun, "Squeeze-and-Excitation Networks", 2018. The networks in the other files share these parts.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ def create_shortcut(in_channels: int, channels: int, stride: int, option: str, *
 
 
 def create_stages(block: Block, widths: Sequence[int], blocks: int, drop_path: float) -> Iterator[nn.Sequential]:
-    """Create stages of `blocks` blocks each. `widths`: channels of the input and of each stage. All stages but the
-    first start with stride 2.
+    """Create stages of `blocks` blocks each. `widths`: channels of the input and of each stage.
+
+    All stages but the first start with stride 2.
     """
     stages = len(widths) - 1
     for stage, (in_channels, channels) in enumerate(itertools.pairwise(widths)):

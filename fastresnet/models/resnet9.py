@@ -1,11 +1,12 @@
 """ResNet-9, the shallow and wide network of Page, "How to train your ResNet", 2018 (davidcpage/cifar10-fast).
 
-Nine weighted layers: a 3x3 convolution, three convolutions with max pooling, a residual block after the first and the
-last of them, global max pooling and a linear layer. Few layers and early pooling need little arithmetic and few epochs.
-The residual blocks are those of He et al. 2015, with ReLU after the addition. Page's have it before.
+Nine weighted layers: a 3x3 convolution, three convolutions with max pooling, global max pooling and a linear layer. A
+residual block follows the first and the last pooled convolution. Few layers and early pooling need little arithmetic
+and few epochs. The residual blocks are those of He et al. 2015, with ReLU after the addition. Page's have it before.
 
-The medium and the narrow network start with patch whitening, as Page's later versions and Jordan's cifar10-airbench do
-(Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.2). Widths are in airbench's proportions.
+The medium and the narrow network start with patch whitening, as Page's later versions and Jordan's cifar10-airbench do.
+The source is Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.2. Widths are in airbench's
+proportions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""ResNeXt for CIFAR: Xie, Girshick, Dollár, Tu & He, "Aggregated Residual Transformations for Deep Neural Networks",
-2017, section 5.3.
+"""ResNeXt for CIFAR: ResNets of bottleneck blocks whose 3x3 convolution is split into groups.
 
-9n + 2 weighted layers: ResNets of bottleneck blocks whose 3x3 convolution is split into groups. The first convolution
-has 64 channels, the stages have 256, 512 and 1024.
+Xie, Girshick, Dollár, Tu & He, "Aggregated Residual Transformations for Deep Neural Networks", 2017, section 5.3. The
+networks have 9n + 2 weighted layers. The first convolution has 64 channels, the stages have 256, 512 and 1024.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class StochasticDepth(nn.Module):
     """Dropping of the residual branch of block number `block` with probability `rate`, in training.
 
     The dropped samples are a pure function of (seed, block, step, row), so there is no random generator to save. `step`
-    [1] int64 is a buffer, so that it can change under a captured CUDA graph, but not part of the weights. `first_row`
+    [1] int64 is a buffer, so that it can change under a captured CUDA graph. It is not part of the weights. `first_row`
     is the number of the first sample, where other ranks have the rows before it.
     """
 

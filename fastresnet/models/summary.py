@@ -14,7 +14,7 @@ from pipelines.sampling import IMAGE_SIZE
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """A module without submodules."""
+    """Module without submodules."""
 
     name: str
     kind: str
@@ -45,7 +45,7 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 def layer_kind(module: nn.Module) -> str:
-    """Describe a layer by its class, and a convolution also by its size and any stride and groups other than 1."""
+    """Describe a layer by its class; a convolution also by its size, and stride and groups other than 1."""
     name = type(module).__name__
     if not isinstance(module, nn.Conv2d):
         return name

@@ -1,4 +1,4 @@
-"""Takes a pipeline's batches through training steps in one of three ways: eager, compiled, or as one CUDA graph."""
+"""Execution of training steps on a pipeline's batches in one of three ways: eager, compiled, or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipelines import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
 
 PAYS_AFTER_STEPS = 5000
-"""How many steps a run on a CPU must have for `auto` to try compilation, which takes as long as 300 eager steps of
+"""Number of steps from which a run on a CPU tries compilation for `auto`. Compiling takes as long as 300 eager steps of
 ResNet-20 (50 s on 2 cores)."""
 
 
 class Execution:
-    """Runs steps of `step` on batches of `pipeline`; `backend` is one of `config.COMPILE`'s values.
+    """Runner of steps of `step` on batches of `pipeline`; `backend` is one of `config.COMPILE`'s values.
 
-    `graph` records the compiled step once, from gathering the batch to counting the hits, and replays it: at batch 128
-    a GPU takes less time for a step than the host for launching its kernels one by one.
+    `graph` records the compiled step once, from gathering the batch to counting the hits, and replays it. At batch 128
+    a GPU takes less time for a step than the host to launch its kernels.
     """
 
     def __init__(self, step: TrainStep, pipeline: Pipeline, backend: str) -> None:
@@ -45,7 +45,7 @@ class Execution:
             self._record(batch)
 
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
-        """Take `count` steps from batch `start` of `epoch` on; yields after each, which a GPU may not have finished."""
+        """Take `count` steps from batch `start` of `epoch` on; yield after each, which a GPU may not have finished."""
         if self._graph is not None and isinstance(self._pipeline, GatheringPipeline):
             self._pipeline.load(epoch)
             for _ in range(count):
@@ -93,9 +93,9 @@ class Execution:
 
 
 def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
-    """Of `eager` and `compile` the one that a CPU is done with `steps` more steps with earlier; and why.
+    """Return the backend, `eager` or `compile`, that finishes `steps` more steps on a CPU earlier, and the reason.
 
-    Measured in trial steps, which leave no trace.
+    Trial steps, which leave no trace, measure it.
     """
 
     def seconds(*, compiled: bool) -> float:

@@ -23,12 +23,12 @@ class Status:
     """Position of a run within an epoch."""
 
     epoch: int
-    """From 1."""
+    """Number of the epoch, from 1."""
     step: int
     """Optimisation steps taken since the start of the run."""
     loss: float
     accuracy: float
-    """Of this epoch so far, percent."""
+    """Training accuracy of this epoch so far, percent."""
     lr: float
     """Learning rate of the last step."""
     images_per_s: float
@@ -59,7 +59,7 @@ class Status:
 
 
 class Logger:
-    """Receives what happens, in order; does nothing about what a subclass does not define."""
+    """Receiver of a run's events, in order; it ignores those that a subclass does not define."""
 
     def status(self, status: Status) -> None:
         """Receive the position within an epoch, now and then."""
@@ -77,7 +77,7 @@ _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflo
 def create_loggers(
     config: TrainConfig, folder: Path, console: Console, total_steps: int, start_step: int
 ) -> list[Logger]:
-    """Create a progress bar on a terminal, plain lines elsewhere, and what `config` asks for.
+    """Create a progress bar on a terminal, plain lines elsewhere, and the loggers that `config` asks for.
 
     Raises `UsageError` where a library is missing or has nowhere to log to; then none is left open.
     """
@@ -108,7 +108,7 @@ def _check_libraries(config: TrainConfig) -> None:
 
 
 class TerminalLogger(Logger):
-    """A live bar over the whole run, and a line for every epoch above it."""
+    """Live bar over the whole run, and a line for every epoch above it."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._progress = Progress(
@@ -137,7 +137,7 @@ class TerminalLogger(Logger):
 
 
 class PlainLogger(Logger):
-    """A line for every epoch, and one every half minute within."""
+    """Lines for every epoch, and one every half minute within."""
 
     interval_s = 30.0
 
@@ -248,7 +248,7 @@ def _identity(folder: Path) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Shorten what a library says at length."""
+    """Shorten a library's message to its first sentence."""
     return " ".join(str(error).split()).partition(". ")[0].removesuffix(".")
 
 

@@ -1,4 +1,4 @@
-"""The training loop: from a config to a trained network in a run folder, resumable at every step."""
+"""Training loop: from a config to a trained network in a run folder, resumable at every step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _WHITENED_FROM = 5000  # images, as in cifar10-airbench
 
 
 class StoppedError(UserError):
-    """A signal ended the run after it had been saved."""
+    """End of a run by a signal, after it had been saved."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -63,8 +63,8 @@ def train(
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
     `spent` are the seconds that the caller took to come here: `import` and `data`.
-    Raises `StoppedError` after a signal, `RunError` where loss or gradients are not finite or memory runs out,
-    `UsageError` where the config does not fit the machine or the run folder.
+    Raises `StoppedError` after a signal, and `RunError` where loss or gradients are not finite or memory runs out.
+    Raises `UsageError` where the config does not fit the machine or the run folder.
     """
     clock, tell = Stopwatch(spent), functools.partial(console.print, highlight=False, soft_wrap=True)
     device, main = resolve_device(config.device), world_of_torchrun().is_main
@@ -180,7 +180,7 @@ def train(
 
 
 def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: World) -> tuple[TrainConfig, str]:
-    """Replace `auto` by its meaning on `device`, but where measurement decides; the second value says why the pipeline.
+    """Replace `auto` by its meaning on `device`, but where measurement decides; return the reason for the pipeline too.
 
     Raises `UsageError` where the machine cannot do what `config` asks for.
     """
@@ -298,7 +298,7 @@ def _create_mixer(config: TrainConfig, rows: slice, device: torch.device, world:
 
 
 def _threads_matter(device: torch.device, world: World) -> bool:
-    """Return whether the number of threads is this process's to choose, and decides the last bits."""
+    """Return True if the number of threads is this process's to choose, and decides the last bits."""
     return device.type == "cpu" and world.is_single
 
 
@@ -338,7 +338,7 @@ class Stopwatch:
     """Seconds by phase of a run: the time up to the next reading belongs to the current phase."""
 
     def __init__(self, spent: dict[str, float] | None = None) -> None:
-        """`spent` are seconds from before. The first phase is `data`."""
+        """Begin in phase `data`; `spent` are seconds from before."""
         self.seconds = defaultdict(float, {"import": 0.0, "data": 0.0, **(spent or {})})
         self.earlier = Progress()
         """Position, and seconds, at the start of this session."""
@@ -379,13 +379,14 @@ class Stopwatch:
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT instead of dying of them. A second SIGINT has its usual effect; a second SIGTERM has
-    none, since a scheduler and torchrun may each send one.
+    """Record of SIGTERM and SIGINT, which do not end the process.
+
+    A second SIGINT has its usual effect. A second SIGTERM has none, since a scheduler and torchrun may each send one.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        """The last signal, 0 for none."""
+        """Last signal, 0 for none."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:

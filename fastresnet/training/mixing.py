@@ -1,4 +1,4 @@
-"""mixup and CutMix: images of a batch mixed with each other, and their labels in the same shares."""
+"""Mixup and CutMix: images of a batch mixed with each other, and their labels in the same shares."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _QUANTILES = 1024
 
 
 class Mixer:
-    """Mixes each image with its neighbour in the batch: the first with the second, the third with the fourth, ...
+    """Mixture of each image with its neighbour in the batch: the first with the second, the third with the fourth, ...
 
-    mixup (Zhang et al. 2018) averages the two; CutMix (Yun et al. 2019) exchanges a box. Their shares are drawn from
-    Beta(alpha, alpha), one for each pair; with both switched on, each pair goes through one of the two. What is drawn
+    Mixup (Zhang et al. 2018) averages the two; CutMix (Yun et al. 2019) exchanges a box. Their shares are drawn from
+    Beta(alpha, alpha), one for each pair. With both switched on, each pair goes through one of the two. A draw
     is a pure function of (seed, step, pair).
     """
 
     def __init__(self, *, mixup: float, cutmix: float, seed: int, device: torch.device, first_row: int = 0) -> None:
-        """`mixup` and `cutmix` are their alphas, 0 for none; `first_row` (even) is where in the whole batch the images
-        begin.
+        """Create a mixer; `mixup` and `cutmix` are their alphas, 0 for none.
+
+        The images begin at row `first_row` (even) of the whole batch.
         """
         self._first_row = first_row
         self._share_key, self._box_key = (stream_key(seed, purpose) for purpose in (Stream.MIX, Stream.MIX_BOX))
@@ -33,7 +34,7 @@ class Mixer:
         }
 
     def __call__(self, images: Tensor, labels: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixed `images` [B, 3, 32, 32] of step `step` (int64 [1]), labels mixed in [B], and shares of `labels` [B]."""
+        """Mix `images` [B, 3, 32, 32] of `step`, int64 [1]; return the labels mixed in [B] and shares of `labels`."""
         partners = torch.arange(len(labels), device=labels.device) ^ 1
         counters = step_counters(step, (self._first_row + partners) >> 1)
         hashes = hash64(self._share_key, counters)
@@ -46,14 +47,14 @@ class Mixer:
         return mixed.contiguous(memory_format=torch.channels_last), labels[partners], share
 
     def _blend(self, hashes: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight of the own image [B, 1, 1, 1], and its share [B]."""
+        """Return the weight of the own image [B, 1, 1, 1], and its share [B]."""
         share = self._draw(self._mixup, hashes)
         return _per_image(share), share
 
     def _box(self, hashes: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight of the own image in each pixel [B, 1, 32, 32], 0 inside a box, and its share [B].
+        """Return the own image's weight in each pixel [B, 1, 32, 32], 0 inside a box, and its share [B].
 
-        The box is clipped at the edge, and what is left outside is the share, as in the authors' code.
+        The box is clipped at the edge. The part outside of it is the share, as in the authors' code.
         """
         half = (IMAGE_SIZE * (1 - self._draw(self._cutmix, hashes)).sqrt() / 2).round()[:, None]
         pixel = torch.arange(IMAGE_SIZE, device=hashes.device)
@@ -73,9 +74,9 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def beta_quantiles(alpha: float, count: int) -> np.ndarray:
-    """Quantiles of Beta(alpha, alpha) at the middles of `count` equal parts of 0..1, float64 [count].
+    """Compute quantiles of Beta(alpha, alpha) at the middles of `count` equal parts of 0..1, float64 [count].
 
-    Of the lower half, integrated over s with x = s**(1 / alpha) / 2, which takes away the pole of the density at 0.
+    The lower half is integrated over s with x = s**(1 / alpha) / 2. That takes away the pole of the density at 0.
     """
     parts = 64 * count
     s = (np.arange(parts) + 0.5) / parts

@@ -1,7 +1,7 @@
 """Optimisers, their state as named tensors, and the learning-rate schedule.
 
-An update can be called off on the device (`found_inf`), and learning rates are tensors, so that a captured or compiled
-step sees them change.
+An update can be called off on the device (`found_inf`). Learning rates are tensors, so that a captured or compiled step
+sees them change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
     A schedule scales the `peak_lr` of each group.
 
-    `sgd` with momentum, as in He et al. 2015; `adamw` (Loshchilov & Hutter 2019); `muon` for convolutions and SGD for
-    what is left, as in Jordan's cifar10-airbench. Weight decay on norms and biases only with `config.decay_norms`.
+    They are `sgd` with momentum, as in He et al. 2015, or `adamw` (Loshchilov & Hutter 2019). `muon` trains
+    convolutions and SGD the rest, as in Jordan's cifar10-airbench. Weight decay on norms and biases needs
+    `config.decay_norms`.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors = [parameter for parameter in trained if parameter.ndim == 1]
@@ -92,11 +93,11 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 class Muon(Optimizer):
     """Momentum whose matrices are orthogonalised (Jordan et al., "Muon: an optimizer for hidden layers", 2024).
 
-    For convolutions, whose weights are taken as [out channels, rest] and scaled to a norm of sqrt(out channels) before
-    each update, as in cifar10-airbench (`airbench94_muon.py`): batch norm takes no notice of their scale, and the
-    learning rate is then the relative change of a step. Nesterov momentum. Weights of one shape go through the
-    iteration together. PyTorch's own `torch.optim.Muon` takes matrices only, keeps their scale, and cannot call off an
-    update on the device.
+    It is for convolutions, whose weights are taken as [out channels, rest]. Before each update they are scaled to a
+    norm of sqrt(out channels), as in cifar10-airbench (`airbench94_muon.py`). Batch norm takes no notice of their
+    scale, and the learning rate is then the relative change of a step. The momentum is Nesterov's. Weights of one shape
+    go through the iteration together. PyTorch's own `torch.optim.Muon` takes matrices only, keeps their scale, and
+    cannot call off an update on the device.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
@@ -155,14 +156,14 @@ def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
 
 
 class JointUpdate:
-    """All optimisers of a network as the one that a gradient scaler sees.
+    """Union of all optimisers of a network, as the one that a gradient scaler sees.
 
-    Given several, a scaler decides for each of them whether its gradients have overflowed: one would update its
+    Given several, a scaler decides for each of them if its gradients have overflowed: one would update its
     parameters while another does not.
     """
 
     found_inf: Tensor
-    """Above 0, it calls off the update."""
+    """Number above 0 that calls off the update."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers

@@ -1,6 +1,4 @@
-"""One optimisation step: forward, loss, backward, clipping, update, averaging and metrics, without waiting for the
-device.
-"""
+"""Optimisation step: forward, loss, backward, clipping, update, averaging and metrics, without waits for the device."""
 
 from __future__ import annotations
 
@@ -23,17 +21,17 @@ from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import JointUpdate, load_optimizer_state, optimizer_state
 
 MAX_OVERFLOWS = 32
-"""Overflows of fp16 gradients in a row that are a failure: the scaler has gone from 2**16 to 2**-16 by then."""
+"""Number of fp16 overflows in a row that is a failure: the scaler has gone from 2**16 to 2**-16 by then."""
 
 
 class TrainStep:
-    """Runs optimisation steps and sums their metrics on the device.
+    """Optimisation step, which sums its metrics on the device.
 
-    Its own number and the learning rates of all steps are tensors there too, so that a step captured as a CUDA graph
-    needs nothing from the host. A loss or a gradient that is not finite calls off that update of the parameters and
-    every later one on the device itself; `failed_at` tells the step when the caller next asks, so the steady loop needs
-    no synchronisation (the idea is torchtitan's, `trainer.py`). Gradients that overflow in fp16 are the gradient
-    scaler's to deal with: their update is left out, and counted.
+    Its own number and the learning rates of all steps are tensors there too. A step captured as a CUDA graph needs
+    nothing from the host. A loss or a gradient that is not finite calls off that update and every later one, on the
+    device itself. `failed_at` tells the step when the caller next asks. So the steady loop need not synchronise (the
+    idea is torchtitan's, `trainer.py`). Gradients that overflow in fp16 are the gradient scaler's to deal with: their
+    update is left out, and counted.
     """
 
     def __init__(
@@ -51,9 +49,10 @@ class TrainStep:
         world: World = SINGLE,
         batch_size: int = 0,
     ) -> None:
-        """`lr_factors` has one for each step of the run, to multiply the `peak_lr` of each parameter group with; see
-        `TrainConfig` for the others. 0 turns them off. `batch_size` counts the images of all ranks, and is needed
-        where there is more than one.
+        """Create a step; see `TrainConfig` for most arguments, which 0 turns off.
+
+        `lr_factors` has one for each step of the run, to multiply the `peak_lr` of each parameter group with.
+        `batch_size` counts the images of all ranks, and is needed where there is more than one.
         """
         self._world = world
         if device.type == "cpu":
@@ -66,7 +65,7 @@ class TrainStep:
         self._joint_update = JointUpdate(self.optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        """Steps taken, and so the number of the next: 0 is the first."""
+        """Number of steps taken, and so of the next one: 0 is the first."""
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         """Sum of the losses, correct predictions and images since `reset`, of this rank."""
         self.overflows = torch.zeros(2, dtype=torch.int64, device=device)
@@ -105,7 +104,7 @@ class TrainStep:
         self.count += 1
 
     def _clip(self) -> Tensor:
-        """Clip the gradients, if asked for; return whether all of them are finite."""
+        """Clip the gradients, if asked for; return, as a tensor, True if all of them are finite."""
         if self._clip_norm:
             self.scaler.unscale_(self._joint_update)  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -143,10 +142,10 @@ class TrainStep:
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The forward pass, and with it the backward pass, as one graph: a break is an error.
+        """Forward pass, and with it the backward pass, as one graph: a break is an error.
 
-        With several ranks it is one graph for each bucket of gradients, which are exchanged while the backward pass of
-        the next bucket goes on.
+        With several ranks it is one graph for each bucket of gradients. A bucket is exchanged while the backward pass
+        of the next one goes on.
         """
         return torch.compile(self._loss_and_hits, fullgraph=self._parallel is self.model, dynamic=False)
 
@@ -160,14 +159,14 @@ class TrainStep:
                 a.copy_(b)
 
     def _note_failure(self, failed: Tensor) -> Tensor:
-        """Note whether this step `failed`; return, as a tensor, whether this one or one before it did."""
+        """Note this step if it `failed`; return, as a tensor, True if this one or one before it did."""
         first = (self._failed_at < 0) & failed
         self._failed_at.copy_(torch.where(first, self.count[0], self._failed_at))
         return self._failed_at >= 0
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network to evaluate and to save: the average where one is kept."""
+        """Network to evaluate and to save: the average where one is kept."""
         return self.model if self.averaged is None else self.averaged
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -182,8 +181,9 @@ class TrainStep:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Collect the tensors from which `load_state_dict` continues, with the totals of all ranks, which have to call
-        it together.
+        """Collect the tensors from which `load_state_dict` continues, with the totals of all ranks.
+
+        The ranks have to call it together.
         """
         return {**self._tensors(), "totals": self._world.sum(self.totals.clone())}
 

@@ -56,9 +56,10 @@ def _prepared(
 
 
 def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, float]:
-    """Take some steps of the run that `config` describes, write nothing, and return what to expect of it.
+    """Take some steps of the run that `config` describes, write nothing, and return its expected cost.
 
-    `train_seconds`, `evaluation_seconds`, `memory_bytes` (of the GPU, or of this process). Raises as `loop.train` does.
+    It has `train_seconds`, `evaluation_seconds` and `memory_bytes` (of the GPU, or of this process). Raises as
+    `loop.train` does.
     """
     tell = functools.partial(console.print, highlight=False, soft_wrap=True)
     with _prepared(config, dataset, tell) as (config, execution, step, pipeline, evaluated):
@@ -83,7 +84,7 @@ def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "train_seconds": per_step * total_steps,
-            "evaluation_seconds": seconds(evaluation) * (epochs + 2),  # the last one is with mirrored views
+            "evaluation_seconds": seconds(evaluation) * (epochs + 2),  # the last one is with horizontal-flip TTA
             "memory_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else peak,
         }
 
@@ -103,7 +104,7 @@ class Sweep:
 
     rates: list[float]
     losses: list[float]
-    """Before the update with the rate of the same place."""
+    """Losses, each before the update with the rate of the same place."""
 
     @functools.cached_property
     def smoothed(self) -> np.ndarray:
@@ -113,13 +114,13 @@ class Sweep:
 
     @property
     def steepest(self) -> float:
-        """The rate at which the smoothed loss falls fastest, over the rate's logarithm, on its way to the lowest."""
+        """Rate at which the smoothed loss falls fastest, over the rate's logarithm, on its way to the lowest."""
         slopes = np.gradient(self.smoothed, np.log(self.rates))
         return self.rates[_IGNORED + int(slopes[_IGNORED : self._lowest + 1].argmin())]
 
     @property
     def tenth_of_lowest(self) -> float:
-        """A tenth of the rate at which the smoothed loss is lowest."""
+        """Tenth of the rate at which the smoothed loss is lowest."""
         return self.rates[self._lowest] / 10
 
     @property
@@ -128,10 +129,11 @@ class Sweep:
 
 
 def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
-    """Train as `config` says, but for 100 steps in which --lr grows from 1e-5 to 10 by the same factor from each to the
-    next, and the others with it; end where the smoothed loss is above four times its minimum. Writes nothing.
+    """Run the range test of the learning rates: train as `config` says for 100 steps and write nothing.
 
-    Raises as `loop.train` does, `UsageError` where --lr is 0, and `RunError` where the loss rises at once.
+    From each step to the next --lr grows by one factor, from 1e-5 to 10. The other rates grow with it. The test
+    ends where the smoothed loss is above four times its minimum. Raises as `loop.train` does, `UsageError` where --lr
+    is 0, and `RunError` where the loss rises at once.
     """
     if not config.lr:
         raise UsageError("--lr 0 has no proportion to other rates; give another one for --find-lr.")

@@ -51,7 +51,7 @@ def test_the_table_of_runs_has_a_row_for_each_recipe_and_network():
     found = [line.strip("| ").split(" | ")[:2] for line in table.splitlines()[2:]]
     assert found == [["`fast`", "resnet20"], ["`paper`", "resnet20"], ["`paper`", "resnet56"]]
     row = cells(table, ["`paper`", "resnet20"])
-    assert (row["seeds"], row["test accuracy"], row["mirrored"]) == ("0, 1", "91.50 ± 0.71 %", "92.00 ± 0.71 %")
+    assert (row["seeds"], row["test accuracy"], row["flip TTA"]) == ("0, 1", "91.50 ± 0.71 %", "92.00 ± 0.71 %")
     assert (row["PFLOP"], row["minutes"]) == ("2.00", "10")
 
 
@@ -73,7 +73,7 @@ def test_speedruns_stand_below_airbench_s_and_other_recipes_elsewhere():
     table = speedrun_table([*runs, summary(0, 91.0)])
     assert len(table.splitlines()) == 2 + 3
     row = cells(table, ["airbench94_muon.py"])
-    assert (row["PFLOP"], row["shifted and mirrored"]) == ("0.29", "94.01 %")
+    assert (row["PFLOP"], row["shifts and flips"]) == ("0.29", "94.01 %")
     row = cells(table, ["`speedrun`, resnet9-narrow"])
     assert (row["PFLOP"], row["runs"], row["single view"]) == ("2.00", "2", "94.10 ± 0.28 %")
     assert statistics.stdev([93.9, 94.3]) == pytest.approx(0.28, abs=0.005)

@@ -1,5 +1,7 @@
-"""The suite for a rented GPU: a script that ends in time and loses nothing that was finished, with a stand-in for
-Python, which takes no time; and its cases, on a CPU."""
+"""Suite for a rented GPU: a script that ends in time and loses nothing that was finished, and its cases, on a CPU.
+
+A stand-in for Python takes no time.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a step computes and moves, against sums by hand, and the limits of a machine."""
+"""Arithmetic and traffic of a step, against sums by hand, and the limits of a machine."""
 
 import itertools
 import types
@@ -108,7 +108,7 @@ def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypat
 
 @pytest.mark.gpu
 def test_a_gpu_is_timed_without_its_host(monkeypatch):
-    """Whose clock stands still here."""
+    """The host's clock stands still here."""
     monkeypatch.setattr(roofline, "time", types.SimpleNamespace(perf_counter=lambda: 0.0))
     device = torch.device("cuda")
     assert 0 < copy_bandwidth(device) < float("inf")
@@ -116,8 +116,10 @@ def test_a_gpu_is_timed_without_its_host(monkeypatch):
 
 
 def test_bytes_of_batch_norm():
-    """Training reads the input once for its mean and variance and once to apply them. Backward both the input and the
-    gradient of the output are read once for two sums, and once to apply these. Inference reads the input once.
+    """Training reads the input once for its mean and variance and once to apply them.
+
+    Backward both the input and the gradient of the output are read once for two sums, and once to apply these.
+    Inference reads the input once.
     """
     layer, x = nn.BatchNorm2d(16), torch.ones(8, 16, 32, 32, requires_grad=True)
     activation, few = 4 * x.numel(), 4 * 16 * 16  # at most so many vectors of 16 channels

@@ -80,7 +80,7 @@ def test_a_busy_machine_is_told_under_the_tables_and_in_the_file(run, tmp_path, 
 
 @pytest.mark.parametrize(("compiles", "start"), [(True, (17, 12)), (False, (17,))])
 def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(dataset, monkeypatch, compiles, start):
-    """By a clock that stands still but while a loader is opened, 2 s, and makes its batches, the first in 15 s."""
+    """The clock stands still but while a loader is opened, 2 s, and makes its batches, the first in 15 s."""
     clock, seconds = [0.0], iter([15, 5])
 
     def open_loader(*_):

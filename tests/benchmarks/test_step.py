@@ -80,7 +80,7 @@ def test_every_case_is_measured_in_every_round(result):
 
 
 def test_the_parts_are_those_of_the_step_beside_them():
-    """The same batch norms, and nothing is learned."""
+    """Batch norms are alike, and nothing is learned."""
     case = small_case()
     split, alone = cases.TimedParts(case, CPU), cases._train_step(case, CPU)
     fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, alone.model)]
@@ -166,7 +166,7 @@ def test_chart_and_trace_are_files_of_their_kinds(result):
 
 
 def test_operators_of_a_gpu_are_its_kernels(tmp_path, monkeypatch):
-    """As PyTorch tells of 3 convolutions in a region: the GPU's 300 us stand at operator, kernel and region."""
+    """PyTorch reports 3 convolutions in a region: the GPU's 300 us stand at operator, kernel and region."""
 
     class Profiler:
         def __init__(self, **_):

@@ -79,7 +79,7 @@ def test_an_interrupted_run_leaves_the_rounds_that_are_finished(quick_workers, d
 
 
 def test_auto_is_what_measures_faster(data_root, monkeypatch):
-    """For our loops; the peers are not compiled."""
+    """Only our loops are compiled, not the peers'."""
 
     def run_rounds(cases, *_, **__):
         backends.extend(case.options.get("backend") for case in cases)

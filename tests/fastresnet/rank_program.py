@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py does under torchrun: `rank_program.py STORE OUT` writes OUT/rank<N>.pt."""
+"""Program of each process of test_distributed.py under torchrun: `rank_program.py STORE OUT` writes OUT/rank<N>.pt."""
 
 import functools
 import sys
@@ -25,7 +25,7 @@ AUGMENTATION = Augmentation(flip="alternating", cutout=8)
 
 
 def samples(dataset: Dataset, pipeline: str, world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's pixels and labels of two epochs, batch by batch."""
+    """Return the pixels and labels of two epochs on this rank, batch by batch."""
     opened = open_pipeline(
         pipeline, dataset, train=True, batch_size=BATCH_SIZE, device=CPU, dtype=torch.uint8, seed=3,
         augmentation=AUGMENTATION, rank=world.rank, world_size=world.world_size,

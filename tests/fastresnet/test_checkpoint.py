@@ -30,7 +30,7 @@ def example_tensors():
 
 
 def bits(tensor):
-    """What makes a tensor: type, shape and every bit, NaN and the sign of zero included."""
+    """Identity of a tensor: type, shape and every bit, NaN and the sign of zero included."""
     return tensor.dtype, tuple(tensor.shape), bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, make):
 
 
 def is_refused_or_whole(path):
-    """Does loading raise `DataError`, or else give exactly what was saved? Other exceptions come through."""
+    """Return True if loading raises `DataError` or gives exactly the saved tensors. Other exceptions come through."""
     try:
         tensors, description = load_tensors(path)
     except DataError as error:

@@ -59,7 +59,7 @@ def overlooked_in_a_generator():
 
 @pytest.mark.parametrize("clean_up", [overlooked_once, overlooked_in_a_generator])
 def test_an_error_on_its_way_is_told_in_spite_of_a_signal(capsys, clean_up):
-    """As torchrun sends it to the other ranks once one has failed."""
+    """Torchrun sends it to the other ranks once one has failed."""
 
     def command(_):
         try:
@@ -344,7 +344,7 @@ def test_weights_for_another_number_of_classes_are_refused(run, tmp_path):
 
 
 def test_eval_normalises_foreign_weights_as_told(run, tmp_path):
-    """The same weights with mean = std = 0.5 given by hand are as good as the run's own file."""
+    """Weights with mean = std = 0.5 given by hand are as good as the run's own file."""
     import json
 
     import torch
@@ -470,7 +470,7 @@ runpy.run_module("fastresnet", run_name="__main__")
 
 
 def test_training_needs_no_torchvision(python, data_root, tmp_path, without_torchvision):
-    """In a process that has PyTorch, but imports this program anew."""
+    """A process that has PyTorch imports this program anew."""
     arguments = ["train", "smoke", "--data", "shapes10", "--root", data_root, "--iterations", "1", "--batch-size", "16"]
     command = [python, "-c", ANEW, *map(str, arguments), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=without_torchvision, capture_output=True, text=True, check=False)

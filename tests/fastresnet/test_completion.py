@@ -95,7 +95,7 @@ def test_values_are_those_that_the_command_takes(run, complete, flag):
 
 
 def test_where_a_word_is_no_option_bash_offers_files(run, tmp_path):
-    """As when the key is pressed: an interactive bash completes the name of the only file there is."""
+    """An interactive bash, in which the key is pressed, completes the name of the only file there is."""
     _, script, _ = run("completion", "bash")
     (tmp_path / "weights of mine").touch()
     (tmp_path / "script").write_text(script)

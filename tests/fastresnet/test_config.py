@@ -105,7 +105,7 @@ def test_the_baseline_drops_the_learning_rate_after_epochs_80_and_120_of_160(ste
 
 @pytest.mark.parametrize("model", list_models())
 def test_deep_networks_start_shallow_where_they_can(model):
-    """With the recipes that are this program's own; those of others leave the weights alone."""
+    """Recipes of this program's own do so; those of others leave the weights alone."""
     deep = not any(model.startswith(f"{family}20") for family in ("resnet", "se-resnet", "plain", "preresnet"))
     normed = model.startswith(("resnet", "se-resnet", "resnext"))
     for recipe in (fast, best):

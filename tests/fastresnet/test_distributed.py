@@ -49,7 +49,7 @@ def finish(process, timeout=240):
 
 
 def results_of(python, processes, pipelines, out, dataset, root):
-    """What every rank has computed."""
+    """Read the results of every rank."""
     process = torchrun(python, processes, Path(rank_program.__file__), dataset.folder, out, *pipelines, root=root)
     code, _, err = finish(process)
     assert code == 0, err
@@ -95,8 +95,9 @@ def test_the_ranks_samples_joined_are_those_of_one_process(request, need, datase
     ids=["float64", "float64, ranks with more images than others", "float32"],
 )
 def test_with_synchronized_batch_norm_four_steps_give_the_weights_of_one_process(of_ranks, name, settings, tolerance):
-    """Roundings grow from step to step, as everywhere: in float64 the agreement shows what is right. (The loss is in
-    float32, and a rank's share of it rounded, unless all have the same.)
+    """Roundings grow from step to step, as everywhere: in float64 the agreement shows what is right.
+
+    The loss is in float32, and a rank's share of it rounded, unless all have the same.
     """
     expected = rank_program.train(world=SINGLE, **settings)
     for results in of_ranks:

@@ -1,4 +1,4 @@
-"""What the doctor finds, and where something has been broken for it."""
+"""Findings of the doctor, also where something has been broken for it."""
 
 import importlib
 import json

@@ -56,7 +56,7 @@ def make_engine(
 
 
 def losses(made, step):
-    """Of every step of two epochs, beginning with the third step of the first."""
+    """Return the loss of every step of two epochs, beginning with the third step of the first."""
     seen = []
     for epoch, start in ((0, 2), (1, 0)):
         step.count.fill_(6 * epoch + start)  # by which a recorded step gathers its batch
@@ -68,9 +68,12 @@ def losses(made, step):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_equal_eager_ones_without_a_break_or_a_second_compilation(dataset, monkeypatch, backend):
-    """A graph break is an error by `fullgraph`. The first losses differ in the seventh digit; training makes that grow,
-    at this low learning rate to the fifth. Three blocks, one for each way through, take a third of the time of nine.
-    Inductor takes a minute to generate code, and is tried in a whole run (test_training.py) too."""
+    """A graph break is an error by `fullgraph`.
+
+    The first losses differ in the seventh digit; training makes that grow, at this low learning rate to the fifth.
+    Three blocks, one for each way through, take a third of the time of nine. Inductor takes a minute to generate code,
+    and is tried in a whole run (test_training.py) too.
+    """
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()  # what other tests have compiled would count as the first compilation
     eager = losses(*make_engine(dataset, "eager", depth=8))
@@ -151,9 +154,10 @@ def test_the_backends_agree_on_the_gpu(dataset, need, precision, pipeline):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-4), ("muon", 1e-3)])
 def test_every_optimizer_takes_part_in_a_recorded_step(dataset, optimizer, lr):
-    """AdamW's first updates are little more than the signs of gradients, which roundings decide where these are small:
-    at a rate of 1e-3 noise of 1e-6 in the gradients moves losses by up to 4e-3, at 1e-4 noise of 1e-3 by 8e-5, and
-    without any update they differ by 4e-2 (measured on a CPU).
+    """AdamW's first updates are little more than the signs of gradients, which roundings decide where these are small.
+
+    At a rate of 1e-3 noise of 1e-6 in the gradients moves losses by up to 4e-3, at 1e-4 noise of 1e-3 by 8e-5. Without
+    any update they differ by 4e-2 (measured on a CPU).
     """
     settings = {"device": torch.device("cuda"), "optimizer": optimizer, "lr": lr}
     eager, recorded = (losses(*make_engine(dataset, backend, **settings)) for backend in ("eager", "graph"))

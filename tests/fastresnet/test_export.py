@@ -18,7 +18,7 @@ def batch():
 
 @pytest.fixture
 def logits(batch):
-    """Of the images in 0..1, normalised as the card says."""
+    """Compute logits of the images in 0..1, normalised as the card says."""
     card = pretrained_card("resnet20")
     mean, std = (torch.tensor(values)[:, None, None] for values in (card.mean, card.std))
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypa
     (tmp_path / "network.onnx").write_text("the one before")
     code, _, err = run("export", "--out", tmp_path / "network.onnx")
     assert code == 1
-    assert "differs from the network by 0.01" in err
+    assert "logits of onnx differ from the network's by 0.01" in err
     assert (tmp_path / "network.onnx").read_text() == "the one before"
     assert len(list(tmp_path.iterdir())) == 1
 

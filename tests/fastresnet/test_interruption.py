@@ -130,7 +130,7 @@ def test_a_signal_saves_after_the_step_and_says_how_to_continue(start, unbroken,
 
 
 def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_until_all_is_saved(start, unbroken, tmp_path):
-    """As Ctrl-C on a terminal and a scheduler's SIGTERM reach worker processes too."""
+    """Ctrl-C on a terminal and a scheduler's SIGTERM reach worker processes too."""
     folder = tmp_path / "run"
     fault = "os.killpg(0, signal.SIGTERM); time.sleep(0.5)"
     done = start(folder, step=7, fault=fault, expect=143, arguments=["--pipeline", "torchvision"])
@@ -175,7 +175,7 @@ def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, unbroken,
     ("call", "code"), [("os.fsync", "EIO"), ("os.replace", "EROFS")], ids=["I/O error", "read-only folder"]
 )
 def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(start, unbroken, tmp_path, call, code):
-    """From step 6 on the system call fails; the checkpoint after step 6 is there then."""
+    """The system call fails from step 6 on; the checkpoint after step 6 is there then."""
     folder = tmp_path / "run"
     fault = (
         "import errno, pipelines.files as files\n"

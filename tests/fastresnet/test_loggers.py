@@ -1,4 +1,4 @@
-"""What Weights & Biases and MLflow are told, read from their own files."""
+"""Records of Weights & Biases and MLflow, read from their own files."""
 
 import csv
 import glob

@@ -105,7 +105,7 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
 
 
 def test_the_loss_of_a_step_is_the_cross_entropy_with_the_mixed_and_smoothed_labels():
-    """As one soft target over the classes, which is how the papers write it."""
+    """One soft target over the classes is how the papers write it."""
     from fastresnet.config import TrainConfig
     from fastresnet.models import create_model
     from fastresnet.training.optimizer import create_optimizers

@@ -53,8 +53,9 @@ def test_flops_of_training_match_pytorch(name):
 
 
 def test_flops_of_training_with_grouped_convolutions():
-    """Training takes three times the forward pass, less the gradient of the images. PyTorch's counter ignores groups in
-    the gradients of weights.
+    """Training takes three times the forward pass, less the gradient of the images.
+
+    PyTorch's counter ignores groups in the gradients of weights.
     """
     model = create_model("resnext29-2x16d")
     macs = [layer.macs for layer in layers(model)]

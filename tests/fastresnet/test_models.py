@@ -371,8 +371,10 @@ def test_parameter_names_match_torchvision(family, shortcut, depth):
 
 @pytest.mark.parametrize(("name", "shortcut"), [*SMALLEST, ("resnet56", "B"), ("preresnet164", "B")])
 def test_he_initialization_of_convolutions(name, shortcut):
-    """The standard deviation of n normal samples has a relative standard error of 1 / sqrt(2n), and their mean one of
-    1 / sqrt(n) standard deviations. Chance exceeds five of them in 1 of 1.7 million draws.
+    """Chance exceeds five standard errors in 1 of 1.7 million draws.
+
+    The standard deviation of n normal samples has a relative standard error of 1 / sqrt(2n), and their mean one of
+    1 / sqrt(n) standard deviations.
     """
     torch.manual_seed(0)
     for module in create_model(name, shortcut=shortcut).modules():

@@ -24,8 +24,8 @@ OPTIMIZERS = {
 
 
 def small_network(seed=0):
+    """Create a network with two convolutions of one shape, and a norm and a linear layer at 1 and 4."""
     torch.manual_seed(seed)
-    """With two convolutions of one shape, and a norm and a linear layer at 1 and 4."""
     convolutions = [nn.Conv2d(channels, 8, 3, bias=False) for channels in (3, 8, 8)]
     layers = [convolutions[0], nn.BatchNorm2d(8), convolutions[1], nn.Flatten(), nn.Linear(8, 4), convolutions[2]]
     return nn.Sequential(*layers).double()
@@ -175,7 +175,7 @@ def test_an_update_that_is_called_off_changes_nothing(settings):
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_scaled_gradients_give_the_same_update(settings):
-    """As GradScaler hands them over: the factor is a power of two, so nothing is rounded."""
+    """GradScaler hands them over so: the factor is a power of two, so nothing is rounded."""
     (network, scaled) = (small_network().float() for _ in range(2))
     take_steps(network, create_optimizers(network, TrainConfig(**settings)), (1, 2))
     optimizers = create_optimizers(scaled, TrainConfig(**settings))

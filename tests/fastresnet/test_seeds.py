@@ -74,7 +74,7 @@ def test_a_signal_stops_the_training_that_runs_and_starts_no_other(tmp_path, dat
 
 
 def test_as_many_run_at_once_as_there_are_gpus_each_on_its_own(tmp_path, monkeypatch):
-    """With a stand-in for the training, which notes what it sees and waits for the other one."""
+    """A stand-in for the training notes what it sees and waits for the other one."""
     program = tmp_path / "python"
     program.write_text(
         "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument

@@ -170,7 +170,7 @@ def test_each_step_takes_its_own_learning_rate():
 
 
 def test_optimizer_state_survives_the_way_through_contiguous_tensors():
-    """As a checkpoint stores it; the continued run must give the same bits as the unbroken one."""
+    """A checkpoint stores it so; the continued run must give the same bits as the unbroken one."""
     batches = list(small_batches(4))
     network, step = make_step()
     for i in (0, 1):

@@ -175,7 +175,7 @@ def losses(folder):
 
 
 def assert_same_curve(folder, expected, *used):
-    """What the `used` pipelines trained in `folder` is what the resident one did.
+    """Assert that the `used` pipelines trained in `folder` what the resident one did.
 
     The losses are as sensitive as can be: with the last bit of half the pixels turned, those of the first epoch move by
     1e-5 and 4e-3. A tolerance of 1e-6 thus means the same pixels, to the last bit.
@@ -505,7 +505,7 @@ def test_an_average_of_the_weights_is_what_is_saved_and_evaluated(run, tmp_path)
 
 
 def test_whitening_is_of_the_training_images_and_is_not_trained(run, tmp_path, dataset):
-    """Of those that are not held out."""
+    """Held-out images have no part in it."""
     arguments = ("--model", "resnet9-narrow", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
     assert run("train", *SMALL, *arguments)[0] == 0
     found = load_file(tmp_path / "run" / "model.safetensors")

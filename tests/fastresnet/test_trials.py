@@ -61,7 +61,7 @@ def test_the_picture_is_all_that_is_written_beside_a_run_too(run, tmp_path, monk
     assert (code, err) == (0, "")
     assert out.endswith(f"lr{suffix}\n")
     told = dict(re.findall(r"│ (.*?) +│ +(\S+) │", out))
-    assert told["of fast as given"] == "0.05"
+    assert told["recipe default"] == "0.05"
     assert 1e-6 <= float(told["a tenth of the lowest loss's"]) <= 1
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "last.ckpt", f"lr{suffix}"}
     if suffix == ".svg":
@@ -80,8 +80,9 @@ def test_smoothed_losses_are_weighted_means():
 
 
 def test_the_steepest_and_lowest_places_of_a_known_curve_are_found():
-    """The loss falls around 1e-2, is lowest near 1e-1 and falls once more, faster, after it has risen. Smoothing with
-    0.9 lags by some 9 steps, about half a decade.
+    """The loss falls around 1e-2, is lowest near 1e-1 and falls once more, faster, after it has risen.
+
+    Smoothing with 0.9 lags by some 9 steps, about half a decade.
     """
     decades = np.log10(RATES)
     losses = 2.3 - 1 / (1 + np.exp(-4 * (decades + 2))) + 3 * np.exp(-(((decades - 0.2) / 0.2) ** 2))

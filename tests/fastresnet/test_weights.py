@@ -143,7 +143,7 @@ def prefixed(prefix, state):
 
 
 def assert_same_logits(weights, reference):
-    """In float64, where only real differences are left. Converting float32 weights to it is exact."""
+    """Compare in float64, where only real differences are left. Converting float32 weights to it is exact."""
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert not weights.model.training
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_of_a_run_that_averages_its_weights_the_average_is_loaded(tmp_path):
 
 
 def assert_refused(path, model=None):
-    """With `DataError` and nothing else, in a line or two that name the file."""
+    """Assert a `DataError` and nothing else, in a line or two that name the file."""
     with pytest.raises(DataError) as caught:
         load_weights(path, model)
     assert caught.value.exit_code == 3
@@ -312,7 +312,7 @@ def assert_refused(path, model=None):
 
 @functools.cache
 def good_state():
-    """What akamaster's network saves; not to be written into."""
+    """State dict that akamaster's network saves; not to be written into."""
     return akamaster().state_dict()
 
 
@@ -488,7 +488,7 @@ def test_code_in_a_file_is_not_run(tmp_path, kind, place):
 
 
 def test_the_canary_sings(tmp_path):
-    """What the test before shows absent is there without precautions."""
+    """Code that the test before shows absent runs without precautions."""
     bird = Canary(tmp_path / "canary")
     pickle.loads(pickle.dumps(bird)).close()
     assert bird.path.exists()
@@ -577,7 +577,7 @@ def directory_bytes(content):
 
 
 def offset_bytes(content):
-    """What the directory says about where entries begin: a multiple of 256 more or less may be another entry."""
+    """Find the directory's positions of entries: a multiple of 256 more or less may be another entry."""
     return [match.start() + 43 for match in re.finditer(rb"PK\x01\x02", content)]
 
 

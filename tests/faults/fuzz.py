@@ -45,7 +45,7 @@ from tests.pipelines.conftest import FakeCifar, pack
 
 SECONDS = 10
 SPARE_BYTES = 48 << 20
-"""What a reader may take beside twice the honest size of its files: Python's own memory, and decoders'."""
+"""Memory that a reader may take beside twice the honest size of its files: Python's own, and decoders'."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class Kind:
     folder: Path
     """The files, undamaged."""
     damaged: tuple[str, ...]
-    """Which of them are."""
+    """Names of the files to damage."""
     read: Callable[[Path], Any]
     """Reads a folder of such files; what it returns tells its content."""
     verified: bool = True
-    """Whether a checksum guards the content: then another content must not come out."""
+    """Guard of the content by a checksum: then another content must not come out."""
 
     @property
     def honest_bytes(self) -> int:
@@ -196,7 +196,7 @@ def damage(data: bytes, choose: random.Random) -> bytes:
 
 
 class Defect(Exception):
-    """What must not happen."""
+    """Outcome that must not happen."""
 
 
 def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) -> str:
@@ -328,13 +328,13 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if options.atheris:
         with_atheris(options.atheris, rest)
-    surroundings = environment(torch.device("cpu"))
+    facts = environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = campaign(options.inputs, options.seed, Path(folder))
     report = {
         "schema": 1,
         "report": "fuzz",
-        "environment": surroundings,
+        "environment": facts,
         "seed": options.seed,
         "inputs": sum(outcome.total() for outcome in outcomes.values()),
         "outcomes": {name: dict(outcome) for name, outcome in outcomes.items()},

@@ -90,7 +90,7 @@ sys.exit(code)
 
 @dataclasses.dataclass(slots=True)
 class Tally:
-    """What has been seen so far."""
+    """Count of the outcomes so far."""
 
     moments: Counter[str] = dataclasses.field(default_factory=Counter)
     """Kills by what the program was about to do."""
@@ -102,7 +102,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a command."""
+    """Result of a command."""
 
     killed: bool
     seconds: float
@@ -142,7 +142,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def training_result(folder: Path) -> dict[str, Any]:
-    """What must not depend on interruptions: all tensors, the metrics, and which files there are."""
+    """Collect the parts that must not depend on interruptions: all tensors, the metrics, and the list of files."""
     tensors = {
         f"{name}/{key}": hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
         for name in ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors")
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--pipelines", default=",".join(PIPELINES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    surroundings = environment(torch.device("cpu"))
+    facts = environment(torch.device("cpu"))
     names, choose, tally = options.pipelines.split(","), random.Random(options.seed), Tally()
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(names):
@@ -245,7 +245,7 @@ def main() -> None:
     report = {
         "schema": 1,
         "report": "kills",
-        "environment": surroundings,
+        "environment": facts,
         "seed": options.seed,
         "kills": tally.commands.total(),
         "commands": dict(tally.commands),

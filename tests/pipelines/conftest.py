@@ -1,5 +1,7 @@
-"""Fake CIFAR-10s with random pixels in every official packing, and what a pipeline must deliver, computed image by
-image in NumPy."""
+"""Fake CIFAR-10s with random pixels in every official packing, and the batches that a pipeline must deliver.
+
+NumPy computes them image by image.
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def evaluated(pipeline):
 def test_evaluation_gives_every_test_image_in_order_as_other_decoders_see_it(
     dataset, open_jpeg, tmp_path, decode, settings
 ):
-    """To the bit: all three use libjpeg-turbo's accurate integer transform and smooth upsampling of the colours."""
+    """All three use libjpeg-turbo's accurate integer transform and smooth upsampling of colours: equal to the bit."""
     dataset = with_shards(dataset, tmp_path, **settings)
     images, labels = evaluated(open_jpeg(dataset, train=False, augmentation=EVERYTHING))
     assert np.array_equal(images, decoded_images(dataset, "test", decode))
@@ -92,7 +92,7 @@ def test_evaluation_gives_every_test_image_in_order_as_other_decoders_see_it(
 
 
 def with_shards(dataset, folder, **settings):
-    """The same images in `folder`, with shards of other settings."""
+    """Copy the data set to `folder`, with shards of other settings."""
     arguments = {"train_images": len(dataset.train), "test_images": len(dataset.test)}
     formats, jpeg = ["raw", "jpeg"], JpegSettings(**settings)
     return prepare("shapes10", folder, lambda *_: None, **arguments, formats=formats, jpeg=jpeg)[0]
@@ -153,7 +153,7 @@ BROKEN = {
 
 @pytest.fixture(params=BROKEN.values(), ids=BROKEN)
 def error(request, break_import):
-    """Why DALI cannot be imported."""
+    """Return the reason why DALI cannot be imported."""
     break_import("dali", request.param)
     return request.param
 

@@ -15,7 +15,7 @@ from pipelines import Augmentation
 from pipelines.errors import RunError, UsageError
 
 BATCHES = 6
-"""In an epoch of `pipeline`."""
+"""Batches in an epoch of `pipeline`."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def in_thread(pipeline, monkeypatch):
 
 @pytest.fixture
 def assert_works(pipeline, dataset, helpers, monkeypatch):
-    """With nothing armed any more, an epoch is right and no thread is left."""
+    """Assert that an epoch is right and no thread is left, with nothing armed any more."""
 
     def assert_right():
         monkeypatch.undo()
@@ -202,7 +202,7 @@ BROKEN = {
 
 @pytest.fixture(params=BROKEN.values(), ids=BROKEN)
 def error(request, break_import):
-    """Why FFCV cannot be imported."""
+    """Return the reason why FFCV cannot be imported."""
     break_import("ffcv", request.param)
     return request.param
 

@@ -1,5 +1,7 @@
-"""Files made from a store for FFCV (.beton) and DALI (JPEG shards): right by readers that are not ours, bound to the
-store they were made from, and never half there."""
+"""Files made from a store for FFCV (.beton) and DALI (JPEG shards).
+
+They are right by readers that are not ours, bound to the store they were made from, and never half there.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def folder(dataset, tmp_path) -> Path:
 
 @pytest.fixture
 def bare(folder) -> Path:
-    """The same without derived files."""
+    """A copy of the common store without derived files."""
     for name in names(folder) - RAW_FILES:
         (folder / name).unlink()
     return folder
@@ -395,7 +397,7 @@ def shared_memory():
 
 
 def left_over(segments):
-    """What is there beyond `segments`, when everybody had the time to clean up."""
+    """List the files beyond `segments`, when everybody had the time to clean up."""
     for _ in range(100):
         if not (remaining := shared_memory() - segments):
             break

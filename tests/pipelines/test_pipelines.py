@@ -154,7 +154,7 @@ NORMALISED = [
 
 
 def ulps(a, b):
-    """How many values of their type lie between `a` and `b`, element by element, and one for `b` itself."""
+    """Count the values of their type between `a` and `b`, element by element, and one for `b` itself."""
     assert a.dtype == b.dtype
     integers = {2: torch.int16, 4: torch.int32}[a.element_size()]
 
@@ -319,7 +319,7 @@ def test_the_free_memory_of_a_cpu_is_a_part_of_what_it_has():
 
 
 def test_processors_are_those_that_the_process_may_use(monkeypatch):
-    """As under taskset; where the system does not tell, it is all of them."""
+    """Taskset limits them; where the system does not tell, it is all of them."""
     code = "import os, pipelines; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
     command = [sys.executable, "-c", f"{code}; print(pipelines.usable_processors())"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"

@@ -371,7 +371,7 @@ def killed(tmp_path_factory) -> dict[tuple[str, int], Path]:
 
 @pytest.fixture(scope="module")
 def killed_while_replacing(tmp_path_factory, helpers) -> dict[tuple[str, int], Path]:
-    """The same where a damaged store was being replaced."""
+    """A root for each moment, in which a process was killed while replacing a damaged store."""
     prepared = tmp_path_factory.mktemp("prepared")
     prepare("shapes10", prepared, helpers.ignore, train_images=TRAIN, test_images=TEST)
     damage(prepared / "shapes10", "flipped bit")

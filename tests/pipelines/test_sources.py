@@ -149,7 +149,7 @@ def mutated(whole: bytes, rng: random.Random) -> bytes:
 
 
 def refusals(read, file: Path, contents: Iterator[bytes], path: Path) -> int:
-    """How many of `contents`, written to `file`, make the source `path` unfit; any other error comes through."""
+    """Count those of `contents` that, written to `file`, make the source `path` unfit; other errors come through."""
     messages = []
     for content in contents:
         file.write_bytes(content)
@@ -313,7 +313,7 @@ def test_zip_member_that_cannot_be_unpacked_is_refused(tmp_path, helpers, fake, 
 
 
 def read_in_child(path: Path) -> tuple[str, int]:
-    """What reading `path` in a process of its own raises, and the largest memory of that process in MiB."""
+    """Read `path` in a process of its own; return what it raises, and the largest memory of that process in MiB."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom pipelines.sources import read_source\n"
         "try: read_source(Path(sys.argv[1]), lambda *_: None)\n"
@@ -367,7 +367,7 @@ def call(module: str, name: str, *arguments: object) -> bytes:
 
 
 def reduced(module: str, name: str, *arguments: str) -> bytes:
-    """The same with the opcodes of Python 2."""
+    """Write a pickle that calls `module.name(*arguments)` with the opcodes of Python 2."""
     strings = b"".join(b"U" + bytes([len(text)]) + text.encode() for text in arguments)
     return f"\x80\x02c{module}\n{name}\n(".encode("latin-1") + strings + b"tR."
 
@@ -689,8 +689,10 @@ def nobody() -> Iterator[str]:
 
 @pytest.fixture
 def download_from(tmp_path, monkeypatch):
-    """`download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`; it must leave the
-    process's time-out as it was."""
+    """Run `download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`.
+
+    It must leave the process's time-out as it was.
+    """
     torchvision = pytest.importorskip("torchvision.datasets")
     monkeypatch.setenv("no_proxy", "*")
 
@@ -764,7 +766,7 @@ def real(cifar10_archive, helpers) -> RawData:
 
 @pytest.fixture(scope="module")
 def by_torchvision(cifar10_archive, tmp_path_factory) -> RawData:
-    """The same archive, unpacked by the standard library and read by torchvision."""
+    """Unpack the archive by the standard library and read it by torchvision."""
     from torchvision.datasets import CIFAR10
 
     root = tmp_path_factory.mktemp("unpacked")
