@@ -50,7 +50,7 @@ class World:
         return rank_rows(batch_size, self.rank, self.world_size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor`, which is changed, over the world."""
+        """Sum `tensor` over the ranks, in place."""
         if not self.is_single:
             dist.all_reduce(tensor)
         return tensor
@@ -70,7 +70,7 @@ class World:
                 dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Wait for all world."""
+        """Wait for all ranks."""
         if not self.is_single:
             dist.barrier()
 

@@ -95,7 +95,6 @@ class RunFolder:
             yield self
             return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
             with _lock(self.path / _LOCK):
                 yield self
@@ -250,34 +249,59 @@ def _load_checkpoint(path: Path) -> Checkpoint:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which names this process. The system releases it when the process ends in any way."""
-    while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closed below
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker process inherits it
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise UsageError(_in_use(path.parent, holder)) from None
-        except OSError:
-            pass  # a file system without locks
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            break
-        file.close()  # its holder has removed it meanwhile
-    with file:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    """Hold the lock file `path`, which names this process; its folder is made.
+
+    The system releases the lock when the process ends in any way. It knows processes, not threads: those of this one
+    are told apart by `_HELD`.
+    """
+    if (name := path.absolute()) in _HELD:
+        raise UsageError(_in_use(path.parent, f"{os.getpid()}, this one"))
+    _HELD.add(name)
+    try:
+        descriptor = _take(path)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if descriptor is not None:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+    finally:
+        _HELD.remove(name)
+
+
+_HELD: set[Path] = set()
+"""Lock files that this process holds."""
+
+
+def _take(path: Path) -> int | None:
+    """Lock `path` and return its descriptor; None in a folder that is read-only, where nothing can be spoilt."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            continue  # the last holder has removed the folder
+        except PermissionError:
+            return None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker process inherits it
+        except (BlockingIOError, PermissionError):
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UsageError(_in_use(path.parent, holder or "unknown")) from None
+        except OSError:
+            pass  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        os.close(descriptor)  # the last holder has removed the file
 
 
 def _in_use(folder: Path, holder: str) -> str:
-    told = f"{folder} is in use by another training, process {holder or 'unknown'}. Give another folder with --out."
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
+    told = f"{folder} is in use by another training, process {holder}. Give another folder with --out."
+    if os.environ.get("SLURM_NTASKS") not in (None, "", "1") and "RANK" not in os.environ:
         told += " Slurm has started several tasks: start one, with torchrun in it (docs/cluster.md)."
     return told
 

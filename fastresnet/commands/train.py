@@ -83,7 +83,7 @@ def _parse(arguments: list[str]) -> Options:
     from fastresnet.config import from_toml
     from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
 
-    file, _, _ = (_take_option(arguments, name)[0] for name in ("--config", "--seeds", "--find-lr"))
+    file, _, _ = (_take_once(arguments, name) for name in ("--config", "--seeds", "--find-lr"))
     if file is not None:
         base = from_toml(Path(file))
     else:
@@ -230,6 +230,14 @@ def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
     return None, arguments
+
+
+def _take_once(arguments: list[str], name: str) -> str | None:
+    """Return the value of option `name`. Raises `UsageError` where it is missing, or the option is there twice."""
+    value, rest = _take_option(arguments, name)
+    if _take_option(rest, name)[0] is not None:
+        raise UsageError(f"{name} is there twice.")
+    return value
 
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -64,7 +64,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(model: nn.Module) -> None:
-    """Let all of `model` normalise by the statistics of all world. `torch.distributed` must be initialised."""
+    """Let all of `model` normalise by the statistics of all ranks. `torch.distributed` must be initialised."""
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
             module.synchronized = True

@@ -34,7 +34,7 @@ from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, faster_backend
 from fastresnet.training.loggers import Status, create_loggers
 from fastresnet.training.mixing import Mixer
-from fastresnet.training.optimizer import create_optimizers, lr_factors
+from fastresnet.training.optimizer import create_optimizers, lr_factor, lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import Batch, Pipeline, PipelineName, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
@@ -88,8 +88,7 @@ def train(
         pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
         clock.enter("model")
-        factors = lr_factors(config, total_steps)
-        step = create_step(config, dataset, factors, world)
+        step = create_step(config, dataset, lr_factors(config, total_steps), world)
         if checkpoint is not None:
             step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
             run.write_metrics(progress.rows)  # a kill may have come between the checkpoint and this
@@ -123,7 +122,7 @@ def train(
 
         def status(loss: float, accuracy: float) -> Status:
             clock.update(progress)
-            lr = config.lr * factors[progress.step - 1]
+            lr = config.lr * config.lr_scale * lr_factor(config, progress.step - 1, total_steps)
             return Status.of(progress, loss, accuracy, lr, config.batch_size, total_steps, epoch_steps)
 
         def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:

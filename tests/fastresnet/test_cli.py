@@ -402,6 +402,8 @@ def test_a_switch_takes_both_forms_whatever_the_recipe_has_set(run, recipe, swit
     ("arguments", "message"),
     [
         (["--config"], "--config needs a value."),
+        (["--config", "a.toml", "--config", "b.toml"], "--config is there twice."),
+        (["--seeds", "0", "--seeds=1"], "--seeds is there twice."),
         (["fast", "--find-lr"], "--find-lr needs a value."),
         (["--seeds", "--dry-run"], "--seeds needs a value."),
         (["--data", "shapes10", "best"], "best is out of place: a recipe is the first word"),

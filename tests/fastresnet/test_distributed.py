@@ -122,7 +122,7 @@ def test_a_process_that_torchrun_did_not_start_is_single(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert world_of_torchrun() == SINGLE
     assert SINGLE.is_single
-    assert SINGLE.first
+    assert SINGLE.is_main
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------

@@ -46,6 +46,11 @@ def test_tasks_that_slurm_has_started_without_torchrun_get_a_hint(holder, tmp_pa
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with pytest.raises(UsageError, match="Slurm has started several tasks"), RunFolder(tmp_path / "run").locked():
         pass
+    for tasks in ("", "1"):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with pytest.raises(UsageError, match=r"--out\.$"), RunFolder(tmp_path / "run").locked():
+            pass
+    monkeypatch.setenv("SLURM_NTASKS", "2(x2)")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match=r"--out\.$"), RunFolder(tmp_path / "run").locked():
         pass
@@ -58,6 +63,49 @@ def test_a_kill_releases_the_lock_although_a_worker_lives_on(holder, tmp_path):
     with RunFolder(tmp_path / "run").locked():
         assert (tmp_path / "run" / ".lock").read_text().startswith(f"{os.getpid()} on ")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_two_trainings_of_one_process_are_kept_apart_too(tmp_path):
+    with RunFolder(tmp_path / "run").locked():
+        with pytest.raises(UsageError, match=f"process {os.getpid()}, this one"), RunFolder(tmp_path / "run").locked():
+            pass
+        assert (tmp_path / "run" / ".lock").exists()
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "file").write_text("someone's")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match="symbolic links"), RunFolder(tmp_path / "run").locked():
+        pass
+    assert (tmp_path / "file").read_text() == "someone's"
+
+
+TAKING_TURNS = """
+import sys, time
+from pathlib import Path
+from fastresnet.run_folder import RunFolder
+from pipelines.errors import UsageError
+folder, until, taken = Path(sys.argv[1]), time.time() + 2, 0
+while time.time() < until:
+    try:
+        with RunFolder(folder).locked():
+            (folder / "held").mkdir()
+            (folder / "held").rmdir()
+            taken += 1
+    except UsageError:
+        pass
+assert taken
+"""
+
+
+def test_a_folder_that_comes_and_goes_is_held_by_one_at_a_time(tmp_path):
+    command = [sys.executable, "-c", TAKING_TURNS, str(tmp_path / "a" / "run")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[1] for process in processes] == ["", "", ""]
+    assert not (tmp_path / "a" / "run" / ".lock").exists()
 
 
 def test_folders_that_stay_empty_are_removed_and_others_kept(tmp_path):
