@@ -50,7 +50,7 @@ class TrainConfig:
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     pipeline: Literal["auto", PipelineName] = "auto"
-    """auto (resident where the data set fits in memory), resident, dali, ffcv or torchvision."""
+    """Source of the batches; auto: resident where the data set fits in memory."""
     decode: Decoder = "raw"
     """raw, or jpeg: train on the JPEG shards of `prepare --formats jpeg`, decoded by the dali pipeline."""
     val_split: int = 0
@@ -65,7 +65,7 @@ class TrainConfig:
     sync_bn: bool = False
     """Batch norm over the images of all processes, not of each by itself."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
-    """sgd, adamw, or muon (for convolutions; SGD with --sgd-lr for the rest)."""
+    """Optimiser; muon is for convolutions, with SGD at --sgd-lr for the rest."""
     lr: float = 0.1
     """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
     sgd_lr: float = 0.1
@@ -119,12 +119,12 @@ class TrainConfig:
     seed: int = 0
     """Seed of initial weights, order and augmentation."""
     device: Device = "auto"
-    """auto, cpu or cuda."""
+    """Device to compute on."""
     threads: Threads = "auto"
     """Threads that a CPU computes with: a number, or auto, which tries 1, half and all of the usable processors for a
     few steps and takes the fastest. The last bits of a run depend on it."""
     precision: Precision = "auto"
-    """auto, fp32, bf16 or fp16 (with a gradient scaler)."""
+    """Precision of the forward pass; fp16 has a gradient scaler."""
     compile: Compile = "auto"
     """torch.compile: off, on, graph (with the whole step one CUDA graph) or auto: graph on a GPU; on a CPU whichever
     measures faster, if the run is long enough to pay for compilation."""

@@ -7,22 +7,28 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastresnet.device import DTYPES, autocast
+from fastresnet.device import DTYPES, autocast, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
 from fastresnet.threads import Threads, settled_threads
-from fastresnet.weights import Weights
+from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, Pipeline, open_pipeline
 from pipelines.errors import DataError
 from pipelines.prepare import find_dataset
 from pipelines.sampling import NormalizationMode
 from pipelines.sources import Report
 from pipelines.store import CIFAR10, Dataset
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN_MISTAKES = 24
 
 BATCH_SIZE = 1000
 """Images per evaluation batch, less where the split is smaller; the result does not depend on it."""
@@ -169,3 +175,73 @@ def probabilities(
         likely.append(logits.softmax(1)[: batch.valid].cpu())
         labels.append(batch.labels[: batch.valid].cpu())
     return torch.cat(likely).numpy(), torch.cat(labels).numpy()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Predictions:
+    """Probabilities that a network gives for every image of a test set."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: np.ndarray
+    """Pixels, uint8 [N, 32, 32, 3]."""
+    labels: np.ndarray
+    """True classes, int64 [N]."""
+    probabilities: np.ndarray
+    """Probabilities of all classes, float32 [N, classes]."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Numbers of images by true class (rows) and predicted class (columns), int64 [classes, classes]."""
+        counts = np.zeros((len(self.classes),) * 2, np.int64)
+        np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
+        return counts
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy, percent."""
+        return 100 * float(np.trace(self.counts)) / len(self.labels)
+
+    def confusion(self) -> Figure:
+        """Draw the matrix of `counts`."""
+        from fastresnet.plotting import confusion  # matplotlib takes half a second to load
+
+        return confusion(
+            self.counts, self.classes, f"{self.name}: {self.accuracy:.2f} % of {len(self.labels):,} images"
+        )
+
+    def worst(self) -> np.ndarray:
+        """Return the rows of the most confident mistakes, the worst first."""
+        predicted = self.probabilities.argmax(1)
+        wrong = np.flatnonzero(predicted != self.labels)
+        return wrong[np.argsort(-self.probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN_MISTAKES]
+
+    def mistakes(self) -> Figure:
+        """Draw the most confident mistakes."""
+        from fastresnet.plotting import image_grid
+
+        rows = self.worst()
+        titles = [self._title(row) for row in rows]
+        return image_grid(self.images[rows], titles, f"{self.name}: most confident mistakes; true / predicted class")
+
+    def _title(self, row: int) -> str:
+        predicted = int(self.probabilities[row].argmax())
+        share = 100 * self.probabilities[row, predicted]
+        return f"{self.classes[self.labels[row]]}\n{self.classes[predicted]} {share:.0f} %"
+
+
+def predict_test_set(path: Path, data: str | None, root: Path | None, device: str) -> Predictions:
+    """Run the network in file `path` on the test set of `data`, or of the data set of its training.
+
+    Raises `DataError` where the file or the data set are missing, damaged or do not fit together.
+    """
+    weights = load_weights(path)
+    dataset, on = find_dataset_for(weights, path, data, root), resolve_device(device)
+    precision = (weights.training or {}).get("precision", "fp32")
+    precision = precision if supports(precision, on) else "fp32"
+    pipeline = open_evaluation(dataset, weights.normalization, pipeline="resident", precision=precision, device=on)
+    with contextlib.closing(pipeline):
+        likely, labels = probabilities(weights.model.to(on), pipeline, precision=precision, device=on)
+    return Predictions(
+        f"{weights.name} on {dataset.name}", dataset.classes, np.asarray(dataset.test.images), labels, likely
+    )

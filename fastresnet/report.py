@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fastresnet.config import TrainConfig, from_toml
-from fastresnet.examination import Examined
+from fastresnet.evaluation import Predictions
 from fastresnet.plotting import curves, rendered
 from fastresnet.recipes import changed_settings
 from fastresnet.run_folder import Run
@@ -42,8 +42,8 @@ td:first-child, .number { white-space: nowrap; }
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
-def page(run: Run, examined: Examined) -> str:
-    """Write the HTML of a finished `run`; `examined` is its network on the test set. Raises as `from_toml` does."""
+def page(run: Run, predictions: Predictions) -> str:
+    """Write the HTML of a finished `run`; `predictions` are of the test set. Raises as `from_toml` does."""
     summary = run.summary or {}
     config = from_toml(run.folder / "config.toml")
     title = f"{summary['model']} on {summary['data']}, recipe {summary['recipe']}, seed {summary['seed']}"
@@ -64,8 +64,8 @@ def page(run: Run, examined: Examined) -> str:
 <p class="muted">{escape(summary["environment"]["device"])}; started {escape(summary["environment"]["started"])}</p>
 <div class="tiles">{shown}</div>
 <h2>Curves</h2>{_figure(curves({run.name: (run.rows, run.evaluated_on)}))}
-<h2>Confusion matrix</h2>{_figure(examined.confusion(), "square")}
-<h2>Most confident mistakes</h2>{_picture(examined.mistakes())}
+<h2>Confusion matrix</h2>{_figure(predictions.confusion(), "square")}
+<h2>Most confident mistakes</h2>{_picture(predictions.mistakes())}
 <h2>Time</h2>{_times(summary)}
 <h2>Settings</h2>{_settings(config)}
 <h2>Environment</h2>{_table(_environment(summary))}

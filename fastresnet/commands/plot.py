@@ -62,7 +62,7 @@ def _figure(options: Options) -> Figure:
         runs = [read_run(folder) for folder in options.runs]
         return curves({run.name: (run.rows, run.evaluated_on) for run in runs})
 
-    from fastresnet.examination import examine
+    from fastresnet.evaluation import predict_test_set
 
-    examined = examine(options.runs[0] / "model.safetensors", options.data, options.root, options.device)
-    return examined.confusion() if options.kind == "confusion" else examined.mistakes()
+    predictions = predict_test_set(options.runs[0] / "model.safetensors", options.data, options.root, options.device)
+    return predictions.confusion() if options.kind == "confusion" else predictions.mistakes()

@@ -32,7 +32,7 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "report", arguments)
-    from fastresnet.examination import examine
+    from fastresnet.evaluation import predict_test_set
     from fastresnet.report import page
     from fastresnet.run_folder import read_run
     from pipelines.files import write_bytes
@@ -40,8 +40,8 @@ def run(arguments: list[str]) -> int:
     finished = read_run(options.run)
     if finished.summary is None:
         raise DataError(f"{options.run} is not finished (no summary.json). Finish it with fastresnet train --resume.")
-    examined = examine(options.run / "model.safetensors", options.data, options.root, options.device)
+    predictions = predict_test_set(options.run / "model.safetensors", options.data, options.root, options.device)
     path = options.out or options.run / "report.html"
-    write_bytes(path, page(finished, examined).encode())
+    write_bytes(path, page(finished, predictions).encode())
     print(path)
     return 0

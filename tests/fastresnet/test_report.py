@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastresnet.examination import Examined, examine
+from fastresnet.evaluation import Predictions, predict_test_set
 from fastresnet.plotting import curves
 from fastresnet.run_folder import read_run
 from fastresnet.weights import load_weights
@@ -48,31 +48,33 @@ def test_counts_and_mistakes_follow_from_the_probabilities():
     probabilities = rng.dirichlet(np.ones(3), 200).astype(np.float32)
     labels = rng.integers(0, 3, 200)
     images = rng.integers(0, 256, (200, 32, 32, 3), np.uint8)
-    examined = Examined("x", ("a", "b", "c"), images, labels, probabilities)
+    predictions = Predictions("x", ("a", "b", "c"), images, labels, probabilities)
     taken_for = probabilities.argmax(1)
     for row in range(3):
         for column in range(3):
-            assert examined.counts[row, column] == sum((labels == row) & (taken_for == column))
-    assert examined.accuracy == pytest.approx(100 * np.mean(labels == taken_for))
-    worst = examined.worst()
+            assert predictions.counts[row, column] == sum((labels == row) & (taken_for == column))
+    assert predictions.accuracy == pytest.approx(100 * np.mean(labels == taken_for))
+    worst = predictions.worst()
     assert len(worst) == 24
     assert all(labels[row] != taken_for[row] for row in worst)
     by_hand = sorted((-probabilities[i].max(), i) for i in range(200) if labels[i] != taken_for[i])
     assert worst.tolist() == [i for _, i in by_hand[:24]]
 
 
-def test_examination_and_eval_agree(run, finished, data_root):
-    examined = examine(finished / "model.safetensors", None, data_root, "cpu")
+def test_predictions_and_eval_agree(run, finished, data_root):
+    predictions = predict_test_set(finished / "model.safetensors", None, data_root, "cpu")
     _, out, _ = run("eval", "--weights", finished / "model.safetensors")
-    assert f"{examined.accuracy:.2f} %" in out
-    assert len(examined.labels) == 50
-    assert load_weights(finished / "model.safetensors").classes == examined.classes
+    assert f"{predictions.accuracy:.2f} %" in out
+    assert len(predictions.labels) == 50
+    assert load_weights(finished / "model.safetensors").classes == predictions.classes
 
 
 def test_a_network_without_mistakes_has_a_picture_too():
     labels = np.arange(3)
-    examined = Examined("x", ("a", "b", "c"), np.zeros((3, 32, 32, 3), np.uint8), labels, np.eye(3, dtype=np.float32))
-    assert examined.mistakes().get_suptitle()
+    predictions = Predictions(
+        "x", ("a", "b", "c"), np.zeros((3, 32, 32, 3), np.uint8), labels, np.eye(3, dtype=np.float32)
+    )
+    assert predictions.mistakes().get_suptitle()
 
 
 # --- plot --------------------------------------------------------------------------------------------------------
