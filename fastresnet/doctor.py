@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ import torch
 
 from fastresnet.device import NVIDIA_CONTROL, resolve_precision
 from fastresnet.provenance import environment, versions_of
-from pipelines import PIPELINES, free_memory
+from pipelines import PIPELINES, free_memory, pipeline_class
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.errors import UserError
 from pipelines.prepare import CIFAR10, data_root
@@ -98,7 +97,7 @@ def _pipelines() -> Iterator[Finding]:
     for name in PIPELINES:
         threads = torch.get_num_threads()
         try:
-            importlib.import_module(f"pipelines.{name}")
+            pipeline_class(name, torch.device("cpu"))
         except UserError as error:  # what is wrong, a colon, and what to do
             problem, _, remedy = str(error).rpartition(": ")
             yield Finding(f"pipeline {name}", "missing", problem, remedy)

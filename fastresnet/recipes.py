@@ -44,12 +44,12 @@ def baseline(model: str = "resnet20") -> TrainConfig:
 
 
 def fast(model: str = "resnet20") -> TrainConfig:
-    """Exceed the accuracy of the paper's ResNet-20 (91.25 %) in an eighth of its epochs.
+    """Reach the accuracy of the paper's ResNet-20 (91.25 %) in an eighth of its epochs.
 
     `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2). That is
     36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16. On an H100: 91.33 ± 0.12 %
-    (seeds 0 to 3), in 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds 0 to 2), ResNet-32: 92.19 % (seed 0),
-    short of the paper's 93.03 and 92.49 %. The experiments are in `docs/fast-recipe.md`.
+    (seeds 0 to 3); the two that had it to themselves took 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds 0 to
+    2), ResNet-32: 92.19 % (seed 0), short of the paper's 93.03 and 92.49 %. `docs/fast-recipe.md` has the experiments.
 
     Muon trains the convolutions, whose weights it keeps at a fixed norm. The learning rate falls linearly to 0. Crops
     are padded with the mirrored image, as in cifar10-airbench: a network learns the effect of black margins on its

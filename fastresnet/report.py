@@ -39,7 +39,7 @@ td:first-child, .number { white-space: nowrap; }
 .bar div { min-width: 1px; }
 .key { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .4rem; }
 """
-_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 
 
 def page(run: Run, predictions: Predictions) -> str:
@@ -91,25 +91,25 @@ def _picture(figure: Figure) -> str:
 def _times(summary: dict[str, Any]) -> str:
     """Draw start, training and the rest (evaluation, checkpoints) as one bar."""
     cold = summary["cold_start"]
-    start = cold["import"] + cold["data"] + cold.get("threads", 0.0) + cold.get("compile", 0.0)
-    rest = max(summary["total_seconds"] - summary["train_seconds"] - start, 0.0)
-    parts = [
-        ("imports", cold["import"]),
-        ("opening the data", cold["data"]),
-        ("choosing threads", cold.get("threads", 0.0)),
-        ("compiling", cold.get("compile", 0.0)),
-        ("training steps", summary["train_seconds"]),
-        ("evaluation and checkpoints", rest),
-    ]
+    names = {
+        "import": "imports",
+        "data": "opening the data",
+        "model": "building the network",
+        "threads": "choosing threads",
+        "compile": "compiling",
+    }
+    start = [(text, cold.get(phase, 0.0)) for phase, text in names.items()]  # older runs have fewer phases
+    rest = summary["total_seconds"] - summary["train_seconds"] - sum(seconds for _, seconds in start)
+    parts = [*start, ("training steps", summary["train_seconds"]), ("evaluation and checkpoints", max(rest, 0.0))]
     whole = sum(seconds for _, seconds in parts) or 1.0
     bars = "".join(
         f'<div style="width:{100 * seconds / whole:.2f}%;background:{color}" title="{what}"></div>'
-        for (what, seconds), color in zip(parts, _COLORS, strict=False)
+        for (what, seconds), color in zip(parts, _COLORS, strict=True)
     )
     lines = "".join(
         f'<tr><td><i class="key" style="background:{color}"></i>{what}</td>'
         f'<td class="number">{seconds:,.1f} s</td><td class="number">{100 * seconds / whole:.1f} %</td></tr>'
-        for (what, seconds), color in zip(parts, _COLORS, strict=False)
+        for (what, seconds), color in zip(parts, _COLORS, strict=True)
     )
     return f'<div class="bar">{bars}</div><table>{lines}</table>'
 

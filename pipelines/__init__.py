@@ -26,6 +26,7 @@ __all__ = [
     "free_memory",
     "is_installed",
     "open_pipeline",
+    "pipeline_class",
     "usable_processors",
 ]
 
@@ -83,10 +84,10 @@ def open_pipeline(
         augmentation = dataclasses.replace(augmentation, crop_padding=0, flip="none", cutout=0)
     split = dataset.train if train else dataset.test
     sampler = Sampler(size=len(split), batch_size=batch_size, train=train, seed=seed, rank=rank, world_size=world_size)
-    return _pipeline_class(name, device)(dataset, split, sampler, augmentation, device, dtype, decode)
+    return pipeline_class(name, device)(dataset, split, sampler, augmentation, device, dtype, decode)
 
 
-def _pipeline_class(name: str, device: torch.device) -> type[Pipeline]:
+def pipeline_class(name: str, device: torch.device) -> type[Pipeline]:
     """Import the class of pipeline `name`, and with it the library that it needs."""
     if name == "dali":
         from .dali import DaliPipeline

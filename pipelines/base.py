@@ -37,7 +37,8 @@ class Batch:
 class Pipeline(abc.ABC):
     """Batches of one split, a pure function of (seed, epoch, step).
 
-    A subclass opens what it reads in `_open` and executes plans in `_execute`.
+    A subclass opens what it reads in `_open` and executes plans in `_execute`: `plan.rows` index `self._split.images`,
+    and `self._sampler.valid(step)` counts the real rows of a batch.
     """
 
     def __init__(

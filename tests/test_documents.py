@@ -60,6 +60,7 @@ def workspace(tmp_path_factory):
     torch.save({"state_dict": create_model("resnet20", shortcut="A").state_dict()}, place / "resnet20-12fca82f.th")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.delenv("FASTRESNET_DATA", raising=False)
         for name in ("NAME", "OTHER"):
             assert cli.main(["train", "smoke", "--iterations", "2", "--out", f"runs/{name}"]) == 0
     return place

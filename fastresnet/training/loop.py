@@ -130,6 +130,7 @@ def train(
             return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_if_asked, world=world)
 
         with StopSignals() as signals:
+            # A run may have been stopped between its last step and the evaluation.
             while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
                 clock.enter("training")
                 step.model.train()

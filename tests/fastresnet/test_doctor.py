@@ -1,6 +1,5 @@
 """Findings of the doctor, also where something has been broken for it."""
 
-import importlib
 import json
 import shutil
 import warnings
@@ -66,12 +65,12 @@ def test_a_pipeline_whose_library_is_missing(run, tmp_path, need, break_import, 
 
 
 def test_a_pipeline_whose_library_is_broken(run, tmp_path, monkeypatch):
-    def import_module(name, *package, original=importlib.import_module):
-        if name == "pipelines.torchvision":
+    def pipeline_class(name, device, original=doctor.pipeline_class):
+        if name == "torchvision":
             raise OSError("libfoo.so: cannot open shared object file")
-        return original(name, *package)
+        return original(name, device)
 
-    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(doctor, "pipeline_class", pipeline_class)
     found = findings(run, tmp_path)["pipeline torchvision"]
     assert (found["state"], found["detail"]) == ("broken", "libfoo.so: cannot open shared object file")
     assert found["remedy"] == "pip install --force-reinstall torchvision"
