@@ -30,7 +30,7 @@ from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Batch, GatheringPipeline, free_memory
 from pipelines.files import replacing
-from pipelines.sampling import IMAGE_SIZE, EpochPlan
+from pipelines.sampling import IMAGE_SIZE
 
 MOST_STEPS = 100_000
 """Limit to the steps of a turn; as many learning rates are laid out."""
@@ -305,11 +305,11 @@ class SameBatch(GatheringPipeline):
     def __len__(self) -> int:
         return self._length
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        return itertools.repeat(self._batch, self._length - start)
+    def _plan(self, _: int) -> Any:
+        """Plan nothing: all epochs are the same."""
 
-    def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
-        raise NotImplementedError
+    def _execute(self, _: Any, start: int) -> Iterator[Batch]:
+        return itertools.repeat(self._batch, self._length - start)
 
     def load(self, epoch: int) -> None:
         pass

@@ -36,7 +36,7 @@ from fastresnet.training.loggers import Status, create_loggers
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import create_optimizers, lr_factor, lr_factors
 from fastresnet.training.step import TrainStep
-from pipelines import Batch, Pipeline, PipelineName, choose_pipeline, open_pipeline
+from pipelines import Pipeline, PipelineName, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
@@ -94,12 +94,8 @@ def train(
             run.write_metrics(progress.rows)  # a kill may have come between the checkpoint and this
         tell(announcement(config, step.model, dataset, world, total_steps, why_pipeline, progress.step))
 
-        clock.enter("data")
-        batch = next(pipeline.epoch(progress.epoch))
-        config = measure_choices(config, step, batch, total_steps - progress.step, world, tell, clock)
-        execution = Execution(step, pipeline, COMPILE[config.compile])
-        if progress.step < total_steps:  # a run may have been stopped after its last step
-            execution.prepare(batch)
+        left = total_steps - progress.step
+        config, execution = create_execution(config, step, pipeline, progress.epoch, left, world, tell, clock)
         clock.enter("other")
         loggers = create_loggers(config, run.path, console, total_steps, progress.step) if main else []
         for logger in loggers:
@@ -302,16 +298,22 @@ def _threads_matter(device: torch.device, world: World) -> bool:
     return device.type == "cpu" and world.is_single
 
 
-def measure_choices(
+def create_execution(
     config: TrainConfig,
     step: TrainStep,
-    batch: Batch,
+    pipeline: Pipeline,
+    epoch: int,
     steps: int,
     world: World,
     tell: Callable[[str], None],
     clock: Stopwatch,
-) -> TrainConfig:
-    """Replace the `auto` of threads and compilation on a CPU by what trial steps find fastest for `steps` steps."""
+) -> tuple[TrainConfig, Execution]:
+    """Prepare the execution of `steps` steps from `epoch` on, compiled where that is wanted.
+
+    On a CPU trial steps decide the `auto` of threads and compilation; the config returned has what they chose.
+    """
+    clock.enter("data")
+    batch = next(pipeline.epoch(epoch))
     if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
         clock.enter("threads")
         threads, reason = fastest_threads(
@@ -327,8 +329,11 @@ def measure_choices(
         backend, why = faster_backend(step, batch, steps)
         compile_ = {backend: value for value, backend in COMPILE.items()}[backend]
         config, reason = dataclasses.replace(config, compile=compile_), f": {why}"
-    tell(f"backend {COMPILE[config.compile]}{reason}")
-    return config
+    execution = Execution(step, pipeline, COMPILE[config.compile])
+    if steps:  # a run may have been stopped after its last step
+        execution.prepare(batch)
+    tell(f"backend {execution.backend}{reason}")
+    return config, execution
 
 
 # --- time, signals, words ----------------------------------------------------------------------------------------
@@ -341,7 +346,7 @@ class Stopwatch:
         """Begin in phase `data`; `spent` are seconds from before."""
         self.seconds = defaultdict(float, {"import": 0.0, "data": 0.0, **(spent or {})})
         self.earlier = Progress()
-        """Position, and seconds, at the start of this session."""
+        """Position, and seconds, before the first step of this process."""
         self.first_step: float | None = None
         self._phase, self._mark = "data", time.perf_counter()
 

@@ -18,12 +18,19 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastresnet.config import COMPILE, TrainConfig
+from fastresnet.config import TrainConfig
 from fastresnet.device import explained_failures, resolve_device
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import evaluate
 from fastresnet.training.execution import Execution
-from fastresnet.training.loop import Stopwatch, announcement, create_step, measure_choices, open_pipelines, resolve
+from fastresnet.training.loop import (
+    Stopwatch,
+    announcement,
+    create_execution,
+    create_step,
+    open_pipelines,
+    resolve,
+)
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline
@@ -47,10 +54,7 @@ def _prepared(
         total_steps = config.total_steps(len(pipeline))
         step = create_step(config, dataset, factors or lr_factors(config, total_steps), SINGLE)
         tell(announcement(config, step.model, dataset, SINGLE, total_steps, why_pipeline))
-        batch = next(pipeline.epoch(0))
-        config = measure_choices(config, step, batch, total_steps, SINGLE, tell, Stopwatch())
-        execution = Execution(step, pipeline, COMPILE[config.compile])
-        execution.prepare(batch)
+        config, execution = create_execution(config, step, pipeline, 0, total_steps, SINGLE, tell, Stopwatch())
         step.model.train()
         yield config, execution, step, pipeline, evaluated
 
