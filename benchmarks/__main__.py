@@ -22,34 +22,23 @@ from tyro.conf import Positional
 
 from benchmarks.loaders import LoadersOptions, measure_loaders
 from benchmarks.report import module_of, no_result, print_tables, read_result, short, table
+from benchmarks.runner import MachineOptions
 from benchmarks.step import StepOptions, measure_steps
 from benchmarks.train import TrainingOptions, measure_training
 from fastresnet import terminal
-from fastresnet.config import DEVICES
-from fastresnet.threads import Threads, check_threads
 from pipelines.errors import UsageError, check_choice
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AllOptions:
-    """Run the benchmarks loaders, step and train one after the other."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllOptions(MachineOptions):
+    """Run the benchmarks loaders, step and train one after the other, in under 5 minutes on 2 CPU cores if --quick."""
 
     data: str = "cifar10"
     """Name or folder of the data set."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    threads: Threads = "auto"
-    """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide."""
-    quick: bool = False
-    """Take a first look, in under 5 minutes on 2 CPU cores."""
     out: Path = Path("bench")
     """Folder for the results, loaders.json, loaders.png and so on; made if it is missing."""
-
-    def __post_init__(self) -> None:
-        check_choice("device", self.device, DEVICES)
-        check_threads(self.threads)
 
 
 def measure_all(options: AllOptions) -> None:
@@ -91,13 +80,7 @@ def show(options: ShowOptions) -> None:
     module = module_of(result)
     try:
         markdown, tables, notes = module.markdown_table(result), module.tables(result), module.notes(result)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-    ):  # entries of this benchmark only
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # entries of this benchmark only
         raise no_result(options.result) from None
     if options.markdown:
         print(markdown, end="")
@@ -123,13 +106,8 @@ def compare(options: CompareOptions) -> None:
     made = table(f"bench {after['benchmark']}: images/s", "", "before", "after", "ratio", "")
     for old, new in pairs:
         ratio = new["images_per_s"] / old["images_per_s"]
-        made.add_row(
-            new["name"],
-            f"{old['images_per_s']:,.0f}",
-            f"{new['images_per_s']:,.0f}",
-            short(ratio, 3),
-            _verdict(old, new),
-        )
+        speeds = (f"{row['images_per_s']:,.0f}" for row in (old, new))
+        made.add_row(new["name"], *speeds, short(ratio, 3), _verdict(old, new))
     slower = sum(_verdict(old, new) == "SLOWER" for old, new in pairs)
     notes = [f"{slower} of {len(pairs)} slower beyond the spread" if slower else "nothing slower beyond the spread"]
     for key in ("device", "threads"):

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import markdown_table, save_figure
+from benchmarks.report import markdown_table
 from fastresnet.config import from_dict
 from fastresnet.recipes import RECIPES, changed_settings
 from fastresnet.seeds import mean_and_spread
@@ -205,6 +205,8 @@ def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    from fastresnet.plotting import save_figure
 
     groups = _grouped(run for run in read_summaries(folder) if run["recipe"] == recipe)
     if not groups:

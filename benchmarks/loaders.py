@@ -12,33 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.report import (
-    SCHEMA,
-    Result,
-    common_notes,
-    draw_bars,
-    figures_table,
-    markdown,
-    memory,
-    print_tables,
-    ratio,
-    ratios_table,
-    row_of,
-    throughput,
-    title,
-    write_result,
-)
-from benchmarks.runner import (
-    Case,
-    Epochs,
-    OtherLoad,
-    WaitTimer,
-    Work,
-    Worker,
-    WorkerOptions,
-    describe_work,
-    run_rounds,
-)
+from benchmarks import report
+from benchmarks.runner import Case, Epochs, WaitTimer, Work, Worker, WorkerOptions, describe_work, measure_workers
 from pipelines import PIPELINES, is_installed, usable_processors
 from pipelines.errors import Note
 from pipelines.prepare import prepare
@@ -55,7 +30,7 @@ LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
 """Optional libraries, and the modules that they bring."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadersOptions(WorkerOptions):
     """Measure every loader on the same work: crop with padding 4, flip and normalise, in random order."""
 
@@ -68,18 +43,15 @@ def measure_loaders(options: LoadersOptions) -> None:
     from benchmarks.roofline import copy_bandwidth
 
     dataset, device, work = describe_work(options)
-    cases = _available(dataset, device.type)
-    rounds, seconds = (3, 0.5) if options.quick else (options.rounds, options.seconds)
-    facts = {**_environment(device), "threads": work.threads}
-    load, limits = OtherLoad(), list[float]()
-    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
+    limits = list[float]()
+
+    def summarize(workers: list[Worker]) -> report.Result:
         limits.append(copy_bandwidth(device))
-        facts |= load.figures(work.threads if device.type == "cpu" else 1)
-        result = _result(workers, limits, work, facts, dataset) | {"failed": failures}
-        write_result(result, options.json)
-    print_tables(tables(result), notes(result))
-    if options.chart is not None:
-        draw_chart(result, options.chart)
+        return _result(workers, statistics.median(limits), work.precision)
+
+    data_mb = (dataset.train.images.nbytes + dataset.test.images.nbytes) / 1e6
+    facts = {"data": dataset.name, "data_mb": data_mb}
+    measure_workers(options, 0.5, _available(dataset, device.type), work, facts, summarize)
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
@@ -162,68 +134,33 @@ def _peer(name: str, module: str, workers: int) -> Case:
     return Case(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
 
 
-def _environment(device: Any) -> dict[str, Any]:
-    """Describe the device, the versions and the command, the versions of optional libraries included."""
-    from fastresnet.provenance import environment, versions_of
-
-    facts = environment(device)
-    facts["versions"] |= versions_of("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-    return facts
-
-
-def _result(
-    workers: list[Worker],
-    limits: list[float],
-    work: Work,
-    facts: dict[str, Any],
-    dataset: Dataset,
-) -> dict[str, Any]:
+def _result(workers: list[Worker], bandwidth: float, precision: str) -> report.Result:
     from fastresnet.device import DTYPES
 
-    bandwidth = statistics.median(limits)
     # Each pixel must be read as a byte and written in the output's type once.
-    roof = bandwidth / (PIXELS * (1 + DTYPES[work.precision].itemsize))
-    rows = [
-        {
-            **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
-            "percent_of_limit": 100 * statistics.median(worker.images_per_s) / roof,
-            **worker.opening,
-            **worker.used,
-        }
-        for worker in workers
-    ]
+    roof = bandwidth / (PIXELS * (1 + DTYPES[precision].itemsize))
+    rows = [worker.row(percent_of_limit=100 * statistics.median(worker.images_per_s) / roof) for worker in workers]
     ours, peers = ([c for c in workers if c.case.kind == kind] for kind in ("ours", "peer"))
-    ratios = [ratio(a.case.name, a.images_per_s, b.case.name, b.images_per_s) for a in ours for b in peers]
-    return {
-        "schema": SCHEMA,
-        "benchmark": "loaders",
-        "environment": {
-            **facts,
-            "precision": work.precision,
-            "batch_size": work.batch_size,
-            "data": dataset.name,
-            "data_mb": (dataset.train.images.nbytes + dataset.test.images.nbytes) / 1e6,
-        },
-        "limits": {"copy_gb_per_s": bandwidth / 1e9, "images_per_s": roof},
-        "rows": rows,
-        "ratios": ratios,
-    }
+    ratios = [report.ratio(a.case.name, a.images_per_s, b.case.name, b.images_per_s) for a in ours for b in peers]
+    limits = {"copy_gb_per_s": bandwidth / 1e9, "images_per_s": roof}
+    return {"benchmark": "loaders", "limits": limits, "rows": rows, "ratios": ratios}
 
 
-def tables(result: Result) -> list[Table]:
+def tables(result: report.Result) -> list[Table]:
     """Create the tables of figures and of ratios to the peers."""
     columns = [
         ("loader", lambda row: row["name"]),
-        ("1000 images/s", throughput),
+        ("1000 images/s", report.throughput),
         ("of limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("1st batch", lambda row: f"{row['first_batch_s']:.2f} s"),
-        memory(result["rows"]),
+        report.memory(result["rows"]),
         ("proc/thr", lambda row: f"{row['processes']}/{row['threads']}"),
     ]
-    return [figures_table(result["rows"], f"Loaders: {title(result)}", columns), ratios_table(result)]
+    figures = report.figures_table(result["rows"], f"Loaders: {report.title(result)}", columns)
+    return [figures, report.ratios_table(result)]
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: report.Result) -> list[str]:
     """Explain compilations, the limit and memory, which the tables only name."""
     limits = result["limits"]
     return [
@@ -235,19 +172,19 @@ def notes(result: Result) -> list[str]:
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
         f"memory is beyond PyTorch's own, the data set has {result['environment']['data_mb']:.0f} MB",
-        *common_notes(result),
+        *report.common_notes(result),
     ]
 
 
-def markdown_table(result: Result) -> str:
+def markdown_table(result: report.Result) -> str:
     """Format figures and ratios for a README."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),
         ("first batch", _first_batch),
-        memory(result["rows"]),
+        report.memory(result["rows"]),
     ]
-    return markdown(result, columns)
+    return report.markdown(result, columns)
 
 
 def _compiler(row: dict[str, Any]) -> str:
@@ -259,6 +196,6 @@ def _first_batch(row: dict[str, Any]) -> str:
     return f"{row['first_batch_s']:.2f} s{compilation}"
 
 
-def draw_chart(result: Result, path: Path) -> None:
+def draw_chart(result: report.Result, path: Path) -> None:
     """Draw bars of images/s, and the copy limit."""
-    draw_bars(result, path, "Loaders", (result["limits"]["images_per_s"], "copy limit of the machine"))
+    report.draw_bars(result, path, "Loaders", (result["limits"]["images_per_s"], "copy limit of the machine"))

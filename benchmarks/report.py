@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import UsageError
-from pipelines.files import replacing, write_json
+from pipelines.files import write_json
 
 SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
@@ -97,6 +97,14 @@ def write_result(result: Result, path: Path | None) -> None:
     """
     if path is not None:
         write_json(path, result)
+
+
+def show_result(result: Result, chart: Path | None, *more: Table) -> None:
+    """Print the tables of a result and `more`, and draw its chart in a file, if one is named."""
+    module = module_of(result)
+    print_tables([*module.tables(result), *more], module.notes(result))
+    if chart is not None:
+        module.draw_chart(result, chart)
 
 
 def print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
@@ -206,6 +214,8 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
     """
     from matplotlib.figure import Figure
 
+    from fastresnet.plotting import save_figure
+
     rows = sorted(result["rows"], key=lambda row: row["images_per_s"])
     medians = [row["images_per_s"] for row in rows]
     errors = [
@@ -228,9 +238,3 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
     figure.suptitle(f"{heading}: {title(result)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure in the format that the name of `path` ends with."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=120)

@@ -23,11 +23,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from benchmarks.report import SCHEMA, Result, row_of, show_result, write_result
 from fastresnet import terminal
-from fastresnet.config import DEVICES, PRECISIONS
+from fastresnet.config import Device, Precision
 from fastresnet.threads import Threads, check_threads
 from pipelines import Pipeline, usable_processors
-from pipelines.errors import Note, RunError, UsageError, UserError, check_choice
+from pipelines.errors import Note, RunError, UsageError, UserError, check_literals
 from pipelines.prepare import find_dataset
 from pipelines.store import Dataset
 
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 Epochs = Callable[[int], Iterable[Any]]
 """Function that begins an epoch: its items are batches delivered, or steps taken."""
 
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _TOLERATED = 0.1
 """Number of processors that a machine keeps busy anyway."""
 
@@ -45,9 +47,47 @@ _TOLERATED = 0.1
 # --- options -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    """Options of every benchmark that runs workers. Raises `UsageError` on impossible values."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Options of every benchmark. Raises `UsageError` on impossible values."""
+
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    threads: Threads = "auto"
+    """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide; loaders,
+    which have no steps, take PyTorch's default."""
+    quick: bool = False
+    """Few cases in 3 short rounds, for a first look; compiles nothing on a CPU."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_threads(self.threads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(MachineOptions):
+    """Options of a benchmark by itself."""
+
+    rounds: int = 7
+    """Turns of each case."""
+    seconds: float = 2.0
+    """Length of a turn."""
+    json: Path | None = None
+    """Write the figures to this file, after every turn."""
+    chart: Path | None = None
+    """Draw them in this file (.png, .svg or .pdf)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        terminal.check_output("--json", self.json)
+        terminal.check_output("--chart", self.chart, (".png", ".svg", ".pdf"))
+        if self.rounds < 1 or not 0 < self.seconds < math.inf:
+            raise UsageError(f"--rounds {self.rounds} --seconds {self.seconds}: there is nothing to measure.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerOptions(BenchmarkOptions):
+    """Options of a benchmark that runs workers."""
 
     data: str = "cifar10"
     """Name or folder of the data set."""
@@ -55,40 +95,13 @@ class WorkerOptions:
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     batch_size: int = 128
     """Images per batch."""
-    rounds: int = 7
-    """Turns of each case."""
-    seconds: float = 2.0
-    """Length of a turn."""
-    quick: bool = False
-    """3 short rounds, for a first look; compiles nothing on a CPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    threads: Threads = "auto"
-    """Threads that PyTorch computes with on a CPU, in all workers: a number, or auto, for which a few trial steps
-    decide; loaders, which have no steps, take PyTorch's default."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """Precision of this program: auto, fp32, bf16 or fp16."""
-    json: Path | None = None
-    """Write the figures to this file, after every round."""
-    chart: Path | None = None
-    """Draw them in this file (.png, .svg or .pdf)."""
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, PRECISIONS)
-        check_common(self, f"--batch-size {self.batch_size}", self.batch_size)
-
-
-def check_common(options: Any, size: str, smallest: int) -> None:
-    """Raise `UsageError` where options of all benchmarks are impossible; `size` names the batches in its message."""
-    check_choice("device", options.device, DEVICES)
-    check_threads(options.threads)
-    terminal.check_output("--json", options.json)
-    terminal.check_output("--chart", options.chart)
-    if options.chart is not None:
-        check_choice("kind of chart", options.chart.suffix, (".png", ".svg", ".pdf"))
-    if options.rounds < 1 or not 0 < options.seconds < math.inf or smallest < 1:
-        told = f"--rounds {options.rounds} --seconds {options.seconds} {size}".rstrip()
-        raise UsageError(f"{told}: there is nothing to measure.")
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: give 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +226,34 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
 
 
+def measure_workers(
+    options: WorkerOptions,
+    quick_seconds: float,
+    cases: Sequence[Case],
+    work: Work,
+    facts: dict[str, Any],
+    summarize: Callable[[list[Worker]], Result],
+) -> None:
+    """Measure `cases` in rounds, write after each what `summarize` makes of them, and show it in the end.
+
+    `facts` become the environment of the result, beside those of the machine and the `work`.
+    """
+    import torch
+
+    from fastresnet.provenance import environment
+
+    shared = {"threads": work.threads, "precision": work.precision, "batch_size": work.batch_size}
+    facts = {**environment(torch.device(work.device)), **shared, **facts}
+    load, rounds, seconds = OtherLoad(), options.rounds, options.seconds
+    if options.quick:
+        rounds, seconds = 3, quick_seconds
+    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
+        facts |= load.figures(work.threads if work.device == "cpu" else 1)
+        result = {"schema": SCHEMA, "environment": facts, "failed": failures, **summarize(workers)}
+        write_result(result, options.json)
+    show_result(result, options.chart)
+
+
 def run_rounds(
     cases: Sequence[Case], work: Work, *, rounds: int, seconds: float
 ) -> Iterator[tuple[list[Worker], Failures]]:
@@ -278,6 +319,10 @@ class Worker:
         """
         images_per_s, self.used = self._ask("measure", seconds)
         self.images_per_s.append(images_per_s)
+
+    def row(self, **figures: float) -> dict[str, Any]:
+        """Return the row of a result, with `figures` of the benchmark's own."""
+        return {**row_of(self.case.name, self.case.kind, self.images_per_s), **figures, **self.opening, **self.used}
 
     def stop(self) -> None:
         """End the process, at once where it is not open yet."""
@@ -421,7 +466,7 @@ class _OpenCase:
         used = {
             "peak_memory_mb": (self._peak - self._baseline) / 1e6,
             "processes": len(processes),
-            "threads": sum(len(os.listdir(f"/proc/{process}/task")) for process in processes),
+            "threads": sum(process.num_threads() for process in processes),
         }
         if self._timer.seconds:
             used["waiting_percent"] = 100 * self._waited / self._worked
@@ -444,7 +489,7 @@ def _memory() -> int:
     files = shared["Rss"] - shared["Anonymous"] - shared.get("Shmem", 0)
     own = 0
     for process in process_tree():
-        fields = _fields(f"/proc/{process}/smaps_rollup")
+        fields = _fields(f"/proc/{process.pid}/smaps_rollup")
         own += fields["Pss_Anon"] + fields["Pss_Shmem"]
     return 1024 * (files + own)
 
@@ -465,53 +510,35 @@ class OtherLoad:
     """
 
     def __init__(self) -> None:
-        self._began, self._ticks = time.monotonic(), _other_ticks()
+        self._began, self._seconds = time.monotonic(), _other_seconds()
 
     def figures(self, threads: int) -> dict[str, Any]:
-        """Return the mean load by others, and `overloaded` where it and `threads` exceed the usable `processors`.
-
-        They are entries of a result's environment; there are none without /proc.
-        """
-        if self._ticks is None:
-            return {}
-        ticks = (_other_ticks() or 0) - self._ticks
-        others = max(ticks / _TICKS_PER_S / (time.monotonic() - self._began), 0.0)
+        """Return the mean load by others, and `overloaded` where it and `threads` exceed the usable `processors`."""
+        others = max((_other_seconds() - self._seconds) / (time.monotonic() - self._began), 0.0)
         overloaded = others + threads > usable_processors() + _TOLERATED
         return {"processors": usable_processors(), "other_load": round(others, 2), "overloaded": overloaded}
 
 
-def process_tree() -> list[int]:
+def process_tree() -> list[psutil.Process]:
     """List this process and all below it."""
-    tree = [os.getpid()]
-    for process in tree:  # grows while it is read
-        for children in Path(f"/proc/{process}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it has just ended
-                tree += map(int, children.read_text().split())
-    return tree
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
 
-def _other_ticks() -> int | None:
-    """Count the ticks of others on the usable processors; None where there is no /proc."""
-    return _busy_ticks() - _own_ticks() if Path("/proc/stat").exists() else None
+def _other_seconds() -> float:
+    return _busy_seconds() - _own_seconds()
 
 
-def _busy_ticks() -> int:
-    """Count the ticks that the usable processors were busy, or taken by the host (proc(5), /proc/stat)."""
-    usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
-    ticks = 0
-    for name, *fields in lines:
-        if name in usable:
-            user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, fields[:8])
-            ticks += user + nice + system + sum(interrupts_and_steal)
-    return ticks
+def _busy_seconds() -> float:
+    """Sum the seconds that the usable processors were busy, or taken by the host."""
+    processors = psutil.cpu_times(percpu=True)
+    kinds = {"user", "nice", "system", "irq", "softirq", "steal"}.intersection(processors[0]._fields)
+    return sum(getattr(processors[number], kind) for number in psutil.Process().cpu_affinity() for kind in kinds)
 
 
-def _own_ticks() -> int:
-    """Count the ticks of this process and all below it, ended ones too (proc(5), /proc/PID/stat)."""
-    ticks = 0
+def _own_seconds() -> float:
+    """Sum the seconds of this process and all below it, ended ones too."""
+    seconds = 0.0
     for process in process_tree():
-        with contextlib.suppress(OSError):  # it has just ended
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))
-    return ticks
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            seconds += sum(process.cpu_times()[:4])
+    return seconds

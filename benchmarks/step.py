@@ -9,33 +9,17 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.report import (
-    SCHEMA,
-    Column,
-    Result,
-    common_notes,
-    figures_table,
-    grouped,
-    markdown,
-    print_tables,
-    ratio,
-    save_figure,
-    short,
-    table,
-    throughput,
-    write_result,
-)
-from benchmarks.runner import Failures, OtherLoad, check_common
+from benchmarks import report
+from benchmarks.runner import BenchmarkOptions, Failures, OtherLoad
 from fastresnet import terminal
-from fastresnet.config import COMPILE, PRECISIONS
 from fastresnet.models import list_models
-from fastresnet.threads import Threads, settled_threads
+from fastresnet.threads import settled_threads
 from pipelines.errors import RunError, UsageError, check_choice
 
 if TYPE_CHECKING:
@@ -68,8 +52,8 @@ _COMPARISONS = (
 """Field, value, and the value that it is compared with, in cases that differ in nothing else."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions(BenchmarkOptions):
     """Measure the optimisation step and inference alone, on random images that lie on the device.
 
     One thing at a time is varied from a base: training resnet20 on batches of 128 in the best precision and
@@ -80,39 +64,22 @@ class StepOptions:
     """Networks to train. Without it: resnet20, 32, 44, 56 and 110."""
     batch_sizes: tuple[int, ...] = ()
     """Images per step, in training and inference. Without it: 32 to 512 on a CPU, 128 to 4096 on a GPU."""
-    precisions: tuple[str, ...] = ()
+    precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()
     """fp32, bf16 or fp16. Without it: fp32 and bf16, and fp16 on a GPU."""
-    backends: tuple[str, ...] = ()
+    backends: tuple[Literal["eager", "compile", "graph"], ...] = ()
     """eager, compile or graph. Without it: all that the device has (compiling takes a minute on 2 CPU cores)."""
-    rounds: int = 7
-    """Turns of each case."""
     seconds: float = 1.0
     """Length of a turn."""
-    quick: bool = False
-    """Few cases in 3 rounds of 0.4 seconds, for a first look; compiles nothing on a CPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    threads: Threads = "auto"
-    """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide."""
-    json: Path | None = None
-    """Write the figures to this file, after every turn."""
-    chart: Path | None = None
-    """Draw them in this file (.png, .svg or .pdf)."""
     profile: Path | None = None
     """Write a trace of a few steps of the base case to this file (.json), for chrome://tracing or ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for model in self.models:
             check_choice("model", model, list_models())
-        for precision in self.precisions:
-            check_choice("precision", precision, PRECISIONS[1:])
-        for backend in self.backends:
-            check_choice("backend", backend, COMPILE.values())
-        terminal.check_output("--profile", self.profile)
-        if self.profile is not None:
-            check_choice("kind of trace", self.profile.suffix, (".json",))
-        sizes = " ".join(["--batch-sizes", *map(str, self.batch_sizes)]) if self.batch_sizes else ""
-        check_common(self, sizes, min(self.batch_sizes, default=1))
+        terminal.check_output("--profile", self.profile, (".json",))
+        if min(self.batch_sizes, default=1) < 1:
+            raise UsageError(f"--batch-sizes {' '.join(map(str, self.batch_sizes))}: give 1 or more.")
 
 
 def measure_steps(options: StepOptions) -> None:
@@ -166,16 +133,13 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
                     ready.pop(name, None)
                 facts |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
                 result = _result(list(ready.values()), failures, limits.to_dict(), facts)
-                write_result(result, options.json)
+                report.write_result(result, options.json)
     if not result["rows"]:
         raise RunError("every case has failed: there is nothing to show.")
-    shown = tables(result)
-    profiled = ready.get(base.name)
+    profiled, operators = ready.get(base.name), list[Table]()
     if options.profile is not None and isinstance(profiled, TimedStep):
-        shown.append(_operators_table(base, profiled.profile(options.profile)))
-    print_tables(shown, notes(result))
-    if options.chart is not None:
-        draw_chart(result, options.chart)
+        operators.append(_operators_table(base, profiled.profile(options.profile)))
+    report.show_result(result, options.chart, *operators)
 
 
 # --- cases --------------------------------------------------------------------------------------------
@@ -234,12 +198,12 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def _result(
     ready: list[TimedStep | TimedParts], failures: Failures, limits: dict[str, Any], facts: dict[str, Any]
-) -> Result:
+) -> report.Result:
     from benchmarks.cases import TimedParts, TimedStep
 
     steps = [each for each in ready if isinstance(each, TimedStep)]
     return {
-        "schema": SCHEMA,
+        "schema": report.SCHEMA,
         "benchmark": "step",
         "environment": facts,
         "limits": limits,
@@ -258,23 +222,23 @@ def _ratios(steps: list[TimedStep]) -> list[dict[str, Any]]:
         for case, step in by_case.items():
             other = by_case.get(dataclasses.replace(case, **changed))
             if getattr(case, field) == value and other is not None:
-                ratios.append(ratio(case.name, step.images_per_s, other.case.name, other.images_per_s))
+                ratios.append(report.ratio(case.name, step.images_per_s, other.case.name, other.images_per_s))
     return ratios
 
 
 # --- tables and chart --------------------------------------------------------------------------------------------
 
 
-def tables(result: Result) -> list[Table]:
+def tables(result: report.Result) -> list[Table]:
     """Create the tables of training, inference, the parts of a training step, and the ratios."""
     made = [_figures_table(result, "Training step", "train"), _figures_table(result, "Inference", "inference")]
     return [*made, _splits_table(result), _ratios_table(result)]
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: report.Result) -> list[str]:
     """Explain the limits that the tables refer to."""
     limits = result["limits"]
-    rates = ", ".join(f"{short(rate, 3)} TFLOP/s in {name}" for name, rate in limits["matmul_tflops"].items())
+    rates = ", ".join(f"{report.short(rate, 3)} TFLOP/s in {name}" for name, rate in limits["matmul_tflops"].items())
     lines = [
         f"limits: {limits['copy_gb_per_s']:.1f} GB/s copied, read and written; matrix products at {rates}",
         "roof: the images/s at which the FLOPs counted at that rate, or the bytes that eager operators read and write "
@@ -285,10 +249,10 @@ def notes(result: Result) -> list[str]:
             f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
             "write intermediate tensors"
         )
-    return lines + common_notes(result)
+    return lines + report.common_notes(result)
 
 
-def _base(result: Result) -> str:
+def _base(result: report.Result) -> str:
     environment = result["environment"]
     return (
         f"{environment['model']}, batches of {environment['batch_size']}, {environment['precision']}, "
@@ -296,17 +260,17 @@ def _base(result: Result) -> str:
     )
 
 
-def _figures_table(result: Result, heading: str, mode: str) -> Table:
-    columns: list[Column] = [
+def _figures_table(result: report.Result, heading: str, mode: str) -> Table:
+    columns: list[report.Column] = [
         ("", _short_name),
-        ("1000 images/s", throughput),
-        ("ms/step", lambda row: short(row["ms_per_step"], 3)),
+        ("1000 images/s", report.throughput),
+        ("ms/step", lambda row: report.short(row["ms_per_step"], 3)),
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
     ]
     rows = [row for row in result["rows"] if row["mode"] == mode]
     if any("gpu_memory_mb" in row for row in rows):
         columns.append(("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB"))
-    return figures_table(rows, f"{heading}: {result['environment']['device']}", columns)
+    return report.figures_table(rows, f"{heading}: {result['environment']['device']}", columns)
 
 
 def _short_name(row: dict[str, Any]) -> str:
@@ -314,14 +278,14 @@ def _short_name(row: dict[str, Any]) -> str:
     return f"{row['model']} b{row['batch_size']} {row['precision']} {memory_format} {row['backend']}"
 
 
-def _splits_table(result: Result) -> Table:
+def _splits_table(result: report.Result) -> Table:
     environment = result["environment"]
     where = f"batches of {environment['batch_size']}, {environment['precision']}, {environment['memory_format']}"
-    made = table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "together")
+    made = report.table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "together")
     for split in result["splits"]:
         parts = _split_ms(split)
-        cells = (f"{short(ms, 3)} ms ({100 * ms / sum(parts):.0f} %)" for ms in parts)
-        made.add_row(split["model"], *cells, f"{short(sum(parts), 3)} ms")
+        cells = (f"{report.short(ms, 3)} ms ({100 * ms / sum(parts):.0f} %)" for ms in parts)
+        made.add_row(split["model"], *cells, f"{report.short(sum(parts), 3)} ms")
     return made
 
 
@@ -329,46 +293,55 @@ def _split_ms(split: dict[str, Any]) -> list[float]:
     return [split[f"{part}_ms"] for part in ("forward", "backward", "optimizer")]
 
 
-def _ratios_table(result: Result) -> Table:
+def _ratios_table(result: report.Result) -> Table:
     """Create the table of ratios, which names only the field in which two cases differ."""
-    made = table("Times as fast, round by round", "", "over", "median", "lowest–highest")
+    made = report.table("Times as fast, round by round", "", "over", "median", "lowest–highest")
     for each in result["ratios"]:
         ours, others = each["name"].split("/"), each["over"].split("/")
         ((name, over),) = [pair for pair in zip(ours, others, strict=True) if len(set(pair)) == 2]
-        made.add_row(name, over, short(each["median"], 3), f"{short(each['low'], 3)}–{short(each['high'], 3)}")
+        made.add_row(
+            name,
+            over,
+            report.short(each["median"], 3),
+            f"{report.short(each['low'], 3)}–{report.short(each['high'], 3)}",
+        )
     return made
 
 
 def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) -> Table:
     """Create the table of the ten costliest operators, by their own time."""
-    made = table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
+    made = report.table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
     everything = sum(ms for _, ms, _ in operators)
     for name, ms, calls in operators[:10]:
-        made.add_row(name[:50], short(ms, 3), f"{100 * ms / everything:.1f} %", f"{calls:.0f}")
+        made.add_row(name[:50], report.short(ms, 3), f"{100 * ms / everything:.1f} %", f"{calls:.0f}")
     return made
 
 
-def markdown_table(result: Result) -> str:
+def markdown_table(result: report.Result) -> str:
     """Format the figures, and the ratios of each case to others, for a README."""
     others = {(each["name"], each["over"]): each["median"] for each in result["ratios"]}
 
     def compared(row: dict[str, Any]) -> str:
         found = [(over, median) for (name, over), median in others.items() if name == row["name"]]
         parts = [set(over.split("/")) - set(row["name"].split("/")) for over, _ in found]
-        return ", ".join(f"{short(median, 3)}× {part.pop()}" for (_, median), part in zip(found, parts, strict=True))
+        return ", ".join(
+            f"{report.short(median, 3)}× {part.pop()}" for (_, median), part in zip(found, parts, strict=True)
+        )
 
-    columns: list[Column] = [
+    columns: list[report.Column] = [
         ("case", lambda row: row["name"]),
-        ("step", lambda row: f"{short(row['ms_per_step'], 3)} ms"),
+        ("step", lambda row: f"{report.short(row['ms_per_step'], 3)} ms"),
         ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
         ("times as fast as", compared),
     ]
-    return markdown({**result, "ratios": []}, columns)  # the last column tells them
+    return report.markdown({**result, "ratios": []}, columns)  # the last column tells them
 
 
-def draw_chart(result: Result, path: Path) -> None:
+def draw_chart(result: report.Result, path: Path) -> None:
     """Draw images/s by batch size with the roofs, and the parts of a training step by network."""
     from matplotlib.figure import Figure
+
+    from fastresnet.plotting import save_figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -378,7 +351,7 @@ def draw_chart(result: Result, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_throughput(result: Result, axes: Any) -> None:
+def _draw_throughput(result: report.Result, axes: Any) -> None:
     from benchmarks.roofline import roof
 
     environment, limits = result["environment"], result["limits"]
@@ -394,7 +367,7 @@ def _draw_throughput(result: Result, axes: Any) -> None:
         axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {heading}")
         for row in line:
             axes.annotate(
-                grouped(row["images_per_s"]),
+                report.grouped(row["images_per_s"]),
                 (row["batch_size"], row["images_per_s"]),
                 (7, -11),
                 textcoords="offset points",
@@ -414,7 +387,7 @@ def _draw_throughput(result: Result, axes: Any) -> None:
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
 
 
-def _draw_splits(result: Result, axes: Any) -> None:
+def _draw_splits(result: report.Result, axes: Any) -> None:
     models = [split["model"] for split in result["splits"]]
     if not models:  # all have failed
         return
@@ -425,7 +398,7 @@ def _draw_splits(result: Result, axes: Any) -> None:
         axes.bar(models, values, bottom=bottom, width=0.6, color=color, label=part)
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
     for model, total in zip(models, bottom, strict=True):
-        axes.annotate(f"{short(total, 3)} ms", (model, total), (0, 4), textcoords="offset points", ha="center")
+        axes.annotate(f"{report.short(total, 3)} ms", (model, total), (0, 4), textcoords="offset points", ha="center")
     axes.margins(y=0.1)
     axes.set_ylabel("ms per step")
     axes.set_title(f"parts of an eager training step of {result['environment']['batch_size']} images", fontsize=10)

@@ -13,34 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.report import (
-    SCHEMA,
-    Result,
-    common_notes,
-    draw_bars,
-    figures_table,
-    markdown,
-    memory,
-    print_tables,
-    ratio,
-    ratios_table,
-    row_of,
-    throughput,
-    title,
-    write_result,
-)
-from benchmarks.runner import (
-    Case,
-    Epochs,
-    OtherLoad,
-    WaitTimer,
-    Work,
-    Worker,
-    WorkerOptions,
-    describe_work,
-    run_rounds,
-)
-from fastresnet.config import COMPILE
+from benchmarks import report
+from benchmarks.runner import Case, Epochs, WaitTimer, Work, Worker, WorkerOptions, describe_work, measure_workers
+from fastresnet.config import COMPILE, Compile
 from fastresnet.models import list_models
 from pipelines import usable_processors
 from pipelines.errors import check_choice
@@ -49,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(WorkerOptions):
     """Measure training from end to end: batches, steps and metrics, without evaluation.
 
@@ -60,31 +35,18 @@ class TrainingOptions(WorkerOptions):
     """Network that every loop trains."""
     seconds: float = 8.0
     """Length of a turn."""
-    compile: str = "auto"
+    compile: Compile = "auto"
     """Compilation of this program: off, on, graph or auto: graph on a GPU, on a CPU whichever measures faster."""
 
     def __post_init__(self) -> None:
-        WorkerOptions.__post_init__(self)  # `super()` does not find its way in classes with slots
+        super().__post_init__()
         check_choice("model", self.model, list_models())
-        check_choice("compile", self.compile, ("auto", *COMPILE))
 
 
 def measure_training(options: TrainingOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
-    from fastresnet.provenance import environment
-
     dataset, device, work = describe_work(options)
     work, backend = _settle(options, work, device)
-    load = OtherLoad()
-    facts = {
-        **environment(device),
-        "threads": work.threads,
-        "precision": work.precision,
-        "batch_size": options.batch_size,
-        "data": dataset.name,
-        "model": options.model,
-        "backend": backend,
-    }
     ours = {"model": options.model, "backend": backend}
     peers = {"model": options.model, "workers": usable_processors()}
     cases = [
@@ -93,14 +55,8 @@ def measure_training(options: TrainingOptions) -> None:
         Case(name="peer:plain-torch", opener=f"{__name__}:open_peer", options=peers | {"module": "plain_torch"}),
         Case(name="peer:timm-style", opener=f"{__name__}:open_peer", options=peers | {"module": "timm_style"}),
     ]
-    rounds, seconds = (3, 3.0) if options.quick else (options.rounds, options.seconds)
-    for workers, failures in run_rounds(cases, work, rounds=rounds, seconds=seconds):
-        facts |= load.figures(work.threads if device.type == "cpu" else 1)
-        result = _result(workers, facts) | {"failed": failures}
-        write_result(result, options.json)
-    print_tables(tables(result), notes(result))
-    if options.chart is not None:
-        draw_chart(result, options.chart)
+    summarize = functools.partial(_result, options.batch_size)
+    measure_workers(options, 3.0, cases, work, {"data": dataset.name, **ours}, summarize)
 
 
 def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple[Work, str]:
@@ -188,63 +144,55 @@ def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers:
     )
 
 
-def _result(workers: list[Worker], facts: dict[str, Any]) -> Result:
+def _result(batch_size: int, workers: list[Worker]) -> report.Result:
     rows = [
-        {
-            **row_of(worker.case.name, worker.case.kind, worker.images_per_s),
-            "ms_per_step": 1000 * facts["batch_size"] / statistics.median(worker.images_per_s),
-            **worker.opening,
-            "waiting_percent": 0.0,
-            **worker.used,
-        }
+        worker.row(ms_per_step=1000 * batch_size / statistics.median(worker.images_per_s), waiting_percent=0.0)
         for worker in workers
     ]
     resident, *others = workers
     step_only = [row["images_per_s"] for row in rows if row["name"] == "step-only"]
-    compare = functools.partial(ratio, resident.case.name, resident.images_per_s)
+    compare = functools.partial(report.ratio, resident.case.name, resident.images_per_s)
     return {
-        "schema": SCHEMA,
         "benchmark": "train",
-        "environment": facts,
         "limits": {"step_only_images_per_s": step_only[0]} if step_only else {},
         "rows": rows,
         "ratios": [compare(other.case.name, other.images_per_s) for other in others],
     }
 
 
-def tables(result: Result) -> list[Table]:
+def tables(result: report.Result) -> list[Table]:
     """Create the tables of figures and of ratios to the other loops."""
     columns = [
         ("loop", lambda row: row["name"]),
-        ("1000 images/s", throughput),
+        ("1000 images/s", report.throughput),
         ("per step", lambda row: f"{row['ms_per_step']:.1f} ms"),
         ("waiting", lambda row: f"{row['waiting_percent']:.1f} %"),
         ("1st step", lambda row: f"{row['first_batch_s']:.1f} s"),
-        memory(result["rows"]),
+        report.memory(result["rows"]),
     ]
     environment = result["environment"]
-    heading = f"Training {environment['model']}, {environment['backend']}: {title(result)}"
-    return [figures_table(result["rows"], heading, columns), ratios_table(result)]
+    heading = f"Training {environment['model']}, {environment['backend']}: {report.title(result)}"
+    return [report.figures_table(result["rows"], heading, columns), report.ratios_table(result)]
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: report.Result) -> list[str]:
     """Explain waiting and memory, which the tables only name."""
     return [
         "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
-        *common_notes(result),
+        *report.common_notes(result),
     ]
 
 
-def markdown_table(result: Result) -> str:
+def markdown_table(result: report.Result) -> str:
     """Format figures and ratios for a README."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),
-        memory(result["rows"]),
+        report.memory(result["rows"]),
     ]
-    return markdown(result, columns)
+    return report.markdown(result, columns)
 
 
-def draw_chart(result: Result, path: Path) -> None:
+def draw_chart(result: report.Result, path: Path) -> None:
     """Draw bars of images/s."""
-    draw_bars(result, path, f"Training {result['environment']['model']}")
+    report.draw_bars(result, path, f"Training {result['environment']['model']}")

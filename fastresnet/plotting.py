@@ -111,12 +111,12 @@ def saliency_grid(images: Tensor, saliency: Tensor, titles: Sequence[str]) -> Fi
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` as SVG where the name of the file says so, else as PNG."""
-    write_bytes(path, rendered(figure, "svg" if path.suffix == ".svg" else "png"))
+    """Write `figure` in the format that the name of `path` ends with: .png, .svg or .pdf."""
+    write_bytes(path, rendered(figure, path.suffix[1:]))
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """Return the contents of an `svg` or `png` file."""
+    """Return the contents of a `png`, `svg` or `pdf` file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120)
     return buffer.getvalue()

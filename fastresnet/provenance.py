@@ -26,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "fastresnet": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **versions_of("torchvision", "numpy"),
+            **versions_of("torchvision", "numpy", "ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
         },
         "commit": _commit(),
         "command": _command(),

@@ -115,7 +115,8 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
     if path is not None and suffixes and path.suffix not in suffixes:
-        raise UsageError(f"{option} {path}: give a name that ends in {' or '.join(suffixes)}.")
+        endings = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
+        raise UsageError(f"{option} {path}: give a name that ends in {endings}.")
 
 
 @contextlib.contextmanager

@@ -45,12 +45,18 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 
 
 def literals(options: type) -> dict[str, tuple[str, ...]]:
-    """Return the words of every field of dataclass `options` that is a `Literal`, by name."""
-    hints = get_type_hints(options)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    """Return the words of every field of dataclass `options` that is a `Literal` or a tuple of them, by name."""
+    words = {}
+    for name, hint in get_type_hints(options).items():
+        element = get_args(hint)[0] if get_origin(hint) is tuple else hint
+        if get_origin(element) is Literal:
+            words[name] = get_args(element)
+    return words
 
 
 def check_literals(options: Any) -> None:
     """Raise `UsageError` where a field of a dataclass has none of the words of its `Literal`."""
     for name, words in literals(type(options)).items():
-        check_choice(name.replace("_", " "), getattr(options, name), words)
+        value = getattr(options, name)
+        for word in value if isinstance(value, tuple) else (value,):
+            check_choice(name.replace("_", " "), word, words)

@@ -241,7 +241,7 @@ def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
     [
         (["--models", "resnet2"], "did you mean 'resnet20'?"),
         (["--precisions", "bf61"], "did you mean 'bf16'?"),
-        (["--precisions", "auto"], "unknown precision 'auto'"),
+        (["--precisions", "auto"], "unknown precisions 'auto'"),
         (["--backends", "compiled"], "did you mean 'compile'?"),
         (["--backends", "graph", "--device", "cpu"], "--backends graph"),
         (["--batch-sizes", "128", "0"], "--batch-sizes 128 0"),
@@ -249,8 +249,8 @@ def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
         (["--seconds", "nan"], "--seconds nan"),
         (["--json", "no/such/folder/f.json"], "there is no folder no/such/folder"),
         (["--profile", "no/such/folder/f.json"], "there is no folder no/such/folder"),
-        (["--chart", "chart.doc"], "unknown kind of chart '.doc'"),
-        (["--profile", "trace.gz"], "unknown kind of trace '.gz'"),
+        (["--chart", "chart.doc"], "ends in .png, .svg or .pdf"),
+        (["--profile", "trace.gz"], "ends in .json"),
     ],
 )
 def test_wrong_arguments_exit_with_2(capsys, arguments, message):
