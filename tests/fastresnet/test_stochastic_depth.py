@@ -103,7 +103,8 @@ def test_kept_samples_are_scaled_and_dropped_ones_are_zero(dtype):
     assert out.is_contiguous(memory_format=torch.channels_last)
     # One rounding, of a quotient by a number that is itself rounded in fp32.
     expected = (branch.detach().double() / (1 - rate))[kept]
-    torch.testing.assert_close(out[kept].double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+    rounding, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close(out[kept].double(), expected, rtol=rounding, atol=rounding * smallest)
     assert not out[~kept].any()
     out.sum().backward()
     scales = (kept.double() / (1 - rate)).view(-1, 1, 1, 1).expand(branch.shape)
