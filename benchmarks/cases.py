@@ -25,7 +25,7 @@ from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.summary import flops_per_image
-from fastresnet.training.execution import Execution
+from fastresnet.training.execution import Execution, recorded
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Batch, GatheringPipeline, free_memory
@@ -320,19 +320,6 @@ class SameBatch(GatheringPipeline):
 
     def close(self) -> None:
         pass
-
-
-def recorded(work: Callable[[], None]) -> Callable[[], None]:
-    """Record `work` as a CUDA graph, after three runs on a stream of their own, as PyTorch's notes ask."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph.replay
 
 
 def memory_held(device: torch.device) -> int | None:

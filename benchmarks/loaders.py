@@ -66,7 +66,7 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
     """Record the gathering of a batch as a CUDA graph, as that of a training step begins; replay it for each."""
     import torch
 
-    from benchmarks.cases import recorded
+    from fastresnet.training.execution import recorded
 
     gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
     step = torch.zeros(1, dtype=torch.int64, device="cuda")

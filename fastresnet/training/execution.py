@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -33,7 +35,7 @@ class Execution:
         """Time that the host spent waiting for batches."""
         self._step, self._pipeline = step, pipeline
         step.compiled = backend != "eager"
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
         self._images = self._labels = torch.empty(0)  # where a recorded step finds its batch, if it does not gather it
 
     def prepare(self, batch: Batch) -> None:
@@ -46,20 +48,20 @@ class Execution:
 
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
         """Take `count` steps from batch `start` of `epoch` on; yield after each, which a GPU may not have finished."""
-        if self._graph is not None and isinstance(self._pipeline, GatheringPipeline):
+        if self._replay is not None and isinstance(self._pipeline, GatheringPipeline):
             self._pipeline.load(epoch)
             for _ in range(count):
-                self._graph.replay()
+                self._replay()
                 yield
             return
         batches = itertools.islice(self._pipeline.epoch(epoch, start), count)
         while (batch := self._next(batches)) is not None:
-            if self._graph is None:
+            if self._replay is None:
                 self._step(batch.images, batch.labels)
             else:
                 self._images.copy_(batch.images, non_blocking=True)
                 self._labels.copy_(batch.labels, non_blocking=True)
-                self._graph.replay()
+                self._replay()
             yield
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
@@ -69,27 +71,35 @@ class Execution:
         return batch
 
     def _record(self, batch: Batch) -> None:
-        """Record the graph, after three runs on a stream of their own (as PyTorch's notes on CUDA graphs ask)."""
         self._images, self._labels = batch.images.clone(), batch.labels.clone()
         step_once: Callable[[], None] = functools.partial(self._step, self._images, self._labels)
         if isinstance(self._pipeline, GatheringPipeline):
             step_once = self._gathering_step(self._pipeline)
-        stream = torch.cuda.Stream()
-        for _ in range(3):
-            with self._step.restored():
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    step_once()
-                torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those of DALI and FFCV, go on using the GPU.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step_once()
-        self._graph = graph
+        self._replay = recorded(step_once, self._step.restored)
 
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
         gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
         return lambda: self._step(*gather(self._step.count % len(pipeline)))
+
+
+def recorded(
+    work: Callable[[], None], trial: Callable[[], AbstractContextManager] = contextlib.nullcontext
+) -> Callable[[], None]:
+    """Record `work` as a CUDA graph and return its replay.
+
+    Three runs come before, each in a `trial`, on a stream of their own, as PyTorch's notes on CUDA graphs ask.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    for _ in range(3):
+        with trial():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                work()
+            torch.cuda.current_stream().wait_stream(stream)
+    # Other threads, such as those of DALI and FFCV, go on using the GPU.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
 
 
 def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
