@@ -52,7 +52,7 @@ class MachineOptions:
     """Options of every benchmark. Raises `UsageError` on impossible values."""
 
     device: Device = "auto"
-    """auto, cpu or cuda."""
+    """Device to compute on."""
     threads: Threads = "auto"
     """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide; loaders,
     which have no steps, take PyTorch's default."""

@@ -22,7 +22,6 @@ else:
     import tomli as tomllib
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PRECISIONS = get_args(Precision)
 Device = Literal["auto", "cpu", "cuda"]
 DEVICES = get_args(Device)
 Compile = Literal["auto", "off", "on", "graph"]

@@ -19,14 +19,14 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from .errors import DataError, UsageError, check_choice
+from .errors import DataError, UsageError, check_literals
 from .files import replacing, sha256, write_json
-from .store import DERIVED_FILES, Dataset, Split, prepare_command
+from .store import DERIVED_FILES, Dataset, Split, check_file, prepare_command
 
 SCHEMA = 1
 
@@ -87,13 +87,7 @@ def open_derived(dataset: Dataset, kind: str, split: str) -> list[Path]:
     files, remedy = read_manifest(dataset, kind)["files"], _remedy(dataset, kind)
     paths = [dataset.folder / name for name in DERIVED_FILES[kind] if name.startswith(f"{split}.")]
     for path in paths:
-        expected = files[path.name]
-        if not path.is_file():
-            raise DataError(f"{path} is missing. {remedy}")
-        if path.stat().st_size != expected["bytes"]:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}. {remedy}")
-        if sha256(path) != expected["sha256"]:
-            raise DataError(f"{path} is damaged: its SHA-256 is not the one in {kind}.json. {remedy}")
+        check_file(path, files[path.name], f"{kind}.json", remedy)
     return paths
 
 
@@ -107,7 +101,7 @@ def _remedy(dataset: Dataset, kind: str) -> str:
 
 # --- JPEG shards -------------------------------------------------------------------------------------------------
 
-SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+Subsampling = Literal["4:4:4", "4:2:2", "4:2:0"]
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -117,11 +111,11 @@ class JpegSettings:
 
     quality: int = 95
     """libjpeg's quality, 1..100."""
-    subsampling: str = "4:4:4"
+    subsampling: Subsampling = "4:4:4"
     """Resolution of the colour differences: 4:4:4 (full), 4:2:2 or 4:2:0."""
 
     def __post_init__(self) -> None:
-        check_choice("JPEG subsampling", self.subsampling, SUBSAMPLINGS)
+        check_literals(self)
         if not 1 <= self.quality <= 100:
             raise UsageError(f"JPEG quality {self.quality} is not in 1..100.")
 

@@ -280,18 +280,23 @@ def _is_three_fractions(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in value)
 
 
+def check_file(path: Path, expected: dict[str, Any], manifest: str, remedy: str) -> None:
+    """Raise `DataError`, with the `remedy`, unless `path` has the size and SHA-256 that `manifest` expects."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing. {remedy}")
+    if (size := path.stat().st_size) != expected["bytes"]:
+        raise DataError(f"{path} has {size} bytes, not {expected['bytes']}. {remedy}")
+    if sha256(path) != expected["sha256"]:
+        raise DataError(f"{path} is damaged: its SHA-256 is not the one in {manifest}. {remedy}")
+
+
 def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
     """Memory-map `key`.npy after its size and SHA-256 have been found right."""
     path = folder / f"{key}.npy"
     expected = files[path.name]
     try:
-        if path.stat().st_size != expected["bytes"]:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}. {_remedy(folder)}")
-        if sha256(path) != expected["sha256"]:
-            raise DataError(f"{path} is damaged: its SHA-256 is not the one in meta.json. {_remedy(folder)}")
+        check_file(path, expected, "meta.json", _remedy(folder))
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, takes .npy alone
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing. {_remedy(folder)}") from None
     except (KeyError, TypeError, ValueError, tokenize.TokenError) as error:
         raise DataError(f"{path} cannot be read: {error}. {_remedy(folder)}") from None
     if array.dtype != _ARRAYS[key]:

@@ -118,8 +118,6 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
 
 def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
     """Return the words that options take: by their types, and where these do not tell, from the modules."""
-    from fastresnet.commands import export, plot
-    from fastresnet.config import COMPILE, PRECISIONS
     from fastresnet.models import list_models
     from pipelines.prepare import CIFAR10, FORMATS, SHAPES10
 
@@ -134,9 +132,5 @@ def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
         "--model": list_models(),
         "--models": list_models(),
         "--data": (CIFAR10, SHAPES10),
-        "--precisions": PRECISIONS[1:],
-        "--backends": tuple(COMPILE.values()),
-        "--kind": plot.KINDS,
-        "--format": tuple(export.SUFFIXES),
         "--formats": FORMATS,
     }

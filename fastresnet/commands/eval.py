@@ -6,9 +6,10 @@ import dataclasses
 import warnings
 from pathlib import Path
 
+from fastresnet.config import Device, Precision
 from fastresnet.terminal import check_output, parse, print_table, progress_line
 from fastresnet.threads import Threads, check_threads
-from pipelines.errors import Note, UsageError, check_choice
+from pipelines.errors import Note, UsageError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +29,11 @@ class Options:
     """Channel means that the weights expect, in 0..1. Without it: as in training, else the data set's own."""
     std: tuple[float, float, float] | None = None
     """Channel standard deviations that the weights expect, in 0..1; given together with --mean."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = "auto"
+    """Device to compute on."""
     threads: Threads = "auto"
     """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
     mirror: bool = False
     """Measure with horizontal-flip TTA too: average the logits of each image and its mirror image."""
@@ -53,10 +54,6 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "eval", arguments)
-    from fastresnet.config import PRECISIONS
-
-    check_choice("precision", options.precision, PRECISIONS)
-
     import torch
 
     from fastresnet.device import explained_failures, resolve_device, resolve_precision, supports
@@ -84,7 +81,7 @@ def run(arguments: list[str]) -> int:
     else:
         precision = "fp32"
         warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
-    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=device)
+    pipeline = open_evaluation(dataset, normalization, precision, device)
     model = weights.model.to(device).to(memory_format=torch.channels_last)
     with (
         explained_failures("try --device cpu"),

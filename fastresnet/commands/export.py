@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastresnet.terminal import check_output, parse
-from pipelines.errors import UsageError, check_choice
+from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from fastresnet.weights import Weights
 
-SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
+_SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".pt2"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Options:
     """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
     model: str | None = None
     """Network; without it, the one that the file names or its shapes fit."""
-    format: str = "onnx"
+    format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
     """onnx, torch-export (a program for torch.export.load) or safetensors (the weights alone)."""
     normalize: bool = False
     """Make the normalisation part of the graph: images in 0..1 go in."""
@@ -31,7 +31,6 @@ class Options:
     """File to write. Without it: the name of the network, in the current folder."""
 
     def __post_init__(self) -> None:
-        check_choice("format", self.format, SUFFIXES)
         check_output("--out", self.out)
         if self.normalize and self.format == "safetensors":
             raise UsageError("--normalize makes normalisation part of a graph, and safetensors hold weights alone.")
@@ -44,7 +43,7 @@ def run(arguments: list[str]) -> int:
     from fastresnet.weights import load_weights
 
     weights = load_weights(find_weights(options.weights), options.model)
-    path = options.out or Path(f"{weights.name}{SUFFIXES[options.format]}")
+    path = options.out or Path(f"{weights.name}{_SUFFIXES[options.format]}")
     difference = export(weights, path, options.format, normalize=options.normalize)
     print(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")
     print(f"images  [N, 3, 32, 32] in 0..1{'' if options.normalize else f', {_normalization(weights)}'}")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from fastresnet.config import Device
 from fastresnet.terminal import check_output, parse
-from pipelines.errors import UsageError, check_choice
+from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-KINDS = ("curves", "confusion", "mistakes")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +22,7 @@ class Options:
 
     runs: Positional[tuple[Path, ...]]
     """Run folders, such as runs/fast-resnet20-cifar10-seed0."""
-    kind: str = "curves"
+    kind: Literal["curves", "confusion", "mistakes"] = "curves"
     """curves, confusion (matrix of the test set), or mistakes (most confident mistakes on the test set)."""
     out: Path | None = None
     """File to write, .png or .svg. Without it: the kind, as .png, in the run folder, or here if there are several."""
@@ -31,11 +30,10 @@ class Options:
     """Name or folder of the data set. Without it: the one the run was trained on."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = "auto"
+    """Device to compute on."""
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
         check_output("--out", self.out, (".png", ".svg"))
         if not self.runs:
             raise UsageError("plot needs run folders: fastresnet plot RUN ...")

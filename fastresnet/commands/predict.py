@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from fastresnet.config import Device
 from fastresnet.terminal import check_output, parse, print_table
 from fastresnet.threads import Threads, check_threads, settled_threads
 from pipelines.errors import DataError, UsageError
@@ -33,8 +34,8 @@ class Options:
     """Network; without it, the one that the file names or its shapes fit."""
     top: int = 3
     """Number of classes to tell for each image."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = "auto"
+    """Device to compute on."""
     threads: Threads = "auto"
     """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
     csv: Path | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastresnet.terminal import parse, progress_line
 from pipelines.errors import Note, UsageError
+from pipelines.formats import Subsampling
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Options:
     """Formats to make beside the store itself (raw), with commas between: beton (for FFCV), jpeg (for DALI)."""
     jpeg_quality: int = 95
     """Quality of the JPEG files, 1..100."""
-    jpeg_subsampling: str = "4:4:4"
+    jpeg_subsampling: Subsampling = "4:4:4"
     """Colour resolution of the JPEG files: 4:4:4 (full), 4:2:2 or 4:2:0."""
 
     def __post_init__(self) -> None:

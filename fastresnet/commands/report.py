@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from fastresnet.config import Device
 from fastresnet.terminal import check_output, parse
 from pipelines.errors import DataError
 
@@ -23,8 +24,8 @@ class Options:
     """Name or folder of the data set. Without it: the one the run was trained on."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = "auto"
+    """Device to compute on."""
 
     def __post_init__(self) -> None:
         check_output("--out", self.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastresnet.models import MODELS, create_model, list_models
+from fastresnet.models import MODELS, Shortcut, create_model, list_models
 from fastresnet.terminal import check_output, parse, print_table
 from pipelines.errors import UsageError
 
@@ -16,7 +16,7 @@ class Options:
 
     model: str = "resnet20"
     """Name of the network."""
-    shortcut: str = "B"
+    shortcut: Shortcut = "B"
     """Shortcut option: A (padded identity) or B (1x1 convolution)."""
     classes: int = 10
     """Number of classes."""

@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipelines import formats
 from pipelines.errors import DataError, Note, UsageError
-from pipelines.formats import SUBSAMPLINGS, JpegSettings, open_derived, open_shard, read_manifest, write_shard
+from pipelines.formats import JpegSettings, open_derived, open_shard, read_manifest, write_shard
 from pipelines.prepare import prepare
 from pipelines.store import open_store
 
@@ -591,7 +591,7 @@ def test_better_settings_cost_less(psnr):
     assert by_subsampling == sorted(set(by_subsampling))
 
 
-@pytest.mark.parametrize(("subsampling", "factors"), list(zip(SUBSAMPLINGS, [(1, 1), (2, 1), (2, 2)], strict=True)))
+@pytest.mark.parametrize(("subsampling", "factors"), [("4:4:4", (1, 1)), ("4:2:2", (2, 1)), ("4:2:0", (2, 2))])
 def test_the_subsampling_is_the_one_in_the_files(dataset, tmp_path, subsampling, factors):
     settings = JpegSettings(subsampling=subsampling)
     write_shard(dataset.test, tmp_path / "tar", tmp_path / "idx", settings, ignore)
@@ -612,7 +612,7 @@ def test_images_that_survive_compression_have_no_finite_psnr(dataset, tmp_path):
         ({"quality": 0}, "JPEG quality 0 is not in 1..100"),
         ({"quality": 101}, "JPEG quality 101 is not in 1..100"),
         ({"quality": -5}, "JPEG quality -5"),
-        ({"subsampling": "444"}, "unknown JPEG subsampling '444': did you mean '4:4:4'"),
+        ({"subsampling": "444"}, "unknown subsampling '444': did you mean '4:4:4'"),
         ({"subsampling": "4:1:1"}, "Valid: 4:4:4, 4:2:2, 4:2:0"),
     ],
 )
