@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from typing import TYPE_CHECKING, Literal, get_args
 
 from .base import Batch, GatheringPipeline, Pipeline, free_memory, is_installed, usable_processors
@@ -89,18 +90,10 @@ def open_pipeline(
 
 def pipeline_class(name: str, device: torch.device) -> type[Pipeline]:
     """Import the class of pipeline `name`, and with it the library that it needs."""
-    if name == "dali":
-        from .dali import DaliPipeline
-
-        return DaliPipeline
-    if name == "ffcv":
-        from .ffcv import FfcvPipeline
-
-        return FfcvPipeline
-    if name == "torchvision":
-        from .torchvision import TorchvisionPipeline
-
-        return TorchvisionPipeline
-    from .resident import DevicePipeline, HostPipeline
-
-    return HostPipeline if device.type == "cpu" else DevicePipeline
+    places = {
+        "resident": "resident:HostPipeline" if device.type == "cpu" else "resident:DevicePipeline",
+        "dali": "dali:DaliPipeline",
+        "ffcv": "ffcv:FfcvPipeline",
+        "torchvision": "torchvision:TorchvisionPipeline",
+    }
+    return pkgutil.resolve_name(f"{__name__}.{places[name]}")

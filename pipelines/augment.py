@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compiler import CompilerError, compile_c
-from .errors import Note
+from .compiler import load_kernels
 from .prng import Array
 from .sampling import IMAGE_SIZE, Augmentation, Draws
 from .store import Dataset
@@ -195,14 +193,11 @@ def create_augment(
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    """Compile `augment.c` and make it ready to be called; None, and a `Note`, where that is impossible."""
-    try:
-        # Contraction to fused multiply-adds would round once where the reference rounds twice.
-        library = compile_c(Path(__file__).with_name("augment.c"), "-ffp-contract=off")
-    except CompilerError as error:
-        warnings.warn(f"images are augmented by PyTorch, at a tenth of the speed: {error}.", Note, stacklevel=3)
-        return None
-    for name in ("uint8", "float32", "bfloat16", "float16"):
-        kernel = getattr(library, f"augment_{name}")
-        kernel.argtypes, kernel.restype = (ctypes.POINTER(_Batch), ctypes.c_int64), None
-    return library
+    return load_kernels(
+        Path(__file__).with_name("augment.c"),
+        "-ffp-contract=off",  # a fused multiply-add would round once where the reference rounds twice
+        [f"augment_{name}" for name in ("uint8", "float32", "bfloat16", "float16")],
+        (ctypes.POINTER(_Batch), ctypes.c_int64),
+        None,
+        "images are augmented by PyTorch, at a tenth of the speed",
+    )

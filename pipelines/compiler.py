@@ -8,11 +8,34 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from .errors import Note
 
 
 class CompilerError(Exception):
     """A C file that cannot be compiled or loaded; the message says why, and what would do."""
+
+
+def load_kernels(
+    source: Path, option: str, names: Iterable[str], arguments: Sequence[Any], result: Any, otherwise: str
+) -> ctypes.CDLL | None:
+    """Compile `source` and declare its functions `names`. Return None, with a `Note`, where that is impossible.
+
+    `otherwise` says in the `Note` what is done instead, and what that costs.
+    """
+    try:
+        library = compile_c(source, option)
+    except CompilerError as error:
+        warnings.warn(f"{otherwise}: {error}.", Note, stacklevel=4)
+        return None
+    for name in names:
+        kernel = getattr(library, name)
+        kernel.argtypes, kernel.restype = arguments, result
+    return library
 
 
 def compile_c(source: Path, *options: str) -> ctypes.CDLL:

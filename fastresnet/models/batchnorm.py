@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipelines.compiler import CompilerError, compile_c
-from pipelines.errors import Note
+from pipelines.compiler import load_kernels
 
 _LANES = 16  # as in batchnorm.c
 
@@ -186,12 +184,11 @@ def _call(kernel: str, x: Tensor, relu: bool, **values: Tensor | float | None) -
 
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    """Compile and load `batchnorm.c`. Return None, with a `Note`, where that is impossible."""
-    try:
-        library = compile_c(Path(__file__).with_name("batchnorm.c"), "-fopenmp")
-    except CompilerError as error:
-        warnings.warn(f"batch norm runs in PyTorch, at a third of the speed: {error}.", Note, stacklevel=3)
-        return None
-    for kernel in (library.forward, library.backward):
-        kernel.argtypes, kernel.restype = (ctypes.POINTER(_Norm),), ctypes.c_int
-    return library
+    return load_kernels(
+        Path(__file__).with_name("batchnorm.c"),
+        "-fopenmp",
+        ("forward", "backward"),
+        (ctypes.POINTER(_Norm),),
+        ctypes.c_int,
+        "batch norm runs in PyTorch, at a third of the speed",
+    )
