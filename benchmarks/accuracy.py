@@ -263,7 +263,7 @@ def publish(run: Path) -> None:
     normalization = weights.normalization
     if normalization == "pixel":
         raise DataError(f"{run} subtracts a mean for each pixel, which a card does not hold. Publish another run.")
-    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision="fp32", device=cpu)
+    pipeline = open_evaluation(dataset, normalization, "fp32", cpu)
     result = evaluate(weights.model, pipeline, dataset.classes, precision="fp32", device=cpu, mirror=True)
     mean, std = (dataset.mean, dataset.std) if normalization == "channel" else ((0.5,) * 3, (0.5,) * 3)
     card = Card(

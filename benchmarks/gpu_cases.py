@@ -30,7 +30,7 @@ import torch
 import torch._dynamo
 from torch.profiler import profile
 
-from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, recorded, steps_in
+from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, steps_in
 from benchmarks.report import SCHEMA, Result, ratio, row_of, short, write_result
 from benchmarks.roofline import copy_bandwidth, matmul_rate, seconds_between, stamp
 from fastresnet.device import DTYPES, resolve_device
@@ -38,7 +38,7 @@ from fastresnet.distributed import SINGLE
 from fastresnet.provenance import environment
 from fastresnet.recipes import create_config
 from fastresnet.terminal import guarded
-from fastresnet.training.execution import Execution
+from fastresnet.training.execution import Execution, recorded
 from fastresnet.training.loop import create_step, open_pipelines, resolve
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
@@ -158,7 +158,7 @@ class TimedRecipe:
         began = time.perf_counter()
         config, _ = resolve(config, dataset, device, SINGLE)
         self._resources = contextlib.ExitStack()
-        pipeline, _ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
+        pipeline, *_ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
         self._total_steps = config.total_steps(len(pipeline))
         self._step = step = create_step(config, dataset, lr_factors(config, self._total_steps), SINGLE)
         if candidate.change is not None:

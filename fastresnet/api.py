@@ -81,7 +81,7 @@ def evaluate(
             threads = torch.get_num_threads()
     on = resolve_device(device)
     precision = resolve_precision(precision, on)
-    pipeline = open_evaluation(dataset, normalization, pipeline="resident", precision=precision, device=on)
+    pipeline = open_evaluation(dataset, normalization, precision, on)
     network = network.to(on)
     with contextlib.closing(pipeline), evaluation_threads(threads, network, pipeline, precision=precision, device=on):
         return evaluate_network(network, pipeline, dataset.classes, precision=precision, device=on, mirror=mirror)

@@ -68,10 +68,9 @@ def find_dataset_for(
 def open_evaluation(
     dataset: Dataset,
     normalization: NormalizationMode,
-    *,
-    pipeline: str,
     precision: str,
     device: torch.device,
+    pipeline: str = "resident",
     world: World = SINGLE,
 ) -> Pipeline:
     """Open a pipeline over the test split of `dataset`, without augmentation.
@@ -239,7 +238,7 @@ def predict_test_set(path: Path, data: str | None, root: Path | None, device: st
     dataset, on = find_dataset_for(weights, path, data, root), resolve_device(device)
     precision = (weights.training or {}).get("precision", "fp32")
     precision = precision if supports(precision, on) else "fp32"
-    pipeline = open_evaluation(dataset, weights.normalization, pipeline="resident", precision=precision, device=on)
+    pipeline = open_evaluation(dataset, weights.normalization, precision, on)
     with contextlib.closing(pipeline):
         likely, labels = probabilities(weights.model.to(on), pipeline, precision=precision, device=on)
     return Predictions(

@@ -161,8 +161,8 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None where it is missing or unreadable: then the end of the run is repeated."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return json.loads((self.path / "summary.json").read_bytes())
+        with contextlib.suppress(DataError):
+            return _read_summary(self.path / "summary.json")
         return None
 
     # --- writing -------------------------------------------------------------------------------------------------

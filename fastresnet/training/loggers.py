@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from fastresnet import run_folder
 from fastresnet.config import TrainConfig
 from fastresnet.run_folder import Row
 from pipelines.errors import UsageError
@@ -33,29 +32,6 @@ class Status:
     """Learning rate of the last step."""
     images_per_s: float
     eta_s: float
-
-    @classmethod
-    def of(
-        cls,
-        progress: run_folder.Progress,
-        loss: float,
-        accuracy: float,
-        lr: float,
-        batch_size: int,
-        total_steps: int,
-        epoch_steps: int,
-    ) -> Status:
-        """Derive speed and remaining time from `progress`."""
-        seconds_per_step = progress.train_seconds / progress.step
-        return cls(
-            epoch=min(progress.epoch + 1, -(-total_steps // epoch_steps)),
-            step=progress.step,
-            loss=loss,
-            accuracy=accuracy,
-            lr=lr,
-            images_per_s=batch_size / seconds_per_step,
-            eta_s=(total_steps - progress.step) * seconds_per_step,
-        )
 
 
 class Logger:

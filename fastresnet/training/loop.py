@@ -34,7 +34,7 @@ from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, faster_backend
 from fastresnet.training.loggers import Status, create_loggers
 from fastresnet.training.mixing import Mixer
-from fastresnet.training.optimizer import create_optimizers, lr_factor, lr_factors
+from fastresnet.training.optimizer import create_optimizers, lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline, PipelineName, choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
@@ -85,10 +85,11 @@ def train(
         if changed:
             tell(f"Note: {', '.join(changed)} differ from the run's; the last bits will too.")
 
-        pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
+        pipeline, evaluated, test = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
         clock.enter("model")
-        step = create_step(config, dataset, lr_factors(config, total_steps), world)
+        factors = lr_factors(config, total_steps)
+        step = create_step(config, dataset, factors, world)
         if checkpoint is not None:
             step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
             run.write_metrics(progress.rows)  # a kill may have come between the checkpoint and this
@@ -116,10 +117,12 @@ def train(
                 world.wait()  # when one process leaves, torchrun stops the others
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
 
-        def status(loss: float, accuracy: float) -> Status:
+        def status() -> Status:
             clock.update(progress)
-            lr = config.lr * config.lr_scale * lr_factor(config, progress.step - 1, total_steps)
-            return Status.of(progress, loss, accuracy, lr, config.batch_size, total_steps, epoch_steps)
+            number, seconds = progress.step, progress.train_seconds / progress.step
+            epoch = min(progress.epoch + 1, -(-total_steps // epoch_steps))
+            speed, eta_s = config.batch_size / seconds, (total_steps - number) * seconds
+            return Status(epoch, number, *step.metrics(), config.lr * factors[number - 1], speed, eta_s)
 
         def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
             classes, precision = dataset.classes, config.precision
@@ -137,7 +140,7 @@ def train(
                         tell(_cold_start(clock, device))
                     if progress.step % status_every == 0:
                         _check_finite(step, epoch_steps, run)
-                        now = status(*step.metrics())
+                        now = status()
                         for logger in loggers:
                             logger.status(now)
                     if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
@@ -150,7 +153,7 @@ def train(
                 world.broadcast(step.eval_model.buffers())  # statistics of batch norm, which each rank has of its own
                 result = measure(step.eval_model, evaluated)
                 world.sum(step.totals)
-                now = status(*step.metrics())
+                now = status()
                 progress.rows.append(_row(progress, now, result, int(step.overflows[0]), config))
                 progress.epoch += 1
                 step.reset()
@@ -164,10 +167,9 @@ def train(
 
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
-            with contextlib.closing(_open_evaluation(config, dataset, world)) as test:
-                last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
-                if config.val_split:  # the test set is used once, when all is decided
-                    best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
+            last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
+            if config.val_split:  # the test set is used once, when all is decided
+                best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
             clock.update(progress)
             return run.write_summary(_summary(config, dataset, progress, last, best, clock, origin))
 
@@ -199,10 +201,21 @@ def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: 
 
 
 @contextlib.contextmanager
-def open_pipelines(config: TrainConfig, dataset: Dataset, world: World) -> Iterator[tuple[Pipeline, Pipeline]]:
-    """Open the training split and the one evaluated after each epoch; inside, `config.threads` threads compute."""
-    training, evaluated = dataset.hold_out(config.val_split) if config.val_split else (dataset, dataset)
+def open_pipelines(
+    config: TrainConfig, dataset: Dataset, world: World
+) -> Iterator[tuple[Pipeline, Pipeline, Pipeline]]:
+    """Open the training split, the one evaluated after each epoch, and the test split.
+
+    Inside, `config.threads` threads compute.
+    """
+    training, held_out = dataset.hold_out(config.val_split) if config.val_split else (dataset, None)
+    device, precision = torch.device(config.device), config.precision
     with contextlib.ExitStack() as resources:
+
+        def evaluation(dataset: Dataset) -> Pipeline:
+            opened = open_evaluation(dataset, config.normalization, precision, device, config.pipeline, world)
+            return resources.enter_context(contextlib.closing(opened))
+
         resources.callback(torch.set_num_threads, torch.get_num_threads())
         if config.threads != "auto":
             use_threads(config.threads)
@@ -211,8 +224,8 @@ def open_pipelines(config: TrainConfig, dataset: Dataset, world: World) -> Itera
             training,
             train=True,
             batch_size=config.batch_size,
-            device=torch.device(config.device),
-            dtype=DTYPES[config.precision],
+            device=device,
+            dtype=DTYPES[precision],
             seed=config.seed,
             augmentation=config.augmentation,
             decode=config.decode,
@@ -220,20 +233,8 @@ def open_pipelines(config: TrainConfig, dataset: Dataset, world: World) -> Itera
             world_size=world.world_size,
         )
         resources.callback(pipeline.close)
-        evaluation = _open_evaluation(config, evaluated, world)
-        resources.callback(evaluation.close)
-        yield pipeline, evaluation
-
-
-def _open_evaluation(config: TrainConfig, dataset: Dataset, world: World) -> Pipeline:
-    return open_evaluation(
-        dataset,
-        config.normalization,
-        pipeline=config.pipeline,
-        precision=config.precision,
-        device=torch.device(config.device),
-        world=world,
-    )
+        test = evaluation(dataset)
+        yield pipeline, evaluation(held_out) if held_out else test, test
 
 
 def create_step(config: TrainConfig, dataset: Dataset, lr_factors: Sequence[float], world: World) -> TrainStep:

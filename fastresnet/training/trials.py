@@ -49,7 +49,7 @@ def _prepared(
     config, why_pipeline = resolve(config, dataset, resolve_device(config.device), SINGLE)
     with (
         explained_failures("a smaller --batch-size takes less"),
-        open_pipelines(config, dataset, SINGLE) as (pipeline, evaluated),
+        open_pipelines(config, dataset, SINGLE) as (pipeline, evaluated, _),
     ):
         total_steps = config.total_steps(len(pipeline))
         step = create_step(config, dataset, factors or lr_factors(config, total_steps), SINGLE)

@@ -21,7 +21,7 @@ def network():
 
 def evaluate_small(network, dataset, monkeypatch, batch_size, normalization="half", pipeline="resident"):
     monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
-    batches = open_evaluation(dataset, normalization, pipeline=pipeline, precision="fp32", device=CPU)
+    batches = open_evaluation(dataset, normalization, "fp32", CPU, pipeline)
     return evaluate(network, batches, dataset.classes, precision="fp32", device=CPU)
 
 
@@ -50,7 +50,7 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(
 @pytest.mark.parametrize("batch_size", [7, BATCH_SIZE])
 def test_mirrored_views_are_counted_beside_the_single_view(network, dataset, monkeypatch, batch_size):
     monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
-    batches = open_evaluation(dataset, "half", pipeline="resident", precision="fp32", device=CPU)
+    batches = open_evaluation(dataset, "half", "fp32", CPU)
     result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, mirror=True)
     images = torch.from_numpy(dataset.test.images / 127.5 - 1).permute(0, 3, 1, 2).float()
     mirrored = torch.from_numpy(dataset.test.images[:, :, ::-1] / 127.5 - 1).permute(0, 3, 1, 2).float()
