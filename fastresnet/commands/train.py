@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -39,20 +40,16 @@ class Options(TrainConfig):
             if self.dry_run or self.print_config or self.seeds is not None or "RANK" in os.environ:
                 raise UsageError("--find-lr cannot be combined with --seeds, --dry-run, --print-config or torchrun.")
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> Options:
-        """Make options with the settings of `config`."""
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
 
-    def settings(self) -> TrainConfig:
-        """Return the settings alone."""
-        return TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a training alone, by name."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
 
 
 def run(arguments: list[str]) -> int:
     began = time.perf_counter()
     options = _parse(arguments)
-    config = options.settings()
+    config = TrainConfig(**_settings(options))
     if options.print_config:
         print(config.to_toml(), end="")
         return 0
@@ -83,19 +80,19 @@ def _parse(arguments: list[str]) -> Options:
     from fastresnet.config import from_toml
     from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
 
-    file, _, _ = (_take_once(arguments, name) for name in ("--config", "--seeds", "--find-lr"))
-    if file is not None:
-        base = from_toml(Path(file))
+    given, _ = _take(arguments, "--config", "--model")
+    if given.config is not None:
+        base = from_toml(Path(given.config))
     else:
         named = bool(arguments) and not arguments[0].startswith("-")
         recipe, arguments = (arguments[0], arguments[1:]) if named else (DEFAULT_RECIPE, arguments)
-        base = create_config(recipe, _take_option(arguments, "--model")[0])
+        base = create_config(recipe, given.model)
     read = functools.partial(
         parse,
         Options,
         "train [RECIPE]",
         arguments,
-        default=Options.of(base),
+        default=Options(**_settings(base)),
         description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
         "the defaults below.",
     )
@@ -165,7 +162,8 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     from fastresnet.seeds import parse_seeds, train_seeds
 
     seeds = parse_seeds(text)
-    if _take_option(arguments, "--seed")[0] is not None or "RANK" in os.environ:
+    given, arguments = _take(arguments, "--seeds", "--seed", "--out")
+    if given.seed is not None or "RANK" in os.environ:
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     import torch
 
@@ -183,8 +181,6 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     print(
         f"{len(seeds)} trainings, {where}; each tells its progress in train.log in its folder: {folders[seeds[0]]} ..."
     )
-    for option in ("--seeds", "--out"):
-        arguments = _take_option(arguments, option)[1]
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
         _seed_lines(train_seeds(arguments, folders, gpus)),
@@ -217,27 +213,12 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """Return the value of option `name` (as `name VALUE` or `name=VALUE`), and the arguments without it.
-
-    Raises `UsageError` where the value is missing.
-    """
-    for i, argument in enumerate(arguments):
-        if argument == name:
-            if i + 1 == len(arguments) or arguments[i + 1].startswith("--"):
-                raise UsageError(f"{name} needs a value.")
-            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
-    return None, arguments
-
-
-def _take_once(arguments: list[str], name: str) -> str | None:
-    """Return the value of option `name`. Raises `UsageError` where it is missing, or the option is there twice."""
-    value, rest = _take_option(arguments, name)
-    if _take_option(rest, name)[0] is not None:
-        raise UsageError(f"{name} is there twice.")
-    return value
+def _take(arguments: list[str], *options: str) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of `options`, None where one is missing, and the arguments without them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in options:
+        parser.add_argument(option, nargs="?")
+    return parser.parse_known_args(arguments)
 
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
