@@ -66,7 +66,7 @@ def workspace(tmp_path_factory):
     return place
 
 
-def smaller(arguments):
+def shortened(arguments):
     """`arguments` of a command, with less to do."""
     arguments = [{"0-9": "0-1", "5000": "50"}.get(argument, argument) for argument in arguments]
     if arguments[0] == "train":
@@ -75,7 +75,7 @@ def smaller(arguments):
     return arguments
 
 
-def forget_runs(workspace):
+def remove_runs(workspace):
     """Remove runs of the commands before, which have the names that the next ones would give."""
     for folder in (workspace / "runs").iterdir():
         if folder.name not in ("NAME", "OTHER"):
@@ -98,17 +98,17 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
         for model in ("resnet20", "resnet56"):
             monkeypatch.setitem(models.MODELS, model, dataclasses.replace(models.MODELS[model], depth=8))
         if "--resume" not in rest:
-            forget_runs(workspace)
+            remove_runs(workspace)
     if name == "export":
         pytest.importorskip("onnxruntime")
-    code = cli.main(smaller([name, *rest]))
+    code = cli.main(shortened([name, *rest]))
     out, err = capsys.readouterr()
     assert code == 0 or (name == "doctor" and code == 1), err
     assert out
     assert "Traceback" not in err
 
 
-def test_all_commands_are_in_their_document():
+def test_cli_document_covers_every_command():
     assert {line.split()[1] for line in commands_in("docs/cli.md")} == set(cli.COMMANDS)
 
 
@@ -119,7 +119,7 @@ def anchors_in(text):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_between_documents_lead_somewhere(document):
+def test_links_between_documents_resolve(document):
     text = (PROJECT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         name, _, anchor = target.partition("#")

@@ -55,7 +55,7 @@ def test_the_table_of_runs_has_a_row_for_each_recipe_and_network():
     assert (row["PFLOP"], row["minutes"]) == ("2.00", "10")
 
 
-def test_runs_on_a_gpu_have_a_row_of_their_own_and_count_with_the_others():
+def test_gpu_runs_have_their_own_row_and_enter_the_overall_mean():
     gpu = {"environment": {"device": "H100", "threads": 16}, "settings": {"device": "cuda"}, "train_seconds": 21.0}
     runs = [summary(0, 92.0, **gpu), summary(1, 93.0, **gpu), summary(0, 91.0)]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in runs_table(runs).splitlines()[2:]]
@@ -66,7 +66,7 @@ def test_runs_on_a_gpu_have_a_row_of_their_own_and_count_with_the_others():
     assert cells(reproduction_table(runs), ["resnet20"])["`paper`"] == "8.00 ± 1.00 % (165 epochs, 3 seeds)"
 
 
-def test_speedruns_stand_below_airbench_s_and_other_recipes_elsewhere():
+def test_speedrun_table_lists_airbench_then_speedruns_and_no_other_recipe():
     runs = [
         summary(seed, percent, recipe="speedrun", model="resnet9-narrow") for seed, percent in ((0, 93.9), (1, 94.3))
     ]
@@ -145,7 +145,7 @@ def run_folder(tmp_path):
     ],
     ids=["other data", "other settings", "no settings"],
 )
-def test_a_run_that_would_not_count_is_not_added_nor_are_those_beside_it(results, run_folder, unfit, words):
+def test_add_rejects_all_runs_if_one_would_not_count(results, run_folder, unfit, words):
     without, unfit = unfit == {"settings": None}, summary(5, 90.0, **unfit)
     if without:
         del unfit["settings"]
@@ -166,7 +166,7 @@ def test_a_summary_of_an_older_version_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("curves", ["epoch\n1\n", "epoch\n1\n2\n"])
-def test_a_run_takes_no_other_s_place(results, run_folder, together, curves):
+def test_add_does_not_overwrite_another_run(results, run_folder, together, curves):
     percent = 91.0 if curves != "epoch\n1\n" else 92.0  # they differ in one file or the other
     first, second = run_folder("first", summary(3, 91.0)), run_folder("second", summary(3, percent), curves)
     if not together:
@@ -183,7 +183,7 @@ def test_a_run_takes_no_other_s_place(results, run_folder, together, curves):
     assert json.loads((results / "paper-resnet20-seed3.json").read_text())["test_accuracy"] == percent
 
 
-def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_path):
+def test_chart_shows_available_curves_and_labels_missing_ones_not_run(tmp_path):
     with pytest.raises(DataError, match="has no run of recipe 'paper'"):
         accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
     (tmp_path / "paper-resnet20-seed3.json").write_text(json.dumps(summary(3, 91.0)))
@@ -197,7 +197,7 @@ def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_run_in_the_tables_is_one_of_a_recipe_and_tells_where_it_comes_from(path):
+def test_every_committed_run_has_a_known_recipe_and_provenance(path):
     run = json.loads(path.read_text())
     assert run["schema"] == 1
     where = {"cpu": "", "cuda": "-gpu"}[run["settings"]["device"]]

@@ -97,7 +97,7 @@ def test_the_rate_of_matrix_products_is_positive():
     assert matmul_rate(CPU, torch.float32, largest=256) > 0
 
 
-def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypatch):
+def test_limits_use_the_fastest_run_by_the_device_clock(monkeypatch):
     """A clock that says when a device has come so far: the second run takes 2 s, all others more."""
     begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
     monkeypatch.setattr(roofline, "stamp", lambda _: begin.pop() if begin else next(ends))
@@ -107,7 +107,7 @@ def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypat
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_timed_without_its_host(monkeypatch):
+def test_gpu_limits_do_not_depend_on_the_host_clock(monkeypatch):
     """The host's clock stands still here."""
     monkeypatch.setattr(roofline, "time", types.SimpleNamespace(perf_counter=lambda: 0.0))
     device = torch.device("cuda")

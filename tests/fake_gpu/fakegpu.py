@@ -110,7 +110,7 @@ def _answer(self: torch.Tensor) -> int:
 torch.Tensor.__int__ = _answer
 
 
-def _answering_no(function: Callable[..., Any]) -> Callable[..., Any]:
+def _answering_false(function: Callable[..., Any]) -> Callable[..., Any]:
     """SGD asks whether its learning rate, a tensor, is negative."""
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -123,7 +123,7 @@ def _answering_no(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-torch.optim.SGD.__init__ = _answering_no(torch.optim.SGD.__init__)
+torch.optim.SGD.__init__ = _answering_false(torch.optim.SGD.__init__)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

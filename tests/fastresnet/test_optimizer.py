@@ -61,7 +61,7 @@ def test_every_parameter_that_is_trained_is_in_exactly_one_group(settings):
     assert sorted(found) == sorted(id(p) for name, p in network.named_parameters() if name != "conv1.weight")
 
 
-def test_norms_and_biases_decay_only_if_asked():
+def test_norms_and_biases_decay_only_with_decay_norms():
     network = create_model("resnet20")
     for decay_norms in (True, False):
         config = TrainConfig(weight_decay=0.01, decay_norms=decay_norms)
@@ -127,7 +127,7 @@ def test_muon_equals_the_published_update():
 
 
 @pytest.mark.parametrize("norm_lr", [None, 0.5])
-def test_muon_leaves_what_is_no_convolution_to_sgd(norm_lr):
+def test_muon_uses_sgd_for_parameters_other_than_convolutions(norm_lr):
     """Norms and biases at a learning rate of their own, where they have one."""
     network, reference = small_network(), small_network()
     optimizers = create_optimizers(network, TrainConfig(**OPTIMIZERS["muon"], norm_lr=norm_lr))
@@ -155,7 +155,7 @@ def test_orthogonalisation_keeps_the_singular_vectors_and_levels_the_values(shap
 
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_an_update_that_is_called_off_changes_nothing(settings):
+def test_update_skipped_by_found_inf_changes_nothing(settings):
     network = small_network().float()
     optimizers = create_optimizers(network, TrainConfig(**settings))
     for seeds in ((), (1, 2)):  # as the first of all, and later
@@ -190,7 +190,7 @@ def test_scaled_gradients_give_the_same_update(settings):
 
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_state_put_back_continues_to_the_bit(settings):
+def test_restored_optimizer_state_continues_bit_exactly(settings):
     (network, other) = (create_model("resnet20").to(memory_format=torch.channels_last) for _ in range(2))
     optimizers, others = (create_optimizers(each, TrainConfig(**settings)) for each in (network, other))
     take_steps(network, optimizers, (1, 2))

@@ -186,7 +186,7 @@ def test_foreign_safetensors_give_their_logits(tmp_path, prefix, metadata):
     assert_same_logits(weights, reference)
 
 
-def test_files_from_before_batches_were_counted_give_their_logits(tmp_path):
+def test_files_without_num_batches_tracked_give_their_logits(tmp_path):
     reference = chenyaofo()
     state = {name: x for name, x in reference.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
@@ -241,7 +241,7 @@ def own_network(name="resnet20", shortcut="B"):
 
 @pytest.mark.parametrize(("name", "shortcut"), OWN)
 @pytest.mark.parametrize("resumable", [False, True], ids=["best.ckpt", "last.ckpt"])
-def test_own_checkpoints_say_what_they_are(tmp_path, name, shortcut, resumable):
+def test_own_checkpoints_identify_their_network_and_settings(tmp_path, name, shortcut, resumable):
     network, config = (
         own_network(name, shortcut),
         TrainConfig(model=name, shortcut=shortcut, data="shapes10", precision="fp32"),
@@ -277,7 +277,7 @@ UNKNOWN_NETWORKS = {
 
 
 @pytest.mark.parametrize("description", UNKNOWN_NETWORKS.values(), ids=UNKNOWN_NETWORKS)
-def test_own_files_that_describe_no_network_known_here_are_refused(tmp_path, description):
+def test_own_files_with_an_unknown_network_are_refused(tmp_path, description):
     save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), description)
     assert_refused(tmp_path / "w.ckpt")
 
@@ -285,13 +285,13 @@ def test_own_files_that_describe_no_network_known_here_are_refused(tmp_path, des
 @pytest.mark.parametrize(
     "wrong", [{"data": 5}, {"normalization": "quarter"}, {"normalization": None}, {"precision": "fp31"}], ids=str
 )
-def test_own_files_that_describe_an_impossible_training_are_refused(tmp_path, wrong):
+def test_own_files_with_invalid_settings_are_refused(tmp_path, wrong):
     config = {**TrainConfig(precision="fp32").to_dict(), **wrong}
     save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), {"config": config})
     assert_refused(tmp_path / "w.ckpt")
 
 
-def test_of_a_run_that_averages_its_weights_the_average_is_loaded(tmp_path):
+def test_averaged_weights_are_loaded_if_the_run_has_them(tmp_path):
     network, raw = own_network(), trained(create_model("resnet20"), seed=1)
     tensors = {**with_prefix("model", raw.state_dict()), **with_prefix("averaged", network.state_dict())}
     save_tensors(tmp_path / "last.ckpt", tensors, {"config": TrainConfig(precision="fp32").to_dict()})
@@ -406,13 +406,13 @@ UNFIT_STATE_DICTS = {
 @pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.torch.jit", "ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 @pytest.mark.parametrize("content", NO_PYTORCH_FILES.values(), ids=NO_PYTORCH_FILES)
-def test_what_is_no_pytorch_file_is_refused(tmp_path, content, name):
+def test_invalid_pytorch_file_is_refused(tmp_path, content, name):
     (tmp_path / name).write_bytes(content())
     assert_refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
-def test_what_is_no_state_dict_is_refused(tmp_path, content):
+def test_content_other_than_a_state_dict_is_refused(tmp_path, content):
     torch.save(content(), tmp_path / "w.pt")
     assert_refused(tmp_path / "w.pt")
 
@@ -477,21 +477,21 @@ class Canary:
 @pytest.mark.parametrize("place", ["alone", "wrapped", "among tensors"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
 def test_code_in_a_file_is_not_run(tmp_path, kind, place):
-    path, bird = tmp_path / "w.pt", Canary(tmp_path / "canary")
-    content = {"alone": bird, "wrapped": {"state_dict": bird}, "among tensors": {"x": torch.zeros(2), "y": bird}}[place]
+    path, code = tmp_path / "w.pt", Canary(tmp_path / "canary")
+    content = {"alone": code, "wrapped": {"state_dict": code}, "among tensors": {"x": torch.zeros(2), "y": code}}[place]
     if kind == "bare pickle":
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     assert_refused(path)
-    assert not bird.path.exists()
+    assert not code.path.exists()
 
 
-def test_the_canary_sings(tmp_path):
+def test_canary_code_runs_in_the_stock_unpickler(tmp_path):
     """Code that the test before shows absent runs without precautions."""
-    bird = Canary(tmp_path / "canary")
-    pickle.loads(pickle.dumps(bird)).close()
-    assert bird.path.exists()
+    code = Canary(tmp_path / "canary")
+    pickle.loads(pickle.dumps(code)).close()
+    assert code.path.exists()
 
 
 # --- damage ------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Kind:
     """Guard of the content by a checksum: then another content must not come out."""
 
     @property
-    def honest_bytes(self) -> int:
+    def undamaged_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.folder.iterdir())
 
 
@@ -206,7 +206,7 @@ def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) ->
         if file.name != name:
             shutil.copyfile(file, target)
     (place / name).write_bytes(data)
-    allowed = 2 * (kind.honest_bytes + len(data)) + SPARE_BYTES
+    allowed = 2 * (kind.undamaged_bytes + len(data)) + SPARE_BYTES
     before = _reset_peak_memory()
     signal.alarm(SECONDS)
     try:
@@ -220,7 +220,7 @@ def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) ->
     finally:
         signal.alarm(0)
     if (used := _peak_memory() - before) > allowed:
-        raise Defect(f"{used:,} bytes of memory for files of {kind.honest_bytes:,}")
+        raise Defect(f"{used:,} bytes of memory for files of {kind.undamaged_bytes:,}")
     if outcome == "other" and kind.verified:
         raise Defect("another content, without a word")
     return outcome
@@ -262,7 +262,7 @@ def try_inputs(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
     return outcomes
 
 
-def in_a_child(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
+def try_inputs_in_child(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
     """`try_inputs` in a process of its own, whose crash is seen here."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
@@ -291,7 +291,7 @@ def campaign(inputs: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
         count = inputs * (number + 1) // len(every) - inputs * number // len(every)
         outcomes[kind.name] = Counter()
         for start in range(seed, seed + count, 100):
-            outcomes[kind.name] += in_a_child(kind, range(start, min(start + 100, seed + count)), folder)
+            outcomes[kind.name] += try_inputs_in_child(kind, range(start, min(start + 100, seed + count)), folder)
         print(f"{kind.name}: {dict(outcomes[kind.name])}", flush=True)
     return outcomes
 
