@@ -1,8 +1,8 @@
-"""The commands in the documents work: each is run as it stands there, on a small data set.
+"""Commands in the documents: each is run as written there, on a small data set.
 
 Trainings end after two steps, batches have 8 images, seeds are two, and 5,000 held-out images are 50. Benchmarks,
-which take minutes, are read by their own parser; what they do is in tests/benchmarks. What begins with docker,
-torchrun, make, srun or python -m is not run here: it needs Docker, GPUs or SLURM, or is what runs these tests.
+which take minutes, are only parsed; tests/benchmarks runs them. Commands that begin with docker, torchrun, make,
+srun or python -m are not run here: they need Docker, GPUs or SLURM, or run these tests.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def workspace(tmp_path_factory):
 
 
 def shortened(arguments):
-    """`arguments` of a command, with less to do."""
+    """Return `arguments` of a command, changed to take less time."""
     arguments = [{"0-9": "0-1", "5000": "50"}.get(argument, argument) for argument in arguments]
     if arguments[0] == "train":
         arguments += ["--batch-size", "8"] if "--batch-size" not in arguments else []
@@ -76,7 +76,7 @@ def shortened(arguments):
 
 
 def remove_runs(workspace):
-    """Remove runs of the commands before, which have the names that the next ones would give."""
+    """Remove the runs of earlier commands, whose names the next commands would use."""
     for folder in (workspace / "runs").iterdir():
         if folder.name not in ("NAME", "OTHER"):
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""The tables of accuracy: figures of runs that happened, and nothing else."""
+"""Accuracy tables: only figures of recorded runs enter them."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ def summary(seed, percent, *, recipe="paper", model="resnet20", settings=None, *
 
 
 def cells(table, row):
-    """The cells of the row that starts with these."""
+    """Return the cells of the row that starts with `row`."""
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
     (found,) = [line for line in lines if line[: len(row)] == row]
     return dict(zip(lines[0], found, strict=True))
@@ -84,7 +84,7 @@ def test_runs_on_other_data_or_with_other_settings_do_not_count(tmp_path):
         summary(0, 91.0),
         summary(1, 91.0, data="shapes10"),
         summary(2, 91.0, settings={"lr": 0.2}),
-        summary(3, 91.0, settings={"device": "cuda", "precision": "fp16", "seed": 3}),  # no recipe's matter
+        summary(3, 91.0, settings={"device": "cuda", "precision": "fp16", "seed": 3}),  # not part of a recipe
     ]
     for run in runs:
         (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
@@ -101,7 +101,7 @@ def test_a_run_of_a_recipe_that_has_changed_since_does_not_count(tmp_path, monke
 
 @pytest.mark.parametrize("folder", ["", " --out /somewhere/run", " --out='/some where/run'"])
 def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkeypatch, folder):
-    """And no folder of the machine."""
+    """The stored command has no local path."""
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
     run = tmp_path / "run"
     run.mkdir()
@@ -171,7 +171,7 @@ def test_add_does_not_overwrite_another_run(results, run_folder, together, curve
     first, second = run_folder("first", summary(3, 91.0)), run_folder("second", summary(3, percent), curves)
     if not together:
         accuracy.add([first])
-        accuracy.add([first])  # again: nothing to object to
+        accuracy.add([first])  # the same run again is accepted
     before = {path: path.read_bytes() for path in results.glob("*")}
     with pytest.raises(DataError, match=r"remove paper-resnet20-seed3\.json and paper-resnet20-seed3\.csv") as caught:
         accuracy.add([first, second] if together else [second])
@@ -189,7 +189,7 @@ def test_chart_shows_available_curves_and_labels_missing_ones_not_run(tmp_path):
     (tmp_path / "paper-resnet20-seed3.json").write_text(json.dumps(summary(3, 91.0)))
     curve = "epoch,train_accuracy,test_accuracy\n1,60,55\n2,93.5,91\n"
     (tmp_path / "paper-resnet20-seed3.csv").write_text(curve)
-    with plt.rc_context({"svg.fonttype": "none"}):  # letters stay letters
+    with plt.rc_context({"svg.fonttype": "none"}):  # keep text as text
         accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
     picture = (tmp_path / "chart.svg").read_text()
     for label in ("resnet20, train: 6.50 %", "resnet20, test: 9.00 %", "resnet56: not run", "plain20: not run"):
@@ -205,7 +205,7 @@ def test_every_committed_run_has_a_known_recipe_and_provenance(path):
     assert run["recipe"] in RECIPES
     environment = run["environment"]
     assert all(environment[key] for key in ("device", "threads", "versions", "commit", "command", "started"))
-    assert not environment["commit"].endswith("+")  # trained with what is in the repository
+    assert not environment["commit"].endswith("+")  # trained from a committed state
     with open(path.with_suffix(".csv"), newline="") as file:
         *_, last = csv.DictReader(file)
-    assert float(last["test_accuracy"]) == run["test_accuracy"]  # the curve ends in the figure
+    assert float(last["test_accuracy"]) == run["test_accuracy"]  # the last row of the curve is the reported accuracy

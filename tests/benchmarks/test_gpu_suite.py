@@ -1,6 +1,6 @@
-"""Suite for a rented GPU: a script that ends in time and loses nothing that was finished, and its cases, on a CPU.
+"""GPU suite: its script keeps its time limit and all finished results; its cases are tested on a CPU.
 
-A stand-in for Python takes no time.
+The script runs a stand-in for Python.
 """
 
 import json
@@ -39,7 +39,7 @@ esac
 
 
 class Suite:
-    """Runs the script with a stand-in for Python that notes what it is asked for."""
+    """Runner of the script, with a stand-in for Python that records its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.out, self.calls_file, self.python = folder / "results", folder / "calls", folder / "python"
@@ -53,7 +53,7 @@ class Suite:
         }
 
     def inject(self, pattern: str, commands: str) -> None:
-        """Have the stand-in run `commands` where its arguments match `pattern`, before what it does anyway."""
+        """Make the stand-in first run `commands` if its arguments match `pattern`."""
         lines = self.python.read_text().split("\n", 1)
         self.python.write_text(f'{lines[0]}\ncase "$*" in {pattern}) {commands} ;; esac\n{lines[1]}')
 
@@ -68,13 +68,13 @@ class Suite:
         )
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of the script for `self.out`."""
+        """Return exit code, stdout and stderr of the script for `self.out`."""
         process = self.start(str(self.out), *arguments, **environment)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
     def wait_for_sleep(self) -> int:
-        """Process of a stand-in that has been told to sleep and writes its number first."""
+        """Return the process id that a sleeping stand-in has written."""
         file = self.calls_file.with_suffix(".sleeps")
         for _ in range(600):
             if file.exists() and (number := file.read_text().strip()):
@@ -152,7 +152,7 @@ def test_all_stages_run_in_order_and_pass(suite, tmp_path):
 
 
 def test_only_small_files_of_each_training_are_packed(suite, tmp_path):
-    """Summary, settings and metrics of each, in order of value, and nothing large."""
+    """These are summary, settings and metrics. Trainings run in order of priority."""
     (tmp_path / "data/cifar10").mkdir(parents=True)
     (tmp_path / "data/cifar10/meta.json").touch()
     assert suite.run("accuracy", DATA=str(tmp_path / "data"))[0] == 0
@@ -195,7 +195,7 @@ def test_timed_out_stage_keeps_its_partial_output(suite):
 
 
 def test_timed_out_tests_have_time_to_report_failures(suite):
-    """Workers of pytest that compile take 10 seconds to be stopped, and only then it writes what it has seen."""
+    """Pytest workers that compile take 10 seconds to stop; only then does pytest write its report."""
     suite.inject('*"-m pytest"*', "trap 'sleep 7; echo FAILED; exit 2' INT; sleep 60")
     assert suite.run("--seconds", "33", "tests")[0] == 1
     assert b"FAILED" in suite.packed()["logs/tests.log"]
@@ -300,7 +300,7 @@ SMALL = RecipeCase("fast", "resnet20", 128)  # 2 images on a CPU
 
 @pytest.fixture
 def measure(request, tmp_path, monkeypatch, data_root):
-    """`code, report = measure("steps")`: a command's rehearsal with what has been set as its cases."""
+    """`code, report = measure("steps")`: rehearse a command with the cases that the test has set."""
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
     if "gpu" not in request.keywords:
         monkeypatch.setattr(gpu_cases, "resolve_device", lambda _: torch.device("cpu"))
@@ -315,7 +315,7 @@ def measure(request, tmp_path, monkeypatch, data_root):
 
 
 def test_failed_case_is_reported_and_the_next_is_measured(measure, monkeypatch):
-    monkeypatch.setattr(gpu_cases, "CASES", (RecipeCase("fast", "resnet20", 1 << 20), SMALL))  # a batch for no data set
+    monkeypatch.setattr(gpu_cases, "CASES", (RecipeCase("fast", "resnet20", 1 << 20), SMALL))  # exceeds the data set
     code, report = measure("steps")
     assert code == 1
     (failed,) = report["failed"]
@@ -332,7 +332,7 @@ def test_failed_case_is_reported_and_the_next_is_measured(measure, monkeypatch):
 
 
 def test_candidate_and_unchanged_step_are_measured_alternately(measure, monkeypatch):
-    """Its change is made to its own step only, and the ratio is that of the rounds."""
+    """The change is made to the candidate's step only; the ratio is taken round by round."""
     changed = []
 
     def refuse(step):

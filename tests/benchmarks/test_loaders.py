@@ -1,4 +1,4 @@
-"""The loader benchmark, whole and small: every worker runs, and the figures agree with one another."""
+"""Loader benchmark, end to end on small data: every worker runs, and the figures are consistent."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_the_chart_is_a_readable_picture(report):
 
 
 def test_ratios_are_taken_round_by_round():
-    """A machine that is ten times slower in the second round changes neither worker's merit."""
+    """A machine that is ten times slower in the second round does not change the ratios."""
     assert ratio("a", [20.0, 2.0, 30.0], "b", [10.0, 1.0, 10.0]) == {
         "name": "a",
         "over": "b",

@@ -1,4 +1,4 @@
-"""Results compared with one another, and files that are none."""
+"""Comparison of results, and rejection of invalid result files."""
 
 import functools
 import json
@@ -65,7 +65,7 @@ def test_results_of_different_benchmarks_are_refused(write, run):
 
 
 def without(report, *keys):
-    """Take out of `report` what these lead to."""
+    """Delete the entry of `report` at the path `keys`."""
     *path, last = keys
     for key in path:
         report = report[key]
@@ -74,7 +74,7 @@ def without(report, *keys):
 
 @pytest.mark.parametrize("benchmark", ["loaders", "step", "train"])
 def test_result_with_a_missing_key_never_ends_in_a_traceback(tmp_path, run, benchmark):
-    """Every single key is taken out of a real one; not all are needed to show it, but none ends in a traceback."""
+    """Each key of a real result is removed in turn. Some are optional; the others give a one-line error."""
     whole = (RESULTS / f"{benchmark}-2-cores.json").read_text()
     first = {"rows": 0, "ratios": 0, "splits": 0}
     report, path = json.loads(whole), tmp_path / "bad.json"

@@ -1,4 +1,4 @@
-"""Arithmetic and traffic of a step, against sums by hand, and the limits of a machine."""
+"""FLOPs and memory traffic of a step, against hand calculations, and the limits of a machine."""
 
 import itertools
 import types
@@ -98,7 +98,7 @@ def test_the_rate_of_matrix_products_is_positive():
 
 
 def test_limits_use_the_fastest_run_by_the_device_clock(monkeypatch):
-    """A clock that says when a device has come so far: the second run takes 2 s, all others more."""
+    """By a fake device clock, the second run takes 2 s and all others longer."""
     begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
     monkeypatch.setattr(roofline, "stamp", lambda _: begin.pop() if begin else next(ends))
     assert copy_bandwidth(CPU, 1000) == 2 * 1000 / 2
@@ -108,7 +108,7 @@ def test_limits_use_the_fastest_run_by_the_device_clock(monkeypatch):
 
 @pytest.mark.gpu
 def test_gpu_limits_do_not_depend_on_the_host_clock(monkeypatch):
-    """The host's clock stands still here."""
+    """The host clock is frozen here."""
     monkeypatch.setattr(roofline, "time", types.SimpleNamespace(perf_counter=lambda: 0.0))
     device = torch.device("cuda")
     assert 0 < copy_bandwidth(device) < float("inf")

@@ -1,4 +1,4 @@
-"""Processes in turns: those that fail or are stopped, and the load by others while they are measured."""
+"""Worker processes measured in turns: failures, interruption, and the load from other processes."""
 
 import contextlib
 import importlib
@@ -18,7 +18,7 @@ from benchmarks import runner
 from benchmarks.runner import Case, OtherLoad, Work, Worker, _busy_ticks, _own_ticks
 from pipelines.errors import Note, RunError
 
-# --- the load by others -----------------------------------------------------------------------------------------------
+# --- load from other processes ----------------------------------------------------------------------------------------
 
 
 BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
@@ -26,7 +26,7 @@ BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() 
 
 def test_own_ticks_include_child_processes():
     def seconds():
-        """Own work as this program and as Python count it; the latter without children that live."""
+        """Return own processor time as counted by this program and by Python, which leaves out running children."""
         times = os.times()
         python = times.user + times.system + times.children_user + times.children_system
         return _own_ticks() / runner._TICKS_PER_S, python
@@ -80,7 +80,7 @@ def test_busy_machine_is_noted_below_the_tables_and_in_the_file(run, tmp_path, m
 
 @pytest.mark.parametrize(("compiles", "start"), [(True, (17, 12)), (False, (17,))])
 def test_compilation_time_is_the_excess_of_the_first_batch_over_a_later_one(dataset, monkeypatch, compiles, start):
-    """The clock stands still but while a loader is opened, 2 s, and makes its batches, the first in 15 s."""
+    """By a fake clock, opening a loader takes 2 s, the first batch 15 s and the second 5 s."""
     clock, seconds = [0.0], iter([15, 5])
 
     def open_loader(*_):
@@ -128,7 +128,7 @@ def main(arguments):
     return 0
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & would ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     sys.exit(terminal.guarded(main, sys.argv[1:]))
 """
 
@@ -139,7 +139,7 @@ def opens_slowly(*_):
 
 
 def works_until_released(*_):
-    """The first batch is there at once; those of a turn come when there is a file `go`."""
+    """Yield the first batch at once, and those of a turn once the file `go` exists."""
 
     def epoch(_):
         yield
@@ -153,7 +153,7 @@ def works_until_released(*_):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Start the rounds of one worker in a session of their own, and wait until that is at work."""
+    """Start the rounds of one worker in a new session, and wait until the worker is running."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     (tmp_path / "rounds.py").write_text(PROGRAM)
     started = []
@@ -224,7 +224,7 @@ def works(*_):
 
 
 def fails_in_its_second_turn(*_):
-    """The first batch, then a turn of two parts of one batch each; more is too much."""
+    """Yield the first batch and a turn of two parts of one batch each, then fail."""
 
     def epoch(_):
         yield from (None, None, None)
@@ -235,7 +235,7 @@ def fails_in_its_second_turn(*_):
 
 @pytest.fixture
 def rounds_of(dataset, monkeypatch):
-    """The workers that each round leaves, and why the others failed."""
+    """Yield the remaining workers of each round, and the errors of those that failed."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
@@ -252,7 +252,7 @@ def rounds_of(dataset, monkeypatch):
 
 
 class StartBarrier:
-    """A worker that is given it begins when so many are there."""
+    """Folder that a worker receives only once `workers` processes have started."""
 
     def __init__(self, folder, workers):
         self.arguments = folder, workers
@@ -280,9 +280,9 @@ def opens_alone(*_, folder):
 def test_workers_start_together_and_open_one_after_the_other(dataset, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    meeting = importlib.import_module("test_runner").StartBarrier(tmp_path, 3)  # as the workers will import it
+    barrier = importlib.import_module("test_runner").StartBarrier(tmp_path, 3)  # as the workers will import it
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
-    cases = [Case(name=f"{n}", opener="test_runner:opens_alone", options={"folder": meeting}) for n in range(3)]
+    cases = [Case(name=f"{n}", opener="test_runner:opens_alone", options={"folder": barrier}) for n in range(3)]
     ((workers, failures),) = runner.run_rounds(cases, work, rounds=1, seconds=1e-9)
     assert [worker.case.name for worker in workers] == ["0", "1", "2"]
     assert failures == {}

@@ -1,4 +1,4 @@
-"""The model of a step against sums by hand, and tables from made-up measurements."""
+"""Scaling model of a step against hand calculations, and tables from synthetic measurements."""
 
 import os
 
@@ -12,7 +12,7 @@ MB = 1 << 20
 
 
 def test_exchange_time_is_that_of_a_ring_all_reduce():
-    """4 processes: 6 turns of 0.1 ms, and 6 quarters of 8 MB at 1 GB/s."""
+    """4 processes: 6 transfers with a latency of 0.1 ms, each of a quarter of 8 MB at 1 GB/s."""
     assert MACHINE.exchange(8_000_000, 4) == pytest.approx(0.0006 + 1.5 * 0.008)
     assert MACHINE.exchange(8_000_000, 1) == 0
 
@@ -35,7 +35,7 @@ def test_step_slows_down_when_processes_exceed_processors():
 
 
 def test_fitting_batch_is_the_smallest_that_reaches_the_efficiency():
-    """Alone 0.01 + 0.001 b, together 0.0126 more: 80 % where alone is 0.0504, and so from 41 images on."""
+    """One process takes 0.01 + 0.001 b, four take 0.0126 more: 80 % from 0.0504 on, and so from 41 images on."""
     assert MACHINE.fitting_batch(8_000_000, 4) == 64
     assert MACHINE.fitting_batch(8_000_000, 4, share=0.99) == 2048
 

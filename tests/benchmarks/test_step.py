@@ -1,4 +1,4 @@
-"""The step benchmark: its counts are those made by hand, and its figures agree with one another and survive a stop."""
+"""Step benchmark: counts against hand calculations, consistent figures, and results kept on interruption."""
 
 import json
 import types
@@ -35,7 +35,7 @@ def small_case(mode: str = "train", batch_size: int = 4) -> StepCase:
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch):
-    """Small copies and products: what they are worth is not tested."""
+    """Use small copies and products: the rates are not tested."""
     copy, product = roofline.copy_bandwidth, roofline.matmul_rate
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: copy(device, 1 << 20))
     monkeypatch.setattr(roofline, "matmul_rate", lambda device, dtype: product(device, dtype, largest=256))
@@ -53,7 +53,7 @@ def result(tmp_path_factory):
     return json.loads(files["json"].read_text()), folder
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------
+# --- end to end --------------------------------------------------------------------------------------------------
 
 
 def test_every_case_is_measured_in_every_round(result):
@@ -80,7 +80,7 @@ def test_every_case_is_measured_in_every_round(result):
 
 
 def test_timed_parts_match_the_whole_step_and_update_nothing():
-    """Batch norms are alike, and nothing is learned."""
+    """Batch norms are fused alike, and no parameter changes."""
     case = small_case()
     split, alone = cases.TimedParts(case, CPU), cases._train_step(case, CPU)
     fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, alone.model)]
@@ -311,7 +311,7 @@ def test_interruption_while_preparing_a_case_keeps_the_earlier_cases(tmp_path, m
 
 
 def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
-    """Even the base, of which there is then no trace either."""
+    """This holds for the base case, too; then no trace is written."""
     failing(monkeypatch, RuntimeError("PassManager::run failed\nmore"), FIRST)
     files = ["--json", tmp_path / "steps.json", "--profile", tmp_path / "trace.json", "--chart", tmp_path / "chart.png"]
     assert terminal.guarded(main, [*SMALLEST, *map(str, files)]) == 0
@@ -320,9 +320,9 @@ def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
     assert FIRST not in [row["name"] for row in report["rows"]]
     assert len(report["rows"]) == 4
     assert report["failed"].keys() == {FIRST}
-    told = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_step.py:"
-    assert told in out
-    assert f"fastresnet: note: {told}" in err
+    note = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_step.py:"
+    assert note in out
+    assert f"fastresnet: note: {note}" in err
 
 
 def test_benchmark_fails_if_every_case_fails(monkeypatch, capsys):

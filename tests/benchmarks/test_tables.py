@@ -1,4 +1,4 @@
-"""The README's tables say what the committed results say."""
+"""Tables in the documents match the committed results."""
 
 import json
 import subprocess
@@ -63,6 +63,6 @@ def test_every_committed_result_has_provenance(path):
     environment = report["environment"]
     assert report["schema"] == 1
     assert all(environment[key] for key in ("device", "threads", "versions", "commit", "command", "started"))
-    assert not environment["commit"].endswith("+")  # measured on what is in the repository
+    assert not environment["commit"].endswith("+")  # measured from a committed state
     for row in report["rows"]:
         assert row["images_per_s_low"] <= row["images_per_s"] <= row["images_per_s_high"]

@@ -1,4 +1,4 @@
-"""The training benchmark, whole and small, and its peers against the textbook."""
+"""Training benchmark, end to end on small data, and its peers' training loops."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_auto_backend_is_the_faster_one(data_root, monkeypatch):
 
 def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
     class Asked(Exception):
-        """Stops the benchmark where it would begin."""
+        """Exception that stops the benchmark before its first round."""
 
     def run_rounds(cases, *_, **__):
         raise Asked({case.name: case.options.get("workers") for case in cases})
@@ -110,7 +110,7 @@ def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
 
 @pytest.mark.parametrize("data", [True, False])
 def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, resnet8, data):
-    """Those of one epoch serve for all."""
+    """The learning rates of one epoch are reused in every epoch."""
     created, create = [], train._create_step
 
     def recorded(*arguments):

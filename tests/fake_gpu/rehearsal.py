@@ -1,12 +1,12 @@
-"""The CUDA half of the program on a pretended GPU: what is recorded, what is launched and when the host waits.
+"""CUDA code paths on a simulated GPU: the captured graphs, the launched kernels and the waits of the host.
 
-`make gpu-rehearsal` runs it, in some minutes. No value is looked at: nothing is computed.
+`make gpu-rehearsal` runs it, in some minutes. Values are not checked: nothing is computed.
 """
 
 import itertools
 import json
 
-import fakegpu  # first: PyTorch is told of it
+import fakegpu  # first: it changes PyTorch
 import pytest
 import torch
 
@@ -30,7 +30,7 @@ BATCH_SIZE = 24  # seven batches of the 171 images
 
 @pytest.fixture(autouse=True)
 def no_forbidden_calls():
-    """No test may do what CUDA forbids while a graph is recorded."""
+    """Fail a test that makes a call which CUDA forbids during graph capture."""
     yield
     assert fakegpu.violations() == []
 
@@ -50,7 +50,7 @@ def captured_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
 
 
 def assert_only_replays(units):
-    """All that the host does from the second unit of work on is to launch its graph."""
+    """Assert that from the second unit of work on, the host only launches its graph."""
     next(units)
     waits = fakegpu.host_waits()
     with fakegpu.launches() as launched:
@@ -108,7 +108,7 @@ def test_the_training_benchmark_replays_its_steps(dataset, data):
 
 
 def change_nothing(step):
-    """Bring this module, and so the pretended GPU, into a process that is given it."""
+    """Import this module, and so the simulated GPU, in a process that unpickles this function."""
 
 
 def test_ahead_of_time_compilation_fills_the_inductor_cache(dataset, monkeypatch, tmp_path, capsys):

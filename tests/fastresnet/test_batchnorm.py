@@ -108,7 +108,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_values_are_propagated(bad):
-    """ReLU by comparison would hide them, and a run that has failed would go on."""
+    """ReLU by comparison would hide them, and a failed run would continue."""
     norm = fused_norm(16, relu=True)
     x = activation(2, 16, 4, 4, dtype=torch.bfloat16, seed=7)
     with torch.no_grad():

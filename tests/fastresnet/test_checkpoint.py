@@ -1,4 +1,4 @@
-"""Files of tensors: nothing is lost, and nothing damaged gets through."""
+"""Checkpoint files: exact round trips, and rejection of damaged files."""
 
 import errno
 import os
@@ -88,7 +88,7 @@ def test_prefix_is_added_to_every_name_and_removed():
     assert all_bits(take_prefix("model", {**prefixed, **others})) == all_bits(tensors)
 
 
-# --- other people's files, other versions ------------------------------------------------------------------------
+# --- foreign files, other versions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -140,7 +140,7 @@ NO_CHECKPOINTS = {
     "a header that is no JSON": holding(with_header('{"x":', 8)),
     "a tensor beyond the end": holding(with_header('{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', 8)),
     "a type that torch lacks": holding(with_header('{"x":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}', 3)),
-    "a digest of nothing": holding(with_header('{"__metadata__":{"fastresnet":"{}"}}', 0)),
+    "a description without a digest": holding(with_header('{"__metadata__":{"fastresnet":"{}"}}', 0)),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: what people type, and what they are told when it is wrong."""
+"""Command line: help, arguments, exit codes and error messages."""
 
 import contextlib
 import json
@@ -59,7 +59,7 @@ def signal_in_generator_cleanup():
 
 @pytest.mark.parametrize("clean_up", [signal_in_cleanup, signal_in_generator_cleanup])
 def test_pending_error_is_reported_despite_a_signal(capsys, clean_up):
-    """Torchrun sends it to the other ranks once one has failed."""
+    """Torchrun sends SIGTERM to the other ranks once one has failed."""
 
     def command(_):
         try:
@@ -250,7 +250,7 @@ def test_a_damaged_store_exits_with_3_and_names_file_and_remedy(run, data_root, 
 
 @pytest.mark.parametrize("command", ["train", "prepare"])
 def test_a_folder_that_cannot_be_written_is_named(run, command, tmp_path):
-    """A file stands where a folder would have to be: unlike permissions, that stops the superuser too."""
+    """A file stands where a folder would have to be: unlike permissions, that stops root, too."""
     (tmp_path / "file").write_text("not a folder")
     where = {
         "train": ["smoke", "--data", "shapes10", "--out", tmp_path / "file" / "run"],
@@ -342,7 +342,7 @@ def test_weights_for_another_number_of_classes_are_refused(run, tmp_path):
 
 
 def test_eval_normalises_foreign_weights_by_the_given_mean_and_std(run, tmp_path):
-    """Weights with mean = std = 0.5 given by hand are as good as the run's own file."""
+    """Weights with mean = std = 0.5 given by hand have the loss of the run's own file."""
     import json
 
     import torch
@@ -472,7 +472,7 @@ runpy.run_module("fastresnet", run_name="__main__")
 
 
 def test_training_needs_no_torchvision(python, data_root, tmp_path, without_torchvision):
-    """A process that has PyTorch imports this program anew."""
+    """The process has imported PyTorch already; it imports this program again."""
     arguments = ["train", "smoke", "--data", "shapes10", "--root", data_root, "--iterations", "1", "--batch-size", "16"]
     command = [python, "-c", REIMPORT, *map(str, arguments), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=without_torchvision, capture_output=True, text=True, check=False)

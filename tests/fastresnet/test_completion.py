@@ -74,9 +74,9 @@ def test_completed_flags_match_the_help(run, complete, monkeypatch, command):
     shown = {"--help", *(flag for head in heads for flag in head.split(", "))}
     offered = set(complete(*command.split(), "--"))
     if command.startswith("train"):
-        told = {"--seeds", "--config", "--dry-run", "--print-config", "--find-lr"}  # in the text of the help
-        assert all(flag in out for flag in told)
-        shown |= told
+        in_text = {"--seeds", "--config", "--dry-run", "--print-config", "--find-lr"}  # in the text of the help
+        assert all(flag in out for flag in in_text)
+        shown |= in_text
     assert offered == shown
 
 

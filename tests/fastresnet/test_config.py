@@ -1,4 +1,4 @@
-"""Configurations, recipes and the learning rate: the paper to the letter, and nothing impossible accepted."""
+"""Configurations, recipes and learning rates: the settings of the paper, and rejection of invalid values."""
 
 import dataclasses
 import itertools
@@ -105,7 +105,7 @@ def test_the_baseline_drops_the_learning_rate_after_epochs_80_and_120_of_160(ste
 
 @pytest.mark.parametrize("model", list_models())
 def test_own_recipes_zero_init_deep_networks_that_support_it(model):
-    """Recipes of this program's own do so; those of others leave the weights alone."""
+    """The recipes fast and best do; paper and baseline keep the usual initialisation."""
     deep = not any(model.startswith(f"{family}20") for family in ("resnet", "se-resnet", "plain", "preresnet"))
     normed = model.startswith(("resnet", "se-resnet", "resnext"))
     for recipe in (fast, best):
@@ -155,7 +155,7 @@ def test_without_milestones_the_learning_rate_stays():
     assert rates(TrainConfig(epochs=3, milestones=()), 5) == [(0.1, 15)]
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- invalid values ----------------------------------------------------------------------------------------------
 
 OUT_OF_RANGE = [
     *(("epochs", value) for value in (0, -1, 1_000_001)),
@@ -533,7 +533,7 @@ def configs():
 
 
 def made_valid(values):
-    """`values` with those taken back that exclude others."""
+    """Return `values` with incompatible ones reset."""
     if values["model"].startswith("plain"):
         values["drop_path"] = 0.0
     if values["model"].startswith(("plain", "preresnet", "wrn")):

@@ -27,7 +27,7 @@ PIPELINES = [
 def torchrun(python, processes, *arguments, root, restarts=0):
     """Start `processes` of a program; its output goes to a pipe."""
     command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    # A rank that has lost another gets to say so before torchrun, which looks so often, stops it.
+    # A rank that has lost another has time to report it before torchrun, which polls at this interval, stops it.
     command += ["--monitor-interval=0.5", f"--max-restarts={restarts}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRESNET_DATA": str(root), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -36,7 +36,7 @@ def torchrun(python, processes, *arguments, root, restarts=0):
 
 
 def finish(process, timeout=240):
-    """Exit code, stdout and stderr; nothing of it is left running."""
+    """Return exit code, stdout and stderr, and leave no process running."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -45,7 +45,7 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
-# --- the parts ---------------------------------------------------------------------------------------------------
+# --- components --------------------------------------------------------------------------------------------------
 
 
 def results_of(python, processes, pipelines, out, dataset, root):
@@ -95,9 +95,9 @@ def test_joined_samples_of_ranks_equal_those_of_one_process(request, need, datas
     ids=["float64", "float64, ranks with more images than others", "float32"],
 )
 def test_synchronized_batch_norm_gives_the_weights_of_one_process(rank_results, name, settings, tolerance):
-    """Roundings grow from step to step, as everywhere: in float64 the agreement shows what is right.
+    """Rounding errors grow from step to step: only float64 leaves room for a tight tolerance.
 
-    The loss is in float32, and a rank's share of it rounded, unless all have the same.
+    The loss is in float32, and a rank's share of it is rounded unless all ranks have the same share.
     """
     expected = rank_program.train(world=SINGLE, **settings)
     for results in rank_results:
@@ -190,7 +190,7 @@ def test_run_restarted_by_torchrun_equals_uninterrupted_run(start, uninterrupted
 
 
 def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, uninterrupted, tmp_path):
-    """The signal comes to each rank on its own, and within a step."""
+    """The signal reaches each rank separately, and within a step."""
     process = start(2, tmp_path / "run", step=8, fault="os.kill(int(os.environ['PARENT']), signal.SIGTERM)")
     code, _, err = finish(process)
     assert code != 0
@@ -232,10 +232,10 @@ def test_the_failure_of_one_rank_stops_all_with_its_message(start, tmp_path):
         (["--batch-size", "1"], "batch size 1 is smaller than the number of ranks, 2"),
         (["--batch-size", "14", "--mixup", "1"], "give each of 2 processes an even number"),
     ],
-    ids=["fewer images than ranks", "pairs torn apart"],
+    ids=["fewer images than ranks", "odd number of images per rank"],
 )
 def test_batch_sizes_that_ranks_cannot_share_are_refused(python, tiny_root, tmp_path, arguments, message):
-    """Asked for as it is from a shell."""
+    """Runs the command as from a shell."""
     command = ["-m", "fastresnet", *ARGUMENTS, *arguments, "--out", tmp_path / "run"]
     code, _, err = finish(torchrun(python, 2, *command, root=tiny_root))
     assert code != 0
@@ -245,16 +245,16 @@ def test_batch_sizes_that_ranks_cannot_share_are_refused(python, tiny_root, tmp_
 
 @pytest.mark.parametrize(("kind", "backend", "gpu"), [("cuda", "nccl", torch.device("cuda", 1)), ("cpu", "gloo", None)])
 def test_nccl_gets_the_gpu_of_its_rank(monkeypatch, kind, backend, gpu):
-    """It would guess it at the first barrier, with a warning."""
-    told = {}
+    """Otherwise NCCL guesses it at the first barrier, with a warning."""
+    given = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda number: told.update(current=number))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: given.update(current=number))
     monkeypatch.setattr(distributed, "_store", lambda: None)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *names, **rest: told.update(rest, names=names))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *names, **rest: given.update(rest, names=names))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     with distributed.connected(torch.device(kind)):
         pass
-    assert (told["names"], told["rank"], told["device_id"]) == ((backend,), 3, gpu)
-    assert told.get("current") == (gpu.index if gpu else None)
+    assert (given["names"], given["rank"], given["device_id"]) == ((backend,), 3, gpu)
+    assert given.get("current") == (gpu.index if gpu else None)

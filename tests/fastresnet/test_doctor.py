@@ -1,4 +1,4 @@
-"""Findings of the doctor, also where something has been broken for it."""
+"""Findings of `fastresnet doctor`, with and without injected faults."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def findings(run, tmp_path, *arguments):
 
 @pytest.fixture(autouse=True)
 def no_compilation(monkeypatch):
-    """torch.compile takes ten seconds: one test has it."""
+    """Replace torch.compile, which takes ten seconds; only one test uses it."""
     monkeypatch.setattr(doctor.torch, "compile", lambda function, **_: function)
 
 
@@ -129,7 +129,7 @@ def test_torchvision_pipeline_without_torchvision_is_reported_missing(run, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("built_for", "visible", "told"),
+    ("built_for", "visible", "reason_given"),
     [
         ("13.0", None, "too old for CUDA 13.0"),
         (None, None, "built for CPUs"),
@@ -138,8 +138,8 @@ def test_torchvision_pipeline_without_torchvision_is_reported_missing(run, tmp_p
         ("13.0", "-1", None),
     ],
 )
-def test_note_explains_why_pytorch_does_not_find_the_gpu(tmp_path, monkeypatch, built_for, visible, told):
-    """Unless somebody has hidden the GPU."""
+def test_note_explains_why_pytorch_does_not_find_the_gpu(tmp_path, monkeypatch, built_for, visible, reason_given):
+    """There is no note where the environment hides the GPU."""
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     if visible is not None:
@@ -150,8 +150,8 @@ def test_note_explains_why_pytorch_does_not_find_the_gpu(tmp_path, monkeypatch, 
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         assert device.resolve_device("auto").type == "cpu"
-    assert [note.category for note in notes] == [Note] * (told is not None)
-    assert told is None or told in str(notes[0].message)
+    assert [note.category for note in notes] == [Note] * (reason_given is not None)
+    assert reason_given is None or reason_given in str(notes[0].message)
 
 
 def test_a_driver_without_nvidia_smi_is_not_called_missing(run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The backends take the same steps."""
+"""Execution backends: eager, compiled and captured steps agree."""
 
 import contextlib
 import functools
@@ -71,7 +71,7 @@ def test_compiled_steps_match_eager_without_graph_breaks_or_recompilation(datase
     """A graph break is an error by `fullgraph`.
 
     The first losses differ in the seventh digit; training makes that grow, at this low learning rate to the fifth.
-    Three blocks, one for each way through, take a third of the time of nine. Inductor takes a minute to generate code,
+    Three blocks, one in each stage, take a third of the time of nine. Inductor takes a minute to generate code,
     and is tried in a whole run (test_training.py) too.
     """
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=backend))

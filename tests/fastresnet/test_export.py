@@ -1,4 +1,4 @@
-"""Exported files, read by the programs they are for."""
+"""Exported files, loaded by their target runtimes."""
 
 import sys
 

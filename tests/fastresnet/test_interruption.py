@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or run out of disk: started as real processes, continued, compared to the bit."""
+"""Runs that are killed, stopped or out of disk space: real processes, resumed and compared bit by bit."""
 
 import errno
 import os

@@ -23,7 +23,7 @@ def mix(images, labels, *, mixup=0.0, cutmix=0.0, seed=3, step=STEP):
 
 
 def hashed(purpose, count, seed=3, step=5):
-    """The words that pair after pair draws from."""
+    """Return the hash words from which the pairs draw, in order."""
     counters = np.arange(count, dtype=np.int64) + (step << 20)
     return hash64(stream_key(seed, purpose), counters).astype(np.uint64)
 

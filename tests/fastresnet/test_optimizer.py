@@ -96,7 +96,7 @@ def test_adamw_equals_pytorchs_unfused_loop():
 
 
 def muon_in_numpy(weights, gradients, lr, momentum):
-    """airbench94_muon.py's update of one convolution, in the order it does things, with double precision throughout."""
+    """airbench94_muon.py's update of one convolution, with the same order of operations, in double precision."""
     rows = len(weights)
     weights, velocity = weights.reshape(rows, -1), 0
     for gradient in gradients:
@@ -128,7 +128,7 @@ def test_muon_equals_the_published_update():
 
 @pytest.mark.parametrize("norm_lr", [None, 0.5])
 def test_muon_uses_sgd_for_parameters_other_than_convolutions(norm_lr):
-    """Norms and biases at a learning rate of their own, where they have one."""
+    """Norms and biases use `norm_lr` if it is set."""
     network, reference = small_network(), small_network()
     optimizers = create_optimizers(network, TrainConfig(**OPTIMIZERS["muon"], norm_lr=norm_lr))
     take_steps(network, optimizers, range(3))
@@ -175,7 +175,7 @@ def test_update_skipped_by_found_inf_changes_nothing(settings):
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_scaled_gradients_give_the_same_update(settings):
-    """GradScaler hands them over so: the factor is a power of two, so nothing is rounded."""
+    """GradScaler passes them scaled by a power of two, so that nothing is rounded."""
     (network, scaled) = (small_network().float() for _ in range(2))
     take_steps(network, create_optimizers(network, TrainConfig(**settings)), (1, 2))
     optimizers = create_optimizers(scaled, TrainConfig(**settings))

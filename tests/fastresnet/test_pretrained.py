@@ -1,4 +1,4 @@
-"""The weights that come with the program: what their cards say is so."""
+"""Bundled pretrained weights match their cards."""
 
 import hashlib
 import importlib.util

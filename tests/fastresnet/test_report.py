@@ -1,4 +1,4 @@
-"""Pictures and pages of runs, read back and, where there is a browser, looked at in it."""
+"""Plots and report pages of runs, parsed and, if a browser is installed, rendered."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def finished(tmp_path_factory, data_root):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, data_root):
-    """Another one, of three epochs and with a held-out split."""
+    """Another run, of three epochs and with a held-out split."""
     from fastresnet import cli
 
     folder = tmp_path_factory.mktemp("runs") / "other"
@@ -40,7 +40,7 @@ def other(tmp_path_factory, data_root):
     return folder
 
 
-# --- what a network does on a test set ---------------------------------------------------------------------------
+# --- predictions on a test set -----------------------------------------------------------------------------------
 
 
 def test_counts_and_mistakes_follow_from_the_probabilities():

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one training at a time, whatever ends it."""
+"""Lock of a run folder: one training at a time, however it ends."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Many seeds at once: started as real processes."""
+"""Trainings with several seeds, as real processes."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_ro
 
 
 def test_one_training_at_a_time_runs_on_each_gpu(tmp_path, monkeypatch):
-    """A stand-in for the training notes what it sees and waits for the other one."""
+    """A stand-in for the training records its visible GPU and waits until a second one runs."""
     program = tmp_path / "python"
     program.write_text(
         "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument

@@ -86,7 +86,7 @@ def test_every_precision_overfits_one_batch(precision):
 
 
 def inject(where, value, network, images):
-    """Put `value` into one number of the images, of a weight or of its gradient; returns what takes it back."""
+    """Set an element of the images, of a weight or of its gradient to `value`; return a function that undoes it."""
     weight = network.layer2[0].conv1.weight
     if where == "gradient":
         return weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
@@ -100,7 +100,7 @@ def inject(where, value, network, images):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_non_finite_value_stops_updates_and_its_step_is_reported(precision, value, where):
-    """Gradients in fp16 are another matter: the scaler's."""
+    """Non-finite gradients in fp16 are handled by the gradient scaler instead."""
     network, step = make_step(precision, rates=[0.05] * 50)
     step.count.fill_(40)
     batches = list(small_batches(3))
@@ -108,9 +108,9 @@ def test_non_finite_value_stops_updates_and_its_step_is_reported(precision, valu
     assert step.failed_at() is None
     before = [parameter.detach().clone() for parameter in network.parameters()]
     momentum = {name: tensor.clone() for name, tensor in optimizer_state(step.optimizers, network).items()}
-    mend = inject(where, value, network, batches[1][0])
+    undo = inject(where, value, network, batches[1][0])
     step(*batches[1])
-    mend()
+    undo()
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     overflowed = precision == "fp16" and where == "gradient"
     assert step.failed_at() == (None if overflowed else 41)
@@ -123,15 +123,15 @@ def test_non_finite_value_stops_updates_and_its_step_is_reported(precision, valu
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_overflows_are_counted_and_too_many_in_a_row_are_a_failure(monkeypatch, clip_norm):
-    """The limit is lower here: fp16 takes its time on a CPU."""
+    """The limit is lowered here: fp16 is slow on a CPU."""
     assert 2.0**16 * 0.5**step_module.MAX_OVERFLOWS == 2.0**-16
     monkeypatch.setattr(step_module, "MAX_OVERFLOWS", 6)
     network, step = make_step("fp16", rates=[0.01] * 99, step_settings={"clip_norm": clip_norm})
     ((images, labels),) = small_batches(1, 4)
-    mend = inject("gradient", math.inf, network, images)
+    undo = inject("gradient", math.inf, network, images)
     for _ in range(3):
         step(images, labels)
-    mend()
+    undo()
     assert step.scaler.get_scale() == 2.0**13
     step(images, labels)
     assert step.overflows.tolist() == [3, 0]
@@ -146,7 +146,7 @@ def test_overflows_are_counted_and_too_many_in_a_row_are_a_failure(monkeypatch, 
 
 
 def test_a_first_update_that_overflows_leaves_no_momentum():
-    """The fused optimiser allocates momentum without filling it; in a deep network rubbish in it soon reads as inf."""
+    """The fused optimiser allocates momentum without filling it; in a deep network such values soon become inf."""
     network, step = make_step("fp16", model="resnet56")
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     ((images, labels),) = small_batches(1)
@@ -170,7 +170,7 @@ def test_each_step_takes_its_own_learning_rate():
 
 
 def test_optimizer_state_round_trips_through_contiguous_tensors():
-    """A checkpoint stores it so; the continued run must give the same bits as the unbroken one."""
+    """A checkpoint stores it so; the resumed run must give the same bits as the uninterrupted one."""
     batches = list(small_batches(4))
     network, step = make_step()
     for i in (0, 1):
@@ -201,11 +201,11 @@ def test_container_without_gpu_access_gets_a_note_with_the_docker_flag(monkeypat
         assert resolve_device("auto") == CPU
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve_device("cpu")  # which was asked for
+        resolve_device("cpu")  # no note: the CPU was requested
 
 
 def test_cpu_memory_is_reused_between_steps():
-    """20 tensors of 4 MB in every round have 20,480 pages; glibc by itself asks for most of them again."""
+    """20 tensors of 4 MB in every round have 20,480 pages; by default, glibc requests most of them again."""
     program = """
 import resource, torch
 from fastresnet.device import resolve_device
@@ -266,7 +266,7 @@ def test_ema_averages_weights_and_batch_norm_statistics():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_trial_step_changes_no_state(precision):
-    """Nor in the steps that follow."""
+    """Later steps are the same with and without it."""
     batches = list(small_batches(3))
     settings = {"step_settings": {"ema_decay": 0.9, "clip_norm": 1.0}}
     (network, step), (other, disturbed) = make_step(precision, **settings), make_step(precision, **settings)
@@ -355,9 +355,9 @@ def test_overflow_in_one_optimizer_skips_the_update_of_all(layer, clip_norm, val
     before = {**network.state_dict(), **optimizer_state(step.optimizers, network)}
     before = {name: tensor.clone() for name, tensor in before.items() if "running" not in name and "num_" not in name}
     weight = network.get_submodule(layer).weight
-    mend = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
+    undo = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
     step(*batches[1])
-    mend()
+    undo()
     after = {**network.state_dict(), **optimizer_state(step.optimizers, network)}
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert (step.overflows.tolist(), step.scaler.get_scale(), step.failed_at()) == ([1, 1], 2.0**15, None)

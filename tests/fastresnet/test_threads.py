@@ -1,4 +1,4 @@
-"""The choice of the threads of a CPU: its result, its cost, and a run that keeps it."""
+"""Choice of the number of CPU threads: its result, its cost, and its use on resume."""
 
 import json
 
@@ -24,7 +24,7 @@ LAYERS = 20
 
 
 class Machine:
-    """A machine that computes by a stand-in clock: a step has 20 layers, and goes through a network's hooks."""
+    """Simulated machine with its own clock: a step has 20 layers and calls the forward hooks of a network."""
 
     def __init__(self, slowdown):
         """`slowdown(threads)` is how many times as long as with one thread a step takes."""
@@ -43,7 +43,7 @@ class Machine:
 
 @pytest.fixture(autouse=True)
 def eight_processors(monkeypatch):
-    """Eight processors, and nobody who says how many to use."""
+    """Simulate eight processors, without OMP_NUM_THREADS."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "usable_processors", lambda: 8)
     before = torch.get_num_threads()
@@ -64,7 +64,7 @@ def all_cores_busy(used):
 
 
 @pytest.mark.parametrize(
-    ("slowdown", "fastest", "told"),
+    ("slowdown", "fastest", "message"),
     [
         (
             idle_machine,
@@ -75,9 +75,9 @@ def all_cores_busy(used):
         (all_cores_busy, 1, "threads 1: trial steps reach 500 images/s with 1, too slow with 4, too slow with 8"),
     ],
 )
-def test_fastest_number_is_chosen_within_two_seconds(slowdown, fastest, told):
+def test_fastest_number_is_chosen_within_two_seconds(slowdown, fastest, message):
     machine, before = Machine(slowdown), torch.get_num_threads()
-    assert fastest_threads(machine.step, 128, 100, clock=machine.clock) == (fastest, told)
+    assert fastest_threads(machine.step, 128, 100, clock=machine.clock) == (fastest, message)
     assert set(machine.tried) == {1, 4, 8}
     assert machine.now <= 2
     assert torch.get_num_threads() == before

@@ -44,7 +44,7 @@ SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32
 
 @pytest.fixture(scope="module", autouse=True)
 def _shallow():
-    """ResNet-20 has one block in each stage, one for each way through: a third of the time."""
+    """Give ResNet-20 one block in each stage, which takes a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
         yield
@@ -182,7 +182,7 @@ def assert_same_curve(folder, expected, *used):
     """
     assert len(losses(folder)) == 4
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-6)
-    if "dali" not in used:  # it normalises by itself, and nobody promises its last bit
+    if "dali" not in used:  # it normalises by itself, and may differ in the last bit
         weights, expected_weights = (load_file(run / "model.safetensors") for run in (folder, expected))
         assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
@@ -505,7 +505,7 @@ def test_averaged_weights_are_saved_and_evaluated(run, tmp_path):
 
 
 def test_whitening_is_fitted_to_training_images_and_not_trained(run, tmp_path, dataset):
-    """Held-out images have no part in it."""
+    """Held-out images are not used."""
     arguments = ("--model", "resnet9-narrow", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
     assert run("train", *SMALL, *arguments)[0] == 0
     found = load_file(tmp_path / "run" / "model.safetensors")
@@ -575,7 +575,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(run, t
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     code, _, err = run("train", *SMALL, "--epochs", 3, "--out", tmp_path / "run")
     assert code == 1
-    assert "not finite at step 8 (epoch 2)" in err  # counted from 1, as everywhere that a user looks
+    assert "not finite at step 8 (epoch 2)" in err  # counted from 1, as in all output
     tensors, description = load_tensors(tmp_path / "run" / "last.ckpt")
     assert description["progress"]["step"] == 5
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -608,7 +608,7 @@ def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, mo
 
 @pytest.fixture
 def one_block(monkeypatch):
-    """ResNet-20 has but one block, with a convolution in its shortcut: each kernel takes g++ a second."""
+    """Give ResNet-20 a single block, with a convolution in its shortcut: each kernel takes g++ a second."""
 
     def stages(block, widths, *_):
         return nn.Identity(), nn.Identity(), block(widths[0], widths[-1], 2, None)
@@ -624,7 +624,7 @@ def test_failed_compilation_names_the_compiler_and_compile_off(run, tmp_path, mo
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
         code, _, err = run("train", *SMALL, "--compile", "on", "--out", tmp_path / "run")
     assert code == 1
-    # In a process that has compiled before, the compiler is missed later, and PyTorch logs that too.
+    # In a process that has compiled before, the missing compiler shows later, and PyTorch logs it, too.
     (message,) = [line for line in err.splitlines() if line.startswith("fastresnet: ")]
     assert message.startswith("fastresnet: torch.compile failed: ")
     assert "g++" in message

@@ -1,4 +1,4 @@
-"""The learning-rate sweep: its rates, where it ends, and what it finds in losses whose shape is known."""
+"""Learning-rate sweep: its rates, its end, and its suggestions for known loss curves."""
 
 import dataclasses
 import math
@@ -48,8 +48,8 @@ def test_rates_grow_by_one_factor_and_keep_their_proportion(run, tmp_path, monke
     expected = [[1e-5 * 1e6 ** (i / 19) / 4 * factor for factor in factors] for i in range(20)]
     assert np.allclose(taken, expected[: len(taken)], rtol=1e-5, atol=0)
     assert len(taken) == 20 or optimizer == "sgd"
-    told = "--sgd-lr was 3 times as high; --norm-lr was 5 times as high" in " ".join(out.split())
-    assert told == (optimizer == "muon")
+    noted = "--sgd-lr was 3 times as high; --norm-lr was 5 times as high" in " ".join(out.split())
+    assert noted == (optimizer == "muon")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -60,9 +60,9 @@ def test_sweep_writes_only_its_picture_even_beside_a_run(run, tmp_path, monkeypa
     code, out, err = run("train", "fast", *SMALL, "--out", "run", "--find-lr", f"lr{suffix}")
     assert (code, err) == (0, "")
     assert out.endswith(f"lr{suffix}\n")
-    told = dict(re.findall(r"│ (.*?) +│ +(\S+) │", out))
-    assert told["recipe default"] == "0.05"
-    assert 1e-6 <= float(told["a tenth of the lowest loss's"]) <= 1
+    shown = dict(re.findall(r"│ (.*?) +│ +(\S+) │", out))
+    assert shown["recipe default"] == "0.05"
+    assert 1e-6 <= float(shown["a tenth of the lowest loss's"]) <= 1
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "last.ckpt", f"lr{suffix}"}
     if suffix == ".svg":
         assert ElementTree.parse(tmp_path / "lr.svg").getroot().tag.endswith("svg")

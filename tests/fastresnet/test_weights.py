@@ -1,4 +1,4 @@
-"""Weights of other repositories, of this program, and files that are neither."""
+"""Weights of other repositories and of this program, and rejection of other files."""
 
 import functools
 import gzip
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DEPTHS = (20, 32, 44, 56, 110)
 
 
-# --- the networks of other repositories, with their names for things ---------------------------------------------
+# --- networks of other repositories, with their parameter names --------------------------------------------------
 
 
 class ForeignBlock(nn.Module):
@@ -106,7 +106,7 @@ class TorchvisionStyle(nn.Module):
 
 
 def trained(network, seed=0):
-    """`network` in evaluation mode, with batch norms that have seen something."""
+    """Return `network` in evaluation mode, with random batch norms."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -378,7 +378,7 @@ NO_STATE_DICTS = {
     "number": lambda: 3,
     "none": lambda: None,
     "numbered tensors": lambda: {0: torch.zeros(2), 1: torch.zeros(3)},
-    "itself": containing_itself,
+    "contains itself": containing_itself,
 }
 
 UNFIT_STATE_DICTS = {
@@ -464,7 +464,7 @@ def test_a_path_that_leads_to_no_file_is_refused(tmp_path, name):
 
 
 class Canary:
-    """Creates a file when it is unpickled without care."""
+    """Object that creates a file when it is unpickled without restrictions."""
 
     def __init__(self, path):
         self.path = path
@@ -488,10 +488,10 @@ def test_code_in_a_file_is_not_run(tmp_path, kind, place):
 
 
 def test_canary_code_runs_in_the_stock_unpickler(tmp_path):
-    """Code that the test before shows absent runs without precautions."""
-    code = Canary(tmp_path / "canary")
-    pickle.loads(pickle.dumps(code)).close()
-    assert code.path.exists()
+    """This shows that the previous test can fail."""
+    canary = Canary(tmp_path / "canary")
+    pickle.loads(pickle.dumps(canary)).close()
+    assert canary.path.exists()
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
@@ -549,9 +549,9 @@ def flipped(content, position, bit):
 
 def random_flips(content, positions, count):
     """`count` copies of `content`, each with one bit flipped at one of `positions`, by what was flipped."""
-    dice = random.Random(0)
+    generator = random.Random(0)
     for _ in range(count):
-        position, bit = dice.choice(positions), dice.randrange(8)
+        position, bit = generator.choice(positions), generator.randrange(8)
         yield f"byte {position}, bit {bit}", flipped(content, position, bit)
 
 
@@ -595,7 +595,7 @@ def test_a_flipped_bit_in_a_zip_file_never_gives_other_weights(tmp_path, where):
 
 
 def test_a_flipped_bit_in_a_legacy_file_gives_weights_or_a_refusal(tmp_path):
-    """The format has no checksums, so that nobody can tell which."""
+    """The format has no checksums, so that both outcomes are possible."""
     content = saved_bytes(zipped=False)
     for _, damaged in random_flips(content, pickle_bytes(content), 60):
         (tmp_path / "w.pt").write_bytes(damaged)
@@ -604,7 +604,7 @@ def test_a_flipped_bit_in_a_legacy_file_gives_weights_or_a_refusal(tmp_path):
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_a_flipped_bit_in_foreign_safetensors_gives_weights_or_a_refusal(tmp_path, name):
-    """Another format without checksums."""
+    """This format has no checksums, either."""
     content = saved_safetensors()
     start = [(f"byte {i}, bit {bit}", flipped(content, i, bit)) for i in range(9) for bit in range(8)]
     header = random_flips(content, range(9, 8 + int.from_bytes(content[:8], "little")), 60)

@@ -1,4 +1,4 @@
-"""Runs of fifteen steps, for what starts many of them as real processes, and their comparison."""
+"""Runs of fifteen steps, for tests that start many of them as real processes, and their comparison."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ ARGUMENTS = [
 
 
 def shrink_resnet20_and_skip_curves():
-    """Give ResNet-20 one block in each stage, one for each way through, and draw no picture of the curves."""
+    """Give ResNet-20 one block in each stage, and skip drawing the curves: a third of the time."""
     models.MODELS["resnet20"] = dataclasses.replace(models.MODELS["resnet20"], depth=8)
     plotting.rendered = lambda *_: b"a picture"
 
 
 def assert_same_run(folder, uninterrupted):
-    """Weights, momentum and metrics are those of the uninterrupted run, to the bit."""
+    """Assert that weights, momentum and metrics equal those of the uninterrupted run, bit by bit."""
     for name in ("model.safetensors", "last.ckpt", "best.ckpt"):
         tensors, expected = load_tensors(folder / name)[0], load_tensors(uninterrupted / name)[0]
         assert tensors.keys() == expected.keys()

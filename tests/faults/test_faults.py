@@ -1,4 +1,4 @@
-"""A small part of what `fuzz.py` and `kills.py` do at length."""
+"""Short versions of the campaigns in `fuzz.py` and `kills.py`."""
 
 import dataclasses
 import faulthandler
@@ -24,7 +24,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """Those that can be made here: only FFCV writes its files."""
+    """Kinds of files that can be made here: .beton files need FFCV."""
     made = fuzz.kinds(tmp_path_factory.mktemp("kinds"))
     assert list(made) == [name for name in KINDS if name != "beton" or is_installed("ffcv")]
     return {name: (kind, kind.read(kind.folder)) for name, kind in made.items()}
@@ -63,7 +63,7 @@ def test_undamaged_files_give_the_right_content(kinds, need, tmp_path, name):
 
 
 def new_pages(size):
-    """Memory from the system: the heap may have some left, from tests before."""
+    """Write to newly mapped memory: the heap may have free memory from earlier tests."""
     with mmap.mmap(-1, size) as memory:
         return memory.write(b"x" * size)
 

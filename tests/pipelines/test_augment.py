@@ -16,7 +16,7 @@ def images():
 
 
 def augment_one(image, top, left, flip, cutout_top, cutout_left, augmentation):
-    """One image the way its definition reads: pad, slice, mirror, fill."""
+    """Augment one image by the definition: pad, slice, mirror, fill."""
     padding = augmentation.crop_padding
     mode = {"zeros": "constant", "reflect": "reflect"}[augmentation.padding_mode]
     image = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=mode)

@@ -1,4 +1,4 @@
-"""DALI's image decoder against others, and DALI when it is not there."""
+"""DALI's image decoder against others, and errors without DALI."""
 
 import io
 import platform

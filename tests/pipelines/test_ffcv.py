@@ -1,4 +1,4 @@
-"""FFCV's thread when it fails, hangs or is left alone, and FFCV when it is not there."""
+"""FFCV's loader thread when it fails, hangs or is abandoned, and errors without FFCV."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def in_thread(pipeline, monkeypatch):
 
 @pytest.fixture
 def assert_works(pipeline, dataset, helpers, monkeypatch):
-    """Assert that an epoch is right and no thread is left, with nothing armed any more."""
+    """Remove the injected fault, and assert that an epoch is right and leaves no thread."""
 
     def assert_right():
         monkeypatch.undo()
@@ -146,7 +146,7 @@ def test_abandoned_epoch_leaves_no_thread(pipeline, assert_works, taken):
 
 @pytest.mark.parametrize("held", [False, True], ids=["dropped", "held"])
 def test_closed_pipeline_leaves_no_thread(dataset, helpers, need, held):
-    """Also while somebody holds on to the epoch, as a traceback does."""
+    """This holds while the iterator is still referenced, too, as by a traceback."""
     need("ffcv")
     closed = helpers.open_small("ffcv", dataset)
     iterator = closed.epoch(1)

@@ -1,6 +1,6 @@
 """Files made from a store for FFCV (.beton) and DALI (JPEG shards).
 
-They are right by readers that are not ours, bound to the store they were made from, and never half there.
+Independent readers find them right; they are bound to their store, and complete or absent.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RAW_FILES = {"meta.json", "pixel_mean.npy"} | {
 
 
 def ignore(*_):
-    """A report that goes nowhere."""
+    """Ignore a progress report."""
 
 
 def names(folder):
@@ -108,7 +108,7 @@ def open_files(folder, kind, helpers):
 
 
 def assert_refused(folder, kind, helpers, *messages):
-    """Opening fails, in the words of `messages`, with a remedy; returns the command."""
+    """Assert that opening fails with `messages` and a remedy; return the command of the remedy."""
     with pytest.raises(DataError) as caught:
         open_files(folder, kind, helpers)
     message = str(caught.value)
@@ -201,7 +201,7 @@ def test_invalid_manifest_is_refused_and_replaced(folder, helpers, kind, damage)
     content = damage(intact)
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     assert_refused(folder, kind, helpers, f"{path} is damaged")
-    if kind == "jpeg":  # the way is the same for both, and this one takes a tenth of the time
+    if kind == "jpeg":  # the code is the same for both, and this one takes a tenth of the time
         assert prepare_again(folder, formats=[kind])[1]
         assert json.loads(path.read_bytes()) == intact
 
@@ -369,7 +369,7 @@ def test_damaged_store_with_leftovers_of_a_killed_writer_is_rebuilt(bare, kind):
 
 @pytest.fixture(params=["train", "test"])
 def failing(request, kind, monkeypatch, bare):
-    """Writing the files fails within this split, for want of space."""
+    """Make writing the files fail within this split, as on a full disk."""
     from_row = {"train": 0, "test": 171}[request.param] + 20
     written = []
 
@@ -397,7 +397,7 @@ def shared_memory():
 
 
 def left_over(segments):
-    """List the files beyond `segments`, when everybody had the time to clean up."""
+    """Return the segments beyond `segments` that remain after up to ten seconds."""
     for _ in range(100):
         if not (remaining := shared_memory() - segments):
             break
@@ -441,7 +441,7 @@ def test_failed_replacement_invalidates_the_old_files(folder, monkeypatch, error
 
 @pytest.mark.parametrize("number", range(5))
 def test_failed_rename_leaves_no_manifest(bare, monkeypatch, number):
-    """Both happen once for each of the four files; the manifest has the fifth rename."""
+    """Each of the four files is renamed once, and then the manifest."""
     calls = []
     original = os.replace
 
@@ -518,7 +518,7 @@ def decode(encoded):
 
 
 def quality_loss(images, tar):
-    """PSNR in dB and the share of exact pixels, as torchvision decodes."""
+    """Return PSNR in dB and the share of exact pixels, as decoded by torchvision."""
     decoded = np.stack([decode(content) for name, content in read_tar(tar) if name.endswith(".jpg")])
     error = decoded.astype(np.float64) - images
     return 20 * np.log10(255) - 10 * np.log10((error**2).mean()), (error == 0).all(axis=-1).mean()

@@ -1,4 +1,4 @@
-"""The compiled augmentation against the PyTorch operators it replaces, and what happens without a compiler."""
+"""Compiled augmentation against the PyTorch operators it replaces, and the fallback without a compiler."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clear_compile_cache():
-    """Compile anew within the test, and leave nothing of it to the others."""
+    """Clear the cache of the compiled function before and after the test."""
     augment._load.cache_clear()
     yield
     augment._load.cache_clear()
@@ -48,7 +48,7 @@ def test_native_augmentation_is_bit_equal_to_the_reference(dataset, dtype, norma
 
 
 def test_every_byte_is_rounded_like_the_reference(dataset):
-    """All 256 values in all places: images that a drawing need not contain."""
+    """All 256 values in all places: drawn images need not contain them."""
     images = (np.arange(256)[:, None, None, None] + np.arange(3072).reshape(32, 32, 3)).astype(np.uint8)
     rows = np.arange(256)
     for normalization in ("half", "channel", "pixel"):

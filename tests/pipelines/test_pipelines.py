@@ -224,7 +224,7 @@ def test_normalised_values_follow_the_formula_and_are_those_of_resident(
         assert step == len(pipeline) - 1
 
 
-# --- in the long run ---------------------------------------------------------------------------------------------
+# --- leaks -------------------------------------------------------------------------------------------------------
 
 
 def resources():
@@ -239,7 +239,7 @@ def resources():
 
 @pytest.fixture
 def frequent_garbage_collection():
-    """Garbage is collected as often as in a program, not as seldom as in these tests."""
+    """Collect garbage as often as by default, not as rarely as in the other tests."""
     thresholds = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
     yield
@@ -257,7 +257,7 @@ def test_fifty_epochs_leak_no_threads_files_or_memory(name, opened, batches):
             for _ in range(batches):
                 next(iterator)
             del iterator
-        for _ in pipeline.epoch(count):  # to the end: nothing is in the making when the counting begins
+        for _ in pipeline.epoch(count):  # to the end: no batch is in preparation when counting starts
             pass
 
     run_epochs(10)
@@ -265,7 +265,7 @@ def test_fifty_epochs_leak_no_threads_files_or_memory(name, opened, batches):
     run_epochs(50)
     threads_after, files_after, memory_after = resources()
     assert threads_after == threads
-    assert files_after <= files  # fewer, where rubbish of earlier tests was collected meanwhile
+    assert files_after <= files  # fewer, if garbage of earlier tests was collected meanwhile
     # A leak of a single batch of uint8 images in every epoch, the least that could be kept, would take twice as much.
     assert memory_after - memory < 50 * 28 * 3072 / 2
 
@@ -297,7 +297,7 @@ def test_auto_picks_resident_if_it_fits_else_the_fastest_installed(
 
 @pytest.fixture
 def store_of_2_gb(dataset, tmp_path):
-    """A data set of 2.0 GB, none of which exists."""
+    """A data set of 2.0 GB, made of broadcast arrays that take no memory."""
 
     def images(count):
         return np.broadcast_to(np.zeros((), np.uint8), (count, 32, 32, 3))
@@ -319,7 +319,7 @@ def test_free_cpu_memory_is_at_most_the_total():
 
 
 def test_processors_are_those_that_the_process_may_use(monkeypatch):
-    """Taskset limits them; where the system does not tell, it is all of them."""
+    """Taskset limits them. Without `sched_getaffinity`, all processors count."""
     code = "import os, pipelines; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
     command = [sys.executable, "-c", f"{code}; print(pipelines.usable_processors())"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"

@@ -1,4 +1,4 @@
-"""Preparing a store: once, by one process, whatever was there before and whatever stops it; and the drawn shapes10."""
+"""Preparation of a store: once, by one process, after any earlier state and any kill; and the drawn shapes10."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def names(folder: Path) -> set[str]:
 
 
 def damage(folder: Path, kind: str) -> None:
-    """Spoil a store."""
+    """Damage a store."""
     images = folder / "train_images.npy"
     match kind:
         case "flipped bit":
@@ -379,7 +379,7 @@ def killed_while_replacing(tmp_path_factory, helpers) -> dict[tuple[str, int], P
 
 
 def assert_recovers(root: Path, helpers) -> None:
-    """Preparing again gives the whole store and clears away what the killed process left."""
+    """Assert that preparing again gives the whole store and removes what the killed process left."""
     prepare("shapes10", root, helpers.ignore, train_images=TRAIN, test_images=TEST)
     assert_shapes10(root / "shapes10")
     assert names(root) == {"shapes10", ".shapes10.lock"}

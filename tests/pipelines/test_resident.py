@@ -1,4 +1,4 @@
-"""The GPU's way of gathering batches, whose tensors can lie on a CPU as well."""
+"""Resident pipeline for GPUs, tested with its tensors on a CPU."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Reading what users have: official archives, folders of images, and whatever is damaged or hostile."""
+"""Reading of sources: official archives, folders of images, and damaged or hostile files."""
 
 from __future__ import annotations
 
@@ -658,7 +658,7 @@ def serving(body: bytes, status: int = 200, length: int | None = None) -> Iterat
 
 @contextmanager
 def serving_another_protocol() -> Iterator[str]:
-    """A server that speaks another protocol."""
+    """Run a server that speaks another protocol; yield an address on it."""
     with socket.create_server(("127.0.0.1", 0)) as listener, background(answer_once, listener):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/cifar.tar.gz"
 
@@ -683,7 +683,7 @@ def background(function, *arguments) -> Iterator[None]:
 
 @contextmanager
 def unreachable_server() -> Iterator[str]:
-    """An address where nothing listens."""
+    """Yield an address on which nothing listens."""
     yield "http://127.0.0.1:9/x.tar.gz"
 
 
@@ -691,7 +691,7 @@ def unreachable_server() -> Iterator[str]:
 def download_from(tmp_path, monkeypatch):
     """Run `download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`.
 
-    It must leave the process's time-out as it was.
+    It must leave the process's default timeout unchanged.
     """
     torchvision = pytest.importorskip("torchvision.datasets")
     monkeypatch.setenv("no_proxy", "*")
@@ -701,11 +701,11 @@ def download_from(tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision.CIFAR10, "tgz_md5", hashlib.md5(body).hexdigest())
         return download_cifar10(tmp_path / "downloads")
 
-    patience = socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(33)
     yield download
     found = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(patience)
+    socket.setdefaulttimeout(timeout)
     assert found == 33
 
 
@@ -725,7 +725,7 @@ def test_download_of_the_right_file_returns_it(tmp_path, download_from):
         lambda: serving(b"not found", status=404),
         lambda: serving(b"the arch", length=11),
     ],
-    ids=["refused", "nonsense", "wrong MD5", "404", "cut short"],
+    ids=["refused", "another protocol", "wrong MD5", "404", "cut short"],
 )
 def test_failed_download_names_url_and_alternatives_and_leaves_no_files(tmp_path, download_from, server):
     with server() as url, pytest.raises(DataError) as caught:
@@ -736,16 +736,16 @@ def test_failed_download_names_url_and_alternatives_and_leaves_no_files(tmp_path
 
 
 def test_download_from_a_silent_server_times_out(download_from, monkeypatch):
-    patience = []
+    timeouts = []
 
     def silent(*_):
-        patience.append(socket.getdefaulttimeout())
+        timeouts.append(socket.getdefaulttimeout())
         raise TimeoutError("timed out")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", silent)
     with pytest.raises(DataError, match="timed out"):
         download_from("http://127.0.0.1:9/x.tar.gz", b"")
-    assert 1 <= patience[0] <= 120
+    assert 1 <= timeouts[0] <= 120
 
 
 # --- the real CIFAR-10 -------------------------------------------------------------------------------------------

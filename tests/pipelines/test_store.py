@@ -1,4 +1,4 @@
-"""The binary data set: what was written is what is opened, and nothing damaged, foreign or half-written is."""
+"""Binary data set: exact round trips, and rejection of damaged, foreign and half-written files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def store(tmp_path, data) -> Path:
 
 
 def refused(folder: Path, name: str) -> None:
-    """Opening `folder` raises a `DataError` that names its file `name` and the command that mends it."""
+    """Opening `folder` raises a `DataError` that names its file `name` and the command that repairs it."""
     with pytest.raises(DataError) as caught:
         open_store(folder)
     assert caught.value.exit_code == 3
@@ -88,7 +88,7 @@ def npy(array: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
-# --- what was written is what is opened --------------------------------------------------------------------------
+# --- round trip --------------------------------------------------------------------------------------------------
 
 
 def test_round_trip_is_exact(store, data):
@@ -169,7 +169,7 @@ def test_same_data_gives_the_same_files(tmp_path, store, data):
 
 
 def test_the_digest_is_that_of_images_labels_and_classes_alone(tmp_path, store, data):
-    """A run begun on one machine goes on where the same images were prepared from another file."""
+    """A run can be resumed where the same images were prepared from another file."""
     digest = open_store(store).digest
     write_store(tmp_path / "elsewhere" / "bees", data, source="parts.joined", version="10.0")
     assert open_store(tmp_path / "elsewhere" / "bees").digest == digest
@@ -462,7 +462,7 @@ def test_flipped_bit_in_meta_never_changes_what_is_opened(store):
 
 
 def fail_at(monkeypatch, module, function: str, number: int) -> None:
-    """The `number`th call of `module.function` finds the disk full."""
+    """Make the `number`th call of `module.function` fail as on a full disk."""
     original, calls = getattr(module, function), iter(range(1, 1000))
 
     def failing(*arguments, **options):
