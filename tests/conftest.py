@@ -1,6 +1,6 @@
 """Fixtures that all tests share, and no silent skips in CI.
 
-They are a small drawn data set, CIFAR-10 where its archive is at hand, and the command line in-process.
+They are a small drawn data set, CIFAR-10 if its archive is available, and the command line in-process.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"
 """The libraries that pipelines need beside PyTorch."""
 
 
-# PyTorch's modules and all the tests are there to the end: to look through them for garbage took a tenth of the time.
+# PyTorch's modules and all tests live until the end: collecting garbage among them took a tenth of the time.
 gc.set_threshold(20_000, 10, 10)
 
 
@@ -55,7 +55,7 @@ def pytest_sessionfinish(session):
 
 
 def quiet(*_):
-    """A progress report that goes nowhere."""
+    """Ignore a progress report."""
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def need():
 def break_import(monkeypatch):
     """`break_import("dali", error)`: importing the library of that pipeline raises `error`.
 
-    Whatever was imported of it, our own module included, is forgotten until the test is over.
+    Its imported modules, and our own module for it, leave `sys.modules` until the end of the test.
     """
 
     def break_library(pipeline: str, error: Exception) -> None:
@@ -105,7 +105,7 @@ def break_import(monkeypatch):
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory) -> str:
-    """A program that takes the place of `sys.executable` and starts in no time (tests/forks.py)."""
+    """Return a program that replaces `sys.executable` and starts quickly (tests/forks.py)."""
     folder, root = tmp_path_factory.mktemp("forks"), Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.forks", folder]
@@ -117,13 +117,13 @@ def python(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def quick_workers(python):
-    """Processes that `multiprocessing` spawns are those of `python`, from now on."""
+    """Make `multiprocessing` spawn its processes with `python`, from now on."""
     multiprocessing.set_executable(python)
 
 
 @pytest.fixture
 def quick_processes(python, quick_workers, monkeypatch):
-    """So are those that the test or what it tests starts with `sys.executable`."""
+    """Make the test, and the code under test, start `python` in place of `sys.executable`."""
     monkeypatch.setattr(sys, "executable", python)
 
 
@@ -155,7 +155,7 @@ def dataset(data_root):
 
 @pytest.fixture
 def resnet8(monkeypatch):
-    """Name a network with one block in each stage, one for each way through: a third of the time of ResNet-20."""
+    """Name a network with one block in each stage, which takes a third of the time of ResNet-20."""
     monkeypatch.setitem(models.MODELS, "resnet8", dataclasses.replace(models.MODELS["resnet20"], depth=8))
     return "resnet8"
 

@@ -1,8 +1,8 @@
-"""A Python that has imported everything before it starts: that takes seconds, and some tests start dozens of processes.
+"""Fork server for Python processes: imports take seconds, and some tests start dozens of processes.
 
 `python -m tests.forks FOLDER` makes the program `FOLDER/python`, which hands its arguments, environment, folder and
-open files over to a process that is forked here, and ends as that does. The process, in turn, does not outlive it;
-PARENT in its environment is what its parent would be.
+open files to a process that is forked here, and exits with its exit code. The forked process is killed when the
+program ends. PARENT in its environment is the process id of the parent that it would have without the server.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 # --- the program, which imports next to nothing ------------------------------------------------------------------
 
 
-def run_there(path: str, arguments: list[str]) -> int:
-    """Exit code of `python ARGUMENTS` in a process that the server at `path` forks; signals are passed on to it."""
+def run_through_server(path: str, arguments: list[str]) -> int:
+    """Return the exit code of `python ARGUMENTS` in a fork of the server at `path`; pass signals on to it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     files = [int(name) for name in os.listdir("/proc/self/fd")]
     files = [file for file in files if file < 3 or _is_inherited(file)]
@@ -52,7 +52,7 @@ def run_there(path: str, arguments: list[str]) -> int:
             for number in PASSED_ON:
                 signal.signal(number, pass_on)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-            for file in files:  # so that whoever reads from the process sees where it ends
+            for file in files:  # so that a reader of its output sees the end of file
                 os.close(file)
             return int(messages.readline())
 
@@ -64,8 +64,8 @@ def _is_inherited(file: int) -> bool:
         return False
 
 
-def end(code: int) -> None:
-    """End as a process with this exit code of `subprocess` has ended: by a signal, if that is negative."""
+def exit_as(code: int) -> None:
+    """Exit with this exit code of `subprocess`: by a signal if it is negative."""
     if -code in PASSED_ON:
         signal.signal(-code, signal.SIG_DFL)
     if code < 0:
@@ -86,7 +86,7 @@ COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.augment._load")
 
 
 def serve(folder: Path) -> Callable[[], object]:
-    """Fork for every connection. Returns in the forked processes only: with what they have to do."""
+    """Fork for every connection. Returns in the forked processes only, with the function that they run."""
     for module in EVERYTHING:
         importlib.import_module(module)
     for name in COMPILED:
@@ -103,7 +103,7 @@ def serve(folder: Path) -> Callable[[], object]:
             connection, _ = listener.accept()
             with connection:
                 if not os.fork():
-                    return answer(connection)
+                    return handle_connection(connection)
 
 
 def reap(*_: object) -> None:
@@ -112,8 +112,8 @@ def reap(*_: object) -> None:
             pass
 
 
-def answer(connection: socket.socket) -> Callable[[], object]:
-    """Fork again, and tell the program the new process and its exit code; returns in that process only."""
+def handle_connection(connection: socket.socket) -> Callable[[], object]:
+    """Fork again, and send the program the new process id and its exit code; returns in the new process only."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, received, _, _ = socket.recv_fds(connection, 1, 50)
     with connection.makefile("r") as messages:
@@ -123,21 +123,21 @@ def answer(connection: socket.socket) -> Callable[[], object]:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        return lambda: run_here(arguments, dict(zip(files, received, strict=True)))
+        return lambda: run_as_python(arguments, dict(zip(files, received, strict=True)))
     for file in {0, 1, 2, *received}:
         os.close(file)
     connection.sendall(b"%d\n" % process)
     ended = os.pidfd_open(process)
     if ended not in select.select([connection, ended], [], [])[0]:
-        os.kill(process, signal.SIGKILL)  # the program has been
+        os.kill(process, signal.SIGKILL)  # the program has ended
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     with contextlib.suppress(ConnectionError):
         connection.sendall(b"%d\n" % code)
     os._exit(0)
 
 
-def run_here(arguments: list[str], files: dict[int, int]) -> None:
-    """Do what `python ARGUMENTS` does, with these open files by their numbers there."""
+def run_as_python(arguments: list[str], files: dict[int, int]) -> None:
+    """Run `python ARGUMENTS` in this process, with these open files under the numbers of the program."""
     for number, file in [(number, fcntl.fcntl(file, fcntl.F_DUPFD, 100)) for number, file in files.items()]:
         os.dup2(file, number)
         os.close(file)
@@ -157,10 +157,10 @@ def run_here(arguments: list[str], files: dict[int, int]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
-def run_and_leave(work: Callable[[], object]) -> None:
-    """Do `work` and end as Python does, but leave modules and their objects alone.
+def run_and_exit(work: Callable[[], object]) -> None:
+    """Do `work` and exit as Python does, but without freeing modules and their objects.
 
-    To take them apart would first copy the memory shared with the server, which takes longer than most of this work.
+    Freeing them would first copy the memory shared with the server, which takes longer than most of this work.
     """
     code = 0
     try:
@@ -178,6 +178,6 @@ def run_and_leave(work: Callable[[], object]) -> None:
 
 if __name__ == "__main__":
     if __spec__:  # -m
-        run_and_leave(serve(Path(sys.argv[1])))
+        run_and_exit(serve(Path(sys.argv[1])))
     else:
-        end(run_there(sys.argv[1], sys.argv[2:]))
+        exit_as(run_through_server(sys.argv[1], sys.argv[2:]))

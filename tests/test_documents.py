@@ -1,8 +1,8 @@
-"""The commands in the documents work: each is run as it stands there, on a small data set.
+"""Commands in the documents: each is run as written there, on a small data set.
 
 Trainings end after two steps, batches have 8 images, seeds are two, and 5,000 held-out images are 50. Benchmarks,
-which take minutes, are read by their own parser; what they do is in tests/benchmarks. What begins with docker,
-torchrun, make, srun or python -m is not run here: it needs Docker, GPUs or SLURM, or is what runs these tests.
+which take minutes, are only parsed; tests/benchmarks runs them. Commands that begin with docker, torchrun, make,
+srun or python -m are not run here: they need Docker, GPUs or SLURM, or run these tests.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ def workspace(tmp_path_factory):
     return place
 
 
-def smaller(arguments):
-    """`arguments` of a command, with less to do."""
+def shortened(arguments):
+    """Return `arguments` of a command, changed to take less time."""
     arguments = [{"0-9": "0-1", "5000": "50"}.get(argument, argument) for argument in arguments]
     if arguments[0] == "train":
         arguments += ["--batch-size", "8"] if "--batch-size" not in arguments else []
@@ -75,8 +75,8 @@ def smaller(arguments):
     return arguments
 
 
-def forget_runs(workspace):
-    """Remove runs of the commands before, which have the names that the next ones would give."""
+def remove_runs(workspace):
+    """Remove the runs of earlier commands, whose names the next commands would use."""
     for folder in (workspace / "runs").iterdir():
         if folder.name not in ("NAME", "OTHER"):
             shutil.rmtree(folder)
@@ -98,17 +98,17 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
         for model in ("resnet20", "resnet56"):
             monkeypatch.setitem(models.MODELS, model, dataclasses.replace(models.MODELS[model], depth=8))
         if "--resume" not in rest:
-            forget_runs(workspace)
+            remove_runs(workspace)
     if name == "export":
         pytest.importorskip("onnxruntime")
-    code = cli.main(smaller([name, *rest]))
+    code = cli.main(shortened([name, *rest]))
     out, err = capsys.readouterr()
     assert code == 0 or (name == "doctor" and code == 1), err
     assert out
     assert "Traceback" not in err
 
 
-def test_all_commands_are_in_their_document():
+def test_cli_document_covers_every_command():
     assert {line.split()[1] for line in commands_in("docs/cli.md")} == set(cli.COMMANDS)
 
 
@@ -119,7 +119,7 @@ def anchors_in(text):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_between_documents_lead_somewhere(document):
+def test_links_between_documents_resolve(document):
     text = (PROJECT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         name, _, anchor = target.partition("#")

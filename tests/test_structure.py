@@ -56,11 +56,11 @@ def test_no_package_imports_one_above_it(layer):
     ]  # fmt: skip
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_imports_have_no_cycles():
     graphlib.TopologicalSorter({module: set(imported(module)) for module in FILES}).prepare()
 
 
-def test_functions_and_classes_fit_on_a_few_screens():
+def test_functions_and_classes_are_within_size_limits():
     nodes = [(module, node) for module in FILES for node in ast.walk(tree(module))]
     functions = [(module, node) for module, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f"{module}.{node.name}": node.end_lineno - node.lineno + 1 for module, node in functions}
@@ -85,13 +85,13 @@ def shadowed(tmp_path):
 
 
 @pytest.mark.parametrize(("package", "command"), [("pipelines", "list"), ("benchmarks", "bench")])
-def test_a_module_that_shadows_a_package_is_named_in_one_line(shadowed, tmp_path, package, command):
+def test_command_reports_a_shadowed_package_in_one_line(shadowed, tmp_path, package, command):
     done = shadowed(package, "-m", "fastresnet", command)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"fastresnet: {tmp_path / package}.py is imported in place of fastresnet's own package")
 
 
-def test_a_shadowed_package_is_an_error_of_the_import_in_python(shadowed, tmp_path):
+def test_import_of_a_shadowed_package_raises_import_error(shadowed, tmp_path):
     done = shadowed("pipelines", "-c", "import fastresnet")
     assert done.stderr.splitlines()[-1].startswith(f"ImportError: {tmp_path / 'pipelines.py'} is imported in place of")

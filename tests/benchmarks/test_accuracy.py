@@ -1,4 +1,4 @@
-"""The tables of accuracy: figures of runs that happened, and nothing else."""
+"""Accuracy tables: only figures of recorded runs enter them."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ def summary(seed, percent, *, recipe="paper", model="resnet20", settings=None, *
 
 
 def cells(table, row):
-    """The cells of the row that starts with these."""
+    """Return the cells of the row that starts with `row`."""
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
     (found,) = [line for line in lines if line[: len(row)] == row]
     return dict(zip(lines[0], found, strict=True))
@@ -55,7 +55,7 @@ def test_the_table_of_runs_has_a_row_for_each_recipe_and_network():
     assert (row["PFLOP"], row["minutes"]) == ("2.00", "10")
 
 
-def test_runs_on_a_gpu_have_a_row_of_their_own_and_count_with_the_others():
+def test_gpu_runs_have_their_own_row_and_enter_the_overall_mean():
     gpu = {"environment": {"device": "H100", "threads": 16}, "settings": {"device": "cuda"}, "train_seconds": 21.0}
     runs = [summary(0, 92.0, **gpu), summary(1, 93.0, **gpu), summary(0, 91.0)]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in runs_table(runs).splitlines()[2:]]
@@ -66,7 +66,7 @@ def test_runs_on_a_gpu_have_a_row_of_their_own_and_count_with_the_others():
     assert cells(reproduction_table(runs), ["resnet20"])["`paper`"] == "8.00 ± 1.00 % (165 epochs, 3 seeds)"
 
 
-def test_speedruns_stand_below_airbench_s_and_other_recipes_elsewhere():
+def test_speedrun_table_lists_airbench_then_speedruns_and_no_other_recipe():
     runs = [
         summary(seed, percent, recipe="speedrun", model="resnet9-narrow") for seed, percent in ((0, 93.9), (1, 94.3))
     ]
@@ -84,7 +84,7 @@ def test_runs_on_other_data_or_with_other_settings_do_not_count(tmp_path):
         summary(0, 91.0),
         summary(1, 91.0, data="shapes10"),
         summary(2, 91.0, settings={"lr": 0.2}),
-        summary(3, 91.0, settings={"device": "cuda", "precision": "fp16", "seed": 3}),  # no recipe's matter
+        summary(3, 91.0, settings={"device": "cuda", "precision": "fp16", "seed": 3}),  # not part of a recipe
     ]
     for run in runs:
         (tmp_path / f"{run['seed']}.json").write_text(json.dumps(run))
@@ -101,7 +101,7 @@ def test_a_run_of_a_recipe_that_has_changed_since_does_not_count(tmp_path, monke
 
 @pytest.mark.parametrize("folder", ["", " --out /somewhere/run", " --out='/some where/run'"])
 def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkeypatch, folder):
-    """And no folder of the machine."""
+    """The stored command has no local path."""
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
     run = tmp_path / "run"
     run.mkdir()
@@ -145,7 +145,7 @@ def run_folder(tmp_path):
     ],
     ids=["other data", "other settings", "no settings"],
 )
-def test_a_run_that_would_not_count_is_not_added_nor_are_those_beside_it(results, run_folder, unfit, words):
+def test_add_rejects_all_runs_if_one_would_not_count(results, run_folder, unfit, words):
     without, unfit = unfit == {"settings": None}, summary(5, 90.0, **unfit)
     if without:
         del unfit["settings"]
@@ -166,12 +166,12 @@ def test_a_summary_of_an_older_version_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("curves", ["epoch\n1\n", "epoch\n1\n2\n"])
-def test_a_run_takes_no_other_s_place(results, run_folder, together, curves):
+def test_add_does_not_overwrite_another_run(results, run_folder, together, curves):
     percent = 91.0 if curves != "epoch\n1\n" else 92.0  # they differ in one file or the other
     first, second = run_folder("first", summary(3, 91.0)), run_folder("second", summary(3, percent), curves)
     if not together:
         accuracy.add([first])
-        accuracy.add([first])  # again: nothing to object to
+        accuracy.add([first])  # the same run again is accepted
     before = {path: path.read_bytes() for path in results.glob("*")}
     with pytest.raises(DataError, match=r"remove paper-resnet20-seed3\.json and paper-resnet20-seed3\.csv") as caught:
         accuracy.add([first, second] if together else [second])
@@ -183,13 +183,13 @@ def test_a_run_takes_no_other_s_place(results, run_folder, together, curves):
     assert json.loads((results / "paper-resnet20-seed3.json").read_text())["test_accuracy"] == percent
 
 
-def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_path):
+def test_chart_shows_available_curves_and_labels_missing_ones_not_run(tmp_path):
     with pytest.raises(DataError, match="has no run of recipe 'paper'"):
         accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
     (tmp_path / "paper-resnet20-seed3.json").write_text(json.dumps(summary(3, 91.0)))
     curve = "epoch,train_accuracy,test_accuracy\n1,60,55\n2,93.5,91\n"
     (tmp_path / "paper-resnet20-seed3.csv").write_text(curve)
-    with plt.rc_context({"svg.fonttype": "none"}):  # letters stay letters
+    with plt.rc_context({"svg.fonttype": "none"}):  # keep text as text
         accuracy.chart("paper", tmp_path / "chart.svg", tmp_path)
     picture = (tmp_path / "chart.svg").read_text()
     for label in ("resnet20, train: 6.50 %", "resnet20, test: 9.00 %", "resnet56: not run", "plain20: not run"):
@@ -197,7 +197,7 @@ def test_the_chart_shows_the_curves_there_are_and_names_those_there_are_not(tmp_
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_run_in_the_tables_is_one_of_a_recipe_and_tells_where_it_comes_from(path):
+def test_every_committed_run_has_a_known_recipe_and_provenance(path):
     run = json.loads(path.read_text())
     assert run["schema"] == 1
     where = {"cpu": "", "cuda": "-gpu"}[run["settings"]["device"]]
@@ -205,7 +205,7 @@ def test_every_run_in_the_tables_is_one_of_a_recipe_and_tells_where_it_comes_fro
     assert run["recipe"] in RECIPES
     environment = run["environment"]
     assert all(environment[key] for key in ("device", "threads", "versions", "commit", "command", "started"))
-    assert not environment["commit"].endswith("+")  # trained with what is in the repository
+    assert not environment["commit"].endswith("+")  # trained from a committed state
     with open(path.with_suffix(".csv"), newline="") as file:
         *_, last = csv.DictReader(file)
-    assert float(last["test_accuracy"]) == run["test_accuracy"]  # the curve ends in the figure
+    assert float(last["test_accuracy"]) == run["test_accuracy"]  # the last row of the curve is the reported accuracy

@@ -1,6 +1,6 @@
-"""Suite for a rented GPU: a script that ends in time and loses nothing that was finished, and its cases, on a CPU.
+"""GPU suite: its script keeps its time limit and all finished results; its cases are tested on a CPU.
 
-A stand-in for Python takes no time.
+The script runs a stand-in for Python.
 """
 
 import json
@@ -39,7 +39,7 @@ esac
 
 
 class Suite:
-    """Runs the script with a stand-in for Python that notes what it is asked for."""
+    """Runner of the script, with a stand-in for Python that records its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.out, self.calls_file, self.python = folder / "results", folder / "calls", folder / "python"
@@ -52,8 +52,8 @@ class Suite:
             "GPU": "a stand-in",
         }
 
-    def behave(self, pattern: str, commands: str) -> None:
-        """Have the stand-in run `commands` where its arguments match `pattern`, before what it does anyway."""
+    def inject(self, pattern: str, commands: str) -> None:
+        """Make the stand-in first run `commands` if its arguments match `pattern`."""
         lines = self.python.read_text().split("\n", 1)
         self.python.write_text(f'{lines[0]}\ncase "$*" in {pattern}) {commands} ;; esac\n{lines[1]}')
 
@@ -68,13 +68,13 @@ class Suite:
         )
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of the script for `self.out`."""
+        """Return exit code, stdout and stderr of the script for `self.out`."""
         process = self.start(str(self.out), *arguments, **environment)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
     def wait_for_sleep(self) -> int:
-        """Process of a stand-in that has been told to sleep and writes its number first."""
+        """Return the process id that a sleeping stand-in has written."""
         file = self.calls_file.with_suffix(".sleeps")
         for _ in range(600):
             if file.exists() and (number := file.read_text().strip()):
@@ -95,7 +95,7 @@ class Suite:
             }
 
 
-def result_of(line: str) -> tuple[str, str]:
+def stage_and_result(line: str) -> tuple[str, str]:
     """Stage and result in a line of the table."""
     return line[:11].strip(), line[12:57].strip()
 
@@ -121,7 +121,7 @@ def suite(tmp_path):
         (("OUT",), {"GPU": ""}, "--rehearse"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(suite, tmp_path, arguments, environment, named):
+def test_invalid_arguments_are_one_line_usage_errors(suite, tmp_path, arguments, environment, named):
     process = suite.start(*(str(tmp_path / word) if word == "OUT" else word for word in arguments), **environment)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -130,7 +130,7 @@ def test_what_cannot_be_is_told_in_one_line(suite, tmp_path, arguments, environm
     assert not (tmp_path / "OUT.tar").exists()
 
 
-def test_all_stages_in_order_of_value(suite, tmp_path):
+def test_all_stages_run_in_order_and_pass(suite, tmp_path):
     archive = bytes(range(256)) * 41
     for number, name in enumerate(("aa", "ab", "ac")):
         (tmp_path / f"c i.tar.xz.part-{name}").write_bytes(archive[4000 * number : 4000 * (number + 1)])
@@ -140,7 +140,7 @@ def test_all_stages_in_order_of_value(suite, tmp_path):
     assert (code, err) == (0, "")
     heading, *lines = suite.packed()["stages.txt"].decode().splitlines()
     assert heading.startswith("a stand-in, ")
-    assert [result_of(line) for line in lines] == [
+    assert [stage_and_result(line) for line in lines] == [
         *((stage, "passed") for stage in STAGES[:-1]),
         ("accuracy", "passed, 14 of 14 trainings"),
     ]
@@ -151,8 +151,8 @@ def test_all_stages_in_order_of_value(suite, tmp_path):
     assert (suite.calls_file.with_suffix(".source")).read_bytes() == archive
 
 
-def test_what_a_training_leaves(suite, tmp_path):
-    """Summary, settings and metrics of each, in order of value, and nothing large."""
+def test_only_small_files_of_each_training_are_packed(suite, tmp_path):
+    """These are summary, settings and metrics. Trainings run in order of priority."""
     (tmp_path / "data/cifar10").mkdir(parents=True)
     (tmp_path / "data/cifar10/meta.json").touch()
     assert suite.run("accuracy", DATA=str(tmp_path / "data"))[0] == 0
@@ -172,21 +172,21 @@ def test_what_a_training_leaves(suite, tmp_path):
     assert not list(Path(f"{suite.out}.runs").iterdir())
 
 
-def test_without_cifar10_the_rest_passes(suite):
+def test_suite_without_cifar10_skips_only_the_accuracy_stage(suite):
     code, out, _ = suite.run()
     assert code == 0
     assert "accuracy    left out: DATA does not name CIFAR-10" in out
     assert not any(" train fast" in call for call in suite.calls())
 
 
-def test_a_stage_that_is_cut_leaves_what_it_had_written(suite):
-    suite.behave('*"gpu_cases steps"*', 'echo half; echo \'{"rows": []}\' >"${@: -1}"; sleep 60')
+def test_timed_out_stage_keeps_its_partial_output(suite):
+    suite.inject('*"gpu_cases steps"*', 'echo half; echo \'{"rows": []}\' >"${@: -1}"; sleep 60')
     began = time.monotonic()
     code, out, err = suite.run("--seconds", "13", "smoke", "steps", "candidates", "tests")
     assert time.monotonic() - began < 13
     assert code == 1
     assert err == "not passed: steps candidates tests\n"
-    results = [result_of(line) for line in out.splitlines()]
+    results = [stage_and_result(line) for line in out.splitlines()]
     assert {("smoke", "passed"), ("steps", "cut"), ("tests", "left out: no time")} <= set(results)
     packed = suite.packed()
     assert json.loads(packed["steps.json"]) == {"rows": []}
@@ -194,22 +194,22 @@ def test_a_stage_that_is_cut_leaves_what_it_had_written(suite):
     assert len([name for name in packed if name.startswith("smoke/")]) == 6
 
 
-def test_tests_that_are_cut_have_time_to_tell_what_failed(suite):
-    """Workers of pytest that compile take 10 seconds to be stopped, and only then it writes what it has seen."""
-    suite.behave('*"-m pytest"*', "trap 'sleep 7; echo FAILED; exit 2' INT; sleep 60")
+def test_timed_out_tests_have_time_to_report_failures(suite):
+    """Pytest workers that compile take 10 seconds to stop; only then does pytest write its report."""
+    suite.inject('*"-m pytest"*', "trap 'sleep 7; echo FAILED; exit 2' INT; sleep 60")
     assert suite.run("--seconds", "33", "tests")[0] == 1
     assert b"FAILED" in suite.packed()["logs/tests.log"]
 
 
-def test_tests_that_did_not_run_are_counted(suite):
-    suite.behave("*pytest*", "echo '==== 44 passed, 24 skipped, 1 warning in 3.00s ===='")
+def test_skipped_tests_are_counted(suite):
+    suite.inject("*pytest*", "echo '==== 44 passed, 24 skipped, 1 warning in 3.00s ===='")
     code, out, _ = suite.run("tests")
     assert code == 0
-    assert ("tests", "passed, 44 passed, 24 skipped") in map(result_of, out.splitlines())
+    assert ("tests", "passed, 44 passed, 24 skipped") in map(stage_and_result, out.splitlines())
 
 
-def test_a_stage_that_fails_is_named_and_the_next_goes_on(suite):
-    suite.behave('*"gpu_cases steps"*', "echo no such kernel >&2; exit 3")
+def test_failed_stage_is_reported_and_the_next_still_runs(suite):
+    suite.inject('*"gpu_cases steps"*', "echo no such kernel >&2; exit 3")
     code, out, err = suite.run("steps", "candidates")
     assert (code, err) == (1, "not passed: steps\n")
     assert "no such kernel" in out
@@ -217,17 +217,17 @@ def test_a_stage_that_fails_is_named_and_the_next_goes_on(suite):
     assert {"candidates.json", "logs/steps.log"} <= suite.packed().keys()
 
 
-def test_a_second_start_adds_to_the_first(suite):
+def test_second_run_adds_to_the_results_of_the_first(suite):
     assert [suite.run(stage)[0] for stage in ("ceilings", "steps")] == [0, 0]
     packed = suite.packed()
     assert {"ceilings.json", "steps.json"} <= packed.keys()
-    results = [result_of(line) for line in packed["stages.txt"].decode().splitlines()]
+    results = [stage_and_result(line) for line in packed["stages.txt"].decode().splitlines()]
     assert {("ceilings", "passed"), ("steps", "passed")} <= set(results)
 
 
-def test_a_training_that_is_cut_is_left_out(suite, tmp_path):
+def test_timed_out_training_is_left_out(suite, tmp_path):
     (tmp_path / "archive").touch()
-    suite.behave('*"fast --model resnet20"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
+    suite.inject('*"fast --model resnet20"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
     code, out, _ = suite.run("--seconds", "13", "accuracy", DATA=str(tmp_path / "archive"))
     assert code == 0
     assert "passed, 1 of 14 trainings" in out
@@ -237,8 +237,8 @@ def test_a_training_that_is_cut_is_left_out(suite, tmp_path):
     ]
 
 
-def test_a_signal_leaves_what_was_finished_and_no_process(suite):
-    suite.behave('*"gpu_cases candidates"*', 'echo $$ >"$CALLS.sleeps"; exec sleep 60')
+def test_sigterm_keeps_finished_results_and_leaves_no_process(suite):
+    suite.inject('*"gpu_cases candidates"*', 'echo $$ >"$CALLS.sleeps"; exec sleep 60')
     process = suite.start(str(suite.out), "steps", "candidates")
     sleeping = suite.wait_for_sleep()
     process.send_signal(signal.SIGTERM)
@@ -249,9 +249,9 @@ def test_a_signal_leaves_what_was_finished_and_no_process(suite):
     assert not Path(f"/proc/{sleeping}").exists()
 
 
-def test_a_kill_costs_one_training(suite, tmp_path):
+def test_sigkill_loses_only_the_running_training(suite, tmp_path):
     (tmp_path / "archive").touch()
-    suite.behave('*"--seed 1"*', 'echo $$ >"$CALLS.sleeps"; exec sleep 60')
+    suite.inject('*"--seed 1"*', 'echo $$ >"$CALLS.sleeps"; exec sleep 60')
     process = suite.start(str(suite.out), "steps", "accuracy", DATA=str(tmp_path / "archive"))
     sleeping = suite.wait_for_sleep()
     process.kill()
@@ -260,9 +260,9 @@ def test_a_kill_costs_one_training(suite, tmp_path):
     assert {"steps.json", "accuracy/fast-model-resnet20-seed-0/summary.json"} <= suite.packed().keys()
 
 
-def test_the_tar_stays_small(suite):
-    suite.behave('*"gpu_cases ceilings"*', "head -c 20000000 /dev/zero; echo the end")
-    suite.behave('*"gpu_cases steps"*', f"head -c 20000000 /dev/zero >'{suite.out}/huge'")
+def test_tar_size_is_limited_despite_large_outputs(suite):
+    suite.inject('*"gpu_cases ceilings"*', "head -c 20000000 /dev/zero; echo the end")
+    suite.inject('*"gpu_cases steps"*', f"head -c 20000000 /dev/zero >'{suite.out}/huge'")
     assert suite.run("ceilings", "steps")[0] == 0
     packed = suite.packed()
     assert Path(f"{suite.out}.tar").stat().st_size <= 16 << 20
@@ -271,7 +271,7 @@ def test_the_tar_stays_small(suite):
 
 
 @pytest.mark.slow
-def test_the_rehearsal_goes_through_every_stage(tmp_path):
+def test_rehearsal_runs_every_stage(tmp_path):
     out = tmp_path / "results"
     process = subprocess.run(
         [SCRIPT, "--rehearse", out],
@@ -300,7 +300,7 @@ SMALL = RecipeCase("fast", "resnet20", 128)  # 2 images on a CPU
 
 @pytest.fixture
 def measure(request, tmp_path, monkeypatch, data_root):
-    """`code, report = measure("steps")`: a command's rehearsal with what has been set as its cases."""
+    """`code, report = measure("steps")`: rehearse a command with the cases that the test has set."""
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
     if "gpu" not in request.keywords:
         monkeypatch.setattr(gpu_cases, "resolve_device", lambda _: torch.device("cpu"))
@@ -314,8 +314,8 @@ def measure(request, tmp_path, monkeypatch, data_root):
     return run
 
 
-def test_a_case_that_fails_is_told_and_the_next_is_measured(measure, monkeypatch):
-    monkeypatch.setattr(gpu_cases, "CASES", (RecipeCase("fast", "resnet20", 1 << 20), SMALL))  # a batch for no data set
+def test_failed_case_is_reported_and_the_next_is_measured(measure, monkeypatch):
+    monkeypatch.setattr(gpu_cases, "CASES", (RecipeCase("fast", "resnet20", 1 << 20), SMALL))  # exceeds the data set
     code, report = measure("steps")
     assert code == 1
     (failed,) = report["failed"]
@@ -331,8 +331,8 @@ def test_a_case_that_fails_is_told_and_the_next_is_measured(measure, monkeypatch
     assert calls == 19 + 2  # of the layers and in shortcuts
 
 
-def test_a_candidate_takes_turns_with_the_step_as_it_is(measure, monkeypatch):
-    """Its change is made to its own step only, and the ratio is that of the rounds."""
+def test_candidate_and_unchanged_step_are_measured_alternately(measure, monkeypatch):
+    """The change is made to the candidate's step only; the ratio is taken round by round."""
     changed = []
 
     def refuse(step):
@@ -366,7 +366,7 @@ def test_a_candidate_takes_turns_with_the_step_as_it_is(measure, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_captured_step_has_kernels_and_memory(measure):
+def test_captured_step_reports_kernels_and_memory(measure):
     code, report = measure("steps")
     (row,) = report["rows"]
     assert code == 0
@@ -376,7 +376,7 @@ def test_a_captured_step_has_kernels_and_memory(measure):
 
 
 @pytest.mark.gpu
-def test_a_candidate_of_inductor_has_kernels_of_its_own(measure, monkeypatch):
+def test_inductor_candidate_launches_fewer_kernels(measure, monkeypatch):
     combined = Candidate(name="combined", case=SMALL, inductor=gpu_cases.COMBINED)
     calls = []
     monkeypatch.setattr(gpu_cases, "CANDIDATES", (combined,))

@@ -1,4 +1,4 @@
-"""The loader benchmark, whole and small: every worker runs, and the figures agree with one another."""
+"""Loader benchmark, end to end on small data: every worker runs, and the figures are consistent."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def report(quick_workers, data_root, tmp_path_factory):
     return json.loads((folder / "report.json").read_text()), folder / "chart.png"
 
 
-def test_every_pipeline_and_every_peer_takes_part(report):
+def test_every_pipeline_and_peer_is_measured(report):
     figures, _ = report
     assert (figures["schema"], figures["benchmark"]) == (1, "loaders")
     assert [row["name"] for row in figures["rows"]] == OURS + PEERS
@@ -78,7 +78,7 @@ def test_the_chart_is_a_readable_picture(report):
 
 
 def test_ratios_are_taken_round_by_round():
-    """A machine that is ten times slower in the second round changes neither worker's merit."""
+    """A machine that is ten times slower in the second round does not change the ratios."""
     assert ratio("a", [20.0, 2.0, 30.0], "b", [10.0, 1.0, 10.0]) == {
         "name": "a",
         "over": "b",
@@ -123,7 +123,7 @@ def test_wrong_arguments_exit_with_2(data_root, monkeypatch, capsys, command, ar
     assert message in capsys.readouterr().err
 
 
-def test_tables_tell_of_those_left_out_and_of_the_memory_of_a_gpu(capsys, monkeypatch):
+def test_tables_show_failed_loaders_and_gpu_memory(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     row = {"name": "resident", "images_per_s": 2e6, "images_per_s_low": 1e6, "images_per_s_high": 3e6}
     row |= {"percent_of_limit": 9.0, "first_batch_s": 1.0, "peak_memory_mb": 1234.0, "processes": 1, "threads": 20}

@@ -1,4 +1,4 @@
-"""Results compared with one another, and files that are none."""
+"""Comparison of results, and rejection of invalid result files."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def write(tmp_path):
     return write_report
 
 
-def test_only_what_lies_beyond_the_spread_is_slower_or_faster(write, run):
+def test_compare_marks_only_changes_beyond_the_spread(write, run):
     before = write("a.json", worse=(90, 100, 110), same=(90, 100, 110), better=(90, 100, 110))
     after = write("b.json", worse=(70, 80, 89), same=(80, 85, 90), better=(111, 150, 160))
     code, out, err = run("bench", "compare", before, after)
@@ -44,7 +44,7 @@ def test_only_what_lies_beyond_the_spread_is_slower_or_faster(write, run):
     assert "1 of 3 slower beyond the spread" in out
 
 
-def test_what_cannot_be_compared_is_told(write, run):
+def test_compare_reports_different_devices_and_unmatched_rows(write, run):
     before = write("a.json", both=(1, 2, 3), old=(1, 2, 3))
     after = write("b.json", environment={"device": "another CPU"}, both=(1, 2, 3), new=(1, 2, 3))
     code, out, _ = run("bench", "compare", before, after)
@@ -65,7 +65,7 @@ def test_results_of_different_benchmarks_are_refused(write, run):
 
 
 def without(report, *keys):
-    """Take out of `report` what these lead to."""
+    """Delete the entry of `report` at the path `keys`."""
     *path, last = keys
     for key in path:
         report = report[key]
@@ -73,8 +73,8 @@ def without(report, *keys):
 
 
 @pytest.mark.parametrize("benchmark", ["loaders", "step", "train"])
-def test_a_result_with_something_missing_is_refused_in_one_line(tmp_path, run, benchmark):
-    """Every single key is taken out of a real one; not all are needed to show it, but none ends in a traceback."""
+def test_result_with_a_missing_key_never_ends_in_a_traceback(tmp_path, run, benchmark):
+    """Each key of a real result is removed in turn. Some are optional; the others give a one-line error."""
     whole = (RESULTS / f"{benchmark}-2-cores.json").read_text()
     first = {"rows": 0, "ratios": 0, "splits": 0}
     report, path = json.loads(whole), tmp_path / "bad.json"
@@ -122,7 +122,7 @@ def test_a_result_with_impossible_figures_is_refused_in_one_line(write, run, com
     ],
 )
 @pytest.mark.parametrize("command", ["show", "compare"])
-def test_what_is_no_result_is_refused_in_one_line(tmp_path, write, run, command, content):
+def test_invalid_result_file_is_refused_in_one_line(tmp_path, write, run, command, content):
     path = tmp_path / "bad.json"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Arithmetic and traffic of a step, against sums by hand, and the limits of a machine."""
+"""FLOPs and memory traffic of a step, against hand calculations, and the limits of a machine."""
 
 import itertools
 import types
@@ -97,8 +97,8 @@ def test_the_rate_of_matrix_products_is_positive():
     assert matmul_rate(CPU, torch.float32, largest=256) > 0
 
 
-def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypatch):
-    """A clock that says when a device has come so far: the second run takes 2 s, all others more."""
+def test_limits_use_the_fastest_run_by_the_device_clock(monkeypatch):
+    """By a fake device clock, the second run takes 2 s and all others longer."""
     begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
     monkeypatch.setattr(roofline, "stamp", lambda _: begin.pop() if begin else next(ends))
     assert copy_bandwidth(CPU, 1000) == 2 * 1000 / 2
@@ -107,8 +107,8 @@ def test_limits_are_those_of_the_fastest_run_by_the_device_s_own_clock(monkeypat
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_timed_without_its_host(monkeypatch):
-    """The host's clock stands still here."""
+def test_gpu_limits_do_not_depend_on_the_host_clock(monkeypatch):
+    """The host clock is frozen here."""
     monkeypatch.setattr(roofline, "time", types.SimpleNamespace(perf_counter=lambda: 0.0))
     device = torch.device("cuda")
     assert 0 < copy_bandwidth(device) < float("inf")

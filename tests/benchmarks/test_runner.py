@@ -1,4 +1,4 @@
-"""Processes in turns: those that fail or are stopped, and the load by others while they are measured."""
+"""Worker processes measured in turns: failures, interruption, and the load from other processes."""
 
 import contextlib
 import importlib
@@ -18,15 +18,15 @@ from benchmarks import runner
 from benchmarks.runner import Case, OtherLoad, Work, Worker, _busy_seconds, _own_seconds
 from pipelines.errors import Note, RunError
 
-# --- the load by others -----------------------------------------------------------------------------------------------
+# --- load from other processes ----------------------------------------------------------------------------------------
 
 
 BURN = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
 
 
-def test_the_work_of_this_process_and_of_those_below_it_is_its_own():
+def test_own_seconds_include_child_processes():
     def seconds():
-        """Own work as this program and as Python count it; the latter without children that live."""
+        """Return own processor time as counted by this program and by Python, which leaves out running children."""
         times = os.times()
         python = times.user + times.system + times.children_user + times.children_system
         return _own_seconds(), python
@@ -42,7 +42,7 @@ def test_the_work_of_this_process_and_of_those_below_it_is_its_own():
         child.communicate(b"\n")
 
 
-def test_all_work_on_the_machine_is_counted_as_somebodys():
+def test_busy_seconds_include_own_seconds():
     busy, own = _busy_seconds(), _own_seconds()
     subprocess.run([sys.executable, "-c", BURN], check=True)
     assert _busy_seconds() - busy >= _own_seconds() - own - 0.02  # the kernel rounds both to ticks
@@ -51,7 +51,7 @@ def test_all_work_on_the_machine_is_counted_as_somebodys():
 @pytest.mark.parametrize(
     ("others", "threads", "overloaded"), [(0.0, 2, False), (0.97, 1, False), (0.97, 2, True), (1.5, 1, True)]
 )
-def test_a_result_says_whether_there_was_more_to_do_than_processors(monkeypatch, others, threads, overloaded):
+def test_figures_flag_load_above_the_number_of_processors(monkeypatch, others, threads, overloaded):
     clock = iter([100.0, 110.0])
     seconds = iter([5000.0, 5000 + 10 * others])
     monkeypatch.setattr(runner, "usable_processors", lambda: 2)
@@ -61,7 +61,7 @@ def test_a_result_says_whether_there_was_more_to_do_than_processors(monkeypatch,
     assert figures == {"processors": 2, "other_load": others, "overloaded": overloaded}
 
 
-def test_a_busy_machine_is_told_under_the_tables_and_in_the_file(run, tmp_path, monkeypatch):
+def test_busy_machine_is_noted_below_the_tables_and_in_the_file(run, tmp_path, monkeypatch):
     seconds = iter(range(0, 10**7, 10**4))
     monkeypatch.setattr(runner, "_other_seconds", lambda: next(seconds))
     arguments = ("--models", "resnet20", "--batch-sizes", 2, "--precisions", "fp32", "--backends", "eager")
@@ -79,8 +79,8 @@ def test_a_busy_machine_is_told_under_the_tables_and_in_the_file(run, tmp_path, 
 
 
 @pytest.mark.parametrize(("compiles", "start"), [(True, (17, 12)), (False, (17,))])
-def test_the_compilation_is_what_the_first_batch_takes_longer_than_a_later_one(dataset, monkeypatch, compiles, start):
-    """The clock stands still but while a loader is opened, 2 s, and makes its batches, the first in 15 s."""
+def test_compilation_time_is_the_excess_of_the_first_batch_over_a_later_one(dataset, monkeypatch, compiles, start):
+    """By a fake clock, opening a loader takes 2 s, the first batch 15 s and the second 5 s."""
     clock, seconds = [0.0], iter([15, 5])
 
     def open_loader(*_):
@@ -128,7 +128,7 @@ def main(arguments):
     return 0
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell starts with & would ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     sys.exit(terminal.guarded(main, sys.argv[1:]))
 """
 
@@ -138,8 +138,8 @@ def opens_slowly(*_):
     time.sleep(3600)
 
 
-def works_until_told(*_):
-    """The first batch is there at once; those of a turn come when there is a file `go`."""
+def works_until_released(*_):
+    """Yield the first batch at once, and those of a turn once the file `go` exists."""
 
     def epoch(_):
         yield
@@ -153,7 +153,7 @@ def works_until_told(*_):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Start the rounds of one worker in a session of their own, and wait until that is at work."""
+    """Start the rounds of one worker in a new session, and wait until the worker is running."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     (tmp_path / "rounds.py").write_text(PROGRAM)
     started = []
@@ -180,7 +180,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM to all"])
-def test_rounds_that_are_stopped_while_a_worker_opens_end_without_it(start, stop):
+def test_signal_while_a_worker_opens_ends_rounds_and_worker(start, stop):
     process, (send, code, words) = start("opens_slowly"), STOPS[stop]
     send(process.pid)
     assert process.communicate(timeout=60) == ("", words)  # all that hold the pipes have ended
@@ -188,8 +188,8 @@ def test_rounds_that_are_stopped_while_a_worker_opens_end_without_it(start, stop
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM", "SIGKILL"])
-def test_a_worker_that_nobody_waits_for_ends_in_silence(start, tmp_path, stop):
-    process, (send, code, words) = start("works_until_told"), STOPS[stop]
+def test_abandoned_worker_exits_without_output(start, tmp_path, stop):
+    process, (send, code, words) = start("works_until_released"), STOPS[stop]
     send(process.pid)
     if stop == "SIGKILL":
         process.wait()
@@ -210,7 +210,7 @@ def killed(*_):
     ("opener", "message"),
     [("out_of_memory", "broken failed: out of memory: give a smaller"), ("killed", "broken died with exit code -9")],
 )
-def test_a_worker_without_memory_is_told_in_one_line(quick_workers, dataset, monkeypatch, opener, message):
+def test_out_of_memory_or_killed_worker_is_a_one_line_error(quick_workers, dataset, monkeypatch, opener, message):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
@@ -224,7 +224,7 @@ def works(*_):
 
 
 def fails_in_its_second_turn(*_):
-    """The first batch, then a turn of two parts of one batch each; more is too much."""
+    """Yield the first batch and a turn of two parts of one batch each, then fail."""
 
     def epoch(_):
         yield from (None, None, None)
@@ -235,7 +235,7 @@ def fails_in_its_second_turn(*_):
 
 @pytest.fixture
 def rounds_of(dataset, monkeypatch):
-    """The workers that each round leaves, and why the others failed."""
+    """Yield the remaining workers of each round, and the errors of those that failed."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
@@ -251,17 +251,17 @@ def rounds_of(dataset, monkeypatch):
     return rounds
 
 
-class Meeting:
-    """A worker that is given it begins when so many are there."""
+class StartBarrier:
+    """Folder that a worker receives only once `workers` processes have started."""
 
     def __init__(self, folder, workers):
         self.arguments = folder, workers
 
     def __reduce__(self):
-        return meet, self.arguments
+        return wait_for_workers, self.arguments
 
 
-def meet(folder, workers):
+def wait_for_workers(folder, workers):
     (folder / str(os.getpid())).touch()
     end = time.monotonic() + 30
     while len(list(folder.iterdir())) < workers:
@@ -280,16 +280,16 @@ def opens_alone(*_, folder):
 def test_workers_start_together_and_open_one_after_the_other(dataset, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    meeting = importlib.import_module("test_runner").Meeting(tmp_path, 3)  # as the workers will import it
+    barrier = importlib.import_module("test_runner").StartBarrier(tmp_path, 3)  # as the workers will import it
     work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
-    cases = [Case(name=f"{n}", opener="test_runner:opens_alone", options={"folder": meeting}) for n in range(3)]
+    cases = [Case(name=f"{n}", opener="test_runner:opens_alone", options={"folder": barrier}) for n in range(3)]
     ((workers, failures),) = runner.run_rounds(cases, work, rounds=1, seconds=1e-9)
     assert [worker.case.name for worker in workers] == ["0", "1", "2"]
     assert failures == {}
     assert all(worker.opening["first_batch_s"] >= 0.2 for worker in workers)
 
 
-def test_who_fails_is_left_out_and_the_others_go_on(rounds_of):
+def test_failed_worker_is_left_out_and_the_others_continue(rounds_of):
     with pytest.warns(Note) as notes:
         first, second = rounds_of(
             2, resident="works", peer_early="out_of_memory", peer_late="fails_in_its_second_turn", peer_plain="works"
@@ -303,7 +303,7 @@ def test_who_fails_is_left_out_and_the_others_go_on(rounds_of):
     assert [str(note.message) for note in notes] == [f"left out: {reason}" for reason in failures.values()]
 
 
-def test_rounds_without_any_of_ours_or_without_one_that_is_needed_are_a_failure(rounds_of):
+def test_rounds_fail_without_any_own_pipeline_or_a_needed_worker(rounds_of):
     with pytest.warns(Note), pytest.raises(RunError, match="nothing is left to compare"):
         list(rounds_of(resident="out_of_memory", peer_plain="works"))
     with pytest.raises(RunError, match=r"^resident died with exit code -9"):

@@ -1,4 +1,4 @@
-"""The model of a step against sums by hand, and tables from made-up measurements."""
+"""Scaling model of a step against hand calculations, and tables from synthetic measurements."""
 
 import os
 
@@ -11,17 +11,17 @@ MACHINE = Machine(overhead=0.01, per_image=0.001, latency=0.0001, bandwidth=1e9,
 MB = 1 << 20
 
 
-def test_a_ring_takes_its_turns():
-    """4 processes: 6 turns of 0.1 ms, and 6 quarters of 8 MB at 1 GB/s."""
+def test_exchange_time_is_that_of_a_ring_all_reduce():
+    """4 processes: 6 transfers with a latency of 0.1 ms, each of a quarter of 8 MB at 1 GB/s."""
     assert MACHINE.exchange(8_000_000, 4) == pytest.approx(0.0006 + 1.5 * 0.008)
     assert MACHINE.exchange(8_000_000, 1) == 0
 
 
-def test_one_bucket_cannot_hide():
+def test_single_bucket_does_not_overlap_the_backward_pass():
     assert MACHINE.step(20, 8_000_000, 4) == pytest.approx(0.03 + 0.0126)
 
 
-def test_of_many_buckets_the_last_one_is_seen_and_the_others_where_they_outlast_the_backward_pass():
+def test_earlier_buckets_overlap_the_backward_pass_and_the_last_does_not():
     size, alone = 100 * MB, 0.01 + 300 * 0.001
     last = 6 * 0.0001 + 1.5 * 25 * MB / 1e9
     assert MACHINE.step(300, size, 4) == pytest.approx(alone + last)
@@ -29,13 +29,13 @@ def test_of_many_buckets_the_last_one_is_seen_and_the_others_where_they_outlast_
     assert MACHINE.step(20, size, 4) == pytest.approx(0.03 + whole - 0.03 * 2 / 3 * 3 / 4)
 
 
-def test_more_processes_than_processors_take_turns():
+def test_step_slows_down_when_processes_exceed_processors():
     slow = Machine(overhead=0.01, per_image=0.001, latency=0.0, bandwidth=1e30, processors=2)
     assert slow.step(20, 8, 4) == pytest.approx(2 * 0.03)
 
 
-def test_the_batch_from_which_a_process_keeps_its_speed():
-    """Alone 0.01 + 0.001 b, together 0.0126 more: 80 % where alone is 0.0504, and so from 41 images on."""
+def test_fitting_batch_is_the_smallest_that_reaches_the_efficiency():
+    """One process takes 0.01 + 0.001 b, four take 0.0126 more: 80 % from 0.0504 on, and so from 41 images on."""
     assert MACHINE.fitting_batch(8_000_000, 4) == 64
     assert MACHINE.fitting_batch(8_000_000, 4, share=0.99) == 2048
 
@@ -47,7 +47,7 @@ def test_processors_are_those_that_may_be_used(monkeypatch):
     assert scaling.measure("cifar10", rounds=1)["processors"] == 77
 
 
-def test_the_machine_is_found_again_from_what_it_would_measure():
+def test_fit_recovers_the_machine_from_its_own_predictions():
     truth = Machine(overhead=0.02, per_image=0.0016, latency=0.0002, bandwidth=2e9, processors=2)
     size = gradient_bytes("resnet20")
     assert size == 4 * 272_474

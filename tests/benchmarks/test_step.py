@@ -1,4 +1,4 @@
-"""The step benchmark: its counts are those made by hand, and its figures agree with one another and survive a stop."""
+"""Step benchmark: counts against hand calculations, consistent figures, and results kept on interruption."""
 
 import json
 import types
@@ -35,7 +35,7 @@ def small_case(mode: str = "train", batch_size: int = 4) -> StepCase:
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch):
-    """Small copies and products: what they are worth is not tested."""
+    """Use small copies and products: the rates are not tested."""
     copy, product = roofline.copy_bandwidth, roofline.matmul_rate
     monkeypatch.setattr(roofline, "copy_bandwidth", lambda device: copy(device, 1 << 20))
     monkeypatch.setattr(roofline, "matmul_rate", lambda device, dtype: product(device, dtype, largest=256))
@@ -53,7 +53,7 @@ def result(tmp_path_factory):
     return json.loads(files["json"].read_text()), folder
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------
+# --- end to end --------------------------------------------------------------------------------------------------
 
 
 def test_every_case_is_measured_in_every_round(result):
@@ -79,8 +79,8 @@ def test_every_case_is_measured_in_every_round(result):
     assert all(split[f"{part}_ms"] > 0 for part in ("forward", "backward", "optimizer"))
 
 
-def test_the_parts_are_those_of_the_step_beside_them():
-    """Batch norms are alike, and nothing is learned."""
+def test_timed_parts_match_the_whole_step_and_update_nothing():
+    """Batch norms are fused alike, and no parameter changes."""
     case = small_case()
     split, alone = cases.TimedParts(case, CPU), cases._train_step(case, CPU)
     fused = [[m.fused for m in model.modules() if isinstance(m, BatchNorm2d)] for model in (split._model, alone.model)]
@@ -91,7 +91,7 @@ def test_the_parts_are_those_of_the_step_beside_them():
     assert all(ms > 0 for (ms,) in split.ms.values())
 
 
-def test_the_report_tells_where_it_was_measured(result):
+def test_report_has_its_environment(result):
     environment = result[0]["environment"]
     assert {"device", "threads", "versions", "commit", "command", "started"} <= environment.keys()
     assert (environment["precision"], environment["batch_size"], environment["backend"]) == ("fp32", 4, "eager")
@@ -106,7 +106,7 @@ def test_the_roof_follows_from_the_limits_and_the_counts(result):
         assert row["bound"] == ("compute" if computing > moving else "memory")
 
 
-def test_counts_of_a_case(result):
+def test_flop_and_byte_counts_of_a_case(result):
     rows = {row["name"]: row for row in result[0]["rows"]}
     base, inference = rows[BASE], rows[BASE.replace("train", "inference")]
     assert base["flops_per_image"] == 2 * (3 * 40_813_184 - 442_368)
@@ -122,7 +122,7 @@ def test_counts_of_a_case(result):
     assert smaller["bytes_per_image"] > base["bytes_per_image"]
 
 
-def test_ratios_are_between_cases_that_differ_in_one_thing(result):
+def test_ratios_compare_cases_that_differ_in_one_setting(result):
     assert [(each["name"], each["over"]) for each in result[0]["ratios"]] == [
         (BASE.replace("fp32", "bf16"), BASE),
         (BASE, BASE.replace("channels_last", "contiguous")),
@@ -147,7 +147,7 @@ def test_tables_fit_into_80_columns(result, capsys, monkeypatch):
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_a_case_above_its_roof_is_explained(result):
+def test_case_faster_than_its_roof_gets_a_note(result):
     report = json.loads(json.dumps(result[0]))
     for row in report["rows"]:
         row["percent_of_roof"] = 50.0
@@ -156,7 +156,7 @@ def test_a_case_above_its_roof_is_explained(result):
     assert any("faster than its roof" in note and report["rows"][1]["name"] in note for note in notes(report))
 
 
-def test_chart_and_trace_are_files_of_their_kinds(result):
+def test_chart_is_png_and_trace_is_json(result):
     _, folder = result
     with Image.open(folder / "steps.png") as picture:
         assert picture.format == "PNG"
@@ -165,7 +165,7 @@ def test_chart_and_trace_are_files_of_their_kinds(result):
     assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
 
 
-def test_operators_of_a_gpu_are_its_kernels(tmp_path, monkeypatch):
+def test_gpu_operators_are_counted_by_kernel_only(tmp_path, monkeypatch):
     """PyTorch reports 3 convolutions in a region: the GPU's 300 us stand at operator, kernel and region."""
 
     class Profiler:
@@ -205,7 +205,7 @@ def test_operators_of_a_gpu_are_its_kernels(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path):
+def test_gpu_operator_times_sum_to_the_kernel_times_of_the_trace(tmp_path):
     operators = cases.TimedStep(small_case(), torch.device("cuda")).profile(tmp_path / "trace.json", steps=3)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     on_gpu = [event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
@@ -213,7 +213,7 @@ def test_the_operators_of_a_gpu_take_what_its_kernels_take_in_the_trace(tmp_path
     assert sum(calls for _, _, calls in operators) == pytest.approx(len(on_gpu) / 3)
 
 
-def test_an_interruption_leaves_the_finished_rounds(tmp_path, monkeypatch):
+def test_interruption_keeps_the_finished_rounds(tmp_path, monkeypatch):
     turns = []
     measure = cases.TimedStep.measure
 
@@ -265,7 +265,7 @@ def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch):
         step._sweep(StepOptions(precisions=("bf16",)), torch.device("cuda"))
 
 
-def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
+def test_gpu_sweep_varies_one_setting_of_a_graph_base_case(monkeypatch):
     monkeypatch.setattr("fastresnet.device._computes_bf16", lambda _: True)
     base, *others = step._sweep(StepOptions(), torch.device("cuda"))
     assert base.name == "train/resnet20/b128/bf16/channels_last/graph"
@@ -278,7 +278,7 @@ def test_a_gpu_is_swept_from_a_recorded_base(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
-def test_a_batch_beyond_the_memory_names_its_case(monkeypatch, capsys, mode):
+def test_batch_that_exceeds_memory_names_its_case(monkeypatch, capsys, mode):
     monkeypatch.setattr(cases, "free_memory", lambda _: 10 << 20)
     arguments = [word if word not in ("2", "3") else str(1 << 16) for word in SMALLEST]
     assert terminal.guarded(main, [*arguments, "--threads", "1"]) == 1
@@ -303,7 +303,7 @@ SMALLEST += ["--rounds", "1", "--seconds", "0.001", "--device", "cpu"]
 FIRST, SECOND = (f"train/resnet20/b{size}/fp32/channels_last/eager" for size in (2, 3))
 
 
-def test_a_stop_while_a_case_is_prepared_leaves_those_before_it(tmp_path, monkeypatch):
+def test_interruption_while_preparing_a_case_keeps_the_earlier_cases(tmp_path, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt(), SECOND)
     assert terminal.guarded(main, [*SMALLEST, "--json", str(tmp_path / "steps.json")]) == 130
     report = json.loads((tmp_path / "steps.json").read_text())
@@ -311,7 +311,7 @@ def test_a_stop_while_a_case_is_prepared_leaves_those_before_it(tmp_path, monkey
 
 
 def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
-    """Even the base, of which there is then no trace either."""
+    """This holds for the base case, too; then no trace is written."""
     failing(monkeypatch, RuntimeError("PassManager::run failed\nmore"), FIRST)
     files = ["--json", tmp_path / "steps.json", "--profile", tmp_path / "trace.json", "--chart", tmp_path / "chart.png"]
     assert terminal.guarded(main, [*SMALLEST, *map(str, files)]) == 0
@@ -320,16 +320,16 @@ def test_a_case_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
     assert FIRST not in [row["name"] for row in report["rows"]]
     assert len(report["rows"]) == 4
     assert report["failed"].keys() == {FIRST}
-    told = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_step.py:"
-    assert told in out
-    assert f"fastresnet: note: {told}" in err
+    note = f"left out: {FIRST} failed: RuntimeError: PassManager::run failed (test_step.py:"
+    assert note in out
+    assert f"fastresnet: note: {note}" in err
 
 
-def test_a_benchmark_of_which_every_case_fails_is_a_failure(monkeypatch, capsys):
+def test_benchmark_fails_if_every_case_fails(monkeypatch, capsys):
     monkeypatch.setattr(cases, "free_memory", lambda _: 0)
     assert terminal.guarded(main, SMALLEST) == 1
     assert "every case has failed" in capsys.readouterr().err
 
 
-def test_a_ratio_is_of_the_rounds_that_both_have_had():
+def test_ratio_uses_only_rounds_that_both_completed():
     assert ratio("a", [4.0, 9.0], "b", [2.0])["high"] == 2.0

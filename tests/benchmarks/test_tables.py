@@ -1,4 +1,4 @@
-"""The README's tables say what the committed results say."""
+"""Tables in the documents match the committed results."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_a_table_is_replaced_and_nothing_else():
         ("no-such-file.md", 2, "", "fastresnet: cannot read no-such-file.md: No such file or directory.\n"),
     ],
 )
-def test_the_command_line_explains_itself(argument, code, out, err):
+def test_command_prints_help_and_refuses_an_unreadable_file(argument, code, out, err):
     command = [sys.executable, "-m", "benchmarks.tables", argument]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.partition("\n")[0], done.stderr) == (code, out, err)
@@ -58,11 +58,11 @@ def test_the_command_line_writes_the_tables(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
-def test_every_result_tells_where_it_comes_from(path):
+def test_every_committed_result_has_provenance(path):
     report = json.loads(path.read_bytes())
     environment = report["environment"]
     assert report["schema"] == 1
     assert all(environment[key] for key in ("device", "threads", "versions", "commit", "command", "started"))
-    assert not environment["commit"].endswith("+")  # measured on what is in the repository
+    assert not environment["commit"].endswith("+")  # measured from a committed state
     for row in report["rows"]:
         assert row["images_per_s_low"] <= row["images_per_s"] <= row["images_per_s_high"]

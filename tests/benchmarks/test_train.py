@@ -1,4 +1,4 @@
-"""The training benchmark, whole and small, and its peers against the textbook."""
+"""Training benchmark, end to end on small data, and its peers' training loops."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def report(quick_workers, data_root, tmp_path_factory):
     return folder / "train.json"
 
 
-def test_every_loop_takes_part_and_says_how_long_it_waited(report):
+def test_every_loop_is_measured_with_its_waiting_time(report):
     figures = json.loads(report.read_text())
     assert (figures["schema"], figures["benchmark"]) == (1, "train")
     assert [row["name"] for row in figures["rows"]] == NAMES
@@ -48,7 +48,7 @@ def test_every_loop_takes_part_and_says_how_long_it_waited(report):
         assert picture.width >= 1000
 
 
-def test_a_result_can_be_shown_again(report, run):
+def test_show_prints_a_saved_result(report, run):
     code, out, err = run("bench", "show", report)
     assert (code, err) == (0, "")
     assert all(name.removeprefix("peer:") in out for name in NAMES)
@@ -59,7 +59,7 @@ def test_a_result_can_be_shown_again(report, run):
     assert len({line.count("|") for line in out.splitlines()}) == 1
 
 
-def test_an_interrupted_run_leaves_the_rounds_that_are_finished(quick_workers, data_root, tmp_path, monkeypatch):
+def test_interrupted_run_keeps_the_finished_rounds(quick_workers, data_root, tmp_path, monkeypatch):
     from benchmarks import runner
 
     monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
@@ -78,7 +78,7 @@ def test_an_interrupted_run_leaves_the_rounds_that_are_finished(quick_workers, d
     assert not any(each._process.is_alive() for each in turns)
 
 
-def test_auto_is_what_measures_faster(data_root, monkeypatch):
+def test_auto_backend_is_the_faster_one(data_root, monkeypatch):
     """Only our loops are compiled, not the peers'."""
 
     def measure_workers(options, quick_seconds, cases, *_):
@@ -104,7 +104,7 @@ def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
 
 @pytest.mark.parametrize("data", [True, False])
 def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, resnet8, data):
-    """Those of one epoch serve for all."""
+    """The learning rates of one epoch are reused in every epoch."""
     created, create = [], train._create_step
 
     def recorded(*arguments):
@@ -130,7 +130,7 @@ def slow_backends():
 
 
 @pytest.mark.gpu
-def test_the_timm_style_loop_computes_as_timm_s_does_on_a_gpu(dataset, slow_backends):
+def test_timm_style_loop_enables_tf32_and_cudnn_benchmark_on_a_gpu(dataset, slow_backends):
     device = torch.device("cuda")
     timm_style.open_training(dataset, create_model("resnet20"), iter, batch_size=50, device=device, workers=0)
     assert torch.backends.cuda.matmul.allow_tf32

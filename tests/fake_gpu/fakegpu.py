@@ -1,4 +1,4 @@
-"""The record of the pretended GPU. To be imported first, in a process that run.sh has started.
+"""Record of the simulated GPU. Import it first, in a process that run.sh has started.
 
 As a program: `fakegpu.py ARGUMENTS OF fastresnet...` runs a command and lists the kernels of the graph recorded last.
 """
@@ -110,8 +110,8 @@ def _answer(self: torch.Tensor) -> int:
 torch.Tensor.__int__ = _answer
 
 
-def _answering_no(function: Callable[..., Any]) -> Callable[..., Any]:
-    """SGD asks whether its learning rate, a tensor, is negative."""
+def _answering_false(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make host reads of a bool return False: SGD tests whether its learning rate, a tensor, is negative."""
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
         _fake.fake_answer(0)
@@ -123,14 +123,14 @@ def _answering_no(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-torch.optim.SGD.__init__ = _answering_no(torch.optim.SGD.__init__)
+torch.optim.SGD.__init__ = _answering_false(torch.optim.SGD.__init__)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
 def kind(name: str) -> str:
-    """Tell what sort of kernel `name` is."""
+    """Return the category of the kernel `name`."""
     if name.startswith("CUDNN"):
         return "convolution " + name.split()[1]
     if name.startswith("triton"):

@@ -9,7 +9,7 @@ namespace {
 
 thread_local void *cublas_stream = nullptr, *cudnn_stream = nullptr;
 
-int create(void** made) {  // a handle or a descriptor, which nobody looks into
+int create(void** made) {  // a handle or a descriptor, never inspected
   *made = calloc(1, 64);
   return 0;
 }

@@ -1,12 +1,12 @@
-"""The CUDA half of the program on a pretended GPU: what is recorded, what is launched and when the host waits.
+"""CUDA code paths on a simulated GPU: the captured graphs, the launched kernels and the waits of the host.
 
-`make gpu-rehearsal` runs it, in some minutes. No value is looked at: nothing is computed.
+`make gpu-rehearsal` runs it, in some minutes. Values are not checked: nothing is computed.
 """
 
 import itertools
 import json
 
-import fakegpu  # first: PyTorch is told of it
+import fakegpu  # first: it changes PyTorch
 import pytest
 import torch
 
@@ -29,8 +29,8 @@ BATCH_SIZE = 24  # seven batches of the 171 images
 
 
 @pytest.fixture(autouse=True)
-def nothing_forbidden():
-    """No test may do what CUDA forbids while a graph is recorded."""
+def no_forbidden_calls():
+    """Fail a test that makes a call which CUDA forbids during graph capture."""
     yield
     assert fakegpu.violations() == []
 
@@ -40,7 +40,7 @@ def open_resident(dataset, precision):
     return open_pipeline("resident", dataset, train=True, device=CUDA, seed=0, **settings)
 
 
-def recorded_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
+def captured_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
     network = create_model("resnet20").to(CUDA, memory_format=torch.channels_last).train()
     optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer))
     settings = {"precision": precision, "device": CUDA, "ema_decay": 0.9}
@@ -49,8 +49,8 @@ def recorded_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
     return engine
 
 
-def assert_replays_alone(units):
-    """All that the host does from the second unit of work on is to launch its graph."""
+def assert_only_replays(units):
+    """Assert that from the second unit of work on, the host only launches its graph."""
     next(units)
     waits = fakegpu.host_waits()
     with fakegpu.launches() as launched:
@@ -60,7 +60,7 @@ def assert_replays_alone(units):
     assert fakegpu.host_waits() == waits
 
 
-def test_the_rehearsal_would_see_a_host_that_waits_and_what_a_recording_forbids():
+def test_simulation_detects_host_waits_and_calls_forbidden_during_capture():
     waits, stream = fakegpu.host_waits(), torch.cuda.Stream()
     number = torch.ones(1, device=CUDA)
     number.item()
@@ -72,27 +72,27 @@ def test_the_rehearsal_would_see_a_host_that_waits_and_what_a_recording_forbids(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-def test_a_step_is_recorded_once_and_replayed_without_the_host(dataset, optimizer, precision):
+def test_step_is_captured_once_and_replayed_without_host_waits(dataset, optimizer, precision):
     pipeline = open_resident(dataset, precision)
-    engine = recorded_engine(pipeline, next(pipeline.epoch(0)), optimizer=optimizer, precision=precision)
+    engine = captured_engine(pipeline, next(pipeline.epoch(0)), optimizer=optimizer, precision=precision)
     kernels = [name.split()[1] for name in fakegpu.nodes() if name.startswith("CUDNN")]
     # 19 convolutions of ResNet-20 and 2 of its shortcuts; the images need no gradient.
     assert [kernels.count(kind) for kind in ("fprop", "wgrad", "dgrad")] == [21, 21, 20]
-    assert_replays_alone(engine.steps(0, 0, 6))
+    assert_only_replays(engine.steps(0, 0, 6))
 
 
 def test_a_step_on_the_same_batch_copies_nothing(dataset):
     batch = next(open_resident(dataset, "bf16").epoch(0))
-    assert_replays_alone(recorded_engine(SameBatch(batch, 20), batch).steps(0, 0, 6))
+    assert_only_replays(captured_engine(SameBatch(batch, 20), batch).steps(0, 0, 6))
 
 
-def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(dataset):
+def test_loader_benchmark_gathers_batches_in_a_captured_graph(dataset):
     work = Work(folder=dataset.folder, batch_size=BATCH_SIZE, device="cuda", precision="bf16", threads=1)
     epochs = loaders.open_ours(work, WaitTimer(), pipeline="resident")
     names = [name for name in fakegpu.nodes() if name.startswith("triton")]
     assert 1 <= len(names) <= 2
     assert len(fakegpu.nodes()) == len(names) + 2  # and which step it is, and one more
-    assert_replays_alone(iter(epochs(0)))
+    assert_only_replays(iter(epochs(0)))
     images, labels = next(iter(epochs(1)))
     assert images.shape == (BATCH_SIZE, 3, 32, 32)
     assert images.dtype == torch.bfloat16
@@ -104,14 +104,14 @@ def test_the_loaders_benchmark_takes_batches_that_are_gathered_as_in_a_step(data
 def test_the_training_benchmark_replays_its_steps(dataset, data):
     work = Work(folder=dataset.folder, batch_size=BATCH_SIZE, device="cuda", precision="bf16", threads=1)
     epochs = train.open_ours(work, WaitTimer(), model="resnet20", backend="graph", data=data)
-    assert_replays_alone(iter(epochs(0)))
+    assert_only_replays(iter(epochs(0)))
 
 
 def change_nothing(step):
-    """Bring this module, and so the pretended GPU, into a process that is given it."""
+    """Import this module, and so the simulated GPU, in a process that unpickles this function."""
 
 
-def test_what_is_compiled_ahead_goes_into_the_cache(dataset, monkeypatch, tmp_path, capsys):
+def test_ahead_of_time_compilation_fills_the_inductor_cache(dataset, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     broken, good = (
         Candidate(name="", case=RecipeCase("baseline", "resnet20", batch_size), change=change_nothing)
@@ -122,7 +122,7 @@ def test_what_is_compiled_ahead_goes_into_the_cache(dataset, monkeypatch, tmp_pa
     assert [path for path in (tmp_path / "fxgraph").rglob("*") if path.is_file()]
 
 
-def test_the_step_benchmark_comes_to_its_end(tmp_path):
+def test_step_benchmark_completes(tmp_path):
     cases = ["--models", "resnet20", "--batch-sizes", "32", "--precisions", "bf16", "--backends", "eager", "graph"]
     assert terminal.guarded(main, ["step", "--quick", *cases, "--json", str(tmp_path / "step.json")]) == 0
     report = json.loads((tmp_path / "step.json").read_text())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh PYTHON ARGUMENTS...: runs Python with a pretended H100 (see README.md). What is built for it and the caches of
+# run.sh PYTHON ARGUMENTS...: runs Python with a simulated H100 (see README.md). What is built for it and the caches of
 # compilers lie in $FAKE_GPU_BUILD, else in a folder for temporary files.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -38,7 +38,7 @@ def samples(dataset: Dataset, pipeline: str, world: World) -> list[tuple[torch.T
 
 
 def network(drop_path: float = 0.0) -> nn.Module:
-    """ResNet-8, which has one block in each stage: one for each way through."""
+    """Create ResNet-8, which has one block in each stage."""
     torch.manual_seed(0)
     model = create_resnet(8, num_classes=10, shortcut="B", drop_path=drop_path)
     return model.to(memory_format=torch.channels_last)

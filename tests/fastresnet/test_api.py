@@ -18,7 +18,7 @@ def trained(tmp_path_factory, data_root):
     return fastresnet.train("smoke", root=data_root, out=tmp_path_factory.mktemp("api") / "run", quiet=True, **SMALL)
 
 
-def test_training_gives_the_run_that_the_command_gives(run, trained, tmp_path, capsys):
+def test_train_function_gives_the_same_run_as_the_command(run, trained, tmp_path, capsys):
     arguments = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", value)]
     assert run("train", "smoke", *arguments, "--out", tmp_path / "run")[0] == 0
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (trained.folder / "metrics.csv").read_bytes()
@@ -26,19 +26,19 @@ def test_training_gives_the_run_that_the_command_gives(run, trained, tmp_path, c
     assert trained.rows[0]["train_loss"] > 0
 
 
-def test_quiet_training_says_nothing(data_root, tmp_path, capfd):
+def test_quiet_training_prints_nothing(data_root, tmp_path, capfd):
     fastresnet.train("smoke", root=data_root, out=tmp_path / "run", quiet=True, **{**SMALL, "iterations": 1})
     assert capfd.readouterr() == ("", "")
 
 
-def test_settings_are_taken_as_the_command_and_python_write_them(data_root, tmp_path):
+def test_settings_accept_command_line_and_python_types(data_root, tmp_path):
     settings = {**SMALL, "iterations": 1, "lr": 1, "milestones": (0.25, 0.5), "lr_batch_size": None}
     run = fastresnet.train("smoke", root=str(data_root), out=str(tmp_path / "run"), quiet=True, **settings)
     assert run.folder == tmp_path / "run"
     assert (run.summary["settings"]["lr"], run.summary["settings"]["milestones"]) == (1.0, [0.25, 0.5])
 
 
-def test_evaluation_of_a_file_and_of_its_network_is_that_of_the_command(run, trained, data_root):
+def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trained, data_root):
     file = trained.folder / "model.safetensors"
     of_file = fastresnet.evaluate(file, data="shapes10", root=data_root, mirror=True)
     network = load_weights(file).model
@@ -62,13 +62,13 @@ def test_evaluation_of_a_file_and_of_its_network_is_that_of_the_command(run, tra
         ({"model": "resnet21"}, "did you mean 'resnet20'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(data_root, tmp_path, settings, message):
+def test_invalid_settings_are_usage_errors(data_root, tmp_path, settings, message):
     with pytest.raises(UsageError, match=message):
         fastresnet.train("smoke", root=data_root, out=tmp_path / "run", **{**SMALL, **settings})
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_recipe_a_run_that_is_there_and_a_missing_file_are_refused(trained, data_root):
+def test_unknown_recipe_existing_run_and_missing_file_are_refused(trained, data_root):
     with pytest.raises(UsageError, match="did you mean 'smoke'"):
         fastresnet.train("smokey")
     with pytest.raises(UsageError, match="already holds a run"):
@@ -77,7 +77,7 @@ def test_an_unknown_recipe_a_run_that_is_there_and_a_missing_file_are_refused(tr
         fastresnet.evaluate("nothing.pt", data="shapes10", root=data_root)
 
 
-def test_the_packages_say_that_they_are_typed():
+def test_packages_are_marked_as_typed():
     for package in ("fastresnet", "pipelines"):
         assert (NOTEBOOK.parents[1] / package / "py.typed").exists()
 
@@ -91,9 +91,9 @@ SMALLER = {
 
 
 @pytest.mark.usefixtures("quick_processes")
-@pytest.mark.parametrize("size", ["smaller", pytest.param("as it stands", marks=pytest.mark.slow)])
-def test_the_notebook_runs_and_shows_what_it_says(monkeypatch, size):
-    """Every cell; as it stands, the residual network has learned, and better than the plain one."""
+@pytest.mark.parametrize("size", ["smaller", pytest.param("full", marks=pytest.mark.slow)])
+def test_notebook_runs_and_shows_its_results(monkeypatch, size):
+    """Every cell runs. At full size, the residual network is more accurate than the plain one."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
@@ -110,6 +110,6 @@ def test_the_notebook_runs_and_shows_what_it_says(monkeypatch, size):
         o["data"]["text/plain"] for o in outputs if "'resnet32'" in o.get("data", {}).get("text/plain", "")
     )
     plain, residual = (float(text.split("'")[0].rstrip(" %")) for text in accuracies.split(": '")[1:])
-    if size == "as it stands":
+    if size == "full":
         assert residual > 80
         assert residual > plain + 10

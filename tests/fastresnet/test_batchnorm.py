@@ -41,9 +41,7 @@ def kernel_calls(monkeypatch):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_shortcut", [False, True])
 @pytest.mark.parametrize("shape", [(128, 16, 32, 32), (3, 64, 7, 5), (1, 32, 1, 2), (2, 640, 8, 9)], ids=str)
-def test_it_computes_what_the_separate_operators_compute_in_double_precision(
-    shape, with_shortcut, relu, dtype, kernel_calls
-):
+def test_fused_norm_matches_separate_operators_in_double_precision(shape, with_shortcut, relu, dtype, kernel_calls):
     norm = fused_norm(shape[1], relu=relu)
     x = activation(*shape, dtype=dtype, seed=1)
     shortcut = activation(*shape, dtype=dtype, seed=2) if with_shortcut else None
@@ -109,8 +107,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_come_through(bad):
-    """ReLU by comparison would hide them, and a run that has failed would go on."""
+def test_non_finite_values_are_propagated(bad):
+    """ReLU by comparison would hide them, and a failed run would continue."""
     norm = fused_norm(16, relu=True)
     x = activation(2, 16, 4, 4, dtype=torch.bfloat16, seed=7)
     with torch.no_grad():
@@ -132,7 +130,7 @@ def test_values_that_are_not_finite_come_through(bad):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_the_kernels_do_not_take_pytorch_computes(inputs, reason, kernel_calls):
+def test_unsupported_inputs_fall_back_to_pytorch(inputs, reason, kernel_calls):
     del reason
     x = activation(*inputs.get("shape", (4, 16, 8, 8)), dtype=inputs.get("dtype", torch.float32), seed=8).detach()
     x = x.contiguous(memory_format=inputs.get("layout", torch.channels_last))
@@ -143,12 +141,12 @@ def test_what_the_kernels_do_not_take_pytorch_computes(inputs, reason, kernel_ca
     assert kernel_calls == []
 
 
-def test_one_value_a_channel_is_refused_as_by_pytorch():
+def test_one_value_per_channel_is_refused_as_in_pytorch():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fused_norm(16, relu=True)(torch.zeros(1, 16, 1, 1))
 
 
-def test_a_network_trains_as_near_to_double_precision_as_without(kernel_calls):
+def test_fused_training_is_as_accurate_as_unfused_training(kernel_calls):
     """Losses of four steps, and all parameters and statistics after them."""
 
     def train(dtype, *, fused):
@@ -175,7 +173,7 @@ def test_a_network_trains_as_near_to_double_precision_as_without(kernel_calls):
     assert (together - reference).norm() < 2 * (separate - reference).norm()
 
 
-def test_the_shortcut_of_zeros_and_bfloat16_autocast_are_taken(kernel_calls):
+def test_shortcut_a_and_bfloat16_autocast_use_the_kernels(kernel_calls):
     model = create_model("resnet20", shortcut="A").to(memory_format=torch.channels_last)
     fuse_batch_norms(model)
     images = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -185,7 +183,7 @@ def test_the_shortcut_of_zeros_and_bfloat16_autocast_are_taken(kernel_calls):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(monkeypatch, compiler):
+def test_without_a_working_compiler_pytorch_is_used_with_a_note(monkeypatch, compiler):
     batchnorm._kernels.cache_clear()
     monkeypatch.setenv("CC", compiler)
     norm = BatchNorm2d(16, relu=True)
@@ -196,7 +194,7 @@ def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(mon
     norm(torch.randn(4, 16, 2, 2).contiguous(memory_format=torch.channels_last))
 
 
-def test_the_kernels_use_pytorchs_threads():
+def test_kernels_share_the_openmp_library_of_pytorch():
     """A second OpenMP's threads would take the cores from the first one's."""
     fuse_batch_norms(BatchNorm2d(16, relu=True))
     with open("/proc/self/maps") as maps:
@@ -204,7 +202,7 @@ def test_the_kernels_use_pytorchs_threads():
     assert len(copies) <= 1
 
 
-def test_the_file_compiles_without_warnings(monkeypatch):
+def test_c_source_compiles_without_warnings(monkeypatch):
     batchnorm._kernels.cache_clear()
     monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
     assert batchnorm._kernels() is not None

@@ -1,4 +1,4 @@
-"""Files of tensors: nothing is lost, and nothing damaged gets through."""
+"""Checkpoint files: exact round trips, and rejection of damaged files."""
 
 import errno
 import os
@@ -47,14 +47,14 @@ def saved(path):
 
 
 @pytest.mark.parametrize("name", example_tensors())
-def test_a_tensor_comes_back_bit_by_bit(tmp_path, name):
+def test_tensor_round_trip_is_bit_exact(tmp_path, name):
     tensor = example_tensors()[name]
     save_tensors(tmp_path / "x.ckpt", {name: tensor}, {})
     tensors, _ = load_tensors(tmp_path / "x.ckpt")
     assert all_bits(tensors) == {name: bits(tensor)}
 
 
-def test_all_tensors_and_the_description_come_back(tmp_path):
+def test_round_trip_keeps_all_tensors_and_the_description(tmp_path):
     tensors, description = load_tensors(saved(tmp_path / "x.ckpt"))
     assert all_bits(tensors) == all_bits(example_tensors())
     assert description == {"schema": 1, **DESCRIPTION}
@@ -67,12 +67,12 @@ def test_parameters_and_views_are_saved_by_value(tmp_path):
     assert all_bits(tensors) == all_bits({"parameter": whole, "column": torch.tensor([1.0, 4.0])})
 
 
-def test_any_reader_of_safetensors_reads_the_file(tmp_path):
+def test_safetensors_library_reads_the_file(tmp_path):
     read = safetensors.torch.load_file(saved(tmp_path / "x.ckpt"))
     assert all_bits(read) == all_bits(example_tensors())
 
 
-def test_writing_into_loaded_tensors_leaves_the_file_alone(tmp_path):
+def test_writing_into_loaded_tensors_does_not_change_the_file(tmp_path):
     path = saved(tmp_path / "x.ckpt")
     tensors, _ = load_tensors(path)
     for tensor in tensors.values():
@@ -80,7 +80,7 @@ def test_writing_into_loaded_tensors_leaves_the_file_alone(tmp_path):
     assert all_bits(load_tensors(path)[0]) == all_bits(example_tensors())
 
 
-def test_a_prefix_is_put_before_every_name_and_taken_off_again():
+def test_prefix_is_added_to_every_name_and_removed():
     tensors = example_tensors()
     prefixed = with_prefix("model", tensors)
     assert sorted(prefixed) == sorted(f"model.{name}" for name in tensors)
@@ -88,7 +88,7 @@ def test_a_prefix_is_put_before_every_name_and_taken_off_again():
     assert all_bits(take_prefix("model", {**prefixed, **others})) == all_bits(tensors)
 
 
-# --- other people's files, other versions ------------------------------------------------------------------------
+# --- foreign files, other versions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -140,12 +140,12 @@ NO_CHECKPOINTS = {
     "a header that is no JSON": holding(with_header('{"x":', 8)),
     "a tensor beyond the end": holding(with_header('{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', 8)),
     "a type that torch lacks": holding(with_header('{"x":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}', 3)),
-    "a digest of nothing": holding(with_header('{"__metadata__":{"fastresnet":"{}"}}', 0)),
+    "a description without a digest": holding(with_header('{"__metadata__":{"fastresnet":"{}"}}', 0)),
 }
 
 
 @pytest.mark.parametrize("make", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, make):
+def test_invalid_checkpoint_is_refused_with_its_path(tmp_path, make):
     path = make(tmp_path)
     with pytest.raises(DataError) as caught:
         load_tensors(path)
@@ -165,32 +165,32 @@ def is_refused_or_whole(path):
     return all_bits(tensors) == all_bits(example_tensors()) and description == {"schema": 1, **DESCRIPTION}
 
 
-def test_no_flipped_bit_gets_through(tmp_path):
+def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
     content = saved(tmp_path / "whole.ckpt").read_bytes()
     damaged = tmp_path / "damaged.ckpt"
-    got_through = []
+    undetected = []
     for position in range(len(content)):
         for bit in range(8):
             flipped = bytes([content[position] ^ 1 << bit])
             damaged.write_bytes(content[:position] + flipped + content[position + 1 :])
             if not is_refused_or_whole(damaged):
-                got_through.append(f"byte {position}: {content[position : position + 1]} became {flipped}")
-    assert got_through == []
+                undetected.append(f"byte {position}: {content[position : position + 1]} became {flipped}")
+    assert undetected == []
 
 
-def test_no_truncated_file_gets_through(tmp_path):
+def test_file_truncated_at_any_length_is_refused(tmp_path):
     content = saved(tmp_path / "whole.ckpt").read_bytes()
     damaged = tmp_path / "damaged.ckpt"
-    got_through = []
+    undetected = []
     for length in range(len(content)):
         damaged.write_bytes(content[:length])
         if not is_refused_or_whole(damaged):
-            got_through.append(length)
-    assert got_through == []
+            undetected.append(length)
+    assert undetected == []
 
 
 @pytest.mark.parametrize("extra", [b"\0", b"more", bytes(4096)])
-def test_nothing_may_follow_the_tensors(tmp_path, extra):
+def test_trailing_bytes_are_refused(tmp_path, extra):
     path = saved(tmp_path / "x.ckpt")
     path.write_bytes(path.read_bytes() + extra)
     with pytest.raises(DataError, match=r"x\.ckpt is damaged"):
@@ -232,7 +232,7 @@ def test_a_failed_write_changes_nothing(tmp_path, monkeypatch, module, function,
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_killed_writers_leftovers_do_not_stay(tmp_path, monkeypatch):
+def test_temporary_files_of_a_killed_writer_are_removed(tmp_path, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(os, "replace", no_space)
         killed.setattr(Path, "unlink", lambda *_, **__: None)

@@ -1,4 +1,4 @@
-"""The command line: what people type, and what they are told when it is wrong."""
+"""Command line: help, arguments, exit codes and error messages."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def one_or_two_lines(err):
     return "Traceback" not in err and 1 <= len(err.strip().splitlines()) <= 2
 
 
-def test_help_answers_without_loading_torch():
+def test_help_does_not_load_torch():
     """Loading torch takes seconds; the overview, version and every command's help must not."""
     helps = [[command, "--help"] for command in ("prepare", "train", "eval", "bench")]
     lines = [["--help"], ["--version"], ["completion", "bash"], *helps, ["bench", "loaders", "--help"]]
@@ -42,11 +42,11 @@ def test_help_answers_without_loading_torch():
     assert not rest
 
 
-def overlooked_once():
+def signal_in_cleanup():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def overlooked_in_a_generator():
+def signal_in_generator_cleanup():
     def batches():
         try:
             yield
@@ -57,9 +57,9 @@ def overlooked_in_a_generator():
         next(opened)
 
 
-@pytest.mark.parametrize("clean_up", [overlooked_once, overlooked_in_a_generator])
-def test_an_error_on_its_way_is_told_in_spite_of_a_signal(capsys, clean_up):
-    """Torchrun sends it to the other ranks once one has failed."""
+@pytest.mark.parametrize("clean_up", [signal_in_cleanup, signal_in_generator_cleanup])
+def test_pending_error_is_reported_despite_a_signal(capsys, clean_up):
+    """Torchrun sends SIGTERM to the other ranks once one has failed."""
 
     def command(_):
         try:
@@ -71,7 +71,7 @@ def test_an_error_on_its_way_is_told_in_spite_of_a_signal(capsys, clean_up):
     assert capsys.readouterr().err.endswith("what went wrong\n")
 
 
-def test_a_second_signal_ends_a_command_that_cannot_end_by_itself():
+def test_second_signal_ends_a_command_that_hangs_in_cleanup():
     def command(_):
         try:
             raise RunError("what went wrong")
@@ -168,7 +168,7 @@ def test_wrong_arguments_exit_with_2_and_name_the_nearest_right_one(run, tmp_pat
     [["train", "smoke"], ["train", "smoke", "--seeds", "0-1"], ["eval", "--weights", "x"], ["bench", "loaders"]],
     ids=" ".join,
 )
-def test_a_gpu_that_is_not_there_is_no_argument(run, tmp_path, monkeypatch, command):
+def test_device_cuda_without_a_gpu_is_a_usage_error(run, tmp_path, monkeypatch, command):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("FASTRESNET_RUNS", str(tmp_path / "runs"))
     code, _, err = run(*command, "--data", "shapes10", "--device", "cuda")
@@ -207,7 +207,7 @@ def test_unknown_flags_and_values_of_the_wrong_kind_exit_with_2(run, arguments, 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_missing_files_exit_with_3_and_say_what_to_do(run, arguments, messages):
+def test_missing_files_exit_with_3_and_name_the_remedy(run, arguments, messages):
     code, _, err = run(*arguments)
     assert code == 3
     assert one_or_two_lines(err)
@@ -215,14 +215,14 @@ def test_missing_files_exit_with_3_and_say_what_to_do(run, arguments, messages):
         assert message in err
 
 
-def test_a_folder_of_data_sets_given_for_a_data_set_names_the_one_inside(run, dataset):
+def test_parent_folder_given_as_data_set_names_the_data_set_inside(run, dataset):
     code, _, err = run("train", "smoke", "--data", f"{dataset.folder.parent}/")
     assert code == 3
     assert f"there is one in {dataset.folder}" in err
 
 
 @pytest.mark.parametrize("command", [["prepare"], ["train"], ["train", "smoke"]], ids=" ".join)
-def test_without_a_network_the_address_and_both_ways_out_are_named(run, tmp_path, monkeypatch, command):
+def test_failed_download_names_the_url_and_both_alternatives(run, tmp_path, monkeypatch, command):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
@@ -250,7 +250,7 @@ def test_a_damaged_store_exits_with_3_and_names_file_and_remedy(run, data_root, 
 
 @pytest.mark.parametrize("command", ["train", "prepare"])
 def test_a_folder_that_cannot_be_written_is_named(run, command, tmp_path):
-    """A file stands where a folder would have to be: unlike permissions, that stops the superuser too."""
+    """A file stands where a folder would have to be: unlike permissions, that stops root, too."""
     (tmp_path / "file").write_text("not a folder")
     where = {
         "train": ["smoke", "--data", "shapes10", "--out", tmp_path / "file" / "run"],
@@ -262,7 +262,7 @@ def test_a_folder_that_cannot_be_written_is_named(run, command, tmp_path):
     assert str(tmp_path / "file") in err
 
 
-def test_prepare_tells_what_it_made_and_that_it_is_already_there(run, tmp_path):
+def test_prepare_reports_a_new_and_an_existing_data_set(run, tmp_path):
     arguments = (
         "prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 30, "--test-images", 20,
     )  # fmt: skip
@@ -281,9 +281,7 @@ def test_prepare_tells_what_it_made_and_that_it_is_already_there(run, tmp_path):
 @pytest.mark.parametrize(
     ("pipeline", "kind", "arguments"), [("ffcv", "beton", []), ("dali", "jpeg", ["--decode", "jpeg"])]
 )
-def test_files_that_a_pipeline_lacks_are_made_by_the_command_that_is_named(
-    run, need, tmp_path, pipeline, kind, arguments
-):
+def test_command_named_for_missing_pipeline_files_makes_them(run, need, tmp_path, pipeline, kind, arguments):
     need(pipeline)
     run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 64, "--test-images", 20)
     train = (
@@ -301,7 +299,7 @@ def test_files_that_a_pipeline_lacks_are_made_by_the_command_that_is_named(
     assert (code, err) == (0, "")
 
 
-def test_prepare_tells_what_jpeg_costs(run, tmp_path):
+def test_prepare_reports_psnr_and_exact_pixels_of_jpeg(run, tmp_path):
     sizes = ("--train-images", 30, "--test-images", 20)
     arguments = ("--data", "shapes10", "--root", tmp_path, *sizes, "--formats", "jpeg", "--jpeg-quality", 80)
     code, out, err = run("prepare", *arguments)
@@ -315,7 +313,7 @@ def test_prepare_tells_what_jpeg_costs(run, tmp_path):
     assert run("prepare", *arguments)[1] == out.replace("prepared and", "already there, and")
 
 
-def test_train_draws_missing_shapes10_by_itself(run, tmp_path, monkeypatch):
+def test_train_generates_missing_shapes10(run, tmp_path, monkeypatch):
     from pipelines import prepare as preparation
 
     drawn = []
@@ -343,8 +341,8 @@ def test_weights_for_another_number_of_classes_are_refused(run, tmp_path):
     assert "7 classes" in err
 
 
-def test_eval_normalises_foreign_weights_as_told(run, tmp_path):
-    """Weights with mean = std = 0.5 given by hand are as good as the run's own file."""
+def test_eval_normalises_foreign_weights_by_the_given_mean_and_std(run, tmp_path):
+    """Weights with mean = std = 0.5 given by hand have the loss of the run's own file."""
     import json
 
     import torch
@@ -439,7 +437,7 @@ def test_a_folder_may_have_the_name_of_a_recipe(run):
     assert 'data = "best"' in out
 
 
-def test_a_data_set_of_ones_own_is_prepared_by_the_command_that_is_named(run, tmp_path):
+def test_command_named_for_a_custom_data_set_prepares_it(run, tmp_path):
     for split, name in (("train", "rose"), ("train", "tulip"), ("test", "rose"), ("test", "tulip")):
         (tmp_path / "images" / split / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "images" / split / name / "a.png")
@@ -452,7 +450,7 @@ def test_a_data_set_of_ones_own_is_prepared_by_the_command_that_is_named(run, tm
         (tmp_path / "flowers" / "test_labels.npy").write_bytes(b"")
 
 
-def test_the_helps_name_every_network_and_one_of_each_family(run, monkeypatch):
+def test_help_of_summary_names_every_network_and_of_train_one_per_family(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = (Path(__file__).parents[2] / "docs/models.md").read_text()
     networks = set(re.findall(r"`(\S+)`", text.partition("## Networks")[2].partition("`--shortcut")[0])) - {"--model"}
@@ -472,7 +470,7 @@ def test_the_help_of_summary_does_not_load_torch():
     assert "resnet20" in done.stdout
 
 
-ANEW = """
+REIMPORT = """
 import runpy, sys
 for name in list(sys.modules):
     if name.partition(".")[0] in ("fastresnet", "pipelines", "torchvision", "sitecustomize"):
@@ -483,9 +481,9 @@ runpy.run_module("fastresnet", run_name="__main__")
 
 
 def test_training_needs_no_torchvision(python, data_root, tmp_path, without_torchvision):
-    """A process that has PyTorch imports this program anew."""
+    """The process has imported PyTorch already; it imports this program again."""
     arguments = ["train", "smoke", "--data", "shapes10", "--root", data_root, "--iterations", "1", "--batch-size", "16"]
-    command = [python, "-c", ANEW, *map(str, arguments), "--out", str(tmp_path / "run")]
+    command = [python, "-c", REIMPORT, *map(str, arguments), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, env=without_torchvision, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     environment = json.loads((tmp_path / "run" / "summary.json").read_text())["environment"]

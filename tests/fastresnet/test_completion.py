@@ -55,7 +55,7 @@ def complete(run, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bash_offers_what_fits(complete, words, offered):
+def test_bash_completes_matching_words(complete, words, offered):
     assert complete(*words) == offered
 
 
@@ -67,16 +67,16 @@ def test_all_commands_and_recipes_are_offered(complete):
 @pytest.mark.parametrize(
     "command", [*COMMANDS, *(f"train {recipe}" for recipe in RECIPES), *(f"bench {each}" for each in ("step", "show"))]
 )
-def test_flags_are_those_of_the_help(run, complete, monkeypatch, command):
+def test_completed_flags_match_the_help(run, complete, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "1000")
     _, out, _ = run(*command.split(), "--help")
     heads = re.findall(r"^\W*(?:-h, )?(--[a-z][a-z-]*(?:, --no-[a-z-]*)?)", out, re.MULTILINE)
     shown = {"--help", *(flag for head in heads for flag in head.split(", "))}
     offered = set(complete(*command.split(), "--"))
     if command.startswith("train"):
-        told = {"--seeds", "--config", "--dry-run", "--print-config", "--find-lr"}  # in the text of the help
-        assert all(flag in out for flag in told)
-        shown |= told
+        in_text = {"--seeds", "--config", "--dry-run", "--print-config", "--find-lr"}  # in the text of the help
+        assert all(flag in out for flag in in_text)
+        shown |= in_text
     assert offered == shown
 
 
@@ -87,14 +87,14 @@ def test_flags_are_those_of_the_help(run, complete, monkeypatch, command):
         "device", "precision", "compile",
     ],
 )  # fmt: skip
-def test_values_are_those_that_the_command_takes(run, complete, flag):
+def test_completed_values_are_those_that_the_command_accepts(run, complete, flag):
     code, _, err = run("train", f"--{flag}", "?")
     assert code == 2
     valid = re.search(r"Valid: (.*)\.$", err.strip())[1].split(", ")
     assert complete("train", f"--{flag}", "") == valid
 
 
-def test_where_a_word_is_no_option_bash_offers_files(run, tmp_path):
+def test_bash_completes_file_names_where_no_option_matches(run, tmp_path):
     """An interactive bash, in which the key is pressed, completes the name of the only file there is."""
     _, script, _ = run("completion", "bash")
     (tmp_path / "weights of mine").touch()

@@ -1,4 +1,4 @@
-"""Configurations, recipes and the learning rate: the paper to the letter, and nothing impossible accepted."""
+"""Configurations, recipes and learning rates: the settings of the paper, and rejection of invalid values."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ def test_every_recipe_takes_every_model(recipe, model):
     assert (config.recipe, config.model) == (recipe, model)
 
 
-def test_without_a_model_recipes_train_resnet20_and_the_speedrun_a_network_of_its_own():
+def test_recipes_default_to_resnet20_and_the_speedrun_to_resnet9_medium():
     models = {name: recipe().model for name, recipe in RECIPES.items()}
     assert models.pop("speedrun") == "resnet9-medium"
     assert set(models.values()) == {"resnet20"}
@@ -104,8 +104,8 @@ def test_the_baseline_drops_the_learning_rate_after_epochs_80_and_120_of_160(ste
 
 
 @pytest.mark.parametrize("model", list_models())
-def test_deep_networks_start_shallow_where_they_can(model):
-    """Recipes of this program's own do so; those of others leave the weights alone."""
+def test_own_recipes_zero_init_deep_networks_that_support_it(model):
+    """The recipes fast and best do; paper and baseline keep the usual initialisation."""
     deep = not any(model.startswith(f"{family}20") for family in ("resnet", "se-resnet", "plain", "preresnet"))
     normed = model.startswith(("resnet", "se-resnet", "resnext"))
     for recipe in (fast, best):
@@ -155,7 +155,7 @@ def test_without_milestones_the_learning_rate_stays():
     assert rates(TrainConfig(epochs=3, milestones=()), 5) == [(0.1, 15)]
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- invalid values ----------------------------------------------------------------------------------------------
 
 OUT_OF_RANGE = [
     *(("epochs", value) for value in (0, -1, 1_000_001)),
@@ -212,7 +212,7 @@ def is_number(annotation):
 
 
 @pytest.mark.parametrize("table", [OUT_OF_RANGE, LIMITS])
-def test_the_tables_cover_every_number(table):
+def test_range_tables_cover_every_numeric_setting(table):
     assert {name for name, _ in table} == {f.name for f in dataclasses.fields(TrainConfig) if is_number(str(f.type))}
 
 
@@ -254,7 +254,7 @@ def test_an_unknown_choice_is_refused_with_the_nearest_valid_one(name, value, ne
 
 
 @pytest.mark.parametrize("pipeline", ["resident", "ffcv", "torchvision"])
-def test_only_dali_decodes(pipeline):
+def test_decode_jpeg_needs_the_dali_pipeline(pipeline):
     assert {TrainConfig(pipeline=name, decode="jpeg").decode for name in ("auto", "dali")} == {"jpeg"}
     with pytest.raises(UsageError, match=f"--decode jpeg needs --pipeline dali, not {pipeline}") as caught:
         TrainConfig(pipeline=pipeline, decode="jpeg")
@@ -272,7 +272,7 @@ def written(folder, text):
 
 @pytest.mark.parametrize("model", ["resnet20", "resnet110", "plain56"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_survives_its_toml_file(tmp_path, recipe, model):
+def test_recipe_round_trips_through_toml(tmp_path, recipe, model):
     config = RECIPES[recipe](model)
     assert from_toml(written(tmp_path, config.to_toml())) == config
 
@@ -321,14 +321,14 @@ CHANGED = {
 }
 
 
-def test_every_setting_that_decides_the_result_survives_the_toml_file(tmp_path):
+def test_result_relevant_settings_round_trip_through_toml(tmp_path):
     assert set(CHANGED) | set(NOT_PART_OF_THE_RESULT) == FIELDS
     config, default = TrainConfig(**CHANGED), TrainConfig()
     assert [name for name in CHANGED if getattr(config, name) == getattr(default, name)] == []
     assert from_toml(written(tmp_path, config.to_toml())) == config
 
 
-def test_what_does_not_decide_the_result_is_not_in_the_toml_file_but_for_the_root_of_the_data(tmp_path):
+def test_toml_omits_result_irrelevant_settings_except_the_data_root(tmp_path):
     free = {"root": Path("r"), "out": Path("o"), "resume": True, "checkpoint_steps": 5}
     free |= dict.fromkeys(("tensorboard", "wandb", "mlflow"), True)
     assert set(free) == set(NOT_PART_OF_THE_RESULT)
@@ -433,7 +433,7 @@ NO_TOML = {
 
 
 @pytest.mark.parametrize("content", NO_TOML.values(), ids=NO_TOML)
-def test_what_is_no_toml_file_is_refused(tmp_path, content):
+def test_invalid_toml_file_is_refused(tmp_path, content):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
     with pytest.raises(UsageError) as caught:
@@ -529,11 +529,11 @@ VALID = {
 
 
 def configs():
-    return st.fixed_dictionaries(VALID).map(made_possible).map(lambda values: TrainConfig(**values))
+    return st.fixed_dictionaries(VALID).map(made_valid).map(lambda values: TrainConfig(**values))
 
 
-def made_possible(values):
-    """`values` with those taken back that exclude others."""
+def made_valid(values):
+    """Return `values` with incompatible ones reset."""
     if values["model"].startswith("plain"):
         values["drop_path"] = 0.0
     if values["model"].startswith(("plain", "preresnet", "wrn")):
@@ -548,7 +548,7 @@ def made_possible(values):
     return values
 
 
-def test_the_property_varies_every_field():
+def test_config_strategy_generates_every_field():
     assert set(VALID) == FIELDS
 
 
@@ -559,7 +559,7 @@ def folder(tmp_path_factory):
 
 @settings(deadline=None)
 @given(config=configs())
-def test_any_config_survives_its_dict_and_its_toml_file(folder, config):
+def test_any_config_round_trips_through_dict_and_toml(folder, config):
     expected = dataclasses.replace(config, **NOT_PART_OF_THE_RESULT)
     assert from_dict(config.to_dict(), "a test") == expected
     assert from_toml(written(folder, config.to_toml())) == dataclasses.replace(expected, root=config.root)

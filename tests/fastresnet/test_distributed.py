@@ -27,7 +27,7 @@ PIPELINES = [
 def torchrun(python, processes, *arguments, root, restarts=0):
     """Start `processes` of a program; its output goes to a pipe."""
     command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    # A rank that has lost another gets to say so before torchrun, which looks so often, stops it.
+    # A rank that has lost another has time to report it before torchrun, which polls at this interval, stops it.
     command += ["--monitor-interval=0.5", f"--max-restarts={restarts}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRESNET_DATA": str(root), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -36,7 +36,7 @@ def torchrun(python, processes, *arguments, root, restarts=0):
 
 
 def finish(process, timeout=240):
-    """Exit code, stdout and stderr; nothing of it is left running."""
+    """Return exit code, stdout and stderr, and leave no process running."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -45,7 +45,7 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
-# --- the parts ---------------------------------------------------------------------------------------------------
+# --- components --------------------------------------------------------------------------------------------------
 
 
 def results_of(python, processes, pipelines, out, dataset, root):
@@ -57,30 +57,30 @@ def results_of(python, processes, pipelines, out, dataset, root):
 
 
 @pytest.fixture(scope="module")
-def of_two(python, tmp_path_factory, data_root, dataset):
+def two_ranks(python, tmp_path_factory, data_root, dataset):
     return results_of(python, 2, PIPELINES, tmp_path_factory.mktemp("two"), dataset, data_root)
 
 
 @pytest.fixture(scope="module")
-def of_four(python, tmp_path_factory, data_root, dataset):
+def four_ranks(python, tmp_path_factory, data_root, dataset):
     return results_of(python, 4, ["resident"], tmp_path_factory.mktemp("four"), dataset, data_root)
 
 
-@pytest.fixture(params=["of_two", "of_four"])
-def of_ranks(request):
+@pytest.fixture(params=["two_ranks", "four_ranks"])
+def rank_results(request):
     return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize(
     ("ranks", "pipeline"),
-    [*(("of_two", name) for name in ("resident", "torchvision", "dali", "ffcv")), ("of_four", "resident")],
+    [*(("two_ranks", name) for name in ("resident", "torchvision", "dali", "ffcv")), ("four_ranks", "resident")],
 )
-def test_the_ranks_samples_joined_are_those_of_one_process(request, need, dataset, ranks, pipeline):
+def test_joined_samples_of_ranks_equal_those_of_one_process(request, need, dataset, ranks, pipeline):
     need(pipeline)
-    of_ranks, expected = request.getfixturevalue(ranks), rank_program.samples(dataset, "resident", SINGLE)
+    rank_results, expected = request.getfixturevalue(ranks), rank_program.samples(dataset, "resident", SINGLE)
     assert len(expected) == 6
     for step, (images, labels) in enumerate(expected):
-        parts = [results["samples"][pipeline][step] for results in of_ranks]
+        parts = [results["samples"][pipeline][step] for results in rank_results]
         assert torch.equal(torch.cat([part[0] for part in parts]), images)
         assert torch.equal(torch.cat([part[1] for part in parts]), labels)
 
@@ -94,27 +94,27 @@ def test_the_ranks_samples_joined_are_those_of_one_process(request, need, datase
     ],
     ids=["float64", "float64, ranks with more images than others", "float32"],
 )
-def test_with_synchronized_batch_norm_four_steps_give_the_weights_of_one_process(of_ranks, name, settings, tolerance):
-    """Roundings grow from step to step, as everywhere: in float64 the agreement shows what is right.
+def test_synchronized_batch_norm_gives_the_weights_of_one_process(rank_results, name, settings, tolerance):
+    """Rounding errors grow from step to step: only float64 leaves room for a tight tolerance.
 
-    The loss is in float32, and a rank's share of it rounded, unless all have the same.
+    The loss is in float32, and a rank's share of it is rounded unless all ranks have the same share.
     """
     expected = rank_program.train(world=SINGLE, **settings)
-    for results in of_ranks:
+    for results in rank_results:
         assert results[name].keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(results[name][key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: k + m)
 
 
-def test_the_ranks_evaluate_every_image_once(of_ranks, dataset):
+def test_the_ranks_evaluate_every_image_once(rank_results, dataset):
     expected = rank_program.evaluation(dataset, SINGLE)
-    for results in of_ranks:
+    for results in rank_results:
         assert results["evaluation"]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert {**results["evaluation"], "loss": 0.0} == {**expected, "loss": 0.0}
 
 
-def test_all_ranks_know_the_highest_value(of_ranks):
-    assert [results["highest"] for results in of_ranks] == [7 * (len(of_ranks) - 1)] * len(of_ranks)
+def test_highest_is_the_maximum_over_all_ranks(rank_results):
+    assert [results["highest"] for results in rank_results] == [7 * (len(rank_results) - 1)] * len(rank_results)
 
 
 def test_a_process_that_torchrun_did_not_start_is_single(monkeypatch):
@@ -141,7 +141,7 @@ def armed(self, images, labels):
         {fault}
     original(self, images, labels)
 TrainStep.__call__ = armed
-tiny_runs.take_a_third_of_the_time()
+tiny_runs.shrink_resnet20_and_skip_curves()
 sys.exit(cli.main(sys.argv[1:]))
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -160,9 +160,9 @@ def start(python, tmp_path_factory, tiny_root):
 
 
 @pytest.fixture(scope="module")
-def unbroken(start, tmp_path_factory):
+def uninterrupted(start, tmp_path_factory):
     """A run of two ranks to its end."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     code, out, err = finish(start(2, folder))
     assert code == 0, err
     assert "steps of 16 images (8 on each of 2 processes)" in out
@@ -170,7 +170,7 @@ def unbroken(start, tmp_path_factory):
     return folder
 
 
-def test_killing_one_rank_ends_the_run_and_resuming_it_gives_the_same_bits(start, unbroken, tmp_path):
+def test_run_resumed_after_a_rank_is_killed_equals_uninterrupted_run(start, uninterrupted, tmp_path):
     began = time.monotonic()
     code, _, err = finish(start(2, tmp_path / "run", step=7, fault=KILL))
     assert code != 0
@@ -180,17 +180,17 @@ def test_killing_one_rank_ends_the_run_and_resuming_it_gives_the_same_bits(start
     code, out, err = finish(start(2, tmp_path / "run", "--resume"))
     assert code == 0, err
     assert "resuming after step 6" in out
-    assert_same_run(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_torchrun_restarts_a_run_by_itself(start, unbroken, tmp_path):
+def test_run_restarted_by_torchrun_equals_uninterrupted_run(start, uninterrupted, tmp_path):
     code, _, err = finish(start(2, tmp_path / "run", "--resume", step=8, rank=0, fault=KILL, restarts=1))
     assert code == 0, err
-    assert_same_run(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, unbroken, tmp_path):
-    """The signal comes to each rank on its own, and within a step."""
+def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, uninterrupted, tmp_path):
+    """The signal reaches each rank separately, and within a step."""
     process = start(2, tmp_path / "run", step=8, fault="os.kill(int(os.environ['PARENT']), signal.SIGTERM)")
     code, _, err = finish(process)
     assert code != 0
@@ -198,10 +198,10 @@ def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, unbroken, t
     assert 8 < load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] <= 15
     code, _, err = finish(start(2, tmp_path / "run", "--resume"))
     assert code == 0, err
-    assert_same_run(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_run_of_two_ranks_goes_on_with_four_and_with_one(start, tmp_path, tiny_root):
+def test_run_of_two_ranks_resumes_on_four_and_on_one(start, tmp_path, tiny_root):
     """The samples stay the same, so the losses do, up to roundings: batch norm is synchronised."""
     code, _, err = finish(start(2, tmp_path / "run", "--sync-bn", step=5, rank=0, fault=KILL))
     assert code != 0
@@ -232,10 +232,10 @@ def test_the_failure_of_one_rank_stops_all_with_its_message(start, tmp_path):
         (["--batch-size", "1"], "batch size 1 is smaller than the number of ranks, 2"),
         (["--batch-size", "14", "--mixup", "1"], "give each of 2 processes an even number"),
     ],
-    ids=["fewer images than ranks", "pairs torn apart"],
+    ids=["fewer images than ranks", "odd number of images per rank"],
 )
-def test_what_several_ranks_cannot_do_is_refused(python, tiny_root, tmp_path, arguments, message):
-    """Asked for as it is from a shell."""
+def test_batch_sizes_that_ranks_cannot_share_are_refused(python, tiny_root, tmp_path, arguments, message):
+    """Runs the command as from a shell."""
     command = ["-m", "fastresnet", *ARGUMENTS, *arguments, "--out", tmp_path / "run"]
     code, _, err = finish(torchrun(python, 2, *command, root=tiny_root))
     assert code != 0
@@ -244,17 +244,17 @@ def test_what_several_ranks_cannot_do_is_refused(python, tiny_root, tmp_path, ar
 
 
 @pytest.mark.parametrize(("kind", "backend", "gpu"), [("cuda", "nccl", torch.device("cuda", 1)), ("cpu", "gloo", None)])
-def test_nccl_is_told_its_gpu(monkeypatch, kind, backend, gpu):
-    """It would guess it at the first barrier, with a warning."""
-    told = {}
+def test_nccl_gets_the_gpu_of_its_rank(monkeypatch, kind, backend, gpu):
+    """Otherwise NCCL guesses it at the first barrier, with a warning."""
+    given = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda number: told.update(current=number))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: given.update(current=number))
     monkeypatch.setattr(distributed, "_store", lambda: None)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *names, **rest: told.update(rest, names=names))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *names, **rest: given.update(rest, names=names))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     with distributed.connected(torch.device(kind)):
         pass
-    assert (told["names"], told["rank"], told["device_id"]) == ((backend,), 3, gpu)
-    assert told.get("current") == (gpu.index if gpu else None)
+    assert (given["names"], given["rank"], given["device_id"]) == ((backend,), 3, gpu)
+    assert given.get("current") == (gpu.index if gpu else None)

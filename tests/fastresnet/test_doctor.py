@@ -1,4 +1,4 @@
-"""Findings of the doctor, also where something has been broken for it."""
+"""Findings of `fastresnet doctor`, with and without injected faults."""
 
 import json
 import shutil
@@ -25,11 +25,11 @@ def findings(run, tmp_path, *arguments):
 
 @pytest.fixture(autouse=True)
 def no_compilation(monkeypatch):
-    """torch.compile takes ten seconds: one test has it."""
+    """Replace torch.compile, which takes ten seconds; only one test uses it."""
     monkeypatch.setattr(doctor.torch, "compile", lambda function, **_: function)
 
 
-def test_a_machine_on_which_all_is_well(run, tmp_path, need, monkeypatch, data_root):
+def test_healthy_machine_lacks_at_most_gpu_and_cifar10(run, tmp_path, need, monkeypatch, data_root):
     need("dali"), need("ffcv")
     monkeypatch.undo()
     found = findings(run, tmp_path, "--root", data_root)
@@ -38,7 +38,7 @@ def test_a_machine_on_which_all_is_well(run, tmp_path, need, monkeypatch, data_r
     assert "171 training and 50 test images, verified" in found["data shapes10"]["detail"]
 
 
-def test_a_machine_without_a_gpu_is_told_why(run, tmp_path, monkeypatch):
+def test_missing_gpu_is_reported_with_its_reason(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "NVIDIA_CONTROL", Path("no/such/file"))
     for version, driver, reason in (
@@ -54,7 +54,7 @@ def test_a_machine_without_a_gpu_is_told_why(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
-def test_a_pipeline_whose_library_is_missing(run, tmp_path, need, break_import, pipeline):
+def test_pipeline_without_its_library_is_reported_missing(run, tmp_path, need, break_import, pipeline):
     need(pipeline)
     break_import(pipeline, ModuleNotFoundError(f"No module named {pipeline!r}", name=pipeline))
     found = findings(run, tmp_path)[f"pipeline {pipeline}"]
@@ -64,7 +64,7 @@ def test_a_pipeline_whose_library_is_missing(run, tmp_path, need, break_import, 
     assert "fastresnet[" not in found["detail"]
 
 
-def test_a_pipeline_whose_library_is_broken(run, tmp_path, monkeypatch):
+def test_pipeline_with_a_broken_library_is_reported_broken(run, tmp_path, monkeypatch):
     def pipeline_class(name, device, original=doctor.pipeline_class):
         if name == "torchvision":
             raise OSError("libfoo.so: cannot open shared object file")
@@ -76,7 +76,7 @@ def test_a_pipeline_whose_library_is_broken(run, tmp_path, monkeypatch):
     assert found["remedy"] == "pip install --force-reinstall torchvision"
 
 
-def test_a_machine_without_compilers(run, tmp_path, monkeypatch):
+def test_missing_compilers_are_reported(run, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nmore")
 
@@ -89,7 +89,7 @@ def test_a_machine_without_compilers(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "source"), [("shapes10", ""), ("cats", " --source PATH")])
-def test_a_damaged_data_set(run, tmp_path, data_root, name, source):
+def test_damaged_data_set_is_reported_with_its_remedy(run, tmp_path, data_root, name, source):
     shutil.copytree(data_root / "shapes10", tmp_path / "data" / name)
     labels = tmp_path / "data" / name / "test_labels.npy"
     labels.write_bytes(labels.read_bytes()[:-1])
@@ -99,7 +99,7 @@ def test_a_damaged_data_set(run, tmp_path, data_root, name, source):
     assert found["remedy"] == f"fastresnet prepare --data {name} --root {tmp_path / 'data'}{source}"
 
 
-def test_little_room(run, tmp_path, monkeypatch):
+def test_low_disk_space_and_memory_are_reported(run, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**7))
     monkeypatch.setattr(doctor, "free_memory", lambda _: 2 * 10**8)
     found = findings(run, tmp_path)
@@ -122,14 +122,14 @@ def test_a_library_that_is_not_installed_has_no_version(run, tmp_path, monkeypat
     assert "torchvision" not in libraries
 
 
-def test_a_pipeline_without_torchvision_is_missing(run, tmp_path, break_import):
+def test_torchvision_pipeline_without_torchvision_is_reported_missing(run, tmp_path, break_import):
     break_import("torchvision", ModuleNotFoundError("No module named 'torchvision'"))
     found = findings(run, tmp_path)["pipeline torchvision"]
     assert (found["state"], found["remedy"]) == ("missing", "pip install torchvision")
 
 
 @pytest.mark.parametrize(
-    ("built_for", "visible", "told"),
+    ("built_for", "visible", "reason_given"),
     [
         ("13.0", None, "too old for CUDA 13.0"),
         (None, None, "built for CPUs"),
@@ -138,8 +138,8 @@ def test_a_pipeline_without_torchvision_is_missing(run, tmp_path, break_import):
         ("13.0", "-1", None),
     ],
 )
-def test_a_driver_whose_gpu_pytorch_does_not_find_is_told_of(tmp_path, monkeypatch, built_for, visible, told):
-    """Unless somebody has hidden the GPU."""
+def test_note_explains_why_pytorch_does_not_find_the_gpu(tmp_path, monkeypatch, built_for, visible, reason_given):
+    """There is no note where the environment hides the GPU."""
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     if visible is not None:
@@ -150,8 +150,8 @@ def test_a_driver_whose_gpu_pytorch_does_not_find_is_told_of(tmp_path, monkeypat
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         assert device.resolve_device("auto").type == "cpu"
-    assert [note.category for note in notes] == [Note] * (told is not None)
-    assert told is None or told in str(notes[0].message)
+    assert [note.category for note in notes] == [Note] * (reason_given is not None)
+    assert reason_given is None or reason_given in str(notes[0].message)
 
 
 def test_a_driver_without_nvidia_smi_is_not_called_missing(run, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(
 
 
 @pytest.mark.parametrize("batch_size", [7, BATCH_SIZE])
-def test_mirrored_views_are_counted_beside_the_single_view(network, dataset, monkeypatch, batch_size):
+def test_mirror_accuracy_sums_the_logits_of_both_views(network, dataset, monkeypatch, batch_size):
     monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
     batches = open_evaluation(dataset, "half", "fp32", CPU)
     result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, mirror=True)

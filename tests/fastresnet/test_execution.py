@@ -1,4 +1,4 @@
-"""The backends take the same steps."""
+"""Execution backends: eager, compiled and captured steps agree."""
 
 import contextlib
 import functools
@@ -67,11 +67,11 @@ def losses(made, step):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_equal_eager_ones_without_a_break_or_a_second_compilation(dataset, monkeypatch, backend):
+def test_compiled_steps_match_eager_without_graph_breaks_or_recompilation(dataset, monkeypatch, backend):
     """A graph break is an error by `fullgraph`.
 
     The first losses differ in the seventh digit; training makes that grow, at this low learning rate to the fifth.
-    Three blocks, one for each way through, take a third of the time of nine. Inductor takes a minute to generate code,
+    Three blocks, one in each stage, take a third of the time of nine. Inductor takes a minute to generate code,
     and is tried in a whole run (test_training.py) too.
     """
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=backend))
@@ -111,7 +111,7 @@ class FakeStep:
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 5), (2, 3), (1, 2), (0, 0)])
-def test_an_engine_takes_the_batches_that_were_asked_for_and_no_more(start, count):
+def test_steps_take_exactly_the_requested_batches(start, count):
     step = FakeStep()
     for _ in Execution(step, FakePipeline(), "eager").steps(7, start, count):
         pass
@@ -126,7 +126,7 @@ def test_an_engine_takes_the_batches_that_were_asked_for_and_no_more(start, coun
         ({False: 1.0, True: 1.25}, 5000, "eager", "takes 1.25 of the time"),
     ],
 )
-def test_auto_on_a_cpu_takes_what_measures_faster_where_compilation_can_pay(monkeypatch, cost, steps, backend, reason):
+def test_auto_on_a_cpu_picks_the_faster_backend_if_compilation_can_pay_off(monkeypatch, cost, steps, backend, reason):
     step = FakeStep(cost)
     monkeypatch.setattr(execution.time, "perf_counter", lambda: step.now)
     chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), steps)
@@ -134,7 +134,7 @@ def test_auto_on_a_cpu_takes_what_measures_faster_where_compilation_can_pay(monk
     assert reason in why
 
 
-def test_auto_on_a_cpu_does_without_a_compiler():
+def test_auto_on_a_cpu_falls_back_to_eager_without_a_compiler():
     step = FakeStep(error=RunError("torch.compile failed: no compiler"))
     chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), 10_000)
     assert (chosen, why) == ("eager", "torch.compile failed: no compiler")
@@ -153,7 +153,7 @@ def test_the_backends_agree_on_the_gpu(dataset, need, precision, pipeline):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-4), ("muon", 1e-3)])
-def test_every_optimizer_takes_part_in_a_recorded_step(dataset, optimizer, lr):
+def test_captured_step_matches_eager_for_adamw_and_muon(dataset, optimizer, lr):
     """AdamW's first updates are little more than the signs of gradients, which roundings decide where these are small.
 
     At a rate of 1e-3 noise of 1e-6 in the gradients moves losses by up to 4e-3, at 1e-4 noise of 1e-3 by 8e-5. Without

@@ -1,4 +1,4 @@
-"""Exported files, read by the programs they are for."""
+"""Exported files, loaded by their target runtimes."""
 
 import sys
 
@@ -63,7 +63,7 @@ def test_safetensors_are_the_state_dict(run, tmp_path, monkeypatch):
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch):
+def test_export_with_wrong_logits_keeps_the_previous_file(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "FORMATS", {"onnx": lambda network, path: lambda images: network(images) + 0.01})
     (tmp_path / "network.onnx").write_text("the one before")
     code, _, err = run("export", "--out", tmp_path / "network.onnx")
@@ -91,7 +91,7 @@ def test_a_missing_library_is_named(run, tmp_path, monkeypatch, library):
         (["--weights", "nothing.pt"], 3, "nothing.pt is no file to read"),
     ],
 )
-def test_what_cannot_be_done_is_told(run, arguments, code, message):
+def test_invalid_arguments_are_errors(run, arguments, code, message):
     got, _, err = run("export", *arguments)
     assert got == code
     assert message in err

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or run out of disk: started as real processes, continued, compared to the bit."""
+"""Runs that are killed, stopped or out of disk space: real processes, resumed and compared bit by bit."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def armed(self, images, labels):
         {fault}
     original(self, images, labels)
 TrainStep.__call__ = armed
-tiny_runs.take_a_third_of_the_time()
+tiny_runs.shrink_resnet20_and_skip_curves()
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -50,8 +50,8 @@ def start(python, tiny_root):
 
 
 @pytest.fixture(scope="module")
-def unbroken(python, tmp_path_factory, tiny_root):
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
+def uninterrupted(python, tmp_path_factory, tiny_root):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     subprocess.run(
         [python, "-c", PROGRAM.format(step=-1, fault="pass"), *ARGUMENTS, "--out", folder],
         env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
@@ -66,7 +66,7 @@ def unbroken(python, tmp_path_factory, tiny_root):
     [(1, None), (5, 5)],
     ids=["before any checkpoint", "at an epoch's start"],
 )
-def test_a_killed_run_continues_to_the_same_bits(start, unbroken, tmp_path, step, resumed_from):
+def test_killed_run_resumes_to_the_uninterrupted_result(start, uninterrupted, tmp_path, step, resumed_from):
     folder = tmp_path / "run"
     start(folder, step=step, fault="os.kill(os.getpid(), signal.SIGKILL)", expect=-signal.SIGKILL)
     assert (folder / "last.ckpt").exists() == (resumed_from is not None)
@@ -74,15 +74,15 @@ def test_a_killed_run_continues_to_the_same_bits(start, unbroken, tmp_path, step
         assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == resumed_from
     done = start(folder, resume=True, expect=0)
     assert (f"resuming after step {resumed_from}" in done.stdout) == (resumed_from is not None)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_killed_again_and_again(start, unbroken, tmp_path):
+def test_repeatedly_killed_run_resumes_to_the_uninterrupted_result(start, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     for step in (4, 7, 12):
         start(folder, step=step, fault="os.kill(os.getpid(), signal.SIGKILL)", resume=True, expect=-signal.SIGKILL)
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
 EVERYTHING = [
@@ -92,17 +92,17 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("optimizer", [["muon", "--nesterov"], ["adamw"]], ids=["muon", "adamw"])
-def test_a_killed_run_with_everything_switched_on_continues_to_the_same_bits(start, tmp_path, optimizer):
+def test_killed_run_with_all_features_resumes_to_the_uninterrupted_result(start, tmp_path, optimizer):
     arguments = [*EVERYTHING, "--optimizer", *optimizer]
-    start(tmp_path / "unbroken", arguments=arguments, expect=0)
+    start(tmp_path / "uninterrupted", arguments=arguments, expect=0)
     kill = {"fault": "os.kill(os.getpid(), signal.SIGKILL)", "expect": -signal.SIGKILL}
     start(tmp_path / "run", arguments=arguments, step=8, **kill)
     start(tmp_path / "run", arguments=arguments, resume=True, expect=0)
-    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("moment", ["checkpoint", "evaluation"])
-def test_killed_while_writing_a_checkpoint_or_evaluating(start, unbroken, tmp_path, moment):
+def test_run_killed_in_checkpoint_or_evaluation_resumes_to_the_same_result(start, uninterrupted, tmp_path, moment):
     """The kill comes when half of the new checkpoint is in its temporary file, or after the first evaluation batch."""
     folder = tmp_path / "run"
     half = (
@@ -113,11 +113,11 @@ def test_killed_while_writing_a_checkpoint_or_evaluating(start, unbroken, tmp_pa
     fault = {"checkpoint": half, "evaluation": evaluation}[moment]
     start(folder, step=6, fault=fault, expect=-signal.SIGKILL)
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_saves_after_the_step_and_says_how_to_continue(start, unbroken, tmp_path, name, code):
+def test_signal_saves_after_the_step_and_names_the_resume_flag(start, uninterrupted, tmp_path, name, code):
     folder = tmp_path / "run"
     done = start(folder, step=8, fault=f"os.kill(os.getpid(), signal.{name})", expect=code)
     assert f"stopped by {name} after step 9" in done.stderr
@@ -126,10 +126,10 @@ def test_a_signal_saves_after_the_step_and_says_how_to_continue(start, unbroken,
     assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 9
     assert (folder / "curves.png").exists()
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_until_all_is_saved(start, unbroken, tmp_path):
+def test_signal_to_the_process_group_keeps_loader_workers_until_the_save(start, uninterrupted, tmp_path):
     """Ctrl-C on a terminal and a scheduler's SIGTERM reach worker processes too."""
     folder = tmp_path / "run"
     fault = "os.killpg(0, signal.SIGTERM); time.sleep(0.5)"
@@ -137,10 +137,10 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_until_all_i
     assert "stopped by SIGTERM after step 8" in done.stderr
     assert "Traceback" not in done.stderr
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, unbroken, tmp_path):
+def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     fault = (
         "evaluate = loop.evaluate; "
@@ -151,15 +151,15 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, 
         "step": 10,
         "epoch": 1,
         "rows": [],
-        "best_accuracy": load_tensors(unbroken / "last.ckpt")[1]["progress"]["rows"][0]["test_accuracy"],
+        "best_accuracy": load_tensors(uninterrupted / "last.ckpt")[1]["progress"]["rows"][0]["test_accuracy"],
         "train_seconds": 0,
         "total_seconds": 0,
     }
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, unbroken, tmp_path):
+def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, uninterrupted, tmp_path):
     """Files may grow to 0.2 MB only from step 6 on; a checkpoint has more than 0.6 MB."""
     folder = tmp_path / "run"
     done = start(folder, step=6, fault="resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))", expect=1)
@@ -168,13 +168,15 @@ def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(start, unbroken,
     assert "Traceback" not in done.stderr
     assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 6
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("call", "code"), [("os.fsync", "EIO"), ("os.replace", "EROFS")], ids=["I/O error", "read-only folder"]
 )
-def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(start, unbroken, tmp_path, call, code):
+def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(
+    start, uninterrupted, tmp_path, call, code
+):
     """The system call fails from step 6 on; the checkpoint after step 6 is there then."""
     folder = tmp_path / "run"
     fault = (
@@ -187,10 +189,10 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(sta
     assert done.stderr.strip() == f"fastresnet: cannot read or write {folder / 'last.ckpt'}: {message}."
     assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 6
     start(folder, resume=True, expect=0)
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
-def test_sigterm_while_a_data_set_is_written_leaves_nothing_half_done(python, tmp_path):
+def test_sigterm_while_writing_a_data_set_leaves_no_partial_files(python, tmp_path):
     program = (
         "import os, signal, sys, pipelines.store as store\nfrom fastresnet import cli\n"
         "write = store._write_files\n"
@@ -211,7 +213,7 @@ def test_a_run_folder_that_is_a_link_is_refused(run, tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_real_lack_of_memory_names_the_batch_size(start, tmp_path):
+def test_memory_exhaustion_names_the_batch_size(start, tmp_path):
     """The address space may grow by 64 MB only from step 2 on."""
     limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)"
     fault = f"resource.setrlimit(resource.RLIMIT_AS, ({limit},) * 2); images = images.repeat(256, 1, 1, 1)"
@@ -227,7 +229,7 @@ def damage(file):
 
 
 @pytest.mark.parametrize("harm", [damage, Path.unlink], ids=["damaged", "missing"])
-def test_where_the_last_checkpoint_is_of_no_use_the_one_before_is_taken(start, unbroken, tmp_path, harm):
+def test_resume_falls_back_to_the_previous_checkpoint(start, uninterrupted, tmp_path, harm):
     """Checkpoints are written after steps 6 and 8."""
     folder = tmp_path / "run"
     start(folder, step=9, fault="os.kill(os.getpid(), signal.SIGKILL)", expect=-signal.SIGKILL)
@@ -237,7 +239,7 @@ def test_where_the_last_checkpoint_is_of_no_use_the_one_before_is_taken(start, u
     (note,) = done.stderr.splitlines()
     assert str(folder / "last.ckpt") in note
     assert "the steps after 6 are taken again" in note
-    assert_same_run(folder, unbroken)
+    assert_same_run(folder, uninterrupted)
 
 
 def test_resuming_is_refused_where_both_checkpoints_are_damaged(start, run, tmp_path):

@@ -62,13 +62,13 @@ def wandb_records(path):
 
 
 @pytest.mark.usefixtures("resnet8")
-def test_weights_and_biases_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
+def test_wandb_logs_every_epoch_across_a_resume(run, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
     stop_and_resume(run, monkeypatch, folder, "--wandb")
-    heard, identities, settings = {}, set(), {}
+    logged, identities, settings = {}, set(), {}
     for path in glob.glob(str(folder / "wandb" / "offline-run-*" / "*.wandb")):
         for record in wandb_records(path):
             if record.WhichOneof("record_type") == "run":
@@ -76,15 +76,15 @@ def test_weights_and_biases_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_
                 settings |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
             if record.WhichOneof("record_type") == "history":
                 items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-                heard |= {(name, items["_step"]): value for name, value in items.items()}
+                logged |= {(name, items["_step"]): value for name, value in items.items()}
     wanted = expected(metrics(folder))
-    assert {key: heard[key] for key in wanted} == pytest.approx(wanted)
+    assert {key: logged[key] for key in wanted} == pytest.approx(wanted)
     assert [(project, name) for project, _, name in identities] == [("fastresnet", "run")]
     assert settings["batch_size"] == 32
 
 
 @pytest.mark.usefixtures("resnet8")
-def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
+def test_mlflow_logs_every_epoch_across_a_resume(run, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "mlruns").as_uri()
@@ -105,7 +105,7 @@ def test_mlflow_hears_every_epoch_and_goes_on_after_a_stop(run, tmp_path, monkey
 @pytest.mark.parametrize(
     ("option", "library"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
 )
-def test_without_the_library_the_extra_is_named_and_nothing_begun(run, tmp_path, monkeypatch, option, library):
+def test_missing_logger_library_names_the_extra_and_starts_no_run(run, tmp_path, monkeypatch, option, library):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(sys.modules, library, None)
     code, _, err = run("train", *SMALL, "--tensorboard", "--wandb", f"--{option}", "--out", tmp_path / "run")
@@ -121,9 +121,7 @@ def test_without_the_library_the_extra_is_named_and_nothing_begun(run, tmp_path,
         ("mlflow", ["nowhere", "MLFLOW_TRACKING_URI", "file:", "MLFLOW_ALLOW_FILE_STORE=true"]),
     ],
 )
-def test_where_there_is_nowhere_to_log_to_one_line_says_so_and_nothing_is_left(
-    python, tmp_path, data_root, option, remedies
-):
+def test_unavailable_logger_is_a_one_line_error_and_leaves_no_files(python, tmp_path, data_root, option, remedies):
     pytest.importorskip(option)
     own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
     (tmp_path / "here").mkdir()
@@ -138,7 +136,7 @@ def test_where_there_is_nowhere_to_log_to_one_line_says_so_and_nothing_is_left(
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_where_one_cannot_log_the_others_are_closed(run, tmp_path, monkeypatch):
+def test_failure_of_one_logger_closes_the_others(run, tmp_path, monkeypatch):
     mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "mlruns").as_uri()

@@ -23,7 +23,7 @@ def mix(images, labels, *, mixup=0.0, cutmix=0.0, seed=3, step=STEP):
 
 
 def hashed(purpose, count, seed=3, step=5):
-    """The words that pair after pair draws from."""
+    """Return the hash words from which the pairs draw, in order."""
     counters = np.arange(count, dtype=np.int64) + (step << 20)
     return hash64(stream_key(seed, purpose), counters).astype(np.uint64)
 
@@ -83,7 +83,7 @@ def test_cutmix_exchanges_a_box_and_counts_its_pixels(dtype):
         assert others[i] == labels[partner]
 
 
-def test_with_both_each_pair_takes_one_of_them():
+def test_with_mixup_and_cutmix_each_pair_uses_one_of_them():
     images, labels = batch(2048)
     mixed, _, share = mix(images, labels, mixup=1.0, cutmix=1.0)
     blended, _, blended_share = mix(images, labels, mixup=1.0)
@@ -95,7 +95,7 @@ def test_with_both_each_pair_takes_one_of_them():
     assert 400 < is_box[::2].sum() < 624  # 7 standard deviations of 1024 fair coins
 
 
-def test_what_is_drawn_depends_on_seed_and_step_alone():
+def test_draws_depend_on_seed_and_step_alone():
     images, labels = batch(64)
     first = mix(images, labels, mixup=0.4, cutmix=1.0)
     for a, b in zip(first, mix(images, labels, mixup=0.4, cutmix=1.0), strict=True):

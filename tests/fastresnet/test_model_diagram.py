@@ -69,7 +69,7 @@ def test_plain_network_is_one_chain():
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d", "resnet9"])
-def test_boxes_do_not_overlap_and_nothing_leaves_the_picture(name):
+def test_boxes_do_not_overlap_and_lie_inside_the_picture(name):
     *_, picture = pictured(name, "B")
     width, height = (float(picture.get(side)) for side in ("width", "height"))
     rectangles = []

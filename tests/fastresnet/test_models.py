@@ -347,7 +347,7 @@ def test_depth_of_later_networks(name):
 
 @pytest.mark.parametrize("depth", SIZES)
 @pytest.mark.parametrize("family", ["resnet", "plain"])
-def test_default_options(family, depth):
+def test_default_options_are_ten_classes_and_shortcut_b(family, depth):
     state = on_meta(f"{family}{depth}").state_dict()
     assert state["fc.weight"].shape == (10, 64)
     assert ("layer2.0.downsample.0.weight" in state) == (family == "resnet")

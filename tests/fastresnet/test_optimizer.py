@@ -61,7 +61,7 @@ def test_every_parameter_that_is_trained_is_in_exactly_one_group(settings):
     assert sorted(found) == sorted(id(p) for name, p in network.named_parameters() if name != "conv1.weight")
 
 
-def test_norms_and_biases_decay_only_if_asked():
+def test_norms_and_biases_decay_only_with_decay_norms():
     network = create_model("resnet20")
     for decay_norms in (True, False):
         config = TrainConfig(weight_decay=0.01, decay_norms=decay_norms)
@@ -96,7 +96,7 @@ def test_adamw_equals_pytorchs_unfused_loop():
 
 
 def muon_in_numpy(weights, gradients, lr, momentum):
-    """airbench94_muon.py's update of one convolution, in the order it does things, with double precision throughout."""
+    """airbench94_muon.py's update of one convolution, with the same order of operations, in double precision."""
     rows = len(weights)
     weights, velocity = weights.reshape(rows, -1), 0
     for gradient in gradients:
@@ -127,8 +127,8 @@ def test_muon_equals_the_published_update():
 
 
 @pytest.mark.parametrize("norm_lr", [None, 0.5])
-def test_muon_leaves_what_is_no_convolution_to_sgd(norm_lr):
-    """Norms and biases at a learning rate of their own, where they have one."""
+def test_muon_uses_sgd_for_parameters_other_than_convolutions(norm_lr):
+    """Norms and biases use `norm_lr` if it is set."""
     network, reference = small_network(), small_network()
     optimizers = create_optimizers(network, TrainConfig(**OPTIMIZERS["muon"], norm_lr=norm_lr))
     take_steps(network, optimizers, range(3))
@@ -155,7 +155,7 @@ def test_orthogonalisation_keeps_the_singular_vectors_and_levels_the_values(shap
 
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_an_update_that_is_called_off_changes_nothing(settings):
+def test_update_skipped_by_found_inf_changes_nothing(settings):
     network = small_network().float()
     optimizers = create_optimizers(network, TrainConfig(**settings))
     for seeds in ((), (1, 2)):  # as the first of all, and later
@@ -175,7 +175,7 @@ def test_an_update_that_is_called_off_changes_nothing(settings):
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_scaled_gradients_give_the_same_update(settings):
-    """GradScaler hands them over so: the factor is a power of two, so nothing is rounded."""
+    """GradScaler passes them scaled by a power of two, so that nothing is rounded."""
     (network, scaled) = (small_network().float() for _ in range(2))
     take_steps(network, create_optimizers(network, TrainConfig(**settings)), (1, 2))
     optimizers = create_optimizers(scaled, TrainConfig(**settings))
@@ -190,7 +190,7 @@ def test_scaled_gradients_give_the_same_update(settings):
 
 
 @pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_state_put_back_continues_to_the_bit(settings):
+def test_restored_optimizer_state_continues_bit_exactly(settings):
     (network, other) = (create_model("resnet20").to(memory_format=torch.channels_last) for _ in range(2))
     optimizers, others = (create_optimizers(each, TrainConfig(**settings)) for each in (network, other))
     take_steps(network, optimizers, (1, 2))

@@ -36,7 +36,7 @@ def expected(files):
         return network(batch).softmax(1)
 
 
-def test_the_likeliest_classes_are_those_of_the_network(run, images, tmp_path):
+def test_top_classes_and_probabilities_match_the_network(run, images, tmp_path):
     files = sorted((images / "more").iterdir())
     code, out, err = run("predict", *files, "--csv", tmp_path / "p.csv", "--top", 4)
     assert code == 0
@@ -51,7 +51,7 @@ def test_the_likeliest_classes_are_those_of_the_network(run, images, tmp_path):
         assert f"{row['class_1']} {100 * float(row['probability_1']):.1f} %" in out
 
 
-def test_a_folder_stands_for_all_images_in_it_and_other_sizes_are_told(run, images, tmp_path):
+def test_folder_is_searched_for_images_and_resizing_is_noted(run, images, tmp_path):
     code, _, err = run("predict", images, "--csv", tmp_path / "p.csv")
     assert code == 0
     assert err.strip() == (
@@ -75,7 +75,7 @@ def test_a_folder_stands_for_all_images_in_it_and_other_sizes_are_told(run, imag
         (["{images}", "--device", "tpu"], 2, "unknown device"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_a_line(run, images, arguments, code, message):
+def test_invalid_arguments_are_errors(run, images, arguments, code, message):
     if message == "notes.txt":
         (images / "notes.png").write_text("no image")
     got, _, err = run("predict", *(argument.format(images=images) for argument in arguments))
@@ -84,14 +84,14 @@ def test_what_cannot_be_done_is_told_in_a_line(run, images, arguments, code, mes
     assert len(err.splitlines()) <= 2
 
 
-def test_a_folder_without_images_is_told(run, tmp_path):
+def test_folder_without_images_is_refused(run, tmp_path):
     code, _, err = run("predict", tmp_path)
     assert code == 3
     assert f"{tmp_path} holds no images" in err
 
 
 @pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])
-def test_weights_know_how_their_images_are_normalised(run, tmp_path, dataset, normalization):
+def test_weights_carry_the_normalisation_of_their_training(run, tmp_path, dataset, normalization):
     arguments = ["--data", "shapes10", "--batch-size", 32, "--iterations", 1, "--normalization", normalization]
     assert run("train", "smoke", *arguments, "--out", tmp_path / "run")[0] == 0
     weights = load_weights(tmp_path / "run" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The weights that come with the program: what their cards say is so."""
+"""Bundled pretrained weights match their cards."""
 
 import hashlib
 import importlib.util
@@ -28,13 +28,13 @@ def copies(tmp_path, monkeypatch):
     return folder
 
 
-def test_resnet20_comes_with_the_program():
+def test_resnet20_is_bundled():
     assert "resnet20" in list_pretrained()
     assert list_pretrained() == fastresnet.list_pretrained()
 
 
 @pytest.mark.parametrize("name", list_pretrained())
-def test_the_card_tells_where_the_weights_come_from(name):
+def test_card_has_provenance_and_checksum_of_the_weights(name):
     card = pretrained_card(name)
     content = pretrained_file(name).read_bytes()
     assert card.model == name
@@ -45,7 +45,7 @@ def test_the_card_tells_where_the_weights_come_from(name):
 
 
 @pytest.mark.parametrize("name", list_pretrained())
-def test_the_network_is_ready_for_use(name):
+def test_pretrained_network_loads_in_evaluation_mode(name):
     network = load_pretrained(name)
     assert not network.training
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_eval_gives_the_figures_of_the_card(run, tmp_path, cifar10_archive, name
 
 
 @pytest.mark.parametrize("name", ["resnet21", "", "../resnet20", "resnet20.safetensors"])
-def test_an_unknown_name_is_refused_with_those_there_are(run, name):
+def test_unknown_name_is_refused_with_the_valid_names(run, name):
     with pytest.raises(UsageError, match=f"unknown pretrained network {name!r}.*resnet20"):
         load_pretrained(name)
     code, _, err = run("eval", "--weights", f"pretrained:{name}")
@@ -78,7 +78,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(run, name):
     assert "resnet20" in err
 
 
-def test_weights_that_are_not_the_cards_are_refused(copies, run):
+def test_weights_that_do_not_match_their_card_are_refused(copies, run):
     path = copies / "resnet20.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

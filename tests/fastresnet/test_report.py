@@ -1,4 +1,4 @@
-"""Pictures and pages of runs, read back and, where there is a browser, looked at in it."""
+"""Plots and report pages of runs, parsed and, if a browser is installed, rendered."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def finished(tmp_path_factory, data_root):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, data_root):
-    """Another one, of three epochs and with a held-out split."""
+    """Another run, of three epochs and with a held-out split."""
     from fastresnet import cli
 
     folder = tmp_path_factory.mktemp("runs") / "other"
@@ -40,7 +40,7 @@ def other(tmp_path_factory, data_root):
     return folder
 
 
-# --- what a network does on a test set ---------------------------------------------------------------------------
+# --- predictions on a test set -----------------------------------------------------------------------------------
 
 
 def test_counts_and_mistakes_follow_from_the_probabilities():
@@ -69,7 +69,7 @@ def test_predictions_and_eval_agree(run, finished, data_root):
     assert load_weights(finished / "model.safetensors").classes == predictions.classes
 
 
-def test_a_network_without_mistakes_has_a_picture_too():
+def test_mistakes_figure_works_without_mistakes():
     labels = np.arange(3)
     predictions = Predictions(
         "x", ("a", "b", "c"), np.zeros((3, 32, 32, 3), np.uint8), labels, np.eye(3, dtype=np.float32)
@@ -133,7 +133,7 @@ def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
         (["{run}", "--kind", "confusion", "--device", "tpu"], 2, "unknown device 'tpu'"),
     ],
 )
-def test_what_cannot_be_drawn_is_told(run, finished, tmp_path, arguments, code, message):
+def test_plot_with_invalid_arguments_is_an_error(run, finished, tmp_path, arguments, code, message):
     (tmp_path / "metrics.csv").write_text("epoch,step\n1,x\n")
     got, _, err = run("plot", *(argument.format(run=finished, damaged=tmp_path) for argument in arguments))
     assert got == code
@@ -164,7 +164,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_the_page_says_what_the_run_did_and_needs_nothing_else(page, finished):
+def test_report_page_has_the_results_and_is_self_contained(page, finished):
     html = page.read_text()
     tags, summary = Tags(html), read_run(finished).summary
     for value in (summary["test_accuracy"], summary["test_accuracy_mirror"], summary["best_accuracy"]):
@@ -177,7 +177,7 @@ def test_the_page_says_what_the_run_did_and_needs_nothing_else(page, finished):
     assert "a<b>" not in html
 
 
-def test_parts_of_the_figures_do_not_mix(page):
+def test_ids_in_the_report_page_are_unique_and_resolve(page):
     identifiers = re.findall(r'\bid="([^"]+)"', page.read_text())
     assert len(identifiers) > 100
     assert len(identifiers) == len(set(identifiers))
@@ -186,7 +186,7 @@ def test_parts_of_the_figures_do_not_mix(page):
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_page_without_complaint_at_every_width(page, tmp_path, width):
+def test_browser_renders_the_page_without_messages_at_every_width(page, tmp_path, width):
     chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
     copy = tmp_path / "page.html"
     measure = (
@@ -210,7 +210,7 @@ def test_a_browser_shows_the_page_without_complaint_at_every_width(page, tmp_pat
 @pytest.mark.parametrize(
     ("remove", "message"), [("summary.json", "is not finished"), ("model.safetensors", "no file to read")]
 )
-def test_an_unfinished_run_has_no_page(run, finished, tmp_path, remove, message):
+def test_report_of_an_unfinished_run_is_refused(run, finished, tmp_path, remove, message):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink(missing_ok=True)
     (tmp_path / "run" / remove).unlink()

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one training at a time, whatever ends it."""
+"""Lock of a run folder: one training at a time, however it ends."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
-def test_a_second_training_in_a_folder_is_refused_with_the_number_of_the_first(run, holder, tmp_path, resume):
+def test_second_training_in_a_folder_is_refused_with_the_pid_of_the_first(run, holder, tmp_path, resume):
     code, _, err = run("train", "smoke", "--data", "shapes10", "--out", tmp_path / "run", *resume)
     assert code == 2
     assert f"in use by another training, process {holder.pid} on " in err
@@ -56,7 +56,7 @@ def test_tasks_that_slurm_has_started_without_torchrun_get_a_hint(holder, tmp_pa
         pass
 
 
-def test_a_kill_releases_the_lock_although_a_worker_lives_on(holder, tmp_path):
+def test_kill_releases_the_lock_while_a_worker_still_runs(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / ".lock").exists()
@@ -65,7 +65,7 @@ def test_a_kill_releases_the_lock_although_a_worker_lives_on(holder, tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_two_trainings_of_one_process_are_kept_apart_too(tmp_path):
+def test_second_training_in_the_same_process_is_refused(tmp_path):
     with RunFolder(tmp_path / "run").locked():
         with pytest.raises(UsageError, match=f"process {os.getpid()}, this one"), RunFolder(tmp_path / "run").locked():
             pass
@@ -83,7 +83,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     assert (tmp_path / "file").read_text() == "someone's"
 
 
-TAKING_TURNS = """
+REPEATED_LOCKS = """
 import sys, time
 from pathlib import Path
 from fastresnet.run_folder import RunFolder
@@ -101,8 +101,8 @@ assert taken
 """
 
 
-def test_a_folder_that_comes_and_goes_is_held_by_one_at_a_time(tmp_path):
-    command = [sys.executable, "-c", TAKING_TURNS, str(tmp_path / "a" / "run")]
+def test_concurrent_locks_of_a_short_lived_folder_are_exclusive(tmp_path):
+    command = [sys.executable, "-c", REPEATED_LOCKS, str(tmp_path / "a" / "run")]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[1] for process in processes] == ["", "", ""]
     assert not (tmp_path / "a" / "run" / ".lock").exists()
@@ -117,7 +117,7 @@ def test_folders_that_stay_empty_are_removed_and_others_kept(tmp_path):
     assert [file.name for file in (tmp_path / "a" / "run").iterdir()] == ["config.toml"]
 
 
-def test_ranks_that_do_not_write_leave_the_folder_alone(tmp_path):
+def test_ranks_that_do_not_write_create_no_folder(tmp_path):
     with RunFolder(tmp_path / "run", writes=False).locked() as run:
         run.write_metrics([{"epoch": 1}])
         run.write_summary({})

@@ -1,4 +1,4 @@
-"""Many seeds at once: started as real processes."""
+"""Trainings with several seeds, as real processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_seeds_are_numbers_and_ranges(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1,,2", "0-99999999", "1.5", "0-3,2"])
-def test_other_seeds_are_refused(text):
+def test_invalid_seeds_are_refused(text):
     with pytest.raises(UsageError, match="--seeds"):
         parse_seeds(text)
 
@@ -48,7 +48,7 @@ def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(ru
 
 
 @pytest.mark.usefixtures("quick_processes")
-def test_a_training_that_fails_is_named_and_the_others_go_on(run, tmp_path):
+def test_failed_training_is_reported_and_the_others_continue(run, tmp_path):
     (tmp_path / "seed1").mkdir()
     (tmp_path / "seed1" / "last.ckpt").touch()
     code, _, err = run("train", *SMALL, "--seeds", "1-2", "--out", tmp_path)
@@ -59,7 +59,7 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(run, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_processes")
-def test_a_signal_stops_the_training_that_runs_and_starts_no_other(tmp_path, data_root):
+def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_root):
     command = [sys.executable, "-m", "fastresnet", "train", *SMALL[:-2], "--epochs", "500"]
     command += ["--seeds", "1-2", "--out", tmp_path]
     process = subprocess.Popen(command, env={**os.environ, "FASTRESNET_DATA": str(data_root)})
@@ -73,8 +73,8 @@ def test_a_signal_stops_the_training_that_runs_and_starts_no_other(tmp_path, dat
     assert not (tmp_path / "seed2" / "train.log").exists()
 
 
-def test_as_many_run_at_once_as_there_are_gpus_each_on_its_own(tmp_path, monkeypatch):
-    """A stand-in for the training notes what it sees and waits for the other one."""
+def test_one_training_at_a_time_runs_on_each_gpu(tmp_path, monkeypatch):
+    """A stand-in for the training records its visible GPU and waits until a second one runs."""
     program = tmp_path / "python"
     program.write_text(
         "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument
@@ -91,7 +91,7 @@ def test_as_many_run_at_once_as_there_are_gpus_each_on_its_own(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("arguments", [["--seed", "1"], ["--seeds", "x"]], ids=["with --seed", "no numbers"])
-def test_what_makes_no_sense_is_refused(run, tmp_path, arguments):
+def test_conflicting_or_invalid_seed_flags_are_refused(run, tmp_path, arguments):
     code, _, err = run("train", *SMALL, "--seeds", "0-1", *arguments, "--out", tmp_path / "runs")
     assert code == 2
     assert "--seed" in err

@@ -71,7 +71,7 @@ def test_steps_equal_the_textbook_loop():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_learns_a_batch_by_heart(precision):
+def test_every_precision_overfits_one_batch(precision):
     _, step = make_step(precision, rates=[0.02] * 12)
     ((images, labels),) = small_batches(1)
     for i in range(12):
@@ -85,8 +85,8 @@ def test_every_precision_learns_a_batch_by_heart(precision):
     assert accuracy > 90
 
 
-def poison(where, value, network, images):
-    """Put `value` into one number of the images, of a weight or of its gradient; returns what takes it back."""
+def inject(where, value, network, images):
+    """Set an element of the images, of a weight or of its gradient to `value`; return a function that undoes it."""
     weight = network.layer2[0].conv1.weight
     if where == "gradient":
         return weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
@@ -99,8 +99,8 @@ def poison(where, value, network, images):
 @pytest.mark.parametrize("where", ["image", "weight", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_what_is_not_finite_leaves_the_weights_untouched_for_good_and_names_its_step(precision, value, where):
-    """Gradients in fp16 are another matter: the scaler's."""
+def test_non_finite_value_stops_updates_and_its_step_is_reported(precision, value, where):
+    """Non-finite gradients in fp16 are handled by the gradient scaler instead."""
     network, step = make_step(precision, rates=[0.05] * 50)
     step.count.fill_(40)
     batches = list(small_batches(3))
@@ -108,9 +108,9 @@ def test_what_is_not_finite_leaves_the_weights_untouched_for_good_and_names_its_
     assert step.failed_at() is None
     before = [parameter.detach().clone() for parameter in network.parameters()]
     momentum = {name: tensor.clone() for name, tensor in optimizer_state(step.optimizers, network).items()}
-    mend = poison(where, value, network, batches[1][0])
+    undo = inject(where, value, network, batches[1][0])
     step(*batches[1])
-    mend()
+    undo()
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     overflowed = precision == "fp16" and where == "gradient"
     assert step.failed_at() == (None if overflowed else 41)
@@ -122,21 +122,21 @@ def test_what_is_not_finite_leaves_the_weights_untouched_for_good_and_names_its_
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_overflows_are_counted_until_an_update_fits_and_are_a_failure_where_none_does(monkeypatch, clip_norm):
-    """The limit is lower here: fp16 takes its time on a CPU."""
+def test_overflows_are_counted_and_too_many_in_a_row_are_a_failure(monkeypatch, clip_norm):
+    """The limit is lowered here: fp16 is slow on a CPU."""
     assert 2.0**16 * 0.5**step_module.MAX_OVERFLOWS == 2.0**-16
     monkeypatch.setattr(step_module, "MAX_OVERFLOWS", 6)
     network, step = make_step("fp16", rates=[0.01] * 99, step_settings={"clip_norm": clip_norm})
     ((images, labels),) = small_batches(1, 4)
-    mend = poison("gradient", math.inf, network, images)
+    undo = inject("gradient", math.inf, network, images)
     for _ in range(3):
         step(images, labels)
-    mend()
+    undo()
     assert step.scaler.get_scale() == 2.0**13
     step(images, labels)
     assert step.overflows.tolist() == [3, 0]
     step.reset()
-    poison("gradient", math.inf, network, images)
+    inject("gradient", math.inf, network, images)
     for _ in range(5):
         step(images, labels)
     assert step.failed_at() is None
@@ -146,7 +146,7 @@ def test_overflows_are_counted_until_an_update_fits_and_are_a_failure_where_none
 
 
 def test_a_first_update_that_overflows_leaves_no_momentum():
-    """The fused optimiser allocates momentum without filling it; in a deep network rubbish in it soon reads as inf."""
+    """The fused optimiser allocates momentum without filling it; in a deep network such values soon become inf."""
     network, step = make_step("fp16", model="resnet56")
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     ((images, labels),) = small_batches(1)
@@ -169,8 +169,8 @@ def test_each_step_takes_its_own_learning_rate():
     assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
-def test_optimizer_state_survives_the_way_through_contiguous_tensors():
-    """A checkpoint stores it so; the continued run must give the same bits as the unbroken one."""
+def test_optimizer_state_round_trips_through_contiguous_tensors():
+    """A checkpoint stores it so; the resumed run must give the same bits as the uninterrupted one."""
     batches = list(small_batches(4))
     network, step = make_step()
     for i in (0, 1):
@@ -186,14 +186,14 @@ def test_optimizer_state_survives_the_way_through_contiguous_tensors():
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
-def test_a_gpu_that_is_absent_is_refused(monkeypatch):
+def test_device_cuda_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="sees no CUDA device"):
         resolve_device("cuda")
     assert resolve_device("auto") == CPU
 
 
-def test_a_container_without_its_gpu_is_told_how_to_get_it(monkeypatch):
+def test_container_without_gpu_access_gets_a_note_with_the_docker_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("fastresnet.device.NVIDIA_CONTROL", Path("no/such/file"))
     monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
@@ -201,11 +201,11 @@ def test_a_container_without_its_gpu_is_told_how_to_get_it(monkeypatch):
         assert resolve_device("auto") == CPU
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve_device("cpu")  # which was asked for
+        resolve_device("cpu")  # no note: the CPU was requested
 
 
-def test_on_a_cpu_the_memory_of_one_step_is_kept_for_the_next():
-    """20 tensors of 4 MB in every round have 20,480 pages; glibc by itself asks for most of them again."""
+def test_cpu_memory_is_reused_between_steps():
+    """20 tensors of 4 MB in every round have 20,480 pages; by default, glibc requests most of them again."""
     program = """
 import resource, torch
 from fastresnet.device import resolve_device
@@ -250,7 +250,7 @@ def test_clipping_equals_the_textbook_loop():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_the_average_is_the_exponential_moving_one_of_weights_and_statistics():
+def test_ema_averages_weights_and_batch_norm_statistics():
     network, step = make_step(dtype=torch.float64, step_settings={"ema_decay": 0.8})
     expected = {name: value.clone() for name, value in network.state_dict().items()}
     for images, labels in small_batches(3):
@@ -265,8 +265,8 @@ def test_the_average_is_the_exponential_moving_one_of_weights_and_statistics():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_trial_step_leaves_no_trace(precision):
-    """Nor in the steps that follow."""
+def test_trial_step_changes_no_state(precision):
+    """Later steps are the same with and without it."""
     batches = list(small_batches(3))
     settings = {"step_settings": {"ema_decay": 0.9, "clip_norm": 1.0}}
     (network, step), (other, disturbed) = make_step(precision, **settings), make_step(precision, **settings)
@@ -289,7 +289,7 @@ def test_a_trial_step_leaves_no_trace(precision):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_steps_on_the_gpu_agree_with_the_cpu_and_never_wait_for_it(precision, compiled):
+def test_gpu_steps_match_the_cpu_and_never_wait_for_the_gpu(precision, compiled):
     device = torch.device("cuda")
     settings = {"model": "resnet20", "rates": [0.01] * 4, "step_settings": {"ema_decay": 0.9, "clip_norm": 5.0}}
     _, on_cpu = make_step(**settings)
@@ -347,7 +347,7 @@ def test_an_update_in_fp16_is_that_of_unscaled_gradients_in_float64(clip_norm):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("layer", ["layer2.0.conv1", "fc"])
-def test_an_overflow_in_the_gradients_of_one_optimizer_leaves_out_the_update_of_all(layer, clip_norm, value):
+def test_overflow_in_one_optimizer_skips_the_update_of_all(layer, clip_norm, value):
     settings = {"optimizer": "muon", "momentum": 0.6, "step_settings": {"clip_norm": clip_norm}}
     network, step = make_step("fp16", rates=[0.01] * 3, **settings)
     batches = list(small_batches(3))
@@ -355,9 +355,9 @@ def test_an_overflow_in_the_gradients_of_one_optimizer_leaves_out_the_update_of_
     before = {**network.state_dict(), **optimizer_state(step.optimizers, network)}
     before = {name: tensor.clone() for name, tensor in before.items() if "running" not in name and "num_" not in name}
     weight = network.get_submodule(layer).weight
-    mend = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
+    undo = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([3]), value)).remove
     step(*batches[1])
-    mend()
+    undo()
     after = {**network.state_dict(), **optimizer_state(step.optimizers, network)}
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert (step.overflows.tolist(), step.scaler.get_scale(), step.failed_at()) == ([1, 1], 2.0**15, None)

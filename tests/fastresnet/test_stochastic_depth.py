@@ -173,7 +173,7 @@ def test_initial_seed_and_step_are_zero():
     assert torch.equal(keep(module, 100), reference_keep(0, 3, 0, 100, 0.5))
 
 
-def test_network_shares_one_step():
+def test_blocks_of_a_network_share_seed_and_step():
     network, step = create_model("resnet20", drop_path=0.5), torch.zeros(1, dtype=torch.int64)
     seed_stochastic_depth(network, 3, step)
     modules = depth_modules(network)

@@ -1,4 +1,4 @@
-"""The choice of the threads of a CPU: its result, its cost, and a run that keeps it."""
+"""Choice of the number of CPU threads: its result, its cost, and its use on resume."""
 
 import json
 
@@ -24,7 +24,7 @@ LAYERS = 20
 
 
 class Machine:
-    """A machine that computes by a stand-in clock: a step has 20 layers, and goes through a network's hooks."""
+    """Simulated machine with its own clock: a step has 20 layers and calls the forward hooks of a network."""
 
     def __init__(self, slowdown):
         """`slowdown(threads)` is how many times as long as with one thread a step takes."""
@@ -42,8 +42,8 @@ class Machine:
 
 
 @pytest.fixture(autouse=True)
-def free_choice(monkeypatch):
-    """Eight processors, and nobody who says how many to use."""
+def eight_processors(monkeypatch):
+    """Simulate eight processors, without OMP_NUM_THREADS."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "usable_processors", lambda: 8)
     before = torch.get_num_threads()
@@ -51,44 +51,48 @@ def free_choice(monkeypatch):
     torch.set_num_threads(before)
 
 
-def quiet(used):
+def idle_machine(used):
     return 0.1 + 0.9 / used
 
 
-def one_core_taken(used):
-    return quiet(used) * (20 if used == 8 else 1)
+def one_core_busy(used):
+    return idle_machine(used) * (20 if used == 8 else 1)
 
 
-def all_cores_taken(used):
+def all_cores_busy(used):
     return 1 if used == 1 else 20
 
 
 @pytest.mark.parametrize(
-    ("slowdown", "fastest", "told"),
+    ("slowdown", "fastest", "message"),
     [
-        (quiet, 8, "threads 8: trial steps reach 500 images/s with 1, 1,538 images/s with 4, 2,353 images/s with 8"),
-        (one_core_taken, 4, "threads 4: trial steps reach 500 images/s with 1, 1,538 images/s with 4, too slow with 8"),
-        (all_cores_taken, 1, "threads 1: trial steps reach 500 images/s with 1, too slow with 4, too slow with 8"),
+        (
+            idle_machine,
+            8,
+            "threads 8: trial steps reach 500 images/s with 1, 1,538 images/s with 4, 2,353 images/s with 8",
+        ),
+        (one_core_busy, 4, "threads 4: trial steps reach 500 images/s with 1, 1,538 images/s with 4, too slow with 8"),
+        (all_cores_busy, 1, "threads 1: trial steps reach 500 images/s with 1, too slow with 4, too slow with 8"),
     ],
 )
-def test_the_fastest_number_is_taken_within_two_seconds(slowdown, fastest, told):
+def test_fastest_number_is_chosen_within_two_seconds(slowdown, fastest, message):
     machine, before = Machine(slowdown), torch.get_num_threads()
-    assert fastest_threads(machine.step, 128, 100, clock=machine.clock) == (fastest, told)
+    assert fastest_threads(machine.step, 128, 100, clock=machine.clock) == (fastest, message)
     assert set(machine.tried) == {1, 4, 8}
     assert machine.now <= 2
     assert torch.get_num_threads() == before
     assert not _global_forward_pre_hooks
 
 
-@pytest.mark.parametrize("slowdown", [quiet, one_core_taken, all_cores_taken])
+@pytest.mark.parametrize("slowdown", [idle_machine, one_core_busy, all_cores_busy])
 def test_a_long_run_may_spend_two_percent_on_the_choice(slowdown):
     machine = Machine(slowdown)
     fastest_threads(lambda images: machine.step(images, 0.5), 256, 1000, clock=machine.clock)
     assert 2 < machine.now <= 0.02 * 1000 * 256 * 0.5
 
 
-def test_one_slow_step_among_the_trials_does_not_decide():
-    machine, steps = Machine(quiet), iter(range(1000))
+def test_one_slow_trial_step_does_not_change_the_choice():
+    machine, steps = Machine(idle_machine), iter(range(1000))
 
     def disturbed(images):
         machine.step(images, 0.002 * (1.8 if torch.get_num_threads() == 8 and next(steps) == 1 else 1))
@@ -96,16 +100,16 @@ def test_one_slow_step_among_the_trials_does_not_decide():
     assert fastest_threads(disturbed, 128, 100, clock=machine.clock)[0] == 8
 
 
-def test_what_the_environment_says_is_not_tried(monkeypatch):
+def test_omp_num_threads_is_used_without_trials(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
-    machine = Machine(quiet)
+    machine = Machine(idle_machine)
     assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: PyTorch's number, as OMP_NUM_THREADS is set")
     assert not machine.tried
 
 
-def test_a_single_batch_and_a_single_processor_are_not_worth_a_trial(monkeypatch):
-    machine = Machine(quiet)
+def test_single_batch_or_single_processor_needs_no_trial(monkeypatch):
+    machine = Machine(idle_machine)
     torch.set_num_threads(2)
     assert fastest_threads(machine.step, 128, 1) == (2, "")
     monkeypatch.setattr(threads, "usable_processors", lambda: 1)
@@ -114,14 +118,14 @@ def test_a_single_batch_and_a_single_processor_are_not_worth_a_trial(monkeypatch
 
 
 def test_steps_too_long_for_a_trial_leave_the_number_as_it_is():
-    machine = Machine(quiet)
+    machine = Machine(idle_machine)
     torch.set_num_threads(2)
     choice = fastest_threads(lambda images: machine.step(images, 0.3), 128, 2, clock=machine.clock)
     assert choice == (2, "threads 2: PyTorch's number, as trial steps would take too long")
     assert set(machine.tried) == {1}
 
 
-def test_a_network_of_the_caller_s_sees_whole_batches_only(data_root, dataset):
+def test_custom_network_gets_whole_batches_only(data_root, dataset):
     sizes = []
 
     def network(images):
@@ -158,9 +162,9 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def straight(data_root, tmp_path_factory):
+def uninterrupted(data_root, tmp_path_factory):
     """Run folders of an undisturbed run with 1 and with 2 threads."""
-    folders = {number: tmp_path_factory.mktemp("straight") / "run" for number in (1, 2)}
+    folders = {number: tmp_path_factory.mktemp("uninterrupted") / "run" for number in (1, 2)}
     for number, folder in folders.items():
         arguments = (*SMALL, "--root", data_root, "--threads", number, "--out", folder)
         assert cli.main([str(argument) for argument in arguments]) == 0
@@ -199,7 +203,7 @@ def interrupted(run, tmp_path, monkeypatch):
     return tmp_path / "run", out
 
 
-def test_a_choice_leaves_no_trace_and_a_run_resumed_elsewhere_keeps_it(run, monkeypatch, interrupted, straight):
+def test_resumed_run_keeps_the_chosen_number_and_equals_uninterrupted_run(run, monkeypatch, interrupted, uninterrupted):
     folder, out = interrupted
     assert "threads 2: trial steps reach 16 images/s with 1, 32 images/s with 2\n" in out
     assert from_toml(folder / "config.toml").threads == 2
@@ -208,11 +212,11 @@ def test_a_choice_leaves_no_trace_and_a_run_resumed_elsewhere_keeps_it(run, monk
     assert code == 0
     assert "resuming after step 1" in out
     assert "2 threads are more than the usable processors (1)" in err
-    assert same(weights(folder), weights(straight[2]))
+    assert same(weights(folder), weights(uninterrupted[2]))
     assert json.loads((folder / "summary.json").read_text())["environment"]["threads"] == 2
 
 
-def test_an_older_run_goes_on_with_the_number_that_pytorch_takes(run, interrupted, straight):
+def test_run_without_a_threads_setting_resumes_with_pytorchs_number(run, interrupted, uninterrupted):
     folder, _ = interrupted
     tensors, description = load_tensors(folder / "last.ckpt")
     del description["config"]["threads"]
@@ -221,21 +225,21 @@ def test_an_older_run_goes_on_with_the_number_that_pytorch_takes(run, interrupte
     code, out, _ = run(*SMALL, "--resume", "--out", folder)
     assert code == 0
     assert "differ from the run's" not in out
-    assert same(weights(folder), weights(straight[2]))
+    assert same(weights(folder), weights(uninterrupted[2]))
 
 
-def test_a_run_resumed_with_another_number_says_that_bits_will_differ(run, interrupted, straight):
+def test_resuming_with_another_number_notes_that_bits_will_differ(run, interrupted, uninterrupted):
     folder, _ = interrupted
     code, out, _ = run(*SMALL, "--resume", "--threads", 1, "--out", folder)
     assert code == 0
     assert "threads differ from the run's; the last bits will too" in out
-    assert not same(weights(folder), weights(straight[2]))
+    assert not same(weights(folder), weights(uninterrupted[2]))
 
 
-def test_evaluation_computes_with_the_number_given(run, tmp_path, straight):
+def test_evaluation_computes_with_the_number_given(run, tmp_path, uninterrupted):
     before = torch.get_num_threads()
     code, _, err = run(
-        "eval", "--weights", straight[1] / "model.safetensors", "--threads", 3, "--json", tmp_path / "eval.json"
+        "eval", "--weights", uninterrupted[1] / "model.safetensors", "--threads", 3, "--json", tmp_path / "eval.json"
     )
     assert (code, err) == (0, "")
     assert json.loads((tmp_path / "eval.json").read_text())["environment"]["threads"] == 3

@@ -44,7 +44,7 @@ SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32
 
 @pytest.fixture(scope="module", autouse=True)
 def _shallow():
-    """ResNet-20 has one block in each stage, one for each way through: a third of the time."""
+    """Give ResNet-20 one block in each stage, which takes a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
         yield
@@ -77,7 +77,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_all_its_files_and_they_agree(finished):
+def test_run_writes_all_its_files_and_they_agree(finished):
     folder, out = finished
     assert sorted(file.name for file in folder.iterdir()) == [
         "best.ckpt",
@@ -119,7 +119,7 @@ def test_the_curves_are_a_readable_picture(finished):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_config_toml_repeats_the_run_to_the_bit(finished, run, tmp_path):
+def test_config_toml_reproduces_the_run_bit_exactly(finished, run, tmp_path):
     folder, _ = finished
     code, _, err = run("train", "--config", folder / "config.toml", "--out", tmp_path / "again")
     assert (code, err) == (0, "")
@@ -182,7 +182,7 @@ def assert_same_curve(folder, expected, *used):
     """
     assert len(losses(folder)) == 4
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-6)
-    if "dali" not in used:  # it normalises by itself, and nobody promises its last bit
+    if "dali" not in used:  # it normalises by itself, and may differ in the last bit
         weights, expected_weights = (load_file(run / "model.safetensors") for run in (folder, expected))
         assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
@@ -196,7 +196,7 @@ def test_every_pipeline_trains_the_same_network(tiny, resident, run, tmp_path, n
 
 
 @pytest.mark.parametrize(("first", "second"), [("resident", "dali"), ("ffcv", "resident"), ("dali", "torchvision")])
-def test_a_run_may_go_on_with_another_pipeline_and_says_so(
+def test_run_resumes_with_another_pipeline_and_prints_a_note(
     tiny, resident, run, tmp_path, need, monkeypatch, first, second
 ):
     """The first one ends within the second epoch, a step after a checkpoint."""
@@ -219,7 +219,7 @@ def test_a_run_may_go_on_with_another_pipeline_and_says_so(
     assert_same_curve(tmp_path, resident, first, second)
 
 
-def test_decoded_shards_train_a_network_that_differs_a_little(tiny, resident, run, tmp_path, need):
+def test_decoding_jpeg_changes_losses_slightly_and_is_fixed_for_a_run(tiny, resident, run, tmp_path, need):
     need("dali")
     code, out, err = run(*tiny, "--decode", "jpeg", "--out", tmp_path)
     assert (code, err) == (0, "")
@@ -252,7 +252,7 @@ def test_resuming_a_finished_run_shows_its_result_again(finished, run):
     assert again == out[out.index("result") :]
 
 
-def test_a_compiled_run_that_was_stopped_in_its_last_evaluation_is_finished(run, tmp_path, monkeypatch):
+def test_compiled_run_stopped_in_its_last_evaluation_completes_on_resume(run, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     arguments = ("train", *SMALL, "--iterations", 3, "--compile", "on", "--out", tmp_path / "run")
     run(*arguments)
@@ -264,7 +264,7 @@ def test_a_compiled_run_that_was_stopped_in_its_last_evaluation_is_finished(run,
     assert finished["test_accuracy_mirror"] == summary["test_accuracy_mirror"]
 
 
-def test_the_time_in_all_begins_with_the_command(tmp_path, dataset):
+def test_total_seconds_include_startup(tmp_path, dataset):
     config = dataclasses.replace(RECIPES["smoke"](), data="shapes10", batch_size=32, iterations=1, out=tmp_path / "run")
     began = time.perf_counter()
     summary = train(config, dataset, Console(quiet=True), {"import": 1000.0, "data": 2000.0})
@@ -279,7 +279,7 @@ def test_resuming_with_other_settings_is_refused_and_names_them(finished, run):
     assert f"--config {folder / 'config.toml'}" in err
 
 
-def test_a_run_goes_on_that_began_before_a_setting_existed(finished, run, tmp_path):
+def test_run_older_than_a_setting_resumes_with_its_default(finished, run, tmp_path):
     folder, _ = finished
     tensors, description = load_tensors(folder / "last.ckpt")
     del description["config"]["zero_init_residual"]
@@ -307,7 +307,7 @@ def test_resuming_on_other_data_is_refused(finished, run, tmp_path):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_the_same_data_elsewhere_is_no_reason_to_refuse(finished, run, tmp_path, dataset):
+def test_resuming_on_the_same_data_at_another_path_is_accepted(finished, run, tmp_path, dataset):
     folder, out = finished
     shutil.copytree(dataset.folder, tmp_path / "shapes10")
     elsewhere = [*SMALL[:2], tmp_path / "shapes10", *SMALL[3:]]
@@ -317,7 +317,7 @@ def test_the_same_data_elsewhere_is_no_reason_to_refuse(finished, run, tmp_path,
 
 
 @pytest.mark.parametrize("place", ["root", "folder", "relative folder"])
-def test_config_toml_remembers_where_the_data_lie(run, tmp_path, monkeypatch, dataset, place):
+def test_config_toml_records_the_path_of_the_data(run, tmp_path, monkeypatch, dataset, place):
     shutil.copytree(dataset.folder, tmp_path / "elsewhere" / "shapes10")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTRESNET_DATA")
@@ -344,7 +344,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_started_again(run,
     assert code == 0
 
 
-def test_without_tensorboard_the_extra_is_named_and_nothing_is_left(run, tmp_path, monkeypatch):
+def test_missing_tensorboard_names_the_extra_and_leaves_no_files(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     code, _, err = run("train", *SMALL, "--tensorboard", "--out", tmp_path / "run")
     assert code == 2
@@ -353,7 +353,7 @@ def test_without_tensorboard_the_extra_is_named_and_nothing_is_left(run, tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_run_may_go_on_in_another_precision_and_says_so(tiny, run, tmp_path, precision):
+def test_run_resumes_in_another_precision_and_prints_a_note(tiny, run, tmp_path, precision):
     small = [*tiny[1:-2], "--out", tmp_path / "run"]
     run("train", *small, "--precision", "fp32", "--checkpoint-steps", 2)
     (tmp_path / "run" / "summary.json").unlink()
@@ -362,7 +362,7 @@ def test_a_run_may_go_on_in_another_precision_and_says_so(tiny, run, tmp_path, p
     assert "precision differ from the run's" in out
 
 
-def test_writing_checkpoints_is_no_training_time(run, tmp_path, monkeypatch):
+def test_training_time_excludes_writing_checkpoints(run, tmp_path, monkeypatch):
     slept = []
 
     def slow(*arguments, **settings):
@@ -391,7 +391,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def test_a_run_does_what_every_setting_says(run, tmp_path, dataset):
+def test_run_with_many_settings_matches_a_reference_loop(run, tmp_path, dataset):
     """Seven steps put together by hand: five in the first epoch, two in the second."""
     settings = [text for name, value in EVERYTHING.items() for text in (f"--{name}", value)]
     switches = ("--nesterov", "--no-decay-norms", "--zero-init-residual", "--compile", "off")
@@ -490,7 +490,7 @@ def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tm
     assert json.loads((tmp_path / "best.json").read_text())["test_accuracy"] == summary["best_accuracy"]
 
 
-def test_an_average_of_the_weights_is_what_is_saved_and_evaluated(run, tmp_path):
+def test_averaged_weights_are_saved_and_evaluated(run, tmp_path):
     code, *_ = run("train", *SMALL, "--epochs", 2, "--ema-decay", 0.9, "--out", tmp_path / "run")
     assert code == 0
     saved, (state, _) = load_file(tmp_path / "run" / "model.safetensors"), load_tensors(tmp_path / "run" / "last.ckpt")
@@ -504,8 +504,8 @@ def test_an_average_of_the_weights_is_what_is_saved_and_evaluated(run, tmp_path)
         assert figures["loss"] == pytest.approx(float(row["test_loss"]), rel=1e-6)
 
 
-def test_whitening_is_of_the_training_images_and_is_not_trained(run, tmp_path, dataset):
-    """Held-out images have no part in it."""
+def test_whitening_is_fitted_to_training_images_and_not_trained(run, tmp_path, dataset):
+    """Held-out images are not used."""
     arguments = ("--model", "resnet9-narrow", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
     assert run("train", *SMALL, *arguments)[0] == 0
     found = load_file(tmp_path / "run" / "model.safetensors")
@@ -566,7 +566,7 @@ def test_tensorboard_holds_the_same_figures(run, tmp_path):
         assert [s.value for s in scalars] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
     original = TrainStep.__call__
 
     def poisoned(self, images, labels):
@@ -575,7 +575,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     code, _, err = run("train", *SMALL, "--epochs", 3, "--out", tmp_path / "run")
     assert code == 1
-    assert "not finite at step 8 (epoch 2)" in err  # counted from 1, as everywhere that a user looks
+    assert "not finite at step 8 (epoch 2)" in err  # counted from 1, as in all output
     tensors, description = load_tensors(tmp_path / "run" / "last.ckpt")
     assert description["progress"]["step"] == 5
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -608,7 +608,7 @@ def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, mo
 
 @pytest.fixture
 def one_block(monkeypatch):
-    """ResNet-20 has but one block, with a convolution in its shortcut: each kernel takes g++ a second."""
+    """Give ResNet-20 a single block, with a convolution in its shortcut: each kernel takes g++ a second."""
 
     def stages(block, widths, *_):
         return nn.Identity(), nn.Identity(), block(widths[0], widths[-1], 2, None)
@@ -617,14 +617,14 @@ def one_block(monkeypatch):
 
 
 @pytest.mark.usefixtures("one_block")
-def test_a_failed_compilation_says_what_it_needs(run, tmp_path, monkeypatch):
+def test_failed_compilation_names_the_compiler_and_compile_off(run, tmp_path, monkeypatch):
     from torch._inductor import config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
         code, _, err = run("train", *SMALL, "--compile", "on", "--out", tmp_path / "run")
     assert code == 1
-    # In a process that has compiled before, the compiler is missed later, and PyTorch logs that too.
+    # In a process that has compiled before, the missing compiler shows later, and PyTorch logs it, too.
     (message,) = [line for line in err.splitlines() if line.startswith("fastresnet: ")]
     assert message.startswith("fastresnet: torch.compile failed: ")
     assert "g++" in message
@@ -642,7 +642,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(run, tmp_path, 
 
 @pytest.mark.parametrize("model", ["resnet20", "plain20"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_runs_to_the_end(tiny, run, tmp_path, model, precision):
+def test_mixed_precision_run_has_finite_weights(tiny, run, tmp_path, model, precision):
     settings = ("--iterations", 2, "--model", model, "--precision", precision)
     code, *_ = run(*tiny[:-2], *settings, "--out", tmp_path / "run")
     assert code == 0
@@ -654,7 +654,7 @@ def test_mixed_precision_runs_to_the_end(tiny, run, tmp_path, model, precision):
     reason="torch.compile needs g++ and Python's headers",
 )
 @pytest.mark.usefixtures("one_block")
-def test_compiled_training_gives_the_same_losses_to_the_rounding(run, tmp_path):
+def test_compiled_training_matches_eager_losses_up_to_rounding(run, tmp_path):
     settings = ["smoke", "--data", "shapes10", "--batch-size", 48, "--precision", "fp32", "--iterations", 3]
     code, *_ = run("train", *settings, "--compile", "on", "--out", tmp_path / "compiled")
     assert code == 0
@@ -663,7 +663,7 @@ def test_compiled_training_gives_the_same_losses_to_the_rounding(run, tmp_path):
     assert float(compiled["train_loss"]) == pytest.approx(float(eager["train_loss"]), rel=1e-3)
 
 
-def test_a_dry_run_tells_what_to_expect_and_leaves_nothing(run, tmp_path, monkeypatch):
+def test_dry_run_prints_estimates_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run("train", *SMALL, "--model", "resnet32", "--epochs", 100, "--dry-run")
     assert code == 0
@@ -672,12 +672,12 @@ def test_a_dry_run_tells_what_to_expect_and_leaves_nothing(run, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_is_no_longer_than_the_run(run):
+def test_dry_run_of_a_three_step_run_succeeds(run):
     code, _, err = run("train", "smoke", "--data", "shapes10", "--batch-size", 16, "--iterations", 3, "--dry-run")
     assert (code, err) == (0, "")
 
 
-def test_a_dry_run_takes_no_notice_of_a_run_in_the_folder(finished, run):
+def test_dry_run_ignores_a_run_in_the_folder(finished, run):
     folder, _ = finished
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     code, out, err = run("train", *SMALL, "--epochs", 3, "--out", folder, "--dry-run")
@@ -686,14 +686,14 @@ def test_a_dry_run_takes_no_notice_of_a_run_in_the_folder(finished, run):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_the_settings_are_shown_as_toml_that_can_be_used(run, tmp_path):
+def test_print_config_prints_valid_toml(run, tmp_path):
     code, out, _ = run("train", "paper", "--lr", "0.03", "--print-config")
     assert code == 0
     (tmp_path / "config.toml").write_text(out)
     assert from_toml(tmp_path / "config.toml") == dataclasses.replace(RECIPES["paper"](), lr=0.03)
 
 
-def test_learning_rates_are_scaled_to_the_batch_and_it_is_told(run, tmp_path):
+def test_learning_rates_are_scaled_to_the_batch_with_a_message(run, tmp_path):
     arguments = ["--lr", "0.2", "--lr-batch-size", "64", "--iterations", "1", "--schedule", "linear"]
     code, out, _ = run("train", *SMALL, *arguments, "--out", tmp_path / "run")
     assert code == 0

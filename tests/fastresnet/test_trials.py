@@ -1,4 +1,4 @@
-"""The learning-rate sweep: its rates, where it ends, and what it finds in losses whose shape is known."""
+"""Learning-rate sweep: its rates, its end, and its suggestions for known loss curves."""
 
 import dataclasses
 import math
@@ -48,21 +48,21 @@ def test_rates_grow_by_one_factor_and_keep_their_proportion(run, tmp_path, monke
     expected = [[1e-5 * 1e6 ** (i / 19) / 4 * factor for factor in factors] for i in range(20)]
     assert np.allclose(taken, expected[: len(taken)], rtol=1e-5, atol=0)
     assert len(taken) == 20 or optimizer == "sgd"
-    told = "--sgd-lr was 3 times as high; --norm-lr was 5 times as high" in " ".join(out.split())
-    assert told == (optimizer == "muon")
+    noted = "--sgd-lr was 3 times as high; --norm-lr was 5 times as high" in " ".join(out.split())
+    assert noted == (optimizer == "muon")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_picture_is_all_that_is_written_beside_a_run_too(run, tmp_path, monkeypatch, few_steps, suffix):
+def test_sweep_writes_only_its_picture_even_beside_a_run(run, tmp_path, monkeypatch, few_steps, suffix):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.ckpt").write_text("of another run")
     code, out, err = run("train", "fast", *SMALL, "--out", "run", "--find-lr", f"lr{suffix}")
     assert (code, err) == (0, "")
     assert out.endswith(f"lr{suffix}\n")
-    told = dict(re.findall(r"│ (.*?) +│ +(\S+) │", out))
-    assert told["recipe default"] == "0.05"
-    assert 1e-6 <= float(told["a tenth of the lowest loss's"]) <= 1
+    shown = dict(re.findall(r"│ (.*?) +│ +(\S+) │", out))
+    assert shown["recipe default"] == "0.05"
+    assert 1e-6 <= float(shown["a tenth of the lowest loss's"]) <= 1
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "last.ckpt", f"lr{suffix}"}
     if suffix == ".svg":
         assert ElementTree.parse(tmp_path / "lr.svg").getroot().tag.endswith("svg")
@@ -94,7 +94,7 @@ def test_the_steepest_and_lowest_places_of_a_known_curve_are_found():
 
 
 @pytest.mark.parametrize(("worse", "taken"), [(100.0, 50), (math.nan, 50), (math.inf, 50), (3.0, 100)])
-def test_it_ends_where_the_loss_has_grown_to_four_times_its_minimum(dataset, monkeypatch, worse, taken):
+def test_sweep_ends_when_the_loss_reaches_four_times_its_minimum(dataset, monkeypatch, worse, taken):
     losses = [2.0] * 50 + [worse] * 50
     monkeypatch.setattr(trials, "step_losses", lambda *_: (loss for loss in losses))
     sweep = trials.find_lr(create_config("smoke"), dataset, lambda *_: None)
@@ -122,7 +122,7 @@ def test_a_loss_that_rises_at_once_is_an_error(run, tmp_path, monkeypatch):
         (["--find-lr"], "--find-lr"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(run, tmp_path, monkeypatch, arguments, message):
+def test_invalid_sweep_arguments_are_refused(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = run("train", "smoke", *SMALL, *arguments)
     assert code == 2
@@ -130,7 +130,7 @@ def test_what_cannot_be_swept_is_refused(run, tmp_path, monkeypatch, arguments, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_trains_as_a_run_does(run, dataset, tmp_path):
+def test_sweep_at_the_rates_of_a_run_has_its_losses(run, dataset, tmp_path):
     """Without other rates it has the losses of the run's steps: their mean is in metrics.csv."""
     arguments = ["--iterations", 5, "--compile", "off", "--out", tmp_path / "run"]
     assert run("train", "smoke", *SMALL, *arguments)[0] == 0

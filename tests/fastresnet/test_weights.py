@@ -1,4 +1,4 @@
-"""Weights of other repositories, of this program, and files that are neither."""
+"""Weights of other repositories and of this program, and rejection of other files."""
 
 import functools
 import gzip
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DEPTHS = (20, 32, 44, 56, 110)
 
 
-# --- the networks of other repositories, with their names for things ---------------------------------------------
+# --- networks of other repositories, with their parameter names --------------------------------------------------
 
 
 class ForeignBlock(nn.Module):
@@ -106,7 +106,7 @@ class TorchvisionStyle(nn.Module):
 
 
 def trained(network, seed=0):
-    """`network` in evaluation mode, with batch norms that have seen something."""
+    """Return `network` in evaluation mode, with random batch norms."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -186,7 +186,7 @@ def test_foreign_safetensors_give_their_logits(tmp_path, prefix, metadata):
     assert_same_logits(weights, reference)
 
 
-def test_files_from_before_batches_were_counted_give_their_logits(tmp_path):
+def test_files_without_num_batches_tracked_give_their_logits(tmp_path):
     reference = chenyaofo()
     state = {name: x for name, x in reference.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
@@ -241,7 +241,7 @@ def own_network(name="resnet20", shortcut="B"):
 
 @pytest.mark.parametrize(("name", "shortcut"), OWN)
 @pytest.mark.parametrize("resumable", [False, True], ids=["best.ckpt", "last.ckpt"])
-def test_own_checkpoints_say_what_they_are(tmp_path, name, shortcut, resumable):
+def test_own_checkpoints_identify_their_network_and_settings(tmp_path, name, shortcut, resumable):
     network, config = (
         own_network(name, shortcut),
         TrainConfig(model=name, shortcut=shortcut, data="shapes10", precision="fp32"),
@@ -277,7 +277,7 @@ UNKNOWN_NETWORKS = {
 
 
 @pytest.mark.parametrize("description", UNKNOWN_NETWORKS.values(), ids=UNKNOWN_NETWORKS)
-def test_own_files_that_describe_no_network_known_here_are_refused(tmp_path, description):
+def test_own_files_with_an_unknown_network_are_refused(tmp_path, description):
     save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), description)
     assert_refused(tmp_path / "w.ckpt")
 
@@ -285,13 +285,13 @@ def test_own_files_that_describe_no_network_known_here_are_refused(tmp_path, des
 @pytest.mark.parametrize(
     "wrong", [{"data": 5}, {"normalization": "quarter"}, {"normalization": None}, {"precision": "fp31"}], ids=str
 )
-def test_own_files_that_describe_an_impossible_training_are_refused(tmp_path, wrong):
+def test_own_files_with_invalid_settings_are_refused(tmp_path, wrong):
     config = {**TrainConfig(precision="fp32").to_dict(), **wrong}
     save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), {"config": config})
     assert_refused(tmp_path / "w.ckpt")
 
 
-def test_of_a_run_that_averages_its_weights_the_average_is_loaded(tmp_path):
+def test_averaged_weights_are_loaded_if_the_run_has_them(tmp_path):
     network, raw = own_network(), trained(create_model("resnet20"), seed=1)
     tensors = {**with_prefix("model", raw.state_dict()), **with_prefix("averaged", network.state_dict())}
     save_tensors(tmp_path / "last.ckpt", tensors, {"config": TrainConfig(precision="fp32").to_dict()})
@@ -378,7 +378,7 @@ NO_STATE_DICTS = {
     "number": lambda: 3,
     "none": lambda: None,
     "numbered tensors": lambda: {0: torch.zeros(2), 1: torch.zeros(3)},
-    "itself": containing_itself,
+    "contains itself": containing_itself,
 }
 
 UNFIT_STATE_DICTS = {
@@ -406,13 +406,13 @@ UNFIT_STATE_DICTS = {
 @pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.torch.jit", "ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 @pytest.mark.parametrize("content", NO_PYTORCH_FILES.values(), ids=NO_PYTORCH_FILES)
-def test_what_is_no_pytorch_file_is_refused(tmp_path, content, name):
+def test_invalid_pytorch_file_is_refused(tmp_path, content, name):
     (tmp_path / name).write_bytes(content())
     assert_refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
-def test_what_is_no_state_dict_is_refused(tmp_path, content):
+def test_content_other_than_a_state_dict_is_refused(tmp_path, content):
     torch.save(content(), tmp_path / "w.pt")
     assert_refused(tmp_path / "w.pt")
 
@@ -464,7 +464,7 @@ def test_a_path_that_leads_to_no_file_is_refused(tmp_path, name):
 
 
 class Canary:
-    """Creates a file when it is unpickled without care."""
+    """Object that creates a file when it is unpickled without restrictions."""
 
     def __init__(self, path):
         self.path = path
@@ -477,21 +477,21 @@ class Canary:
 @pytest.mark.parametrize("place", ["alone", "wrapped", "among tensors"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
 def test_code_in_a_file_is_not_run(tmp_path, kind, place):
-    path, bird = tmp_path / "w.pt", Canary(tmp_path / "canary")
-    content = {"alone": bird, "wrapped": {"state_dict": bird}, "among tensors": {"x": torch.zeros(2), "y": bird}}[place]
+    path, code = tmp_path / "w.pt", Canary(tmp_path / "canary")
+    content = {"alone": code, "wrapped": {"state_dict": code}, "among tensors": {"x": torch.zeros(2), "y": code}}[place]
     if kind == "bare pickle":
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     assert_refused(path)
-    assert not bird.path.exists()
+    assert not code.path.exists()
 
 
-def test_the_canary_sings(tmp_path):
-    """Code that the test before shows absent runs without precautions."""
-    bird = Canary(tmp_path / "canary")
-    pickle.loads(pickle.dumps(bird)).close()
-    assert bird.path.exists()
+def test_canary_code_runs_in_the_stock_unpickler(tmp_path):
+    """This shows that the previous test can fail."""
+    canary = Canary(tmp_path / "canary")
+    pickle.loads(pickle.dumps(canary)).close()
+    assert canary.path.exists()
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
@@ -549,9 +549,9 @@ def flipped(content, position, bit):
 
 def random_flips(content, positions, count):
     """`count` copies of `content`, each with one bit flipped at one of `positions`, by what was flipped."""
-    dice = random.Random(0)
+    generator = random.Random(0)
     for _ in range(count):
-        position, bit = dice.choice(positions), dice.randrange(8)
+        position, bit = generator.choice(positions), generator.randrange(8)
         yield f"byte {position}, bit {bit}", flipped(content, position, bit)
 
 
@@ -595,7 +595,7 @@ def test_a_flipped_bit_in_a_zip_file_never_gives_other_weights(tmp_path, where):
 
 
 def test_a_flipped_bit_in_a_legacy_file_gives_weights_or_a_refusal(tmp_path):
-    """The format has no checksums, so that nobody can tell which."""
+    """The format has no checksums, so that both outcomes are possible."""
     content = saved_bytes(zipped=False)
     for _, damaged in random_flips(content, pickle_bytes(content), 60):
         (tmp_path / "w.pt").write_bytes(damaged)
@@ -604,7 +604,7 @@ def test_a_flipped_bit_in_a_legacy_file_gives_weights_or_a_refusal(tmp_path):
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_a_flipped_bit_in_foreign_safetensors_gives_weights_or_a_refusal(tmp_path, name):
-    """Another format without checksums."""
+    """This format has no checksums, either."""
     content = saved_safetensors()
     start = [(f"byte {i}, bit {bit}", flipped(content, i, bit)) for i in range(9) for bit in range(8)]
     header = random_flips(content, range(9, 8 + int.from_bytes(content[:8], "little")), 60)

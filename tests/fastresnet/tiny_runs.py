@@ -1,4 +1,4 @@
-"""Runs of fifteen steps, for what starts many of them as real processes, and their comparison."""
+"""Runs of fifteen steps, for tests that start many of them as real processes, and their comparison."""
 
 import dataclasses
 
@@ -13,17 +13,17 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def take_a_third_of_the_time():
-    """Give ResNet-20 one block in each stage, one for each way through, and draw no picture of the curves."""
+def shrink_resnet20_and_skip_curves():
+    """Give ResNet-20 one block in each stage, and skip drawing the curves: a third of the time."""
     models.MODELS["resnet20"] = dataclasses.replace(models.MODELS["resnet20"], depth=8)
     plotting.rendered = lambda *_: b"a picture"
 
 
-def assert_same_run(folder, unbroken):
-    """Weights, momentum and metrics are those of the unbroken run, to the bit."""
+def assert_same_run(folder, uninterrupted):
+    """Assert that weights, momentum and metrics equal those of the uninterrupted run, bit by bit."""
     for name in ("model.safetensors", "last.ckpt", "best.ckpt"):
-        tensors, expected = load_tensors(folder / name)[0], load_tensors(unbroken / name)[0]
+        tensors, expected = load_tensors(folder / name)[0], load_tensors(uninterrupted / name)[0]
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
-    assert (folder / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
+    assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
     assert not [file for file in folder.iterdir() if file.name.startswith(".")]

@@ -1,8 +1,8 @@
 """usage: python -m tests.faults.fuzz [--inputs N] [--seed N] [--json FILE]
 
-Damage every kind of file that enters the program, and read it: the right content must come out, or a `UserError`, in
-time and in little memory. `python -m tests.faults.fuzz --atheris KIND [libFuzzer options]` has atheris (`pip install
-atheris`), which watches what the reader does with an input, choose the damage.
+Damage every kind of file that the program reads, and read it: that must give the right content or a `UserError`,
+within limits of time and memory. With `python -m tests.faults.fuzz --atheris KIND [libFuzzer options]`, the
+coverage-guided fuzzer atheris (`pip install atheris`) chooses the damage.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from tests.pipelines.conftest import FakeCifar, pack
 
 SECONDS = 10
 SPARE_BYTES = 48 << 20
-"""Memory that a reader may take beside twice the honest size of its files: Python's own, and decoders'."""
+"""Memory that a reader may take beyond twice the size of its files: for Python itself and for decoders."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kind:
-    """Files that enter the program together, and how they are read."""
+    """Files that the program reads together, and their reader."""
 
     name: str
     folder: Path
@@ -58,17 +58,17 @@ class Kind:
     damaged: tuple[str, ...]
     """Names of the files to damage."""
     read: Callable[[Path], Any]
-    """Reads a folder of such files; what it returns tells its content."""
+    """Reader of a folder of such files; its result identifies their content."""
     verified: bool = True
-    """Guard of the content by a checksum: then another content must not come out."""
+    """Protection of the content by a checksum: then reading must not return another content."""
 
     @property
-    def honest_bytes(self) -> int:
+    def undamaged_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.folder.iterdir())
 
 
 def kinds(folder: Path) -> dict[str, Kind]:
-    """All of them that can be made here, in `folder`."""
+    """Make all kinds that can be made here, in `folder`."""
     fake = FakeCifar(("ant", "bee", "cat"))
     made = []
     for packing in ("tar.gz", "tar.xz", "zip", "tar"):
@@ -200,29 +200,29 @@ class Defect(Exception):
 
 
 def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) -> str:
-    """Read `kind` with `data` in file `name`; `right`, `refused` or, if nothing guards the content, `other`."""
+    """Read `kind` with `data` in file `name`; `right`, `refused` or, without a checksum, `other`."""
     for file in kind.folder.iterdir():
         target = place / file.name
         if file.name != name:
             shutil.copyfile(file, target)
     (place / name).write_bytes(data)
-    allowed = 2 * (kind.honest_bytes + len(data)) + SPARE_BYTES
+    allowed = 2 * (kind.undamaged_bytes + len(data)) + SPARE_BYTES
     before = _reset_peak_memory()
     signal.alarm(SECONDS)
     try:
         content = kind.read(place)
     except UserError as error:
         if not str(error).strip():
-            raise Defect("an error without words") from error
+            raise Defect("an error without a message") from error
         outcome = "refused"
     else:
         outcome = "right" if content == expected else "other"
     finally:
         signal.alarm(0)
     if (used := _peak_memory() - before) > allowed:
-        raise Defect(f"{used:,} bytes of memory for files of {kind.honest_bytes:,}")
+        raise Defect(f"{used:,} bytes of memory for files of {kind.undamaged_bytes:,}")
     if outcome == "other" and kind.verified:
-        raise Defect("another content, without a word")
+        raise Defect("another content, without an error")
     return outcome
 
 
@@ -262,8 +262,8 @@ def try_inputs(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
     return outcomes
 
 
-def in_a_child(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
-    """`try_inputs` in a process of its own, whose crash is seen here."""
+def try_inputs_in_child(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
+    """Run `try_inputs` in a child process, whose crash is reported as a `Defect`."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -291,13 +291,13 @@ def campaign(inputs: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
         count = inputs * (number + 1) // len(every) - inputs * number // len(every)
         outcomes[kind.name] = Counter()
         for start in range(seed, seed + count, 100):
-            outcomes[kind.name] += in_a_child(kind, range(start, min(start + 100, seed + count)), folder)
+            outcomes[kind.name] += try_inputs_in_child(kind, range(start, min(start + 100, seed + count)), folder)
         print(f"{kind.name}: {dict(outcomes[kind.name])}", flush=True)
     return outcomes
 
 
 def with_atheris(name: str, options: list[str]) -> None:
-    """Hand the reader of one kind to libFuzzer. Ends the process."""
+    """Fuzz the reader of one kind with libFuzzer. Ends the process."""
     import atheris
 
     folder = Path(tempfile.mkdtemp())
@@ -312,7 +312,7 @@ def with_atheris(name: str, options: list[str]) -> None:
 
     signal.signal(signal.SIGALRM, too_slow)
     warnings.simplefilter("ignore")
-    for module in (sources, store, formats, checkpoint, config, weights):  # all there is would take minutes
+    for module in (sources, store, formats, checkpoint, config, weights):  # instrumenting everything would take minutes
         for function in [value for value in vars(module).values() if inspect.isfunction(value)]:
             atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)

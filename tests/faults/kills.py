@@ -1,7 +1,7 @@
 """usage: python -m tests.faults.kills [--kills N] [--seed N] [--pipelines NAME,...] [--json FILE]
 
 Kill `fastresnet prepare` and `fastresnet train` at random moments, repeat the command (a training with --resume) until
-it ends, and compare what is left to a run that nobody disturbed.
+it ends, and compare the result with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Campaign:
         return [*TRAIN, "--pipeline", self._pipeline, "--out", str(out), "--resume"]
 
     def run(self, kills: int) -> int:
-        """One data set and one training, killed again and again, `kills` times at most; how often it was."""
+        """Kill one preparation and one training at most `kills` times in all; return the number of kills."""
         self._root.mkdir()
         killed = self._until_done([*PREPARE, *self._formats], self._prepared, min(2, kills), self._check_data)
         if contents(self._root / "shapes10") != self._expected_data:
@@ -187,7 +187,7 @@ class Campaign:
         return killed
 
     def _until_done(self, command: list[str], undisturbed: Outcome, kills: int, check: Any) -> int:
-        """Run `command` until it ends, killing it up to `kills` times; how often it was killed.
+        """Run `command` until it ends, killing it up to `kills` times; return the number of kills.
 
         Three times in four at an event, else after a random time.
         """
@@ -207,7 +207,7 @@ class Campaign:
             check(outcome.steps)
 
     def _check_data(self, _: int | None) -> None:
-        """The data set is there and whole, or not there at all."""
+        """Check that the data set is complete or absent."""
         try:
             open_store(self._root / "shapes10")
         except DataError as error:
@@ -215,7 +215,7 @@ class Campaign:
                 raise
 
     def _check_run(self, steps: int | None) -> None:
-        """The steps since the last whole checkpoint are no more than lie between two."""
+        """Check that no more steps are lost than lie between two checkpoints."""
         saved = 0
         for name in ("previous.ckpt", "last.ckpt"):
             if (file := self._root / "run" / name).exists():

@@ -1,4 +1,4 @@
-"""A small part of what `fuzz.py` and `kills.py` do at length."""
+"""Short versions of the campaigns in `fuzz.py` and `kills.py`."""
 
 import dataclasses
 import faulthandler
@@ -24,7 +24,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """Those that can be made here: only FFCV writes its files."""
+    """Kinds of files that can be made here: .beton files need FFCV."""
     made = fuzz.kinds(tmp_path_factory.mktemp("kinds"))
     assert list(made) == [name for name in KINDS if name != "beton" or is_installed("ffcv")]
     return {name: (kind, kind.read(kind.folder)) for name, kind in made.items()}
@@ -42,7 +42,7 @@ def alarm():
     max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(name=st.sampled_from(KINDS), number=st.integers(0, 100), choose=st.randoms(use_true_random=False))
-def test_damaged_files_give_the_right_content_or_an_error_in_words(kinds, tmp_path_factory, name, number, choose):
+def test_damaged_files_give_the_right_content_or_a_user_error(kinds, tmp_path_factory, name, number, choose):
     assume(name in kinds)
     kind, expected = kinds[name]
     file = kind.damaged[number % len(kind.damaged)]
@@ -63,7 +63,7 @@ def test_undamaged_files_give_the_right_content(kinds, need, tmp_path, name):
 
 
 def new_pages(size):
-    """Memory from the system: the heap may have some left, from tests before."""
+    """Write to newly mapped memory: the heap may have free memory from earlier tests."""
     with mmap.mmap(-1, size) as memory:
         return memory.write(b"x" * size)
 
@@ -78,7 +78,7 @@ def new_pages(size):
     ],
     ids=["wrong content", "hangs", "takes too much memory"],
 )
-def test_a_bad_reader_would_be_found(kinds, tmp_path, monkeypatch, read, defect):
+def test_fuzzer_detects_wrong_content_hangs_and_excess_memory(kinds, tmp_path, monkeypatch, read, defect):
     monkeypatch.setattr(fuzz, "SECONDS", 2 if defect == "not done in 2 s" else 60)
     kind, expected = kinds["checkpoint"]
     bad = dataclasses.replace(kind, read=read, verified=defect == "another content")
@@ -86,7 +86,7 @@ def test_a_bad_reader_would_be_found(kinds, tmp_path, monkeypatch, read, defect)
         fuzz.try_input(bad, "last.ckpt", b"", tmp_path, expected)
 
 
-def test_a_crash_of_a_reader_would_be_found(kinds, tmp_path):
+def test_fuzzer_detects_a_crash_of_the_reader(kinds, tmp_path):
     kind, expected = kinds["checkpoint"]
 
     def read(folder):
@@ -96,11 +96,11 @@ def test_a_crash_of_a_reader_would_be_found(kinds, tmp_path):
         return os.abort()
 
     with pytest.raises(fuzz.Defect, match="the process died"):
-        fuzz.in_a_child(dataclasses.replace(kind, read=read), range(1), tmp_path)
+        fuzz.try_inputs_in_child(dataclasses.replace(kind, read=read), range(1), tmp_path)
 
 
 @pytest.mark.usefixtures("quick_processes")
-def test_what_is_killed_ends_as_if_nothing_had_happened(tmp_path):
+def test_killed_commands_resume_to_the_uninterrupted_result(tmp_path):
     tally = kills.Tally()
     campaign = kills.Campaign("resident", tmp_path, random.Random(2), tally)
     assert campaign.run(3) == 3

@@ -192,7 +192,7 @@ class Helpers:
 
     @staticmethod
     def ignore(*_: Any) -> None:
-        """A report that goes nowhere."""
+        """Ignore a progress report."""
 
     @staticmethod
     def tree(folder: Path) -> dict[str, tuple[int, bytes]]:

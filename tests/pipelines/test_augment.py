@@ -16,7 +16,7 @@ def images():
 
 
 def augment_one(image, top, left, flip, cutout_top, cutout_left, augmentation):
-    """One image the way its definition reads: pad, slice, mirror, fill."""
+    """Augment one image by the definition: pad, slice, mirror, fill."""
     padding = augmentation.crop_padding
     mode = {"zeros": "constant", "reflect": "reflect"}[augmentation.padding_mode]
     image = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=mode)
@@ -51,7 +51,7 @@ def test_batched_augmentation_equals_the_definition_image_by_image(images, augme
     assert np.array_equal(out.numpy(), np.stack(expected))
 
 
-def test_cutout_squares_have_the_asked_area_inside_and_are_clipped_at_the_border(images):
+def test_cutout_squares_have_the_given_area_and_are_clipped_at_the_border(images):
     augmentation = Augmentation(crop_padding=0, flip="none", cutout=10)
     draws = draw(0, 0, torch.arange(64), augmentation)
     blank = torch.full((64, 32, 32, 3), 255, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""DALI's image decoder against others, and DALI when it is not there."""
+"""DALI's image decoder against others, and errors without DALI."""
 
 import io
 import platform
@@ -81,7 +81,7 @@ def evaluated(pipeline):
     [{"quality": 10}, {"quality": 100}, {"subsampling": "4:2:2"}, {"subsampling": "4:2:0"}],
     ids=lambda settings: " ".join(map(str, settings.values())),
 )
-def test_evaluation_gives_every_test_image_in_order_as_other_decoders_see_it(
+def test_evaluation_matches_other_decoders_for_every_test_image_in_order(
     dataset, open_jpeg, tmp_path, decode, settings
 ):
     """All three use libjpeg-turbo's accurate integer transform and smooth upsampling of colours: equal to the bit."""
@@ -119,7 +119,7 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch(open_jpeg, decoded, 
 
 
 @pytest.mark.parametrize("taken", [1, 2, 6])
-def test_an_abandoned_epoch_leaves_no_trace_in_the_next(open_jpeg, decoded, helpers, taken):
+def test_abandoned_epoch_does_not_affect_the_next(open_jpeg, decoded, helpers, taken):
     pipeline = open_jpeg()
     iterator = pipeline.epoch(0)
     for _ in range(taken):
@@ -158,7 +158,7 @@ def error(request, break_import):
     return request.param
 
 
-def test_without_it_the_extras_are_named(run, tmp_path, error):
+def test_missing_dali_names_the_extras(run, tmp_path, error):
     code, out, err = run("train", "smoke", "--data", "shapes10", "--pipeline", "dali", "--out", tmp_path / "run")
     assert (code, out) == (2, "")
     assert str(error) in err
@@ -178,7 +178,7 @@ def test_without_it_the_extras_are_named(run, tmp_path, error):
         ("Windows", "AMD64", False),
     ],
 )
-def test_where_it_cannot_be_installed_that_is_what_is_said(
+def test_unsupported_platform_is_named_instead_of_the_extras(
     dataset, helpers, error, monkeypatch, system, machine, supported
 ):
     names = {"Linux": "linux", "Darwin": "darwin", "Windows": "win32"}

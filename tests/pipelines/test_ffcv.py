@@ -1,4 +1,4 @@
-"""FFCV's thread when it fails, hangs or is left alone, and FFCV when it is not there."""
+"""FFCV's loader thread when it fails, hangs or is abandoned, and errors without FFCV."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def in_thread(pipeline, monkeypatch):
 
 @pytest.fixture
 def assert_works(pipeline, dataset, helpers, monkeypatch):
-    """Assert that an epoch is right and no thread is left, with nothing armed any more."""
+    """Remove the injected fault, and assert that an epoch is right and leaves no thread."""
 
     def assert_right():
         monkeypatch.undo()
@@ -70,7 +70,7 @@ def loader_threads():
 
 @pytest.mark.parametrize("error", [ValueError("bit rot"), MemoryError("no room")], ids=repr)
 @pytest.mark.parametrize("batch", [0, 2, BATCHES - 1])
-def test_an_error_in_the_thread_is_told_after_the_batches_before_it(
+def test_thread_error_is_raised_after_the_batches_before_it(
     pipeline, in_thread, assert_works, dataset, helpers, monkeypatch, batch, error
 ):
     from pipelines import ffcv
@@ -94,7 +94,7 @@ def test_an_error_in_the_thread_is_told_after_the_batches_before_it(
     assert_works()
 
 
-def test_an_error_that_nobody_waits_for_any_more_keeps_no_thread(pipeline, in_thread, assert_works):
+def test_thread_error_in_an_abandoned_epoch_leaves_no_thread(pipeline, in_thread, assert_works):
     failed = threading.Event()
 
     def fail():
@@ -110,7 +110,7 @@ def test_an_error_that_nobody_waits_for_any_more_keeps_no_thread(pipeline, in_th
     assert_works()
 
 
-def test_a_thread_that_hangs_ends_the_epoch_and_not_the_program(pipeline, in_thread, assert_works, monkeypatch):
+def test_hanging_thread_is_an_error_after_the_timeout(pipeline, in_thread, assert_works, monkeypatch):
     from pipelines import ffcv
 
     release, came_back = threading.Event(), []
@@ -135,7 +135,7 @@ def test_a_thread_that_hangs_ends_the_epoch_and_not_the_program(pipeline, in_thr
 
 
 @pytest.mark.parametrize("taken", [1, BATCHES - 1])
-def test_an_abandoned_epoch_keeps_no_thread(pipeline, assert_works, taken):
+def test_abandoned_epoch_leaves_no_thread(pipeline, assert_works, taken):
     iterator = pipeline.epoch(1)
     for _ in range(taken):
         next(iterator)
@@ -145,8 +145,8 @@ def test_an_abandoned_epoch_keeps_no_thread(pipeline, assert_works, taken):
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["dropped", "held"])
-def test_a_closed_pipeline_keeps_no_thread(dataset, helpers, need, held):
-    """Also while somebody holds on to the epoch, as a traceback does."""
+def test_closed_pipeline_leaves_no_thread(dataset, helpers, need, held):
+    """This holds while the iterator is still referenced, too, as by a traceback."""
     need("ffcv")
     closed = helpers.open_small("ffcv", dataset)
     iterator = closed.epoch(1)
@@ -184,11 +184,11 @@ print(len(list(open_pipeline("ffcv", dataset, train=True, batch_size=28, **setti
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_importing_it_leaves_torch_its_threads(process):
+def test_importing_ffcv_keeps_the_threads_of_torch(process):
     assert process.stdout.splitlines()[0] == "1 3"  # FFCV has set both to 1
 
 
-def test_it_makes_do_with_the_threads_that_numba_has(process):
+def test_epoch_runs_with_the_threads_that_numba_allows(process):
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[1:] == [str(BATCHES)]
 
@@ -207,18 +207,18 @@ def error(request, break_import):
     return request.param
 
 
-def assert_tells_how_to_install(message, error):
+def assert_has_install_instructions(message, error):
     for part in (str(error), "'fastresnet[ffcv]'", "libopencv-dev", "libturbojpeg0-dev", "pkg-config"):
         assert part in message
     assert len(message.splitlines()) == 1
 
 
-def test_without_it_the_extra_and_the_debian_packages_are_named(dataset, helpers, error):
+def test_missing_ffcv_names_the_extra_and_the_debian_packages(dataset, helpers, error):
     torch.set_num_threads(2)
     with pytest.raises(UsageError) as caught:
         helpers.open_small("ffcv", dataset)
     assert caught.value.exit_code == 2
-    assert_tells_how_to_install(str(caught.value), error)
+    assert_has_install_instructions(str(caught.value), error)
     assert torch.get_num_threads() == 2
 
 
@@ -227,14 +227,14 @@ def test_without_it_the_extra_and_the_debian_packages_are_named(dataset, helpers
     [["train", "smoke", "--pipeline", "ffcv", "--out"], ["prepare", "--formats", "raw,beton", "--root"]],
     ids=["train", "prepare"],
 )
-def test_without_it_commands_exit_with_2_before_the_work(run, tmp_path, error, command):
+def test_commands_without_ffcv_exit_with_2_before_any_work(run, tmp_path, error, command):
     code, out, err = run(*command, tmp_path / "made", "--data", "shapes10")
     assert (code, out) == (2, "")
-    assert_tells_how_to_install(err.strip(), error)
+    assert_has_install_instructions(err.strip(), error)
     assert not (tmp_path / "made").exists()
 
 
-def test_copies_of_batches_that_nobody_took_are_over_before_their_memory_is_given_back(need, monkeypatch):
+def test_stop_synchronises_cuda_streams_before_freeing_memory(need, monkeypatch):
     need("ffcv")
     from pipelines import ffcv
 

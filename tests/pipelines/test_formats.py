@@ -1,6 +1,6 @@
 """Files made from a store for FFCV (.beton) and DALI (JPEG shards).
 
-They are right by readers that are not ours, bound to the store they were made from, and never half there.
+Independent readers find them right; they are bound to their store, and complete or absent.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RAW_FILES = {"meta.json", "pixel_mean.npy"} | {
 
 
 def ignore(*_):
-    """A report that goes nowhere."""
+    """Ignore a progress report."""
 
 
 def names(folder):
@@ -108,7 +108,7 @@ def open_files(folder, kind, helpers):
 
 
 def assert_refused(folder, kind, helpers, *messages):
-    """Opening fails, in the words of `messages`, with a remedy; returns the command."""
+    """Assert that opening fails with `messages` and a remedy; return the command of the remedy."""
     with pytest.raises(DataError) as caught:
         open_files(folder, kind, helpers)
     message = str(caught.value)
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named_with_its_remedy(folder, helpers, kind, file, da
     assert_refused(folder, kind, helpers, str(folder / file), message)
 
 
-def test_the_remedy_makes_the_files_anew(folder, helpers, run, kind):
+def test_remedy_rebuilds_the_files(folder, helpers, run, kind):
     intact = {file: (folder / file).read_bytes() for file in FILES[kind]}
     flip_bit(folder / FILES[kind][0])
     code, out, err = run(*assert_refused(folder, kind, helpers))
@@ -195,20 +195,20 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("damage", MANIFESTS.values(), ids=MANIFESTS)
-def test_a_manifest_that_describes_nothing_is_refused_and_replaced(folder, helpers, kind, damage):
+def test_invalid_manifest_is_refused_and_replaced(folder, helpers, kind, damage):
     path = folder / f"{kind}.json"
     intact = json.loads(path.read_bytes())
     content = damage(intact)
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     assert_refused(folder, kind, helpers, f"{path} is damaged")
-    if kind == "jpeg":  # the way is the same for both, and this one takes a tenth of the time
+    if kind == "jpeg":  # the code is the same for both, and this one takes a tenth of the time
         assert prepare_again(folder, formats=[kind])[1]
         assert json.loads(path.read_bytes()) == intact
 
 
 @pytest.mark.parametrize("key", ["bytes", "sha256"])
 @pytest.mark.parametrize("value", [None, "many", -1, [], 1.5], ids=repr)
-def test_an_impossible_size_or_sum_is_refused(folder, helpers, kind, key, value):
+def test_invalid_size_or_checksum_is_refused(folder, helpers, kind, key, value):
     path = folder / f"{kind}.json"
     manifest = json.loads(path.read_bytes())
     manifest["files"][FILES[kind][0]][key] = value
@@ -233,7 +233,7 @@ def test_a_flipped_bit_in_the_manifest_never_changes_what_is_opened(folder, kind
 
 
 @pytest.mark.parametrize("facts", [None, [], {}, {"train": {}}, {"train": {"psnr_db": "high", "exact_pixels": 0}}])
-def test_facts_of_the_wrong_kind_end_no_command_in_a_traceback(folder, run, facts):
+def test_invalid_facts_in_the_manifest_cause_no_traceback(folder, run, facts):
     path = folder / "jpeg.json"
     manifest = json.loads(path.read_bytes())
     path.write_text(json.dumps(manifest | {"facts": facts}))
@@ -265,7 +265,7 @@ def test_files_of_another_data_set_under_the_own_manifest_are_refused(folder, ot
     assert_refused(folder, kind, helpers, str(folder / FILES[kind][0]))
 
 
-def test_splits_that_changed_places_are_refused(folder, helpers, kind):
+def test_swapped_splits_are_refused(folder, helpers, kind):
     train, test = folder / FILES[kind][0], folder / FILES[kind][0].replace("train", "test")
     train.rename(folder / "between")
     test.rename(train)
@@ -308,7 +308,7 @@ def test_the_same_store_gives_the_same_files(folder, kind):
     assert {file: (folder / file).read_bytes() for file in before} == before
 
 
-def test_other_settings_make_the_shards_anew_and_nothing_else(folder, helpers):
+def test_other_settings_rebuild_only_the_shards(folder, helpers):
     def others():
         return {
             name: entry for name, entry in helpers.tree(folder).items() if name not in ["jpeg.json", *FILES["jpeg"]]
@@ -326,7 +326,7 @@ def test_other_settings_make_the_shards_anew_and_nothing_else(folder, helpers):
 
 
 @pytest.mark.parametrize("formats", [["raw"], ["raw", "jpeg"]], ids="+".join)
-def test_a_damaged_store_is_made_anew_although_derived_files_lie_in_its_folder(folder, formats):
+def test_damaged_store_with_derived_files_is_rebuilt(folder, formats):
     flip_bit(folder / "train_images.npy")
     with pytest.warns(Note, match="making .* anew"):
         dataset, made = prepare_again(folder, train_images=171, test_images=50, formats=formats)
@@ -336,7 +336,7 @@ def test_a_damaged_store_is_made_anew_although_derived_files_lie_in_its_folder(f
         open_derived(dataset, "jpeg", "train")
 
 
-def test_what_a_killed_writer_left_is_in_nobodys_way(bare, kind):
+def test_leftovers_of_a_killed_writer_are_removed(bare, kind):
     for file in FILES[kind]:
         (bare / f".{file}.tmp").write_bytes(b"half")
     dataset, _ = prepare_again(bare, formats=[kind])
@@ -354,7 +354,7 @@ prepare("shapes10", Path(sys.argv[1]), lambda *_: None, formats=[sys.argv[2]])
 """
 
 
-def test_a_damaged_store_is_made_anew_although_a_killed_writer_left_files_in_its_folder(bare, kind):
+def test_damaged_store_with_leftovers_of_a_killed_writer_is_rebuilt(bare, kind):
     command = [sys.executable, "-c", KILLED_PROCESS, str(bare.parent), kind]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert names(bare) > RAW_FILES
@@ -369,7 +369,7 @@ def test_a_damaged_store_is_made_anew_although_a_killed_writer_left_files_in_its
 
 @pytest.fixture(params=["train", "test"])
 def failing(request, kind, monkeypatch, bare):
-    """Writing the files fails within this split, for want of space."""
+    """Make writing the files fail within this split, as on a full disk."""
     from_row = {"train": 0, "test": 171}[request.param] + 20
     written = []
 
@@ -397,7 +397,7 @@ def shared_memory():
 
 
 def left_over(segments):
-    """List the files beyond `segments`, when everybody had the time to clean up."""
+    """Return the segments beyond `segments` that remain after up to ten seconds."""
     for _ in range(100):
         if not (remaining := shared_memory() - segments):
             break
@@ -405,7 +405,7 @@ def left_over(segments):
     return remaining
 
 
-def test_a_writer_that_fails_leaves_nothing_and_the_store_as_it_was(bare, kind, failing, helpers, monkeypatch):
+def test_failed_writer_leaves_no_files_and_an_unchanged_store(bare, kind, failing, helpers, monkeypatch):
     before, segments = helpers.tree(bare), shared_memory()
     with pytest.raises(OSError, match="No space left"):
         prepare_again(bare, formats=[kind])
@@ -418,7 +418,7 @@ def test_a_writer_that_fails_leaves_nothing_and_the_store_as_it_was(bare, kind, 
     open_files(bare, kind, helpers)
 
 
-def test_a_full_disk_is_told_in_one_line_that_names_the_folder(bare, kind, failing, run):
+def test_full_disk_is_a_one_line_error_that_names_the_folder(bare, kind, failing, run):
     code, _, err = run("prepare", "--data", "shapes10", "--root", bare.parent, "--formats", kind)
     assert code == 1
     assert "No space left" in err
@@ -427,7 +427,7 @@ def test_a_full_disk_is_told_in_one_line_that_names_the_folder(bare, kind, faili
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()], ids=["error", "interruption"])
-def test_old_files_do_not_outlive_a_failure_to_replace_them_as_whole(folder, monkeypatch, error):
+def test_failed_replacement_invalidates_the_old_files(folder, monkeypatch, error):
     def fail(*_):
         raise error
 
@@ -440,8 +440,8 @@ def test_old_files_do_not_outlive_a_failure_to_replace_them_as_whole(folder, mon
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_a_failing_sum_or_rename_leaves_no_manifest(bare, monkeypatch, number):
-    """Both happen once for each of the four files; the manifest has the fifth rename."""
+def test_failed_rename_leaves_no_manifest(bare, monkeypatch, number):
+    """Each of the four files is renamed once, and then the manifest."""
     calls = []
     original = os.replace
 
@@ -481,7 +481,7 @@ INTEGER, RGB_IMAGE, RAW = 1, 2, 1
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_independent_reader_finds_the_pixels_and_labels_of_the_store_in_the_beton(dataset, need, split):
+def test_beton_holds_the_pixels_and_labels_of_the_store(dataset, need, split):
     need("ffcv")
     content = (dataset.folder / f"{split}.beton").read_bytes()
     assert (HEADER.itemsize, FIELD.itemsize) == (24, 1041)
@@ -517,8 +517,8 @@ def decode(encoded):
     return torchvision_io.decode_jpeg(buffer, torchvision_io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def cost(images, tar):
-    """PSNR in dB and the share of exact pixels, as torchvision decodes."""
+def quality_loss(images, tar):
+    """Return PSNR in dB and the share of exact pixels, as decoded by torchvision."""
     decoded = np.stack([decode(content) for name, content in read_tar(tar) if name.endswith(".jpg")])
     error = decoded.astype(np.float64) - images
     return 20 * np.log10(255) - 10 * np.log10((error**2).mean()), (error == 0).all(axis=-1).mean()
@@ -539,7 +539,7 @@ def test_a_shard_is_a_tar_of_images_and_labels_in_the_order_of_the_store(dataset
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_index_is_the_one_that_dalis_own_tool_writes(dataset, tmp_path, need, split):
+def test_index_equals_that_of_dalis_wds2idx(dataset, tmp_path, need, split):
     need("dali")
     from wds2idx import IndexCreator
 
@@ -566,9 +566,9 @@ def test_dalis_own_reader_finds_every_sample_in_order(dataset, need):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_cost_in_the_manifest_is_what_an_independent_decoder_finds(dataset, split):
+def test_quality_loss_in_the_manifest_matches_an_independent_decoder(dataset, split):
     facts = read_manifest(dataset, "jpeg")["facts"][split]
-    psnr, exact = cost(getattr(dataset, split).images, dataset.folder / f"{split}.tar")
+    psnr, exact = quality_loss(getattr(dataset, split).images, dataset.folder / f"{split}.tar")
     assert facts["psnr_db"] == pytest.approx(psnr, rel=1e-12)
     assert facts["exact_pixels"] == pytest.approx(exact, rel=1e-12)
 
@@ -579,12 +579,12 @@ def psnr(dataset, tmp_path):
 
     def measure(**settings):
         write_shard(dataset.test, tmp_path / "tar", tmp_path / "idx", JpegSettings(**settings), ignore)
-        return cost(dataset.test.images, tmp_path / "tar")[0]
+        return quality_loss(dataset.test.images, tmp_path / "tar")[0]
 
     return measure
 
 
-def test_better_settings_cost_less(psnr):
+def test_psnr_grows_with_quality_and_chroma_resolution(psnr):
     by_quality = [psnr(quality=quality) for quality in (1, 50, 95, 100)]
     assert by_quality == sorted(set(by_quality))
     by_subsampling = [psnr(subsampling=subsampling) for subsampling in ("4:2:0", "4:2:2", "4:4:4")]
@@ -599,7 +599,7 @@ def test_the_subsampling_is_the_one_in_the_files(dataset, tmp_path, subsampling,
         assert [component[1:3] for component in image.layer] == [factors, (1, 1), (1, 1)]
 
 
-def test_images_that_survive_compression_have_no_finite_psnr(dataset, tmp_path):
+def test_lossless_compression_has_infinite_psnr(dataset, tmp_path):
     grey = replace(dataset.test, images=np.full((50, 32, 32, 3), 128, np.uint8))
     facts = write_shard(grey, tmp_path / "tar", tmp_path / "idx", JpegSettings(), ignore)
     assert facts == {"psnr_db": float("inf"), "exact_pixels": 1.0}

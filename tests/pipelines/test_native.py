@@ -1,4 +1,4 @@
-"""The compiled augmentation against the PyTorch operators it replaces, and what happens without a compiler."""
+"""Compiled augmentation against the PyTorch operators it replaces, and the fallback without a compiler."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def fresh():
-    """Compile anew within the test, and leave nothing of it to the others."""
+def clear_compile_cache():
+    """Clear the cache of the compiled function before and after the test."""
     augment._load.cache_clear()
     yield
     augment._load.cache_clear()
@@ -33,7 +33,7 @@ def fresh():
     ],
     ids=lambda pixels: " ".join(f"{name}={value}" for name, value in pixels.items()),
 )
-def test_it_agrees_with_the_reference_to_the_bit(dataset, dtype, normalization, pixels):
+def test_native_augmentation_is_bit_equal_to_the_reference(dataset, dtype, normalization, pixels):
     augmentation = Augmentation(normalization=normalization, **pixels)
     compiled = create_augment(dataset, augmentation, CPU, dtype)
     assert isinstance(compiled, NativeAugment)
@@ -48,7 +48,7 @@ def test_it_agrees_with_the_reference_to_the_bit(dataset, dtype, normalization, 
 
 
 def test_every_byte_is_rounded_like_the_reference(dataset):
-    """All 256 values in all places: images that a drawing need not contain."""
+    """All 256 values in all places: drawn images need not contain them."""
     images = (np.arange(256)[:, None, None, None] + np.arange(3072).reshape(32, 32, 3)).astype(np.uint8)
     rows = np.arange(256)
     for normalization in ("half", "channel", "pixel"):
@@ -63,8 +63,8 @@ def test_every_byte_is_rounded_like_the_reference(dataset):
     ("compiler", "reason"),
     [("no-such-compiler", "no C compiler 'no-such-compiler'"), ("false", "cannot compile augment.c")],
 )
-def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(
-    dataset, monkeypatch, fresh, compiler, reason
+def test_without_a_working_compiler_pytorch_is_used_with_a_note(
+    dataset, monkeypatch, clear_compile_cache, compiler, reason
 ):
     settings = {
         "train": True, "batch_size": 64, "device": CPU, "dtype": torch.float32, "seed": 0,
@@ -82,12 +82,12 @@ def test_without_a_working_compiler_pytorch_does_the_work_and_a_note_says_so(
     without.close()
 
 
-def test_the_compiler_may_be_named_with_options(dataset, monkeypatch, fresh):
+def test_the_compiler_may_be_named_with_options(dataset, monkeypatch, clear_compile_cache):
     monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
     assert isinstance(create_augment(dataset, Augmentation(), CPU, torch.float32), NativeAugment)
 
 
-def test_memory_is_used_again_once_nothing_refers_to_it():
+def test_buffer_is_reused_once_unreferenced():
     buffers = augment._Buffers()
     batch = buffers.take(6000)
     part, address = batch.view(torch.bfloat16)[10:20], batch.data_ptr()
@@ -97,7 +97,7 @@ def test_memory_is_used_again_once_nothing_refers_to_it():
     assert buffers.take(6000).data_ptr() == address
 
 
-def test_memory_of_another_size_is_not_used_again():
+def test_buffer_of_another_size_is_not_reused():
     buffers = augment._Buffers()
     buffers.take(6000)
     batch = buffers.take(8000)

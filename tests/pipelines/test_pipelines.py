@@ -68,7 +68,7 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch(name, opened, datase
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 6])
-def test_an_abandoned_epoch_leaves_no_trace_in_the_next(name, opened, dataset, helpers, taken):
+def test_abandoned_epoch_does_not_affect_the_next(name, opened, dataset, helpers, taken):
     pipeline = opened(name)
     iterator = pipeline.epoch(0)
     for _ in range(taken):
@@ -82,7 +82,7 @@ def test_an_abandoned_epoch_leaves_no_trace_in_the_next(name, opened, dataset, h
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("train", [True, False])
-def test_ranks_joined_are_the_single_process(name, opened, world_size, train):
+def test_joined_batches_of_ranks_equal_the_single_process(name, opened, world_size, train):
     single = opened(name, train=train)
     ranks = [opened(name, train=train, rank=rank, world_size=world_size) for rank in range(world_size)]
     for epoch in (0, 2):
@@ -224,7 +224,7 @@ def test_normalised_values_follow_the_formula_and_are_those_of_resident(
         assert step == len(pipeline) - 1
 
 
-# --- in the long run ---------------------------------------------------------------------------------------------
+# --- leaks -------------------------------------------------------------------------------------------------------
 
 
 def resources():
@@ -238,17 +238,17 @@ def resources():
 
 
 @pytest.fixture
-def prompt_collection():
-    """Garbage is collected as often as in a program, not as seldom as in these tests."""
+def frequent_garbage_collection():
+    """Collect garbage as often as by default, not as rarely as in the other tests."""
     thresholds = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
     yield
     gc.set_threshold(*thresholds)
 
 
-@pytest.mark.usefixtures("prompt_collection")
+@pytest.mark.usefixtures("frequent_garbage_collection")
 @pytest.mark.parametrize("batches", [6, 1], ids=["whole", "abandoned after one batch"])
-def test_fifty_epochs_leave_threads_files_and_memory_as_they_were(name, opened, batches):
+def test_fifty_epochs_leak_no_threads_files_or_memory(name, opened, batches):
     pipeline = opened(name)
 
     def run_epochs(count):
@@ -257,7 +257,7 @@ def test_fifty_epochs_leave_threads_files_and_memory_as_they_were(name, opened, 
             for _ in range(batches):
                 next(iterator)
             del iterator
-        for _ in pipeline.epoch(count):  # to the end: nothing is in the making when the counting begins
+        for _ in pipeline.epoch(count):  # to the end: no batch is in preparation when counting starts
             pass
 
     run_epochs(10)
@@ -265,7 +265,7 @@ def test_fifty_epochs_leave_threads_files_and_memory_as_they_were(name, opened, 
     run_epochs(50)
     threads_after, files_after, memory_after = resources()
     assert threads_after == threads
-    assert files_after <= files  # fewer, where rubbish of earlier tests was collected meanwhile
+    assert files_after <= files  # fewer, if garbage of earlier tests was collected meanwhile
     # A leak of a single batch of uint8 images in every epoch, the least that could be kept, would take twice as much.
     assert memory_after - memory < 50 * 28 * 3072 / 2
 
@@ -283,7 +283,7 @@ def test_fifty_epochs_leave_threads_files_and_memory_as_they_were(name, opened, 
         (3.9, set(), True, "torchvision", "3.9 GB of memory free; neither DALI nor FFCV"),
     ],
 )
-def test_auto_takes_resident_where_it_fits_and_then_the_fastest_that_is_there(
+def test_auto_picks_resident_if_it_fits_else_the_fastest_installed(
     store_of_2_gb, monkeypatch, free, installed, beton, expected, reason
 ):
     monkeypatch.setattr(pipelines, "free_memory", lambda _: int(free * 1e9))
@@ -297,7 +297,7 @@ def test_auto_takes_resident_where_it_fits_and_then_the_fastest_that_is_there(
 
 @pytest.fixture
 def store_of_2_gb(dataset, tmp_path):
-    """A data set of 2.0 GB, none of which exists."""
+    """A data set of 2.0 GB, made of broadcast arrays that take no memory."""
 
     def images(count):
         return np.broadcast_to(np.zeros((), np.uint8), (count, 32, 32, 3))
@@ -306,20 +306,20 @@ def store_of_2_gb(dataset, tmp_path):
     return replace(dataset, train=train, test=test, folder=tmp_path)
 
 
-def test_installed_libraries_are_told_from_missing_ones():
+def test_is_installed_distinguishes_missing_libraries():
     assert pipelines.is_installed("torch")
     assert not pipelines.is_installed("no_such_module")
     assert not pipelines.is_installed("no_such_package.module")
 
 
-def test_the_free_memory_of_a_cpu_is_a_part_of_what_it_has():
+def test_free_cpu_memory_is_at_most_the_total():
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total = 1024 * int(lines["MemTotal"].split()[0])
     assert 0 < free_memory(CPU) <= total
 
 
 def test_processors_are_those_that_the_process_may_use(monkeypatch):
-    """Taskset limits them; where the system does not tell, it is all of them."""
+    """Taskset limits them. Without `sched_getaffinity`, all processors count."""
     code = "import os, pipelines; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
     command = [sys.executable, "-c", f"{code}; print(pipelines.usable_processors())"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
@@ -375,6 +375,6 @@ def test_normalised_values_on_the_gpu_are_those_of_resident_on_the_cpu(
 
 
 @pytest.mark.gpu
-def test_the_free_memory_of_a_gpu_is_a_part_of_what_it_has():
+def test_free_gpu_memory_is_at_most_the_total():
     device = torch.device("cuda")
     assert 0 < free_memory(device) <= torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""Preparing a store: once, by one process, whatever was there before and whatever stops it; and the drawn shapes10."""
+"""Preparation of a store: once, by one process, after any earlier state and any kill; and the drawn shapes10."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def names(folder: Path) -> set[str]:
 
 
 def damage(folder: Path, kind: str) -> None:
-    """Spoil a store."""
+    """Damage a store."""
     images = folder / "train_images.npy"
     match kind:
         case "flipped bit":
@@ -72,7 +72,7 @@ def damage(folder: Path, kind: str) -> None:
 # --- once --------------------------------------------------------------------------------------------------------
 
 
-def test_store_is_made_once_and_then_left_alone(make, root, helpers):
+def test_store_is_made_once_and_then_unchanged(make, root, helpers):
     dataset, made = make()
     assert made
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (TRAIN, TEST, CLASSES)
@@ -131,7 +131,7 @@ def test_data_root_is_the_argument_or_the_variable_or_data(monkeypatch, argument
 
 
 @pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "broken meta", "empty meta"])
-def test_damaged_store_is_made_anew_with_a_warning(make, root, helpers, kind):
+def test_damaged_store_is_rebuilt_with_a_warning(make, root, helpers, kind):
     make()
     whole = {path.name: path.read_bytes() for path in (root / "shapes10").iterdir()}
     damage(root / "shapes10", kind)
@@ -142,7 +142,7 @@ def test_damaged_store_is_made_anew_with_a_warning(make, root, helpers, kind):
     assert names(root) == {"shapes10", ".shapes10.lock"}
 
 
-def test_damaged_store_that_cannot_be_made_anew_is_left_alone(make, root, archive, helpers):
+def test_damaged_store_that_cannot_be_rebuilt_is_unchanged(make, root, archive, helpers):
     make("insects", archive)
     damage(root / "insects", "flipped bit")
     before = helpers.tree(root / "insects")
@@ -193,7 +193,7 @@ def test_empty_folder_is_filled(make, root):
 
 
 @pytest.mark.parametrize("name", ["a/b", "/a", "a/", "../a", "", ".", "..", ".x"])
-def test_name_that_is_no_name_is_refused(make, tmp_path, archive, name):
+def test_invalid_name_is_refused(make, tmp_path, archive, name):
     before = names(tmp_path)
     with pytest.raises(UsageError) as caught:
         make(name, archive)
@@ -378,8 +378,8 @@ def killed_while_replacing(tmp_path_factory, helpers) -> dict[tuple[str, int], P
     return kill_at(tmp_path_factory.mktemp("replacing"), REPLACING, prepared)
 
 
-def assert_mended(root: Path, helpers) -> None:
-    """Preparing again gives the whole store and clears away what the killed process left."""
+def assert_recovers(root: Path, helpers) -> None:
+    """Assert that preparing again gives the whole store and removes what the killed process left."""
     prepare("shapes10", root, helpers.ignore, train_images=TRAIN, test_images=TEST)
     assert_shapes10(root / "shapes10")
     assert names(root) == {"shapes10", ".shapes10.lock"}
@@ -390,26 +390,26 @@ def test_process_killed_before_the_store_is_in_place_leaves_none(killed, helpers
     root = killed[moment]
     with pytest.raises(DataError, match="no prepared data set"):
         open_store(root / "shapes10")
-    assert_mended(root, helpers)
+    assert_recovers(root, helpers)
 
 
 @pytest.mark.parametrize("moment", AFTER, ids=str)
 def test_process_killed_after_the_store_is_in_place_leaves_it_whole(killed, helpers, moment):
     root = killed[moment]
     assert_shapes10(root / "shapes10")
-    assert_mended(root, helpers)
+    assert_recovers(root, helpers)
 
 
 @pytest.mark.parametrize("moment", REPLACING, ids=str)
 @pytest.mark.filterwarnings("ignore:making")
-def test_process_killed_while_replacing_a_damaged_store_is_made_good(killed_while_replacing, helpers, moment):
+def test_store_is_recovered_after_a_kill_during_its_replacement(killed_while_replacing, helpers, moment):
     root = killed_while_replacing[moment]
     if moment in AFTER:
         assert_shapes10(root / "shapes10")
     else:
         with pytest.raises(DataError):
             open_store(root / "shapes10")
-    assert_mended(root, helpers)
+    assert_recovers(root, helpers)
 
 
 # --- shapes10 ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The GPU's way of gathering batches, whose tensors can lie on a CPU as well."""
+"""Resident pipeline for GPUs, tested with its tensors on a CPU."""
 
 import numpy as np
 import pytest
@@ -30,9 +30,7 @@ def test_tensors_give_the_pixels_of_the_definition(pipeline, dataset, helpers, a
         assert np.array_equal(labels, expected_labels)
 
 
-def test_gathering_by_a_step_in_a_tensor_gives_the_same_batches_in_the_memory_of_the_first_plan(
-    pipeline, dataset, helpers, augmentation
-):
+def test_gather_by_step_tensor_gives_the_batches_and_reuses_memory(pipeline, dataset, helpers, augmentation):
     addresses = [tensor.data_ptr() for tensor in pipeline._loaded.columns()]
     for epoch in (1, 4):
         pipeline.load(epoch)

@@ -121,7 +121,7 @@ def test_every_epoch_is_another_permutation():
     assert not np.array_equal(orders[1], orders[2])
 
 
-def test_alternating_flip_turns_every_sample_over_every_epoch():
+def test_alternating_flip_mirrors_every_sample_in_every_other_epoch():
     ids = np.arange(10_000)
     flips = [draw(0, epoch, ids, Augmentation(flip="alternating")).flip for epoch in range(4)]
     assert_uniform(flips[0], 2)
@@ -132,7 +132,7 @@ def test_alternating_flip_turns_every_sample_over_every_epoch():
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_joined_are_the_single_process(train, world_size):
+def test_joined_batches_of_ranks_equal_the_single_process(train, world_size):
     ids = np.arange(107)
     whole = Sampler(size=107, batch_size=16, train=train, seed=4)
     ranks = [

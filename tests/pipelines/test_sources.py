@@ -1,4 +1,4 @@
-"""Reading what users have: official archives, folders of images, and whatever is damaged or hostile."""
+"""Reading of sources: official archives, folders of images, and damaged or hostile files."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_binary_label_outside_the_classes_is_refused(tmp_path, helpers, fake, re
     "labels", [[3] * 7, [-1] * 7, [0] * 6, [[0]] * 7, [2**70] * 7, [b"a"] * 7, [], 5, {}, [0.5] * 7], ids=repr
 )
 @pytest.mark.parametrize("bad", [["data_batch_3"], [f"data_batch_{i}" for i in range(1, 6)]], ids=["one", "all"])
-def test_pickled_labels_that_fit_nothing_are_refused(batches, fake, refused, labels, bad):
+def test_invalid_pickled_labels_are_refused(batches, fake, refused, labels, bad):
     members = {name: pickle.loads(fake.python()[name], encoding="bytes") for name in bad}
     refused(batches(**{name: pickle.dumps({**batch, b"labels": labels}, 4) for name, batch in members.items()}))
 
@@ -258,7 +258,7 @@ def test_file_that_is_no_archive_is_refused(tmp_path, refused, name):
     refused(path)
 
 
-def test_archive_of_something_else_is_refused(tmp_path, helpers, refused):
+def test_archive_without_a_data_set_is_refused(tmp_path, helpers, refused):
     refused(helpers.make_tar(tmp_path / "notes.tar", {"notes/a.txt": b"hello"}), "no data set known here")
 
 
@@ -326,7 +326,7 @@ def read_in_child(path: Path) -> tuple[str, int]:
     return error, int(memory) // 1024
 
 
-def test_tar_member_of_negative_size_does_not_trap_the_reader(tmp_path):
+def test_tar_member_of_negative_size_causes_no_endless_loop(tmp_path):
     header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
     header[124:136] = b"\xff" * 10 + (65536 - 512).to_bytes(2, "big")  # back to the start of this very header
     header[148:156] = b" " * 8
@@ -432,7 +432,7 @@ def test_payload_in_any_packing_is_refused(tmp_path, helpers, fake, refused, can
         ("pipelines.sources", "_CifarUnpickler"),
     ],
 )
-def test_any_other_name_is_refused(batches, refused, module, name):
+def test_pickle_with_any_other_global_is_refused(batches, refused, module, name):
     refused(batches(data_batch_1=call(module, name)), "data_batch_1", f"{module}.{name}")
 
 
@@ -441,7 +441,7 @@ def test_persistent_and_registered_objects_are_refused(batches, refused, program
     refused(batches(data_batch_1=b"\x80\x02" + program), "data_batch_1")
 
 
-def test_hostile_pickle_leaves_no_trace_in_the_reader(tmp_path, helpers, fake, batches, read, refused):
+def test_hostile_pickle_does_not_affect_later_reads(tmp_path, helpers, fake, batches, read, refused):
     state = b"N}(X\x0c\x00\x00\x00__defaults__NX\x05\x00\x00\x00shapeK\x01X\x04\x00\x00\x00dataNu\x86b"
     names = (b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n")
     for number, name in enumerate(names):
@@ -657,8 +657,8 @@ def serving(body: bytes, status: int = 200, length: int | None = None) -> Iterat
 
 
 @contextmanager
-def talking_nonsense() -> Iterator[str]:
-    """A server that speaks another protocol."""
+def serving_another_protocol() -> Iterator[str]:
+    """Run a server that speaks another protocol; yield an address on it."""
     with socket.create_server(("127.0.0.1", 0)) as listener, background(answer_once, listener):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/cifar.tar.gz"
 
@@ -682,8 +682,8 @@ def background(function, *arguments) -> Iterator[None]:
 
 
 @contextmanager
-def nobody() -> Iterator[str]:
-    """An address where nothing listens."""
+def unreachable_server() -> Iterator[str]:
+    """Yield an address on which nothing listens."""
     yield "http://127.0.0.1:9/x.tar.gz"
 
 
@@ -691,7 +691,7 @@ def nobody() -> Iterator[str]:
 def download_from(tmp_path, monkeypatch):
     """Run `download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`.
 
-    It must leave the process's time-out as it was.
+    It must leave the process's default timeout unchanged.
     """
     torchvision = pytest.importorskip("torchvision.datasets")
     monkeypatch.setenv("no_proxy", "*")
@@ -701,11 +701,11 @@ def download_from(tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision.CIFAR10, "tgz_md5", hashlib.md5(body).hexdigest())
         return download_cifar10(tmp_path / "downloads")
 
-    patience = socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(33)
     yield download
     found = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(patience)
+    socket.setdefaulttimeout(timeout)
     assert found == 33
 
 
@@ -719,15 +719,15 @@ def test_download_of_the_right_file_returns_it(tmp_path, download_from):
 @pytest.mark.parametrize(
     "server",
     [
-        nobody,
-        talking_nonsense,
+        unreachable_server,
+        serving_another_protocol,
         lambda: serving(b"another archive"),
         lambda: serving(b"not found", status=404),
         lambda: serving(b"the arch", length=11),
     ],
-    ids=["refused", "nonsense", "wrong MD5", "404", "cut short"],
+    ids=["refused", "another protocol", "wrong MD5", "404", "cut short"],
 )
-def test_failed_download_names_the_address_and_the_ways_out_and_leaves_nothing(tmp_path, download_from, server):
+def test_failed_download_names_url_and_alternatives_and_leaves_no_files(tmp_path, download_from, server):
     with server() as url, pytest.raises(DataError) as caught:
         download_from(url, b"the archive")
     assert caught.value.exit_code == 3
@@ -735,17 +735,17 @@ def test_failed_download_names_the_address_and_the_ways_out_and_leaves_nothing(t
     assert list((tmp_path / "downloads").iterdir()) == []
 
 
-def test_silent_server_is_given_up(download_from, monkeypatch):
-    patience = []
+def test_download_from_a_silent_server_times_out(download_from, monkeypatch):
+    timeouts = []
 
     def silent(*_):
-        patience.append(socket.getdefaulttimeout())
+        timeouts.append(socket.getdefaulttimeout())
         raise TimeoutError("timed out")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", silent)
     with pytest.raises(DataError, match="timed out"):
         download_from("http://127.0.0.1:9/x.tar.gz", b"")
-    assert 1 <= patience[0] <= 120
+    assert 1 <= timeouts[0] <= 120
 
 
 # --- the real CIFAR-10 -------------------------------------------------------------------------------------------
@@ -823,7 +823,7 @@ def test_real_data_with_one_change_is_refused(real, what, split):
         verify_cifar10(replace(real, **arrays), Path("changed"))
 
 
-def test_a_download_without_torchvision_tells_the_ways_out(tmp_path, break_import):
+def test_download_without_torchvision_names_the_alternatives(tmp_path, break_import):
     break_import("torchvision", ModuleNotFoundError("No module named 'torchvision'"))
     with pytest.raises(DataError, match=r"pip install torchvision\. .* prepare --source FILE"):
         download_cifar10(tmp_path)

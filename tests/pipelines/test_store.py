@@ -1,4 +1,4 @@
-"""The binary data set: what was written is what is opened, and nothing damaged, foreign or half-written is."""
+"""Binary data set: exact round trips, and rejection of damaged, foreign and half-written files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def store(tmp_path, data) -> Path:
 
 
 def refused(folder: Path, name: str) -> None:
-    """Opening `folder` raises a `DataError` that names its file `name` and the command that mends it."""
+    """Opening `folder` raises a `DataError` that names its file `name` and the command that repairs it."""
     with pytest.raises(DataError) as caught:
         open_store(folder)
     assert caught.value.exit_code == 3
@@ -88,7 +88,7 @@ def npy(array: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
-# --- what was written is what is opened --------------------------------------------------------------------------
+# --- round trip --------------------------------------------------------------------------------------------------
 
 
 def test_round_trip_is_exact(store, data):
@@ -117,7 +117,7 @@ def test_statistics_of_any_number_of_images(count):
 
 
 @pytest.mark.parametrize("level", [0, 255])
-def test_images_of_one_level_make_a_store_that_opens(tmp_path, data, level):
+def test_store_of_constant_images_opens(tmp_path, data, level):
     images = np.full((5, 32, 32, 3), level, np.uint8)
     flat = RawData(data.classes, images, np.zeros(5, np.int64), images, np.zeros(5, np.int64))
     write_store(tmp_path / "flat", flat, source="", version="")
@@ -169,7 +169,7 @@ def test_same_data_gives_the_same_files(tmp_path, store, data):
 
 
 def test_the_digest_is_that_of_images_labels_and_classes_alone(tmp_path, store, data):
-    """A run begun on one machine goes on where the same images were prepared from another file."""
+    """A run can be resumed where the same images were prepared from another file."""
     digest = open_store(store).digest
     write_store(tmp_path / "elsewhere" / "bees", data, source="parts.joined", version="10.0")
     assert open_store(tmp_path / "elsewhere" / "bees").digest == digest
@@ -217,14 +217,14 @@ def test_held_out_images_are_spread_over_the_training_set(tmp_path):
     assert 30 < in_tenths.min() <= in_tenths.max() < 70  # 50 expected, standard deviation 4.7
 
 
-def test_a_smaller_part_is_held_out_of_a_larger_one_twice(store):
+def test_images_can_be_held_out_twice(store):
     kept, held = open_store(store).hold_out(10)
     kept_twice, held_twice = kept.hold_out(3)
     assert sorted([*kept_twice.train.ids, *held_twice.test.ids, *held.test.ids]) == list(range(23))
 
 
 @pytest.mark.parametrize("count", [-1, 0, 23, 24])
-def test_part_without_images_cannot_be_held_out(store, count):
+def test_invalid_held_out_count_is_refused(store, count):
     with pytest.raises(UsageError, match=str(count)):
         open_store(store).hold_out(count)
 
@@ -242,7 +242,7 @@ def test_folder_without_store_gives_the_command_that_makes_it(tmp_path, exists):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "shapes10"])
-def test_what_is_downloaded_or_drawn_is_prepared_without_a_source(tmp_path, name):
+def test_remedy_for_cifar10_and_shapes10_needs_no_source(tmp_path, name):
     with pytest.raises(DataError, match="no prepared data set") as caught:
         open_store(tmp_path / name)
     assert str(caught.value).endswith(f"fastresnet prepare --data {name} --root {tmp_path}")
@@ -286,7 +286,7 @@ def test_array_of_another_store_of_the_same_shape_is_refused(tmp_path, store, ke
     refused(store, f"{key}.npy")
 
 
-def test_splits_that_changed_places_are_refused(store):
+def test_swapped_splits_are_refused(store):
     for key in ("images", "labels"):
         (store / f"train_{key}.npy").rename(store / "other")
         (store / f"test_{key}.npy").rename(store / f"train_{key}.npy")
@@ -320,7 +320,7 @@ def test_splits_that_changed_places_are_refused(store):
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.dtype}{value.shape}{value.strides}",
 )
-def test_array_of_the_wrong_kind_is_refused_though_its_sha_is_right(store, key, array):
+def test_array_of_the_wrong_kind_with_a_valid_checksum_is_refused(store, key, array):
     replace_file(store, key, npy(array))
     refused(store, key.split("_")[0])  # the fault can be that the two files of a split do not fit together
 
@@ -351,7 +351,7 @@ def test_pickle_in_the_place_of_an_array_is_refused_and_never_runs(tmp_path, sto
 
 @pytest.mark.parametrize("key", ["train_images", "test_labels"])
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x93NUMPY", "npz", "half", "unclosed"], ids=str)
-def test_file_that_is_no_array_is_refused_though_its_sha_is_right(store, key, content):
+def test_invalid_npy_file_with_a_valid_checksum_is_refused(store, key, content):
     whole = (store / f"{key}.npy").read_bytes()
     if content == "npz":
         file = io.BytesIO()
@@ -373,7 +373,7 @@ def test_file_that_is_no_array_is_refused_though_its_sha_is_right(store, key, co
     [b"", b"{", b"[]", b"null", b'"text"', b"1", b"\xff\xfe\x00", b"{'schema': 1}", b"[" * 100_000, b"{}", b"\0" * 99],
     ids=lambda content: repr(content[:14]),
 )
-def test_meta_that_is_no_description_is_refused(store, content):
+def test_invalid_meta_is_refused(store, content):
     (store / "meta.json").write_bytes(content)
     refused(store, "meta.json")
 
@@ -462,7 +462,7 @@ def test_flipped_bit_in_meta_never_changes_what_is_opened(store):
 
 
 def fail_at(monkeypatch, module, function: str, number: int) -> None:
-    """The `number`th call of `module.function` finds the disk full."""
+    """Make the `number`th call of `module.function` fail as on a full disk."""
     original, calls = getattr(module, function), iter(range(1, 1000))
 
     def failing(*arguments, **options):
@@ -493,7 +493,7 @@ def test_failure_without_an_old_store_leaves_nothing(tmp_path, monkeypatch, data
 
 
 @pytest.mark.parametrize(("module", "function", "number"), FAILURES[:-1], ids=IDS[:-1])
-def test_failure_leaves_the_old_store_as_it_was(store, monkeypatch, data, helpers, module, function, number):
+def test_failure_leaves_the_old_store_unchanged(store, monkeypatch, data, helpers, module, function, number):
     before = helpers.tree(store)
     with monkeypatch.context() as patch:
         fail_at(patch, module, function, number)
