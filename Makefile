@@ -18,7 +18,7 @@ test: install-test
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_COMPILE_THREADS=1 \
 		$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-# The CUDA half without a GPU: compiles for one that is pretended. Needs g++.
+# CUDA code without a GPU: compiles for a simulated one. Needs g++.
 gpu-rehearsal: install-test
 	tests/fake_gpu/run.sh $(BIN)/python -m pytest tests/fake_gpu/rehearsal.py
 
