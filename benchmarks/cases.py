@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,12 +246,21 @@ def _memory_format(case: StepCase) -> torch.memory_format:
 
 
 def _train_step(case: StepCase, device: torch.device) -> TrainStep:
-    model = _network(case, device).train()
     # With learning rates of 0 every step computes the same: learning one batch by heart ends in gradients so small
     # that a CPU takes longer for them.
-    lr_factors = [0.0] * MOST_STEPS
-    optimizers = create_optimizers(model, TrainConfig())
-    return TrainStep(model, optimizers, lr_factors, precision=case.precision, device=device)
+    return create_step(case.model, case.precision, device, [0.0] * MOST_STEPS, _memory_format(case))
+
+
+def create_step(
+    model: str,
+    precision: str,
+    device: torch.device,
+    lr_factors: Sequence[float],
+    memory_format: torch.memory_format = torch.channels_last,
+) -> TrainStep:
+    """Create a step with the usual optimiser, and with `lr_factors` as `TrainStep` takes them."""
+    network = create_model(model).to(device).to(memory_format=memory_format).train()
+    return TrainStep(network, create_optimizers(network, TrainConfig()), lr_factors, precision=precision, device=device)
 
 
 def _check_memory(case: StepCase, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import importlib
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -63,6 +63,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
     """Choose the threads of the work, and the backend, as `fastresnet train` does for a long run."""
     import torch
 
+    from benchmarks.cases import create_step
     from fastresnet.device import explained_failures, resolve_compile
     from fastresnet.threads import settled_threads
     from fastresnet.training.execution import PAYS_AFTER_STEPS, faster_backend
@@ -71,7 +72,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
     if device.type != "cpu":
         return work, COMPILE[compile_]
     with explained_failures("give a smaller --batch-size"), contextlib.closing(work.open_pipeline("resident")) as data:
-        batch, step = next(data.epoch(0)), _create_step(options.model, work.precision, device, len(data))
+        batch, step = next(data.epoch(0)), create_step(options.model, work.precision, device, [1.0] * len(data))
 
         def trial(images: int) -> None:
             step.trial(batch.images[:images], batch.labels[:images])
@@ -87,7 +88,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
     """Open this program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
-    from benchmarks.cases import SameBatch
+    from benchmarks.cases import SameBatch, create_step
     from fastresnet.device import resolve_device
     from fastresnet.training.execution import Execution
     from fastresnet.training.loop import STATUS_EVERY
@@ -97,7 +98,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     batch = next(pipeline.epoch(0))
     if not data:
         pipeline = SameBatch(batch, len(pipeline))
-    step = _create_step(model, work.precision, device, len(pipeline))
+    step = create_step(model, work.precision, device, [1.0] * len(pipeline))
     engine = Execution(step, pipeline, backend)
     engine.prepare(batch)
 
@@ -111,20 +112,6 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
             yield
 
     return epoch
-
-
-def _create_step(model: str, precision: str, device: Any, steps: int) -> Any:
-    """Create a training step with learning rates for so many `steps`."""
-    import torch
-
-    from fastresnet.config import TrainConfig
-    from fastresnet.models import create_model
-    from fastresnet.training.optimizer import create_optimizers
-    from fastresnet.training.step import TrainStep
-
-    network = create_model(model).to(device).to(memory_format=torch.channels_last).train()
-    optimizers = create_optimizers(network, TrainConfig(model=model))
-    return TrainStep(network, optimizers, [1.0] * steps, precision=precision, device=device)
 
 
 def open_peer(work: Work, timer: WaitTimer, *, module: str, model: str, workers: int) -> Epochs:

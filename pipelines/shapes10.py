@@ -6,6 +6,8 @@ always gives the same image, so a smaller set is the beginning of a larger one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .prng import Stream, hash64, pair_below, stream_key
@@ -13,18 +15,20 @@ from .sampling import IMAGE_SIZE
 from .sources import Report
 from .store import RawData
 
-CLASSES = (
-    "circle",
-    "ring",
-    "square",
-    "diamond",
-    "triangle",
-    "plus",
-    "cross",
-    "horizontal_bars",
-    "vertical_bars",
-    "checkerboard",
-)
+_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda y, x: y**2 + x**2 <= 1,
+    "ring": lambda y, x: (y**2 + x**2 <= 1) & (y**2 + x**2 >= 0.35),
+    "square": lambda y, x: (abs(y) <= 0.85) & (abs(x) <= 0.85),
+    "diamond": lambda y, x: abs(y) + abs(x) <= 1,
+    "triangle": lambda y, x: 2 * abs(x) <= 1 + y,
+    "plus": lambda y, x: (abs(y) <= 0.3) | (abs(x) <= 0.3),
+    "cross": lambda y, x: (abs(y - x) <= 0.4) | (abs(y + x) <= 0.4),
+    "horizontal_bars": lambda y, x: np.floor((y + 1) * 2.5) % 2 == 0,
+    "vertical_bars": lambda y, x: np.floor((x + 1) * 2.5) % 2 == 0,
+    "checkerboard": lambda y, x: (np.floor((y + 1) * 2) + np.floor((x + 1) * 2)) % 2 == 0,
+}
+"""Pixels in the shape, for those at `y` [N, 32, 1] and `x` [N, 1, 32] in units of its radius, within -1..1."""
+CLASSES = tuple(_SHAPES)
 _TRAIN, _TEST = 0, 1
 _CHUNK = 2000
 
@@ -56,40 +60,15 @@ def _draw(split: int, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     y = ((grid - center_y[:, None]) / radius[:, None])[:, :, None]
     x = ((grid - center_x[:, None]) / radius[:, None])[:, None, :]
     inside = np.empty((len(ids), IMAGE_SIZE, IMAGE_SIZE), bool)
-    for label, name in enumerate(CLASSES):
+    for label, shape in enumerate(_SHAPES.values()):
         rows = labels == label
-        inside[rows] = _inside(name, y[rows], x[rows])
+        inside[rows] = shape(y[rows], x[rows])
+    inside &= (abs(y) <= 1) & (abs(x) <= 1)
     background = np.stack([pair(2 + channel, 256)[0] for channel in range(3)], axis=1)
     contrast = np.stack([64 + pair(5 + channel, 129)[0] for channel in range(3)], axis=1)
     foreground = (background + contrast) % 256
     clean = np.where(inside[..., None], foreground[:, None, None], background[:, None, None])
     return np.clip(clean + _noise(split, ids), 0, 255).astype(np.uint8)
-
-
-def _inside(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Mark the pixels of the shape; y [N, 32, 1] and x [N, 1, 32] are in units of its radius."""
-    square = (abs(y) <= 1) & (abs(x) <= 1)
-    match name:
-        case "circle":
-            return y**2 + x**2 <= 1
-        case "ring":
-            return (y**2 + x**2 <= 1) & (y**2 + x**2 >= 0.35)
-        case "square":
-            return square & (abs(y) <= 0.85) & (abs(x) <= 0.85)
-        case "diamond":
-            return abs(y) + abs(x) <= 1
-        case "triangle":
-            return square & (2 * abs(x) <= 1 + y)
-        case "plus":
-            return square & ((abs(y) <= 0.3) | (abs(x) <= 0.3))
-        case "cross":
-            return square & ((abs(y - x) <= 0.4) | (abs(y + x) <= 0.4))
-        case "horizontal_bars":
-            return square & (np.floor((y + 1) * 2.5) % 2 == 0)
-        case "vertical_bars":
-            return square & (np.floor((x + 1) * 2.5) % 2 == 0)
-        case _:
-            return square & ((np.floor((y + 1) * 2) + np.floor((x + 1) * 2)) % 2 == 0)
 
 
 def _noise(split: int, ids: np.ndarray) -> np.ndarray:

@@ -162,15 +162,9 @@ def _json_digest(contents: Any) -> str:
 def _write_files(folder: Path, name: str, data: RawData, source: str, version: str) -> None:
     mean, std = channel_statistics(data.train_images)
     pixel_mean = data.train_images.mean(axis=0, dtype=np.float64) / 255
-    arrays = {
-        "train_images": data.train_images,
-        "train_labels": data.train_labels,
-        "test_images": data.test_images,
-        "test_labels": data.test_labels,
-        "pixel_mean": pixel_mean.astype(np.float32),
-    }
     files = {}
-    for key, array in arrays.items():
+    for key, kind in _ARRAYS.items():
+        array = pixel_mean.astype(kind) if key == "pixel_mean" else getattr(data, key)
         path = folder / f"{key}.npy"
         with open(path, "wb") as file:
             np.save(file, np.ascontiguousarray(array), allow_pickle=False)

@@ -60,19 +60,6 @@ class _AugmentedSamples(torch.utils.data.Dataset):
         return image, int(self._split.labels[sample.row])
 
 
-class _Batches:
-    """Batches of the epoch to come, as the `DataLoader`'s batch sampler."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[_Sample]] = []
-
-    def __iter__(self) -> Iterator[list[_Sample]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 def _outlive_stop_signals(_: int) -> None:
     """Survive Ctrl-C and a scheduler's SIGTERM, which reach the workers too, until the parent has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -84,7 +71,7 @@ class TorchvisionPipeline(Pipeline):
 
     def _open(self) -> None:
         self._normalization = Normalization.of(self._augmentation.normalization, self._dataset, self._device)
-        self._batches = _Batches()
+        self._batches: list[list[_Sample]] = []
         workers = min(usable_processors(), 8) if self._sampler.train else 0
         self._loader = DataLoader(
             _AugmentedSamples(self._split, self._augmentation, fill_color(self._dataset)),
@@ -96,9 +83,7 @@ class TorchvisionPipeline(Pipeline):
         )
 
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
-        self._batches.batches = [
-            self._samples(plan.rows[step], plan.draws.of(step)) for step in range(start, len(self))
-        ]
+        self._batches[:] = [self._samples(plan.rows[step], plan.draws.of(step)) for step in range(start, len(self))]
         for step, (images, labels) in enumerate(self._loader, start):
             images = images.to(self._device, non_blocking=True).permute(0, 2, 3, 1).contiguous()
             labels = labels.to(self._device, non_blocking=True)

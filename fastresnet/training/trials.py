@@ -23,14 +23,7 @@ from fastresnet.device import explained_failures, resolve_device
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import evaluate
 from fastresnet.training.execution import Execution
-from fastresnet.training.loop import (
-    Stopwatch,
-    announcement,
-    create_execution,
-    create_step,
-    open_pipelines,
-    resolve,
-)
+from fastresnet.training.loop import Stopwatch, announcement, create_execution, create_step, open_pipelines, resolve
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import Pipeline

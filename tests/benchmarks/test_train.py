@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import train
+from benchmarks import cases, train
 from benchmarks.__main__ import main
 from benchmarks.runner import WaitTimer, Work
 from fastresnet import terminal
@@ -105,13 +105,13 @@ def test_peers_have_a_worker_for_each_usable_processor(data_root, monkeypatch):
 @pytest.mark.parametrize("data", [True, False])
 def test_a_long_turn_does_not_run_out_of_learning_rates(dataset, monkeypatch, resnet8, data):
     """The learning rates of one epoch are reused in every epoch."""
-    created, create = [], train._create_step
+    created, create = [], cases.create_step
 
     def recorded(*arguments):
         created.append(create(*arguments))
         return created[0]
 
-    monkeypatch.setattr(train, "_create_step", recorded)
+    monkeypatch.setattr(cases, "create_step", recorded)
     work = Work(folder=dataset.folder, batch_size=50, device="cpu", precision="fp32", threads=1)
     settings = {"model": resnet8, "backend": "eager", "data": data}
     epoch = train.open_ours(work, WaitTimer(), **settings)
