@@ -42,10 +42,7 @@ SOURCES = ("paper", "chenyaofo", "akamaster")
 
 # Epochs, PFLOP, runs and their mean accuracy in percent, with TTA of shifts and flips: the README of
 # KellerJordan/cifar10-airbench.
-PUBLISHED_SPEEDRUNS = {
-    "airbench94_muon.py": ("8", 0.29, 200, 94.01),
-    "airbench94.py": ("9.9", 0.36, 1000, 94.01),
-}
+PUBLISHED_SPEEDRUNS = {"airbench94_muon.py": ("8", 0.29, 200, 94.01), "airbench94.py": ("9.9", 0.36, 1000, 94.01)}
 
 Summary = dict[str, Any]
 

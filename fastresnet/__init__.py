@@ -28,12 +28,4 @@ from fastresnet.models import create_model, list_models  # noqa: E402
 from fastresnet.pretrained import list_pretrained, load_pretrained  # noqa: E402
 from pipelines import __version__  # noqa: E402
 
-__all__ = [
-    "__version__",
-    "create_model",
-    "evaluate",
-    "list_models",
-    "list_pretrained",
-    "load_pretrained",
-    "train",
-]
+__all__ = ["__version__", "create_model", "evaluate", "list_models", "list_pretrained", "load_pretrained", "train"]

@@ -147,12 +147,7 @@ class DaliPipeline(Pipeline):
         if self._augmentation.padding_mode == "reflect":
             images = _reflect_pad(images, self._augmentation.crop_padding)
         return fn.slice(
-            images,
-            start=start,
-            shape=[IMAGE_SIZE, IMAGE_SIZE],
-            axes=(0, 1),
-            out_of_bounds_policy="pad",
-            fill_values=0,
+            images, start=start, shape=[IMAGE_SIZE, IMAGE_SIZE], axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
         )
 
     def _flip_and_normalize(self, images: DataNode, flip: DataNode | int) -> DataNode:

@@ -45,13 +45,7 @@ def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: 
         paths = {name: stack.enter_context(replacing(dataset.folder / name)) for name in DERIVED_FILES[kind]}
         facts = write(paths)
         files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
-    contents = {
-        "schema": SCHEMA,
-        "data_sha256": dataset.digest,
-        "settings": settings,
-        "facts": facts,
-        "files": files,
-    }
+    contents = {"schema": SCHEMA, "data_sha256": dataset.digest, "settings": settings, "facts": facts, "files": files}
     write_json(manifest, contents)
 
 

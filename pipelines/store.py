@@ -39,10 +39,7 @@ _ARRAYS = {
     "pixel_mean": np.dtype(np.float32),
 }
 
-DERIVED_FILES = {
-    "beton": ("train.beton", "test.beton"),
-    "jpeg": ("train.tar", "train.idx", "test.tar", "test.idx"),
-}
+DERIVED_FILES = {"beton": ("train.beton", "test.beton"), "jpeg": ("train.tar", "train.idx", "test.tar", "test.idx")}
 """Files of each format that is made from a store (`formats.py`)."""
 
 _DERIVED = [name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)]
@@ -109,10 +106,7 @@ class Dataset:
             raise UsageError(f"cannot hold {count} images out of {len(self.train)} training images.")
         order = self.train.ids[permutation(stream_key(0, 0, Stream.HOLD_OUT), self.train.ids)]
         held, kept = np.sort(order[:count]), np.sort(order[count:])
-        return (
-            replace(self, train=replace(self.train, ids=kept)),
-            replace(self, test=replace(self.train, ids=held)),
-        )
+        return (replace(self, train=replace(self.train, ids=kept)), replace(self, test=replace(self.train, ids=held)))
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:

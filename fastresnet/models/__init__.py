@@ -91,12 +91,7 @@ def check_model(name: str, shortcut: str, drop_path: float, zero_init_residual: 
 
 
 def create_model(
-    name: str,
-    *,
-    num_classes: int = 10,
-    shortcut: str = "B",
-    drop_path: float = 0.0,
-    zero_init_residual: bool = False,
+    name: str, *, num_classes: int = 10, shortcut: str = "B", drop_path: float = 0.0, zero_init_residual: bool = False
 ) -> nn.Module:
     """Create network `name` with freshly initialised weights from torch's global generator.
 

@@ -45,12 +45,7 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
 def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float = 0.0) -> dict[str, Any]:
     device = parameters[0].device
-    return {
-        "params": parameters,
-        "lr": torch.tensor(lr, device=device),
-        "peak_lr": lr,
-        "weight_decay": weight_decay,
-    }
+    return {"params": parameters, "lr": torch.tensor(lr, device=device), "peak_lr": lr, "weight_decay": weight_decay}
 
 
 def _groups(

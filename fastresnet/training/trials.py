@@ -137,10 +137,7 @@ def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
     rates = np.geomspace(LOWEST, HIGHEST, STEPS).tolist()
     factors = [config.lr_scale * rate / config.lr for rate in rates]
     config = dataclasses.replace(
-        config,
-        iterations=STEPS,
-        epochs=STEPS,
-        compile="off" if config.compile == "auto" else config.compile,
+        config, iterations=STEPS, epochs=STEPS, compile="off" if config.compile == "auto" else config.compile
     )
     losses: list[float] = []
     with contextlib.closing(step_losses(config, dataset, factors)) as steps:
