@@ -32,7 +32,7 @@ from torch.profiler import profile
 
 from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, steps_in
 from benchmarks.report import SCHEMA, Result, ratio, row_of, short, write_result
-from benchmarks.roofline import copy_bandwidth, matmul_rate, seconds_between, stamp
+from benchmarks.roofline import Limits, seconds_between, stamp
 from fastresnet.device import DTYPES, resolve_device
 from fastresnet.distributed import SINGLE
 from fastresnet.provenance import environment
@@ -58,21 +58,10 @@ class Extent:
     batch_divisor: int = 1
     """Divisor of batch sizes on a CPU, for which full batches would be too much."""
     profiled_steps: int = 10
-    copied_bytes: int = 256 << 20
-    largest_product: int = 8192
     graph_kernels: int = 1000
 
 
-REHEARSAL = Extent(
-    rehearsal=True,
-    rounds=2,
-    seconds=0.01,
-    batch_divisor=64,
-    profiled_steps=2,
-    copied_bytes=1 << 20,
-    largest_product=256,
-    graph_kernels=10,
-)
+REHEARSAL = Extent(rehearsal=True, rounds=2, seconds=0.01, batch_divisor=64, profiled_steps=2, graph_kernels=10)
 
 
 # --- cases --------------------------------------------------------------------------------------------
@@ -235,13 +224,10 @@ def _compiler(device: torch.device, inductor: dict[str, Any] | None = None) -> d
 
 def measure_ceilings(result: Result, path: Path, device: torch.device, extent: Extent) -> None:
     """Copy, multiply matrices, and replay a graph of very small kernels."""
-    result["limits"] = {
-        "copy_gb_per_s": copy_bandwidth(device, extent.copied_bytes) / 1e9,
-        "matmul_tflops": {
-            name: matmul_rate(device, dtype, largest=extent.largest_product) / 1e12 for name, dtype in DTYPES.items()
-        },
-        "kernel_us": 1e6 * _small_kernel_seconds(device, extent.graph_kernels),
-    }
+    limits = Limits(device, tuple(DTYPES))
+    limits.measure()
+    kernel_us = 1e6 * _small_kernel_seconds(device, extent.graph_kernels)
+    result["limits"] = {**limits.to_dict(), "kernel_us": kernel_us}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         result["gpu"] = {

@@ -17,7 +17,7 @@ import dataclasses
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,17 +33,21 @@ SCHEMA = 1
 FACTS: dict[str, set[str]] = {"beton": set(), "jpeg": {"psnr_db", "exact_pixels"}}
 """Numbers that a manifest has for each split."""
 
-WriteFiles = Callable[[dict[str, Path]], dict[str, dict[str, float]]]
-"""Function that writes a format's files under the given paths, by name, and returns the `FACTS` of each split."""
 
+@contextlib.contextmanager
+def writing_derived(
+    dataset: Dataset, kind: str, settings: dict[str, Any]
+) -> Iterator[tuple[dict[str, Path], dict[str, dict[str, float]]]]:
+    """Make the files of format `kind` anew, all of them or none.
 
-def write_derived(dataset: Dataset, kind: str, settings: dict[str, Any], write: WriteFiles) -> None:
-    """Make the files of format `kind` anew, all of them or none. Raises what `write` raises, and `OSError`."""
-    manifest = _manifest_path(dataset, kind)
+    Inside, the files are written under the given paths, by name, and the `FACTS` of each split are filled in. Raises
+    what the block raises, and `OSError`.
+    """
+    manifest, facts = _manifest_path(dataset, kind), dict[str, dict[str, float]]()
     manifest.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         paths = {name: stack.enter_context(replacing(dataset.folder / name)) for name in DERIVED_FILES[kind]}
-        facts = write(paths)
+        yield paths, facts
         files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
     contents = {"schema": SCHEMA, "data_sha256": dataset.digest, "settings": settings, "facts": facts, "files": files}
     write_json(manifest, contents)

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from . import __version__
 from .errors import DataError, Note, UsageError, check_choice
-from .formats import JpegSettings, open_derived, read_manifest, write_derived, write_shard
+from .formats import JpegSettings, open_derived, read_manifest, write_shard, writing_derived
 from .shapes10 import draw_shapes10
 from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
 from .store import (
@@ -103,9 +103,6 @@ def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> 
     except DataError:
         pass  # missing or not whole: made anew
 
-    def write(paths: dict[str, Path]) -> dict[str, dict[str, float]]:
-        return {split.name: write_split(split, paths) for split in (dataset.train, dataset.test)}
-
     def write_split(split: Split, paths: dict[str, Path]) -> dict[str, float]:
         def show(done: int) -> None:
             report(f"{kind} ({split.name})", done, len(split))
@@ -117,7 +114,8 @@ def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> 
         write_beton(split, paths[f"{split.name}.beton"], show)
         return {}
 
-    write_derived(dataset, kind, settings, write)
+    with writing_derived(dataset, kind, settings) as (paths, facts):
+        facts.update({split.name: write_split(split, paths) for split in (dataset.train, dataset.test)})
     return True
 
 
