@@ -28,7 +28,7 @@ from fastresnet.models.summary import flops_per_image
 from fastresnet.training.execution import Execution, recorded
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
-from pipelines import Batch, GatheringPipeline, free_memory
+from pipelines.base import Batch, GatheringPipeline, free_memory
 from pipelines.files import replacing
 from pipelines.sampling import IMAGE_SIZE
 
@@ -86,15 +86,8 @@ class TimedStep:
 
     def row(self, limits: dict[str, Any]) -> dict[str, Any]:
         """Return the figures of the case, beside the roof that `limits` set."""
-        row = {
-            **row_of(self.case.name, "ours", self.images_per_s),
-            **dataclasses.asdict(self.case),
-            "ms_per_step": 1000 * self.case.batch_size / statistics.median(self.images_per_s),
-            "prepare_s": self.prepare_s,
-            "flops_per_image": self.flops_per_image,
-            "bytes_per_image": self.bytes_per_image,
-            **self.memory,
-        }
+        row = step_row(self.case.name, self.case, self.images_per_s, self.prepare_s) | self.memory
+        row |= {"flops_per_image": self.flops_per_image, "bytes_per_image": self.bytes_per_image}
         highest, bound = roof(row, limits)
         return {**row, "percent_of_roof": 100 * row["images_per_s"] / highest, "bound": bound}
 
@@ -113,6 +106,13 @@ class TimedStep:
         begin = stamp(self._device)
         self._steps(count)
         self._seconds_per_step = seconds_between(begin, stamp(self._device)) / count
+
+
+def step_row(name: str, case: Any, images_per_s: list[float], prepare_s: float) -> dict[str, Any]:
+    """Return the figures of a step, with the fields of its `case`, a dataclass that has a `batch_size`."""
+    ms_per_step = 1000 * case.batch_size / statistics.median(images_per_s)
+    timed = {"ms_per_step": ms_per_step, "prepare_s": prepare_s}
+    return {**row_of(name, "ours", images_per_s), **dataclasses.asdict(case), **timed}
 
 
 class TimedParts:

@@ -17,7 +17,6 @@ import dataclasses
 import gc
 import math
 import multiprocessing
-import statistics
 import sys
 import time
 import traceback
@@ -30,8 +29,8 @@ import torch
 import torch._dynamo
 from torch.profiler import profile
 
-from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, steps_in
-from benchmarks.report import SCHEMA, Result, ratio, row_of, short, write_result
+from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, step_row, steps_in
+from benchmarks.report import SCHEMA, Result, ratio, short, write_result
 from benchmarks.roofline import Limits, seconds_between, stamp
 from fastresnet.device import DTYPES, resolve_device
 from fastresnet.distributed import SINGLE
@@ -189,13 +188,7 @@ class TimedRecipe:
 
     def row(self, name: str, images_per_s: list[float]) -> dict[str, Any]:
         """Return the figures of a case: its turns, preparation and memory."""
-        return {
-            **row_of(name, "ours", images_per_s),
-            **dataclasses.asdict(self.case),
-            "ms_per_step": 1000 * self.case.batch_size / statistics.median(images_per_s),
-            "prepare_s": self.prepare_s,
-            **self._memory,
-        }
+        return step_row(name, self.case, images_per_s, self.prepare_s) | self._memory
 
     def kernels(self, count: int) -> dict[str, Any]:
         """Profile `count` steps; return the kernels of one, on a CPU its operators: calls and ms, of all and each."""

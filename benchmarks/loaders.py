@@ -14,7 +14,8 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.runner import Case, Epochs, WaitTimer, Work, Worker, WorkerOptions, describe_work, measure_workers
-from pipelines import PIPELINES, is_installed, usable_processors
+from pipelines import PIPELINES
+from pipelines.base import is_installed, usable_processors
 from pipelines.errors import Note
 from pipelines.prepare import prepare
 from pipelines.sampling import IMAGE_SIZE
@@ -23,7 +24,7 @@ from pipelines.store import Dataset
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipelines import GatheringPipeline
+    from pipelines.base import GatheringPipeline
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
@@ -56,7 +57,7 @@ def measure_loaders(options: LoadersOptions) -> None:
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
     """Open a pipeline of this program, whose batches are delivered as training gets them."""
-    from pipelines import GatheringPipeline
+    from pipelines.base import GatheringPipeline
 
     opened = work.open_pipeline(pipeline)
     return _recorded_epochs(opened) if isinstance(opened, GatheringPipeline) else opened.epoch

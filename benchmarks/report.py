@@ -207,6 +207,12 @@ def grouped(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
+def whiskers(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Return the distances of the lowest and the highest images/s from the median, for matplotlib's error bars."""
+    signs = {"_low": -1, "_high": 1}
+    return [[sign * (row[f"images_per_s{end}"] - row["images_per_s"]) for row in rows] for end, sign in signs.items()]
+
+
 def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
     """Draw bars of images/s with their spread, and the `limit` with its name.
 
@@ -218,14 +224,12 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
 
     rows = sorted(result["rows"], key=lambda row: row["images_per_s"])
     medians = [row["images_per_s"] for row in rows]
-    errors = [
-        [row["images_per_s"] - row["images_per_s_low"] for row in rows],
-        [row["images_per_s_high"] - row["images_per_s"] for row in rows],
-    ]
     colors = ["tab:blue" if row["kind"] == "ours" else "tab:gray" for row in rows]
     figure = Figure(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh([row["name"] for row in rows], medians, xerr=errors, color=colors, ecolor="black", capsize=3)
+    bars = axes.barh(
+        [row["name"] for row in rows], medians, xerr=whiskers(rows), color=colors, ecolor="black", capsize=3
+    )
     axes.bar_label(bars, labels=[grouped(median) for median in medians], label_type="center", color="white")
     axes.bar(0, 0, color="tab:blue", label="this program")
     axes.bar(0, 0, color="tab:gray", label="as other libraries' users write it")

@@ -29,7 +29,7 @@ from benchmarks.report import SCHEMA, Result, row_of, show_result, write_result
 from fastresnet import terminal
 from fastresnet.config import Device, Precision
 from fastresnet.threads import Threads, check_threads
-from pipelines import Pipeline, usable_processors
+from pipelines.base import Pipeline, usable_processors
 from pipelines.errors import Note, RunError, UsageError, UserError, check_literals
 from pipelines.prepare import find_dataset
 from pipelines.store import Dataset

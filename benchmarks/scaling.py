@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import markdown_table
 from fastresnet.provenance import environment
-from pipelines import usable_processors
+from pipelines.base import usable_processors
 from pipelines.files import write_json
 
 MODEL = "resnet20"

@@ -360,9 +360,7 @@ def _draw_throughput(result: report.Result, axes: Any) -> None:
     for mode, heading, color in (("train", "training", "tab:blue"), ("inference", "inference", "tab:orange")):
         line = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["batch_size"])
         sizes, medians = [row["batch_size"] for row in line], [row["images_per_s"] for row in line]
-        lows = [row["images_per_s"] - row["images_per_s_low"] for row in line]
-        highs = [row["images_per_s_high"] - row["images_per_s"] for row in line]
-        axes.errorbar(sizes, medians, [lows, highs], color=color, marker="o", capsize=3, label=heading)
+        axes.errorbar(sizes, medians, report.whiskers(line), color=color, marker="o", capsize=3, label=heading)
         roofs = [roof(row, limits)[0] for row in line]
         axes.plot(sizes, roofs, color=color, linestyle="--", marker=".", label=f"roof of {heading}")
         for row in line:

@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.runner import Case, Epochs, WaitTimer, Work, Worker, WorkerOptions, describe_work, measure_workers
 from fastresnet.config import COMPILE, Compile
 from fastresnet.models import list_models
-from pipelines import usable_processors
+from pipelines.base import usable_processors
 from pipelines.errors import check_choice
 
 if TYPE_CHECKING:

@@ -51,13 +51,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure accuracy and loss on the test set of `data`: top-1 in percent, cross-entropy in nats.
 
-    `weights` is a network, a file as for `fastresnet eval`, or `pretrained:NAME`. A network maps images
-    [N, 3, 32, 32] to logits [N, classes]. `normalization` names the normalisation of its images: `half`, `channel` or
-    `pixel` (see `pipelines.Augmentation`). Files and pretrained weights name theirs themselves. The default of `data`
-    is the data set of their training, else cifar10. `threads` is the number that a CPU computes with. With a file,
-    `auto` takes what is fastest in a few trial steps. `mirror` adds the accuracy with horizontal-flip TTA. Raises
-    `UsageError` on impossible arguments. Raises `DataError` where a file or the data set is missing, damaged or does
-    not fit.
+    `weights` is a network, a file as for `fastresnet eval`, or `pretrained:NAME`. A network maps images [N, 3, 32, 32]
+    to logits [N, classes]; `normalization` is that of its images: `half`, `channel` or `pixel` (see
+    `pipelines.Augmentation`). Files name theirs. `data` is by default that of their training, else cifar10. `threads`
+    is the number that a CPU computes with; for a file, `auto` is the fastest in trial steps. `mirror` adds the accuracy
+    with horizontal-flip TTA. Raises `UsageError` on impossible arguments, `DataError` where a file or the data set is
+    missing, damaged or does not fit.
     """
     import torch
 

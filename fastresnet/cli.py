@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -32,9 +33,7 @@ commands:
 
 fastresnet COMMAND --help tells the options of a command.
 """
-COMMANDS = (
-    "prepare", "train", "eval", "predict", "plot", "report", "summary", "export", "doctor", "bench", "completion",
-)  # fmt: skip
+COMMANDS = tuple(re.findall(r"^  (\w+)", _OVERVIEW, re.MULTILINE))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

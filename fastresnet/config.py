@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 from tyro.conf import Suppress
@@ -234,8 +234,6 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         hint = str  # `TrainConfig` checks the word
     if get_origin(hint) is tuple:

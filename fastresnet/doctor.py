@@ -14,7 +14,8 @@ import torch
 
 from fastresnet.device import NVIDIA_CONTROL, resolve_precision
 from fastresnet.provenance import environment, versions_of
-from pipelines import PIPELINES, free_memory, pipeline_class
+from pipelines import PIPELINES, pipeline_class
+from pipelines.base import free_memory
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.errors import UserError
 from pipelines.prepare import CIFAR10, data_root

@@ -18,7 +18,8 @@ from fastresnet.device import DTYPES, autocast, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
 from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
-from pipelines import Augmentation, Pipeline, open_pipeline
+from pipelines import Augmentation, open_pipeline
+from pipelines.base import Pipeline
 from pipelines.errors import DataError
 from pipelines.prepare import find_dataset
 from pipelines.sampling import NormalizationMode

@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,8 +51,10 @@ def _onnx(network: nn.Module, path: Path) -> Loaded:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"--format onnx needs {error.name}: pip install 'fastresnet[onnx]'") from None
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as quiet:
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        quiet.callback(logging.disable, logging.NOTSET)
         program = torch.onnx.export(
             network,
             (_example(),),
@@ -88,17 +90,6 @@ def _safetensors(network: nn.Module, path: Path) -> Loaded:
 
 def _example() -> Tensor:
     return torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)  # a batch of one would be taken for a constant
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 FORMATS: dict[str, Callable[[nn.Module, Path], Loaded]] = {

@@ -115,15 +115,14 @@ class RunFolder:
                 f"{self.path} already holds a run. Continue it with --resume, or give another folder with --out."
             )
         last, previous = (self.path / name for name in ("last.ckpt", "previous.ckpt"))
-        if last.exists() or not previous.exists():
-            try:
-                return _load_checkpoint(last) if last.exists() else None
-            except DataError as error:
-                if not previous.exists():
-                    raise
-                reason = str(error)
-        else:
-            reason = f"{last} is missing."
+        if not last.exists() and not previous.exists():
+            return None
+        try:
+            return _load_checkpoint(last)
+        except DataError as error:
+            if not previous.exists():
+                raise
+            reason = str(error)
         checkpoint = _load_checkpoint(previous)
         what_next = (
             f"Going on from {previous}, the checkpoint before: the steps after {checkpoint.progress.step:,} are taken "

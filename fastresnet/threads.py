@@ -7,6 +7,7 @@ for the core that is taken: 31 images/s with 2 threads and 589 with 1 (steps of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import statistics
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines import usable_processors
+from pipelines.base import usable_processors
 from pipelines.errors import Note, UsageError
 
 if TYPE_CHECKING:
@@ -90,79 +91,68 @@ def fastest_threads(
         return before, f"threads {before}: PyTorch's number, as OMP_NUM_THREADS is set"
     if processors == 1 or repetitions <= 1:
         return before, ""
+    step = functools.partial(_timed_step, work, clock)
+    numbers, seconds = sorted({1, processors // 2, processors}), dict[int, float]()
     try:
-        numbers = sorted({1, processors // 2, processors})
-        trial = _Trial(work, images, repetitions, len(numbers), clock)
-        if not trial.images:
+        affordable = _affordable_images(step, images, repetitions, len(numbers) * (1 + _TIMED) + 2)
+        if not affordable:
             return before, f"threads {before}: PyTorch's number, as trial steps would take too long"
-        seconds = {threads: trial.step_seconds(threads) for threads in numbers}
+        for threads in numbers:
+            torch.set_num_threads(threads)
+            seconds[threads] = _median(step, affordable, _HOPELESS * min(seconds.values(), default=math.inf))
     finally:
         torch.set_num_threads(before)
     chosen = min(seconds, key=seconds.__getitem__)
     rates = ", ".join(
-        f"too slow with {threads}" if math.isinf(took) else f"{trial.images / took:,.0f} images/s with {threads}"
+        f"too slow with {threads}" if math.isinf(took) else f"{affordable / took:,.0f} images/s with {threads}"
         for threads, took in seconds.items()
     )
     return chosen, f"threads {chosen}: trial steps reach {rates}"
 
 
-class _Trial:
-    """Steps with different numbers of threads, on as many images as the time allows."""
+def _affordable_images(step: Callable[[int], float], images: int, repetitions: int, steps: int) -> int:
+    """Return the images with which `steps` steps of one thread stay within the limits; 0 where two take too long."""
+    import torch
 
-    def __init__(
-        self, work: Callable[[int], object], images: int, repetitions: int, numbers: int, clock: Callable[[], float]
-    ) -> None:
-        self._work, self._clock = work, clock
-        self._fastest = math.inf
-        self.images = self._affordable_images(images, repetitions, numbers * (1 + _TIMED) + 2)
-        """Images of a step; 0 where two of them take too long."""
+    torch.set_num_threads(1)
+    count = min(images, 2)
+    step(count)
+    while True:
+        seconds = step(count)
+        budget = max(TRIAL_SECONDS, TRIAL_SHARE * repetitions * images / count * seconds)
+        if seconds > budget / steps:
+            return 0
+        if 2 * seconds > budget / steps or count == images:
+            return count
+        count = min(2 * count, images)
 
-    def step_seconds(self, threads: int) -> float:
-        """Return the median time of a step; infinite where it is given up."""
-        import torch
 
-        torch.set_num_threads(threads)
-        limit = self._fastest * _HOPELESS
-        try:
-            self._timed(self.images, limit)  # the first one sets up more than those that follow
-            seconds = statistics.median(self._timed(self.images, limit) for _ in range(_TIMED))
-        except _TooSlowError:
-            return math.inf
-        self._fastest = min(self._fastest, seconds)
-        return seconds
+def _median(step: Callable[[int, float], float], images: int, limit: float) -> float:
+    """Return the median time of a step; infinite where one takes more than `limit` seconds."""
+    try:
+        step(images, limit)  # the first one sets up more than those that follow
+        return statistics.median(step(images, limit) for _ in range(_TIMED))
+    except _TooSlowError:
+        return math.inf
 
-    def _affordable_images(self, images: int, repetitions: int, steps: int) -> int:
-        """Return the images with which `steps` steps of one thread stay within the limits; the search takes two."""
-        import torch
 
-        torch.set_num_threads(1)
-        count = min(images, 2)
-        self._timed(count, math.inf)
-        while True:
-            seconds = self._timed(count, math.inf)
-            budget = max(TRIAL_SECONDS, TRIAL_SHARE * repetitions * images / count * seconds)
-            if seconds > budget / steps:
-                return 0
-            if 2 * seconds > budget / steps or count == images:
-                return count
-            count = min(2 * count, images)
+def _timed_step(
+    work: Callable[[int], object], clock: Callable[[], float], images: int, limit: float = math.inf
+) -> float:
+    """Return the seconds of a step on `images` images. Raises `_TooSlowError` after `limit` of them."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
 
-    def _timed(self, images: int, limit: float) -> float:
-        """Return the seconds of a step on so many images. Raises `_TooSlowError` after `limit` of them."""
-        from torch.nn.modules.module import register_module_forward_pre_hook
+    began = clock()
 
-        began = self._clock()
-
-        def give_up(*_: Any) -> None:
-            if self._clock() > began + limit:
-                raise _TooSlowError
-
-        hook = register_module_forward_pre_hook(give_up)
-        try:
-            self._work(images)
-        finally:
-            hook.remove()
-        seconds = self._clock() - began
-        if seconds > limit:
+    def give_up(*_: Any) -> None:
+        if clock() > began + limit:
             raise _TooSlowError
-        return seconds
+
+    hook = register_module_forward_pre_hook(give_up)
+    try:
+        work(images)
+    finally:
+        hook.remove()
+    if (seconds := clock() - began) > limit:
+        raise _TooSlowError
+    return seconds

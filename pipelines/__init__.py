@@ -6,7 +6,7 @@ import dataclasses
 import pkgutil
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .base import Batch, GatheringPipeline, Pipeline, free_memory, is_installed, usable_processors
+from .base import Pipeline, free_memory, is_installed
 from .errors import UsageError, check_choice
 from .sampling import Augmentation, Sampler
 
@@ -15,21 +15,7 @@ if TYPE_CHECKING:
 
     from .store import Dataset
 
-__all__ = [
-    "PIPELINES",
-    "Augmentation",
-    "Batch",
-    "Decoder",
-    "GatheringPipeline",
-    "Pipeline",
-    "PipelineName",
-    "choose_pipeline",
-    "free_memory",
-    "is_installed",
-    "open_pipeline",
-    "pipeline_class",
-    "usable_processors",
-]
+__all__ = ["PIPELINES", "Augmentation", "Decoder", "PipelineName", "choose_pipeline", "open_pipeline", "pipeline_class"]
 
 __version__ = "0.1.0"
 
@@ -38,12 +24,15 @@ PIPELINES = get_args(PipelineName)
 Decoder = Literal["raw", "jpeg"]
 
 
-def choose_pipeline(dataset: Dataset, device: torch.device) -> tuple[PipelineName, str]:
+def choose_pipeline(dataset: Dataset, device: torch.device, decode: str = "raw") -> tuple[PipelineName, str]:
     """Choose the pipeline that `auto` stands for on `device`; return its name and the reason.
 
-    `resident` where the images take at most half of the free memory, which leaves the rest to the network; otherwise
-    the first of `dali`, `ffcv` (if its files are there) and `torchvision` that is installed.
+    `dali` alone decodes JPEG. Otherwise it is `resident` where the images take at most half of the free memory, which
+    leaves the rest to the network; else the first of `dali`, `ffcv` (if its files are there) and `torchvision` that is
+    installed.
     """
+    if decode == "jpeg":
+        return "dali", "it decodes JPEG"
     needed, free = dataset.train.images.nbytes + dataset.test.images.nbytes, free_memory(device)
     sizes = f"{needed / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of memory free"
     if needed <= free / 2:

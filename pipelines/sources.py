@@ -92,10 +92,7 @@ def read_source(path: Path, report: Report) -> RawData:
 
 def verify_cifar10(data: RawData, path: Path) -> None:
     """Raise `DataError` unless `data` holds exactly the official CIFAR-10's images and labels, in any order."""
-    for split, images, labels in (
-        ("train", data.train_images, data.train_labels),
-        ("test", data.test_images, data.test_labels),
-    ):
+    for split, (images, labels) in data.splits().items():
         if _content_digest(images, labels) != _CIFAR10_CONTENT[split]:
             raise DataError(
                 f"{path}: its {len(labels)} {split} images are not those of CIFAR-10: damaged, or another data set. "
@@ -167,7 +164,7 @@ def _join(classes: tuple[str, ...], train: list[tuple], test: tuple) -> RawData:
 
 
 def _checked(data: RawData, path: Path) -> RawData:
-    for split, labels in (("train", data.train_labels), ("test", data.test_labels)):
+    for split, (_, labels) in data.splits().items():
         if not len(labels):
             raise DataError(f"{path} has no {split} images.")
         if not 0 <= labels.min() <= labels.max() < len(data.classes):

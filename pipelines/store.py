@@ -59,6 +59,10 @@ class RawData:
     test_images: np.ndarray
     test_labels: np.ndarray
 
+    def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return images and labels of each split, by its name."""
+        return {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -169,7 +173,7 @@ def _write_files(folder: Path, name: str, data: RawData, source: str, version: s
         "schema": SCHEMA,
         "name": name,
         "classes": list(data.classes),
-        "counts": {"train": len(data.train_labels), "test": len(data.test_labels)},
+        "counts": {split: len(labels) for split, (_, labels) in data.splits().items()},
         "mean": mean,
         "std": std,
         "source": source,

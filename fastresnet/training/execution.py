@@ -14,7 +14,7 @@ import torch
 
 from fastresnet.device import explained_failures
 from fastresnet.training.step import TrainStep
-from pipelines import Batch, GatheringPipeline, Pipeline
+from pipelines.base import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
 
 PAYS_AFTER_STEPS = 5000

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -52,26 +53,20 @@ _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflo
 
 def create_loggers(
     config: TrainConfig, folder: Path, console: Console, total_steps: int, start_step: int
-) -> list[Logger]:
+) -> Iterator[Logger]:
     """Create a progress bar on a terminal, plain lines elsewhere, and the loggers that `config` asks for.
 
-    Raises `UsageError` where a library is missing or has nowhere to log to; then none is left open.
+    Raises `UsageError` where a library is missing or has nowhere to log to. The loggers yielded before are the
+    caller's to close.
     """
     _check_libraries(config)
-    loggers: list[Logger] = []
-    try:  # what writes into the run folder comes last
-        if config.mlflow:
-            loggers.append(MlflowLogger(config, folder))
-        if config.wandb:
-            loggers.append(WandbLogger(config, folder))
-        if config.tensorboard:
-            loggers.append(TensorBoardLogger(folder, start_step))
-    except BaseException:
-        for logger in loggers:
-            logger.close()
-        raise
-    loggers.append(TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps))
-    return loggers
+    if config.mlflow:
+        yield MlflowLogger(config, folder)
+    if config.wandb:
+        yield WandbLogger(config, folder)
+    if config.tensorboard:  # it writes into the run folder
+        yield TensorBoardLogger(folder, start_step)
+    yield TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps)
 
 
 def _check_libraries(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,12 +32,13 @@ from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
 from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, faster_backend
-from fastresnet.training.loggers import Status, create_loggers
+from fastresnet.training.loggers import Logger, Status, create_loggers
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import create_optimizers, lr_factors
 from fastresnet.training.step import TrainStep
-from pipelines import Pipeline, PipelineName, choose_pipeline, open_pipeline
+from pipelines import choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
+from pipelines.base import Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
 
@@ -70,7 +71,8 @@ def train(
     device, main = resolve_device(config.device), world_of_torchrun().is_main
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:
-        resources.enter_context(explained_failures(_less_memory(config)))
+        fewer = f"--batch-size {config.batch_size} is too much; try --batch-size {max(config.batch_size // 2, 1)}"
+        resources.enter_context(explained_failures(f"{fewer} (and another --out, if the run has begun)"))
         run = resources.enter_context(RunFolder(run_path(config, dataset), writes=main).locked())
         world = resources.enter_context(connected(device))
 
@@ -98,17 +100,20 @@ def train(
         left = total_steps - progress.step
         config, execution = create_execution(config, step, pipeline, progress.epoch, left, world, tell, clock)
         clock.enter("other")
-        loggers = create_loggers(config, run.path, console, total_steps, progress.step) if main else []
-        for logger in loggers:
+        loggers = list[Logger]()
+        for logger in create_loggers(config, run.path, console, total_steps, progress.step) if main else ():
             resources.callback(logger.close)
+            loggers.append(logger)
         run.begin(config, dataset)
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
         def save() -> None:
             _check_finite(step, epoch_steps, run)  # waits for the device, so the time up to here is the steps'
             clock.update(progress)
-            with clock.during("saving"):
-                run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
+            around = clock.phase
+            clock.enter("saving")
+            run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
+            clock.enter(around)
 
         def stop_if_asked() -> None:
             if signum := world.highest(signals.received, device):
@@ -183,13 +188,10 @@ def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: 
     Raises `UsageError` where the machine cannot do what `config` asks for.
     """
     check_choice("recipe", config.recipe, RECIPES)
-    reason = ""
-    pipeline: Literal["auto", PipelineName] = config.pipeline
-    if pipeline == "auto" and config.decode == "jpeg":
-        pipeline = "dali"
-    elif pipeline == "auto":
-        pipeline, sizes = choose_pipeline(dataset, device)
-        reason = f" ({sizes})"
+    pipeline, reason = config.pipeline, ""
+    if pipeline == "auto":
+        pipeline, why = choose_pipeline(dataset, device, config.decode)
+        reason = f" ({why})"
     resolved = dataclasses.replace(
         config,
         device="cuda" if device.type == "cuda" else "cpu",
@@ -349,27 +351,17 @@ class Stopwatch:
         self.earlier = Progress()
         """Position, and seconds, before the first step of this process."""
         self.first_step: float | None = None
-        self._phase, self._mark = "data", time.perf_counter()
+        self.phase, self._mark = "data", time.perf_counter()
 
     def enter(self, phase: str) -> None:
         """Begin `phase`."""
         self.read()
-        self._phase = phase
-
-    @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Book the time inside on `phase`."""
-        around = self._phase
-        self.enter(phase)
-        try:
-            yield
-        finally:
-            self.enter(around)
+        self.phase = phase
 
     def read(self) -> float:
         """Book the time since the last reading; return the seconds of all phases."""
         now = time.perf_counter()
-        self.seconds[self._phase] += now - self._mark
+        self.seconds[self.phase] += now - self._mark
         self._mark = now
         return sum(self.seconds.values())
 
@@ -409,14 +401,6 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-
-
-def _less_memory(config: TrainConfig) -> str:
-    half = max(config.batch_size // 2, 1)
-    return (
-        f"--batch-size {config.batch_size} is too much; try --batch-size {half} (and another --out, if the run has "
-        "begun)"
-    )
 
 
 def announcement(

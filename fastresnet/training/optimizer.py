@@ -22,11 +22,8 @@ from pipelines.errors import UsageError
 def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """Create the optimisers that together update each trained parameter of `model` once.
 
-    A schedule scales the `peak_lr` of each group.
-
-    They are `sgd` with momentum, as in He et al. 2015, or `adamw` (Loshchilov & Hutter 2019). `muon` trains
-    convolutions and SGD the rest, as in Jordan's cifar10-airbench. Weight decay on norms and biases needs
-    `config.decay_norms`.
+    `sgd` has momentum, as in He et al. 2015; `adamw` is by Loshchilov & Hutter 2019. `muon` trains convolutions and SGD
+    the rest, as in Jordan's cifar10-airbench. A schedule scales the `peak_lr` of each group.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors = [parameter for parameter in trained if parameter.ndim == 1]

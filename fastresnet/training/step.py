@@ -27,11 +27,10 @@ MAX_OVERFLOWS = 32
 class TrainStep:
     """Optimisation step, which sums its metrics on the device.
 
-    Its own number and the learning rates of all steps are tensors there too. A step captured as a CUDA graph needs
-    nothing from the host. A loss or a gradient that is not finite calls off that update and every later one, on the
-    device itself. `failed_at` tells the step when the caller next asks. So the steady loop need not synchronise (the
-    idea is torchtitan's, `trainer.py`). Gradients that overflow in fp16 are the gradient scaler's to deal with: their
-    update is left out, and counted.
+    Its own number and all learning rates are tensors there too: a step captured as a CUDA graph needs nothing from the
+    host. A loss or gradient that is not finite cancels this update and all later ones on the device, and `failed_at`
+    returns its step. So the steady loop need not synchronise (the idea is torchtitan's, `trainer.py`). In fp16 the
+    gradient scaler handles overflows: it skips the update, which is counted.
     """
 
     def __init__(

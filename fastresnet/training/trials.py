@@ -26,7 +26,7 @@ from fastresnet.training.execution import Execution
 from fastresnet.training.loop import Stopwatch, announcement, create_execution, create_step, open_pipelines, resolve
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
-from pipelines import Pipeline
+from pipelines.base import Pipeline
 from pipelines.errors import RunError, UsageError
 from pipelines.sources import Report
 from pipelines.store import Dataset

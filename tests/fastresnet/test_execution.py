@@ -12,7 +12,8 @@ from fastresnet.training import execution
 from fastresnet.training.execution import Execution, faster_backend
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
-from pipelines import Augmentation, Batch, open_pipeline
+from pipelines import Augmentation, open_pipeline
+from pipelines.base import Batch
 from pipelines.errors import RunError
 
 CPU = torch.device("cpu")

@@ -35,7 +35,8 @@ from fastresnet.training.loop import train
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.step import TrainStep
 from fastresnet.weights import Normalized, load_weights
-from pipelines import Augmentation, is_installed, open_pipeline
+from pipelines import Augmentation, open_pipeline
+from pipelines.base import is_installed
 from pipelines.prepare import prepare
 from pipelines.store import RawData, write_store
 

@@ -34,7 +34,8 @@ from fastresnet.config import TrainConfig, from_toml
 from fastresnet.models import create_model
 from fastresnet.provenance import environment
 from fastresnet.weights import load_weights
-from pipelines import formats, is_installed, sources, store
+from pipelines import formats, sources, store
+from pipelines.base import is_installed
 from pipelines.errors import UserError
 from pipelines.files import write_json
 from pipelines.formats import open_derived, open_shard

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pipelines import is_installed
+from pipelines.base import is_installed
 from tests.faults import fuzz, kills
 
 KINDS = [

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import Augmentation, Pipeline, open_pipeline
+from pipelines import Augmentation, open_pipeline
+from pipelines.base import Pipeline
 from pipelines.prng import Stream, permutation, stream_key
 from pipelines.sampling import draw
 from pipelines.store import Dataset

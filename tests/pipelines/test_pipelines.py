@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import pipelines
-from pipelines import PIPELINES, Augmentation, choose_pipeline, free_memory, usable_processors
+from pipelines import PIPELINES, Augmentation, choose_pipeline
+from pipelines.base import free_memory, is_installed, usable_processors
 from pipelines.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -307,9 +308,9 @@ def store_of_2_gb(dataset, tmp_path):
 
 
 def test_is_installed_distinguishes_missing_libraries():
-    assert pipelines.is_installed("torch")
-    assert not pipelines.is_installed("no_such_module")
-    assert not pipelines.is_installed("no_such_package.module")
+    assert is_installed("torch")
+    assert not is_installed("no_such_module")
+    assert not is_installed("no_such_package.module")
 
 
 def test_free_cpu_memory_is_at_most_the_total():
@@ -320,8 +321,8 @@ def test_free_cpu_memory_is_at_most_the_total():
 
 def test_processors_are_those_that_the_process_may_use(monkeypatch):
     """Taskset limits them. Without `sched_getaffinity`, all processors count."""
-    code = "import os, pipelines; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
-    command = [sys.executable, "-c", f"{code}; print(pipelines.usable_processors())"]
+    code = "import os, pipelines.base; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    command = [sys.executable, "-c", f"{code}; print(pipelines.base.usable_processors())"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_processors() == os.cpu_count()
