@@ -11,10 +11,11 @@ from benchmarks import loaders
 from benchmarks.__main__ import main
 from benchmarks.report import print_tables, ratio, spread
 from fastresnet import cli, terminal
+from pipelines import PIPELINES
 from pipelines.errors import Note
 from pipelines.store import open_store
 
-OURS = ["resident", "dali", "ffcv", "torchvision"]
+OURS = list(PIPELINES)
 PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
 
 

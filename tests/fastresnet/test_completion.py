@@ -9,6 +9,7 @@ import pytest
 from fastresnet.cli import COMMANDS
 from fastresnet.models import list_models
 from fastresnet.recipes import RECIPES
+from pipelines import PIPELINES
 
 
 @pytest.fixture
@@ -38,9 +39,9 @@ def complete(run, tmp_path):
         (["train", "fast", "--mom"], ["--momentum"]),
         (["train", "--model", "se-"], ["se-resnet20", "se-resnet56"]),
         (["train", "--model", "=", "wrn16"], ["wrn16-2", "wrn16-8"]),
-        (["train", "--pipeline", "="], ["auto", "resident", "dali", "ffcv", "torchvision"]),
+        (["train", "--pipeline", "="], ["auto", *PIPELINES]),
         (["train", "--pipeline=d"], ["--pipeline=dali"]),
-        (["train", "--pipeline", ""], ["auto", "resident", "dali", "ffcv", "torchvision"]),
+        (["train", "--pipeline", ""], ["auto", *PIPELINES]),
         (["train", "--out", ""], []),
         (["train", "--lr", ""], []),
         (["train", "--nesterov", "--dry"], ["--dry-run"]),

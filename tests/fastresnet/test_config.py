@@ -14,6 +14,7 @@ from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from fastresnet.models import list_models
 from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, best, fast, paper, smoke
 from fastresnet.training.optimizer import lr_factor
+from pipelines import PIPELINES
 from pipelines.errors import UsageError
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -483,7 +484,7 @@ VALID = {
     "shortcut": st.sampled_from(["A", "B"]),
     "data": st.text(min_size=1),
     "root": paths(),
-    "pipeline": st.sampled_from(["auto", "resident", "dali", "ffcv", "torchvision"]),
+    "pipeline": st.sampled_from(["auto", *PIPELINES]),
     "decode": st.sampled_from(["raw", "jpeg"]),
     "val_split": st.integers(0, 2**62),
     "epochs": st.integers(1, 1_000_000),

@@ -1,6 +1,5 @@
 """Training as several processes under torchrun, against the same training in one."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -13,15 +12,14 @@ import torch
 from fastresnet import distributed
 from fastresnet.checkpoint import load_tensors
 from fastresnet.distributed import SINGLE, world_of_torchrun
+from pipelines import PIPELINES
+from pipelines.base import is_installed
+from tests.conftest import LIBRARIES
 from tests.fastresnet import rank_program, tiny_runs
 from tests.fastresnet.tiny_runs import assert_same_run
 
 ROOT = Path(__file__).parents[2]
-PIPELINES = [
-    name
-    for name, library in {"resident": "torch", "torchvision": "torch", "dali": "nvidia", "ffcv": "ffcv"}.items()
-    if importlib.util.find_spec(library)
-]
+INSTALLED = [name for name in PIPELINES if is_installed(LIBRARIES.get(name, "torch"))]
 
 
 def torchrun(python, processes, *arguments, root, restarts=0):
@@ -58,7 +56,7 @@ def results_of(python, processes, pipelines, out, dataset, root):
 
 @pytest.fixture(scope="module")
 def two_ranks(python, tmp_path_factory, data_root, dataset):
-    return results_of(python, 2, PIPELINES, tmp_path_factory.mktemp("two"), dataset, data_root)
+    return results_of(python, 2, INSTALLED, tmp_path_factory.mktemp("two"), dataset, data_root)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def rank_results(request):
 
 @pytest.mark.parametrize(
     ("ranks", "pipeline"),
-    [*(("two_ranks", name) for name in ("resident", "torchvision", "dali", "ffcv")), ("four_ranks", "resident")],
+    [*(("two_ranks", name) for name in PIPELINES), ("four_ranks", "resident")],
 )
 def test_joined_samples_of_ranks_equal_those_of_one_process(request, need, dataset, ranks, pipeline):
     need(pipeline)
