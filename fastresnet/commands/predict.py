@@ -41,11 +41,11 @@ class Options:
     csv: Path | None = None
     """CSV file to write all predictions to."""
     saliency: Path | None = None
-    """Picture to write (.png): the images, and the pixels on which the likeliest class depends."""
+    """Picture to write (.png or .svg): the images, and the pixels on which the likeliest class depends."""
 
     def __post_init__(self) -> None:
-        for option in ("csv", "saliency"):
-            check_output(f"--{option}", getattr(self, option))
+        check_output("--csv", self.csv)
+        check_output("--saliency", self.saliency, (".png", ".svg"))
         check_threads(self.threads)
         if self.top < 1:
             raise UsageError(f"--top {self.top}: give 1 or more.")
