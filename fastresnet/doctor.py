@@ -19,7 +19,7 @@ from pipelines.base import free_memory
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.errors import UserError
 from pipelines.prepare import CIFAR10, data_root
-from pipelines.store import open_store, prepare_anew_command
+from pipelines.store import open_store, prepare_again_command
 
 _LIBRARIES = (
     *("torch", "torchvision", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv", "tensorboard", "onnx"),
@@ -72,7 +72,7 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """Read the version of NVIDIA's driver; None where there is none."""
+    """Read the version of NVIDIA's driver; None if there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -137,7 +137,7 @@ def _data(root: Path) -> Iterator[Finding]:
         try:
             dataset = open_store(root / name)
         except UserError as error:
-            yield Finding(f"data {name}", "broken", str(error), prepare_anew_command(root / name))
+            yield Finding(f"data {name}", "broken", str(error), prepare_again_command(root / name))
         else:
             counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
             yield Finding(f"data {name}", "works", f"{counts}, verified, in {dataset.folder.absolute()}")

@@ -132,7 +132,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["train", "smoke", "--data", "shapes10", "--val-split", "171"], ["cannot hold 171 images out of 171"]),
         (["train", "--config", "nowhere.toml"], ["cannot read the config nowhere.toml"]),
         (["prepare", "--data", "shapes10", "--train-images", "0"], ["--train-images 0"]),
-        (["prepare", "--data", "a/b"], ["'a/b' is no name"]),
+        (["prepare", "--data", "a/b"], ["'a/b' is not a name"]),
         (["eval", "--weights", "x", "--precision", "fp61"], ["did you mean 'fp16'?"]),
         (["eval", "--weights", "x", "--mean", "0.5", "0.5", "0.5"], ["--mean and --std go together"]),
         (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "0", "1", "1"], ["above 0"]),
