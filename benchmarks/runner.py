@@ -382,7 +382,7 @@ def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
 
         multiprocessing.set_start_method(None, force=True)  # the default, for the loaders' own workers
         torch.set_num_threads(work.threads)
-        torch.zeros(1, device=work.device)  # so is the GPU's context
+        torch.zeros(1, device=work.device)  # creates the GPU's context, also before the clock starts
         connection.send(None)
         with explained_failures("give a smaller --batch-size"):
             opened = _OpenCase(case, work)

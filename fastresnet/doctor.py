@@ -33,7 +33,7 @@ class Finding:
 
     what: str
     state: str
-    """State: `works`, `missing` (an optional part is not installed) or `broken`."""
+    """State: `works`, `missing` (an optional part is absent) or `broken`."""
     detail: str
     remedy: str = ""
     """Advice; empty if there is nothing to do."""

@@ -49,15 +49,15 @@ def fast(model: str = "resnet20") -> TrainConfig:
     `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2). That is
     36 to 42 minutes of training on one core of an AMD EPYC under other load, in bf16. On an H100: 91.33 ± 0.12 % (seeds
     0 to 3); the two seeds that had the GPU to themselves took 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds
-    0 to 2), ResNet-32: 92.19 % (seed 0), below the paper's 93.03 and 92.49 %. `docs/fast-recipe.md` has the
-    experiments.
+    0 to 2), ResNet-32: 92.19 % (seed 0), below the paper's 93.03 and 92.49 %. Experiments: `docs/fast-recipe.md`.
 
     Muon trains the convolutions, whose weights it keeps at a fixed norm. The learning rate falls linearly to 0. Crops
     use reflection padding, as in cifar10-airbench: with black margins, a network adapts to their effect on its
-    statistics, which whole test images do not have. In so few epochs, training time limits a network of 20 layers, not
-    the number of images: its crops move by only 2 pixels. Flips alternate between epochs, as in airbench, so that every
-    image is seen in both orientations. Deeper networks start as shallow ones if they support it. Their norms learn a
-    hundred times as fast as the linear layer: at its rate they hardly change. The two gain 1.1 points on ResNet-56.
+    statistics, which is absent from whole test images. In so few epochs, training time limits a network of 20 layers,
+    not the number of images: its crops move by only 2 pixels. Flips alternate between epochs, as in airbench, so that
+    every image is seen in both orientations. Deeper networks start as shallow ones if they support it. Their norms
+    learn a hundred times as fast as the linear layer: at its rate they hardly change. The two gain 1.1 points on
+    ResNet-56.
     """
     spec = find_model(model)
     deep = spec.depth > 20

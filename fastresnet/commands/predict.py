@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BATCH_SIZE = 256
-_SHOWN_LINES = 40  # lines of the table on a terminal; --csv holds all
+_SHOWN_LINES = 40  # lines of the table on a terminal; --csv writes all
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +79,8 @@ def run(arguments: list[str]) -> int:
         parts = [network(batch.to(device)).softmax(1).cpu() for batch in batches]
     probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
     lines = [
-        (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(of, likely, strict=True)))
-        for file, of, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
+        (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(indices, likely, strict=True)))
+        for file, indices, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
     ]
     print_table(
         f"{weights.name} ({options.weights})",

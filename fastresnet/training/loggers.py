@@ -150,7 +150,7 @@ class TensorBoardLogger(Logger):
 class WandbLogger(Logger):
     """Scalars for every epoch, by optimisation step, in a run of Weights & Biases that --resume continues.
 
-    wandb's own variables configure it, such as project and mode (`WANDB_PROJECT`, `WANDB_MODE=offline`).
+    Project, mode and other settings are wandb's own (`WANDB_PROJECT`, `WANDB_MODE=offline`).
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
@@ -179,8 +179,8 @@ class WandbLogger(Logger):
 class MlflowLogger(Logger):
     """Settings, and scalars for every epoch, by optimisation step, in a run of MLflow.
 
-    MLflow's own variables configure server and experiment (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A resumed
-    run continues the MLflow run that is tagged with its folder.
+    Server and experiment are MLflow's own settings (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A resumed run
+    continues the MLflow run that is tagged with its folder.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:

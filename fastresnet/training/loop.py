@@ -115,7 +115,7 @@ def train(
             run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
             clock.enter(phase)
 
-        def stop_if_asked() -> None:
+        def stop_on_signal() -> None:
             if signum := world.highest(signals.received, device):
                 save()
                 run.draw_curves(progress.rows)
@@ -131,7 +131,7 @@ def train(
 
         def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
             classes, precision = dataset.classes, config.precision
-            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_if_asked, world=world)
+            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_on_signal, world=world)
 
         with StopSignals() as signals:
             # A run may have been stopped between its last step and the evaluation.
@@ -151,7 +151,7 @@ def train(
                     if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
                         save()
                     if world.is_single or progress.step % status_every == 0:  # several ranks wait to agree
-                        stop_if_asked()
+                        stop_on_signal()
                 _check_finite(step, epoch_steps, run)
 
                 clock.enter("evaluation")
