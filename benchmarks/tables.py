@@ -58,16 +58,16 @@ def _kills_table(result: dict[str, Any]) -> str:
     """Format the numbers of kills by their moment."""
     moments = sorted(result["moments"].items(), key=lambda item: -item[1])
     rows = [[moment, str(count)] for moment, count in moments]
-    return markdown_table(["killed", "times"], [*rows, ["in all", str(result["kills"])]])
+    return markdown_table(["killed", "times"], [*rows, ["total", str(result["kills"])]])
 
 
 def _fuzz_table(result: dict[str, Any]) -> str:
     """Format the outcomes of damaged files of each kind."""
-    head = ["files", "refused in words", "read, with the right content", "read, with another content"]
+    head = ["files", "refused with a message", "read, with the right content", "read, with another content"]
     outcomes = ("refused", "right", "other")
     rows = [[kind, *(f"{of_kind.get(o, 0):,}" for o in outcomes)] for kind, of_kind in result["outcomes"].items()]
     totals = [sum(of_kind.get(o, 0) for of_kind in result["outcomes"].values()) for o in outcomes]
-    return markdown_table(head, [*rows, ["in all", *(f"{total:,}" for total in totals)]])
+    return markdown_table(head, [*rows, ["total", *(f"{total:,}" for total in totals)]])
 
 
 _RELIABILITY = {"kills": _kills_table, "fuzz": _fuzz_table}
