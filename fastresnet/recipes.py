@@ -54,10 +54,9 @@ def fast(model: str = "resnet20") -> TrainConfig:
     Muon trains the convolutions, whose weights it keeps at a fixed norm. The learning rate falls linearly to 0. Crops
     use reflection padding, as in cifar10-airbench: with black margins, a network adapts to their effect on its
     statistics, which is absent from whole test images. In so few epochs, training time limits a network of 20 layers,
-    not the number of images: its crops move by only 2 pixels. Flips alternate between epochs, as in airbench, so that
-    every image is seen in both orientations. Deeper networks start as shallow ones if they support it. Their norms
-    learn a hundred times as fast as the linear layer: at its rate they hardly change. The two gain 1.1 points on
-    ResNet-56.
+    not the number of images: its crops move by only 2 pixels. Flips alternate between epochs, as in airbench, so every
+    image is seen in both orientations. Deeper networks start as shallow ones if they support it. Their norms learn a
+    hundred times as fast as the linear layer: at its rate they hardly change. The two gain 1.1 points on ResNet-56.
     """
     spec = find_model(model)
     deep = spec.depth > 20

@@ -28,8 +28,7 @@ def choose_pipeline(dataset: Dataset, device: torch.device, decode: str = "raw")
     """Resolve pipeline `auto` for `device`; return the name of the pipeline and the reason.
 
     Only `dali` decodes JPEG. Otherwise it is `resident` if the images take at most half of the free memory, which
-    leaves the rest to the network. Else it is the first of `dali`, `ffcv` (with its files) and `torchvision` that is
-    installed.
+    leaves the rest to the network. Else it is the first installed of `dali`, `ffcv` (with its files), `torchvision`.
     """
     if decode == "jpeg":
         return "dali", "it decodes JPEG"
