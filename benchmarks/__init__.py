@@ -1,1 +1,1 @@
-"""Measurements of this program and its peers. Cases take turns within one run, because machines drift."""
+"""Measurements of this program and its peers. Cases are interleaved within one run, because machines drift."""

@@ -2,12 +2,12 @@
 
 Measure this program and its peers, in turns, on this machine.
 
-  loaders   images/s of the data pipelines, and of torchvision, DALI and FFCV as their users write them
-  step      images/s of the training step and of inference alone, beside the roofline of the machine
-  train     images/s of training from end to end, and of other people's loops
-  all       the three of them, with results and charts in a folder
-  show      the tables of a result that was written with --json
-  compare   the ratios of two results, and the rows that became slower
+  loaders   images/s of the data pipelines, and of typical loaders of torchvision, DALI and FFCV
+  step      images/s of the training step and of inference alone, compared with the roofline of the machine
+  train     images/s of end-to-end training, and of other training loops
+  all       all three benchmarks, with results and charts in a folder
+  show      print the tables of a result that was written with --json
+  compare   compare two results: ratios, and rows that became slower
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pipelines.errors import UsageError, check_choice
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllOptions(MachineOptions):
-    """Run the benchmarks loaders, step and train one after the other, in under 5 minutes on 2 CPU cores if --quick."""
+    """Run the benchmarks loaders, step and train, one after the other; --quick takes under 5 minutes on 2 CPU cores."""
 
     data: str = "cifar10"
     """Name or folder of the data set."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     out: Path = Path("bench")
-    """Folder for the results, loaders.json, loaders.png and so on; made if it is missing."""
+    """Folder for the results, loaders.json, loaders.png and so on; created if missing."""
 
 
 def measure_all(options: AllOptions) -> None:
@@ -56,12 +56,12 @@ def measure_all(options: AllOptions) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ShowOptions:
-    """Show the tables of a result again."""
+    """Show the tables of a result."""
 
     result: Positional[Path]
     """File that was written with --json."""
     markdown: bool = False
-    """Print it as a table for a README."""
+    """Print a Markdown table."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +71,11 @@ class CompareOptions:
     before: Positional[Path]
     """File that was written with --json."""
     after: Positional[Path]
-    """Later result, written in the same way."""
+    """Later result, also written with --json."""
 
 
 def show(options: ShowOptions) -> None:
-    """Print a stored result. Raises `UsageError` where the file is none."""
+    """Print a stored result. Raises `UsageError` if the file is not a result."""
     result = read_result(options.result)
     module = module_of(result)
     try:
@@ -89,15 +89,15 @@ def show(options: ShowOptions) -> None:
 
 
 def compare(options: CompareOptions) -> None:
-    """Print the ratios of the rows that both have. Raises `UsageError` where the files cannot be compared.
+    """Print the ratios of the rows that both have. Raises `UsageError` if the files cannot be compared.
 
-    A row is slower or faster only where its rounds do not overlap: beyond the spread of both.
+    A row is slower or faster only if its rounds do not overlap: beyond the spread of both.
     """
     before, after = read_result(options.before), read_result(options.after)
     if before["benchmark"] != after["benchmark"]:
         raise UsageError(
             f"{options.before} is of bench {before['benchmark']}, {options.after} of bench {after['benchmark']}: they "
-            "have nothing to compare."
+            "cannot be compared."
         )
     rows = {row["name"]: row for row in before["rows"]}
     pairs = [(rows[row["name"]], row) for row in after["rows"] if row["name"] in rows]
@@ -114,7 +114,7 @@ def compare(options: CompareOptions) -> None:
         if before["environment"].get(key) != after["environment"].get(key):
             notes.append(f"not the same {key}: {before['environment'].get(key)}, {after['environment'].get(key)}")
     if missing := sorted(rows.keys() ^ {row["name"] for row in after["rows"]}):
-        notes.append(f"in one of the two only: {', '.join(missing)}")
+        notes.append(f"in only one of the two: {', '.join(missing)}")
     print_tables([made], notes)
 
 

@@ -1,8 +1,8 @@
 """usage: python -m benchmarks.accuracy add RUN... | chart RECIPE FILE | publish RUN
 
 `add` copies the summary and the curves of finished runs into `benchmarks/results/accuracy`. Then
-`python -m benchmarks.tables` makes the tables of accuracy from them. `chart` draws the plain networks beside the
-residual ones. `publish` makes the weights of a run those of `load_pretrained`, with their card.
+`python -m benchmarks.tables` makes the tables of accuracy from them. `chart` plots the errors of plain networks beside
+those of residual ones. `publish` makes the weights of a run, with their card, available to `load_pretrained`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.files import sha256, write_bytes
 RESULTS = Path(__file__).with_name("results") / "accuracy"
 
 # Test error in percent: Table 6 of He et al. 2015 (the mean of ResNet-110's five runs is 6.61), and the READMEs of the
-# two implementations that most people use.
+# two most used implementations.
 PUBLISHED = {
     "resnet20": {"paper": 8.75, "chenyaofo": 7.40, "akamaster": 8.27},
     "resnet32": {"paper": 7.51, "chenyaofo": 6.47, "akamaster": 7.37},
@@ -48,15 +48,15 @@ Summary = dict[str, Any]
 
 
 def read_summaries(folder: Path = RESULTS) -> list[Summary]:
-    """Read the `summary.json` of every run that counts: on CIFAR-10, with the settings that its recipe has today.
+    """Read the `summary.json` of every run that counts: on CIFAR-10, with the current settings of its recipe.
 
     Raises `UsageError` on settings that no longer exist.
     """
     summaries = {str(path): json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return [summary for path, summary in summaries.items() if not _objection(summary, path)]
+    return [summary for path, summary in summaries.items() if not _exclusion(summary, path)]
 
 
-def _objection(summary: Summary, where: str) -> str:
+def _exclusion(summary: Summary, where: str) -> str:
     """Return the reason why a run does not count, or ""; `where` names its file."""
     if summary["data"] != "cifar10":
         return f"it was trained on {summary['data']}, not on cifar10"
@@ -107,7 +107,7 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
 
 
 def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
-    """Return cells by their column. That of the device is the first run's."""
+    """Return cells by column. The device is that of the first run."""
     minutes = statistics.median(run["train_seconds"] for run in runs) / 60
     return {
         "recipe": f"`{recipe}`",
@@ -142,17 +142,17 @@ def _error_cell(runs: list[Summary]) -> str:
 def _grouped(summaries: Iterable[Summary]) -> dict[tuple[str, str], list[Summary]]:
     """Group runs by recipe and model, in the order of the registry and the table.
 
-    In a group CPUs come before GPUs, runs of one device stand together, and their seeds are in order.
+    Groups are sorted by CPU before GPU, then by device, then by seed.
     """
     recipes, models = list(RECIPES), list(PUBLISHED)
 
-    def place(run: Summary) -> tuple:
+    def sort_key(run: Summary) -> tuple:
         model = run["model"]
         number = models.index(model) if model in models else len(models)
         return recipes.index(run["recipe"]), number, model, _on_gpu(run), _device(run), run["seed"]
 
     groups: dict[tuple[str, str], list[Summary]] = {}
-    for run in sorted(summaries, key=place):
+    for run in sorted(summaries, key=sort_key):
         groups.setdefault((run["recipe"], run["model"]), []).append(run)
     return groups
 
@@ -167,15 +167,15 @@ TABLES = {"reproduction": reproduction_table, "runs": runs_table, "speedrun": sp
 
 
 def add(runs: Iterable[Path]) -> None:
-    """Copy the summaries and curves of finished `runs`: of all or of none.
+    """Copy the summaries and curves of all finished `runs`, or of none.
 
-    Raises `DataError` where one is not finished, does not count or would replace another.
+    Raises `DataError` if one is not finished, does not count or would replace another.
     """
     summaries, files = {run: _summary(run) for run in runs}, dict[Path, bytes]()
     for run, summary in summaries.items():
-        if objection := _objection(summary, str(run)):
+        if reason := _exclusion(summary, str(run)):
             command = f"fastresnet train {summary['recipe']} --model {summary['model']} --seed {summary['seed']}"
-            raise DataError(f"{run} would not count in the tables: {objection}. Train one that does: {command}")
+            raise DataError(f"{run} cannot be added to the tables: {reason}. Train one that can: {command}")
         name = _stem(summary)
         of_run = {
             RESULTS / f"{name}.json": (json.dumps(summary, indent=2) + "\n").encode(),
@@ -184,8 +184,8 @@ def add(runs: Iterable[Path]) -> None:
         for path, content in of_run.items():
             if content != files.setdefault(path, path.read_bytes() if path.exists() else content):
                 raise DataError(
-                    f"{path} is of another run than {run}. To have {run} in its place, remove {name}.json and "
-                    f"{name}.csv in that folder."
+                    f"{path} is of another run than {run}. To replace it, remove {name}.json and {name}.csv in that "
+                    "folder."
                 )
     RESULTS.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
@@ -195,9 +195,9 @@ def add(runs: Iterable[Path]) -> None:
 
 
 def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
-    """Draw the errors of 20 and 56 layers in training and test, as in the paper's figure 6.
+    """Plot the errors of 20 and 56 layers in training and test, as in the paper's figure 6.
 
-    Plain networks stand to the left, residual ones to the right, with the first seed of each. Raises `DataError` where
+    Plain networks are on the left, residual ones on the right, with the first seed of each. Raises `DataError` if
     there is no run of `recipe`.
     """
     from matplotlib.figure import Figure
@@ -242,9 +242,9 @@ def _stem(run: Summary) -> str:
 
 
 def publish(run: Path) -> None:
-    """Make the weights of `run` pretrained ones. Their accuracy is measured anew, in fp32 on the CPU.
+    """Publish the weights of `run` as pretrained ones. Their accuracy is measured again, in fp32 on the CPU.
 
-    Raises `DataError` where the run is not finished, or normalises in a way that a card cannot hold.
+    Raises `DataError` if the run is not finished, or a card cannot describe its normalisation.
     """
     import torch
 
@@ -259,7 +259,7 @@ def publish(run: Path) -> None:
     dataset = find_dataset("cifar10", None)
     normalization = weights.normalization
     if normalization == "pixel":
-        raise DataError(f"{run} subtracts a mean for each pixel, which a card does not hold. Publish another run.")
+        raise DataError(f"{run} subtracts a mean for each pixel, which a card cannot describe. Publish another run.")
     pipeline = open_evaluation(dataset, normalization, "fp32", cpu)
     result = evaluate(weights.model, pipeline, dataset.classes, precision="fp32", device=cpu, mirror=True)
     mean, std = (dataset.mean, dataset.std) if normalization == "channel" else ((0.5,) * 3, (0.5,) * 3)
@@ -279,14 +279,14 @@ def publish(run: Path) -> None:
 
 
 def _summary(run: Path) -> Summary:
-    """Read `summary.json`, without a folder of this machine in the command."""
+    """Read `summary.json`, and remove the folder on this machine from its command."""
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         environment = summary["environment"]
         environment["command"] = re.sub(r" --out[ =]('[^']*'|\S+)", "", environment["command"])
         return summary
     except FileNotFoundError:
-        raise DataError(f"{run} is no finished run: it has no summary.json.") from None
+        raise DataError(f"{run} is not a finished run: it has no summary.json.") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cases of the step benchmark: a network on one batch, over and over, and the time of its steps."""
+"""Cases of the step benchmark: a network repeatedly run on one batch, and the time of its steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipelines.files import replacing
 from pipelines.sampling import IMAGE_SIZE
 
 MOST_STEPS = 100_000
-"""Limit to the steps of a turn; as many learning rates are laid out."""
+"""Maximum number of steps in a turn; as many learning rates are allocated."""
 
 Steps = Callable[[int], None]
 """Function that takes a number of steps; a GPU may not have finished them."""
@@ -60,7 +60,7 @@ class StepCase:
 
 
 class TimedStep:
-    """Steps of a case, ready to be measured. Raises `MemoryError` where it would not fit, and whatever PyTorch does."""
+    """Steps of a case, ready to be measured. Raises `MemoryError` if it would not fit, and any error of PyTorch."""
 
     def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self._device = case, device
@@ -72,7 +72,7 @@ class TimedStep:
         began = time.perf_counter()
         self._steps = (_training if case.mode == "train" else _inference)(case, device)
         self._seconds_per_step = math.inf  # of the latest steps
-        self._take(0)  # the first one sets up more than those that follow
+        self._take(0)  # the first one includes setup
         self.prepare_s = time.perf_counter() - began
         """Seconds of compilation, recording and the first step."""
         self._take(0)
@@ -85,7 +85,7 @@ class TimedStep:
         self.images_per_s.append(self.case.batch_size / self._seconds_per_step)
 
     def row(self, limits: dict[str, Any]) -> dict[str, Any]:
-        """Return the figures of the case, beside the roof that `limits` set."""
+        """Return the figures of the case, compared with the roof that `limits` set."""
         row = step_row(self.case.name, self.case, self.images_per_s, self.prepare_s) | self.memory
         row |= {"flops_per_image": self.flops_per_image, "bytes_per_image": self.bytes_per_image}
         highest, bound = roof(row, limits)
@@ -116,9 +116,9 @@ def step_row(name: str, case: Any, images_per_s: list[float], prepare_s: float) 
 
 
 class TimedParts:
-    """Parts of a case's eager training step: forward pass, backward pass and update, each of which is timed.
+    """Timed parts of a case's eager training step: forward pass, backward pass and update.
 
-    `TrainStep` does more: metrics, learning rates, scaled losses in fp16, and a look for figures that are not finite.
+    `TrainStep` does more: metrics, learning rates, scaled losses in fp16, and a check for values that are not finite.
     """
 
     PARTS = ("forward", "backward", "optimizer")
@@ -126,7 +126,7 @@ class TimedParts:
     def __init__(self, case: StepCase, device: torch.device) -> None:
         self.case, self._device = case, device
         self.ms: dict[str, list[float]] = {part: [] for part in self.PARTS}
-        """Milliseconds a step of every turn, by part."""
+        """Milliseconds per step of every turn, by part."""
         _check_memory(case, device)
         step = _train_step(case, device)
         self._batch, self._model, (self._optimizer,) = _random_batch(case, device), step.model, step.optimizers
@@ -173,20 +173,20 @@ class TimedParts:
 
 
 def steps_in(seconds: float, seconds_per_step: float, most: int = MOST_STEPS) -> int:
-    """Return the number of steps for a turn, settled before it: nothing waits for a GPU until the last of them."""
+    """Return the number of steps for a turn, fixed before it: nothing waits for a GPU until the last step."""
     return min(max(round(seconds / seconds_per_step), 1), most)
 
 
 def activities(device: torch.device) -> list[ProfilerActivity]:
-    """List the activities to profile: the host's, and those of a GPU where there is one."""
+    """List the activities to profile: the host's, and those of a GPU if there is one."""
     return [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
 
 
 def kernels_of(profiler: profile, device: torch.device, steps: int) -> list[tuple[str, float, float]]:
-    """List the kernels of a profile, on a CPU its operators: name, own ms and calls a step, the costliest first."""
+    """List the kernels of a profile, on a CPU its operators: name, own ms and calls per step, the slowest first."""
     on_gpu = device.type == "cuda"
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    # The time of a kernel also stands at the operator that launched it, and at the regions that it lies in.
+    # The profiler also attributes the time of a kernel to the operator that launched it, and to enclosing regions.
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     events = [each for each in profiler.key_averages() if each.device_type == kind and not each.is_user_annotation]
     kernels = [(each.key, getattr(each, time_of) / 1000 / steps, each.count / steps) for each in events]
@@ -194,19 +194,19 @@ def kernels_of(profiler: profile, device: torch.device, steps: int) -> list[tupl
 
 
 def trial_step(case: StepCase, device: torch.device) -> Callable[[int], None]:
-    """Return a function that takes an eager step of `case` on a number of images, and leaves no trace."""
+    """Return a function that takes an eager step of `case` on a number of images, and restores the state."""
     step, batch = _train_step(case, device), _random_batch(case, device)
     return lambda images: step.trial(batch.images[:images], batch.labels[:images])
 
 
 def _training(case: StepCase, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
-    engine = Execution(step, SameBatch(batch, MOST_STEPS), case.backend)
-    engine.prepare(batch)
+    execution = Execution(step, SameBatch(batch, MOST_STEPS), case.backend)
+    execution.prepare(batch)
 
     def take(count: int) -> None:
-        step.count.zero_()  # the learning rates begin anew
-        for _ in engine.steps(0, 0, count):
+        step.count.zero_()  # restart the learning rates
+        for _ in execution.steps(0, 0, count):
             pass
 
     return take
@@ -246,8 +246,8 @@ def _memory_format(case: StepCase) -> torch.memory_format:
 
 
 def _train_step(case: StepCase, device: torch.device) -> TrainStep:
-    # With learning rates of 0 every step computes the same: learning one batch by heart ends in gradients so small
-    # that a CPU takes longer for them.
+    # With learning rates of 0 every step computes the same: memorising one batch leads to gradients so small that a
+    # CPU takes longer for them.
     return create_step(case.model, case.precision, device, [0.0] * MOST_STEPS, _memory_format(case))
 
 
@@ -264,7 +264,7 @@ def create_step(
 
 
 def _check_memory(case: StepCase, device: torch.device) -> None:
-    """Raise `MemoryError` where main memory is short: Linux would end the program instead of refusing it."""
+    """Raise `MemoryError` if main memory is too small: Linux would kill the program instead of refusing the memory."""
     if device.type == "cuda":
         return
     itemsize = DTYPES[case.precision].itemsize
@@ -303,19 +303,19 @@ def _synchronize(device: torch.device) -> None:
 
 
 class SameBatch(GatheringPipeline):
-    """Pipeline of `length` equal batches that costs nothing."""
+    """Pipeline of `length` equal batches, at no cost."""
 
     def __init__(self, batch: Batch, length: int) -> None:
         self._batch, self._length = batch, length
 
     def _open(self) -> None:
-        """Open nothing: the batch is at hand."""
+        """Do nothing: the batch already exists."""
 
     def __len__(self) -> int:
         return self._length
 
     def _plan(self, _: int) -> Any:
-        """Plan nothing: all epochs are the same."""
+        """Do nothing: all epochs are the same."""
 
     def _execute(self, _: Any, start: int) -> Iterator[Batch]:
         return itertools.repeat(self._batch, self._length - start)
@@ -324,7 +324,7 @@ class SameBatch(GatheringPipeline):
         pass
 
     def gather(self, _: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the batch where it lies, for a recorded step."""
+        """Return the batch without a copy, for a recorded step."""
         return self._batch.images, self._batch.labels
 
     def close(self) -> None:
@@ -332,7 +332,7 @@ class SameBatch(GatheringPipeline):
 
 
 def memory_held(device: torch.device) -> int | None:
-    """Return the bytes that PyTorch holds on a GPU, and count their highest anew; None on a CPU."""
+    """Return the bytes that PyTorch has reserved on a GPU, and reset their peak; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
@@ -341,5 +341,5 @@ def memory_held(device: torch.device) -> int | None:
 
 
 def memory_taken(held: int | None) -> dict[str, float]:
-    """Return the most that PyTorch has taken of a GPU beyond `held`: an entry of a row; empty on a CPU."""
+    """Return PyTorch's peak of GPU memory beyond `held`, as an entry of a row; empty on a CPU."""
     return {"gpu_memory_mb": (torch.cuda.max_memory_reserved() - held) / 1e6} if held is not None else {}

@@ -4,10 +4,10 @@ Measure, for gpu_suite.sh, the ceilings of a GPU, training steps on it, and chan
 
   ceilings     large copies and matrix products, and the time of the smallest kernel in a CUDA graph
   steps        captured training steps of some recipes: images/s, memory, and the time of each kernel
-  candidates   each of some changes in turns with the unchanged step
+  candidates   candidate changes, each in turns with the unchanged step
 
 Steps have their recipe's settings, on shapes10. The file is written after each case. With --rehearse turns are short,
-and nothing is measured. A CPU can rehearse too, with small batches, and steps that are not captured.
+and nothing is measured. A rehearsal also runs on a CPU, with small batches, and steps that are not captured.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from pipelines.store import Dataset, open_store
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """Measurement in full, or its rehearsal."""
+    """Size of a full measurement, or of a rehearsal."""
 
     rehearsal: bool = False
     rounds: int = 7
     seconds: float = 0.4
     """Length of a turn."""
     batch_divisor: int = 1
-    """Divisor of batch sizes on a CPU, for which full batches would be too much."""
+    """Divisor of batch sizes on a CPU, for which full batches would be too large."""
     profiled_steps: int = 10
     graph_kernels: int = 1000
 
@@ -96,7 +96,7 @@ class Candidate:
     compiled: bool = True
     """Use of Inductor for both passes; else PyTorch's own kernels are captured."""
     timed_convolutions: bool = False
-    """Timing of cuDNN's algorithms for each convolution; else it takes that which it expects to be fastest."""
+    """Timing of cuDNN's algorithms for each convolution; else cuDNN uses the one that it expects to be fastest."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
@@ -131,7 +131,7 @@ CANDIDATES = (
 
 
 class TimedRecipe:
-    """Steps of a training, ready to be measured: its captured step on a GPU, one step after the other on a CPU."""
+    """Steps of a training, ready to be measured: captured on a GPU, not captured on a CPU."""
 
     def __init__(
         self, case: RecipeCase, dataset: Dataset, device: torch.device, candidate: Candidate | None = None
@@ -152,16 +152,16 @@ class TimedRecipe:
         if candidate.change is not None:
             candidate.change(step)
         if candidate.inductor or device.type != "cuda":
-            # Each set of settings is a compiler of its own, so that no step takes over another's kernels.
+            # Each set of settings has its own compiled function, so that no step reuses another's kernels.
             step._compiled = torch.compile(
                 step._loss_and_hits, fullgraph=True, dynamic=False, **_compiler(device, candidate.inductor)
             )
         uncaptured = "compile" if candidate.compiled else "eager"
-        self._engine = Execution(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
+        self._execution = Execution(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
         step.compiled = candidate.compiled
         step.model.train()
         with torch.backends.cudnn.flags(enabled=True, benchmark=candidate.timed_convolutions, allow_tf32=True):
-            self._engine.prepare(next(pipeline.epoch(0)))
+            self._execution.prepare(next(pipeline.epoch(0)))
         self._seconds_per_step = math.inf
         self.measure(0)
         self.prepare_s = time.perf_counter() - began
@@ -180,7 +180,7 @@ class TimedRecipe:
     def _begin(self, count: int) -> Iterator[None]:
         """Take a first step, which plans an epoch, and return `count` steps to be taken after it."""
         self._step.count.zero_()
-        steps = self._engine.steps(0, 0, count + 1)
+        steps = self._execution.steps(0, 0, count + 1)
         next(steps)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -191,7 +191,7 @@ class TimedRecipe:
         return step_row(name, self.case, images_per_s, self.prepare_s) | self._memory
 
     def kernels(self, count: int) -> dict[str, Any]:
-        """Profile `count` steps; return the kernels of one, on a CPU its operators: calls and ms, of all and each."""
+        """Profile `count` steps; return the kernels of one, on a CPU its operators: calls and ms, in total and each."""
         steps = self._begin(count)
         with profile(activities=activities(self._device)) as profiler:
             taken = sum(1 for _ in steps)
@@ -249,10 +249,10 @@ def _small_kernel_seconds(device: torch.device, count: int) -> float:
 
 
 def compile_ahead(candidates: Sequence[Candidate], dataset: Dataset, device: torch.device) -> None:
-    """Compile all `candidates` for a GPU at once, each in a process of its own: the compiler's cache then has them.
+    """Compile all `candidates` for a GPU at once, each in its own process, to fill the compiler's cache.
 
-    One after the other, four take 110 s beside an H100 (with 16 processors), which idles. A failed one is tried again
-    in its turn. A CPU, which only rehearses, has nothing to compile.
+    One after the other, four take 110 s with an H100 and 16 processors, while the GPU idles. A failed one is retried in
+    its turn. A CPU, which only rehearses, has nothing to compile.
     """
     if device.type != "cuda":
         return
@@ -273,7 +273,7 @@ def measure_cases(result: Result, path: Path, device: torch.device, extent: Exte
     dataset = find_dataset("shapes10", None)
     compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
     for case in (_sized(case, device, extent) for case in CASES):
-        with _told(result, path, case.name):
+        with _recorded_failure(result, path, case.name):
             _measure_case(result, path, TimedRecipe(case, dataset, device), extent)
 
 
@@ -293,13 +293,13 @@ def measure_candidates(result: Result, path: Path, device: torch.device, extent:
     """Measure each of `CANDIDATES` in turns with the unchanged step."""
     dataset = find_dataset("shapes10", None)
     unchanged: dict[RecipeCase, TimedRecipe] = {}
-    as_they_are = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
-    otherwise = [candidate for candidate in CANDIDATES if candidate.inductor or candidate.change]
-    compile_ahead([*as_they_are, *otherwise], dataset, device)
+    baselines = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
+    recompiled = [candidate for candidate in CANDIDATES if candidate.inductor or candidate.change]
+    compile_ahead([*baselines, *recompiled], dataset, device)
     for candidate in CANDIDATES:
         case = _sized(candidate.case, device, extent)
         name = f"{candidate.name}: {case.name}"
-        with _told(result, path, name):
+        with _recorded_failure(result, path, name):
             if case not in unchanged:
                 unchanged[case] = TimedRecipe(case, dataset, device, Candidate(name="unchanged", case=case))
             _compare(result, name, unchanged[case], TimedRecipe(case, dataset, device, candidate), extent)
@@ -322,11 +322,11 @@ def _sized(case: RecipeCase, device: torch.device, extent: Extent) -> RecipeCase
 
 
 @contextlib.contextmanager
-def _told(result: Result, path: Path, name: str) -> Iterator[None]:
-    """Write the result after the block, with a reason where measuring `name` fails: the others go on."""
+def _recorded_failure(result: Result, path: Path, name: str) -> Iterator[None]:
+    """Write the result after the block; if measuring `name` fails, record the reason and continue."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001  whatever the compiler, the driver and the GPU think of
+    except Exception as error:  # noqa: BLE001  compiler, driver and GPU may raise anything
         result["failed"][name] = f"{type(error).__name__}: {str(error).strip()[:500]}"
         print(f"{name}: failed")
         traceback.print_exc()
@@ -339,7 +339,7 @@ COMMANDS = {"ceilings": measure_ceilings, "steps": measure_cases, "candidates": 
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command line; return 1 where something failed."""
+    """Run a command line; return 1 if something failed."""
     match arguments:
         case [command, "--json", file, *rest] if rest in ([], ["--rehearse"]):
             check_choice("command", command, COMMANDS)
@@ -348,7 +348,7 @@ def main(arguments: list[str]) -> int:
             return 2
     device, extent = resolve_device("auto"), REHEARSAL if rest else Extent()
     if device.type != "cuda" and not extent.rehearsal:
-        raise UsageError("PyTorch sees no GPU here. --rehearse goes through the same on a CPU.")
+        raise UsageError("PyTorch sees no GPU here. --rehearse runs the same steps on a CPU.")
     result: Result = {
         "schema": SCHEMA,
         "benchmark": f"gpu-{command}",
@@ -358,7 +358,7 @@ def main(arguments: list[str]) -> int:
         "ratios": [],
         "failed": {},
     }
-    # Each compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
+    # Each case compiles its own step from the same code; by default PyTorch allows 8 of these.
     with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
         COMMANDS[command](result, Path(file), device, extent)
     return 1 if result["failed"] else 0

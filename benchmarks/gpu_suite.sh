@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
 # usage: benchmarks/gpu_suite.sh [--seconds N] [--rehearse] OUT [STAGE...]
 #
-# What a GPU rented for a quarter of an hour can tell, the most valuable first. Stages, all of them without STAGE:
+# Measure on a GPU that is rented for a quarter of an hour, the most valuable first. Stages (all without STAGE):
 #
 #   ceilings     versions, and how fast the GPU copies and multiplies
 #   smoke        a short training, step by step and as a CUDA graph
 #   steps        captured steps of four trainings: images/s, memory, costliest kernels
-#   candidates   what may make them faster, on and off in turns
+#   candidates   changes that may make them faster, on and off in turns
 #   tests        the tests that need a GPU
-#   peers        training from end to end, beside other people's loops
-#   accuracy     trainings on CIFAR-10, in what is left of the time
+#   peers        end-to-end training, compared with other training loops
+#   accuracy     trainings on CIFAR-10, in the remaining time
 #
-# Results lie in the folder OUT, and all of them in OUT.tar (at most 16 MiB), which is written anew after every stage
-# and every training: a kill costs what is under way. Data sets, packages and runs lie beside it, in OUT.*.
+# Results are in the folder OUT, and all of them in OUT.tar (at most 16 MiB), which is rewritten after every stage and
+# every training: a kill loses only work in progress. Data sets, packages and runs are beside it, in OUT.*.
 #
-#   --seconds N  end within so many seconds, 840 without it: stages that would take longer are cut or left out
+#   --seconds N  end within N seconds (840 without it): stages that would take longer are cut or left out
 #   --rehearse   small sizes and drawn images, to try this script anywhere, on a CPU too: NOTHING IS MEASURED THEN
 #   PYTHON       a Python (else python3) with PyTorch; no network and no git are needed
-#   WHEELS       a folder of wheels of what Python lacks (tyro, tomli_w, ...)
+#   WHEELS       a folder of wheels of packages that Python lacks (tyro, tomli_w, ...)
 #   DATA         CIFAR-10: a folder of prepared data sets, an archive, or a pattern that matches the parts of a split
 #                one ('cifar.tar.xz.part-*'). Without it accuracy is left out.
 #
-# Exit code: 0 where every stage passed, 1 where one did not, 2 on bad arguments.
+# Exit code: 0 if every stage passed, 1 if one did not, 2 on bad arguments.
 set -uo pipefail
 
 STAGES=(ceilings smoke steps candidates tests peers accuracy)
@@ -89,9 +89,9 @@ export PYTHONPATH="$out.packages:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFER
 # --- running and packing ----------------------------------------------------------------------------------------------
 
 stage_end=$deadline child="" signal=TERM
-exec 3>&2 # the terminal's, when a stage's goes to its log
+exec 3>&2 # the terminal, while a stage's goes to its log
 
-run() { # COMMAND...: for as long as the stage has time
+run() { # COMMAND...: within the time of the stage
   local left=$((stage_end - SECONDS))
   ((left > 0)) || return 124
   timeout --signal="$signal" --kill-after="$TO_KILL" "$left" "$@" 3>&- &
@@ -191,7 +191,7 @@ accuracy() {
   if ((!finished)); then return 124; fi
 }
 
-train() { # RECIPE OPTION...: a training whose summary, config and metrics are results if it comes to its end
+train() { # RECIPE OPTION...: a training whose summary, config and metrics are results if it finishes
   local name folder small=() code
   ((${#rehearse[@]})) && small=(--batch-size 16 --iterations 4)
   name=$(printf '%s' "$*" | tr -cs '[:alnum:]' -) folder=$out.runs/$name
@@ -206,7 +206,7 @@ train() { # RECIPE OPTION...: a training whose summary, config and metrics are r
   return "$code"
 }
 
-find_cifar10() { # where DATA says
+find_cifar10() { # at DATA
   local archive=${parts[0]}
   if [[ -e $archive/cifar10/meta.json ]]; then
     FASTRESNET_DATA=$archive
@@ -219,7 +219,7 @@ find_cifar10() { # where DATA says
   run "$python" -m fastresnet prepare --source "$archive"
 }
 
-# --- all of it --------------------------------------------------------------------------------------------------------
+# --- all stages -------------------------------------------------------------------------------------------------------
 
 say() { echo "$*" | tee -a "$out/stages.txt"; }
 
@@ -266,17 +266,17 @@ if [[ -z $device ]]; then
   captured=off device="a CPU"
   export OMP_NUM_THREADS=1 # on a machine with other work, threads wait for each other
 fi
-tell_rehearsal() {
+say_rehearsal() {
   ((!${#rehearse[@]})) || say "*** REHEARSAL, small sizes on $device: NOTHING OF THIS IS A MEASUREMENT ***"
 }
 
 say "$device, $(date -u +%FT%TZ), for at most $seconds s"
-tell_rehearsal
+say_rehearsal
 failed=()
 for name in "${chosen[@]}"; do
   take "$name"
 done
-tell_rehearsal
+say_rehearsal
 pack
 echo
 cat "$out/stages.txt"

@@ -1,4 +1,4 @@
-"""Throughput of every loader, beside its peers and the copy bandwidth of the same machine."""
+"""Throughput of every loader, compared with its peers and the copy bandwidth of the same machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
-"""Optional libraries, and the modules that they bring."""
+"""Optional libraries, and their modules."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def measure_loaders(options: LoadersOptions) -> None:
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
-    """Open a pipeline of this program, whose batches are delivered as training gets them."""
+    """Open a pipeline of this program, with batches delivered as in training."""
     from pipelines.base import GatheringPipeline
 
     opened = work.open_pipeline(pipeline)
@@ -64,7 +64,7 @@ def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
 
 
 def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
-    """Record the gathering of a batch as a CUDA graph, as that of a training step begins; replay it for each."""
+    """Record the gathering of a batch as a CUDA graph, like the start of a training step; replay it for each batch."""
     import torch
 
     from fastresnet.training.execution import recorded
@@ -90,7 +90,7 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
 
 
 def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
-    """Open a loader of `benchmarks.peers`, with so many `workers`: processes or threads of its own."""
+    """Open a loader of `benchmarks.peers` with `workers` processes or threads."""
     import torch
 
     from fastresnet.device import DTYPES
@@ -118,7 +118,7 @@ def _available(dataset: Dataset, device: str) -> list[Case]:
     ]
     missing = {library for library, module in LIBRARIES.items() if not is_installed(module)}
     for library in sorted(missing):
-        warnings.warn(f"{library} is not installed and takes no part.", Note, stacklevel=2)
+        warnings.warn(f"{library} is not installed and is skipped.", Note, stacklevel=2)
     if "ffcv" not in missing:
         folder = dataset.folder.absolute()
         prepare(folder.name, folder.parent, lambda *_: None, formats=("raw", "beton"))
@@ -162,7 +162,7 @@ def tables(result: report.Result) -> list[Table]:
 
 
 def notes(result: report.Result) -> list[str]:
-    """Explain compilations, the limit and memory, which the tables only name."""
+    """Explain compilations, the limit and memory, which the tables do not."""
     limits = result["limits"]
     return [
         *(
@@ -172,13 +172,13 @@ def notes(result: report.Result) -> list[str]:
             if "compile_s" in row
         ),
         f"copy limit: {limits['images_per_s']:,.0f} images/s at {limits['copy_gb_per_s']:.1f} GB/s, read and written; "
-        f"memory is beyond PyTorch's own, the data set has {result['environment']['data_mb']:.0f} MB",
+        f"memory excludes PyTorch's own; the data set has {result['environment']['data_mb']:.0f} MB",
         *report.common_notes(result),
     ]
 
 
 def markdown_table(result: report.Result) -> str:
-    """Format figures and ratios for a README."""
+    """Format figures and ratios as Markdown."""
     columns = [
         ("loader", lambda row: row["name"]),
         ("of the limit", lambda row: f"{row['percent_of_limit']:.1f} %"),

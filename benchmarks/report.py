@@ -1,4 +1,4 @@
-"""Results: their files, and the parts of tables and charts that all benchmarks share."""
+"""Results: their files, and the shared parts of the benchmarks' tables and charts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
 
 Result = dict[str, Any]
-"""Figures of a benchmark, with their environment: the contents of a file that --json names."""
+"""Figures of a benchmark, with their environment: the contents of a --json file."""
 Column = tuple[str, Callable[[dict[str, Any]], str]]
-"""Heading, and text under it for a row."""
+"""Heading of a column, and function that formats its cell of a row."""
 
 
 def spread(values: Sequence[float], name: str) -> dict[str, float]:
@@ -40,14 +40,14 @@ def row_of(name: str, kind: str, images_per_s: Sequence[float]) -> dict[str, Any
 def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]) -> dict[str, Any]:
     """Divide `values` by `others`, round by round: machines drift, ratios less so.
 
-    One may be a turn ahead: rounds count that both have had.
+    One may be a turn ahead: only rounds of both count.
     """
     ratios = [value / other for value, other in zip(values, others, strict=False)]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
 def common_notes(result: Result) -> list[str]:
-    """Name each case that has no row, and the load by others where it disturbed the measurement."""
+    """List each case without a row, and the load by others if it disturbed the measurement."""
     lines = [f"left out: {reason}" for reason in result.get("failed", {}).values()]
     environment = result["environment"]
     if environment.get("overloaded"):
@@ -59,7 +59,7 @@ def common_notes(result: Result) -> list[str]:
 
 
 def read_result(path: Path) -> Result:
-    """Read a result that was written with --json. Raises `UsageError` where the file is none."""
+    """Read a result that was written with --json. Raises `UsageError` if the file is not a result."""
     try:
         result = json.loads(path.read_bytes())
         known = result["schema"] == SCHEMA and result["benchmark"] in BENCHMARKS
@@ -75,32 +75,32 @@ def read_result(path: Path) -> Result:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    """Return True where `row` has the entries that rows of all benchmarks have."""
+    """Return True if `row` has the entries that rows of all benchmarks have."""
     low, median, high = (row[f"images_per_s{end}"] for end in ("_low", "", "_high"))
     return isinstance(row["name"], str) and 0 < low <= median <= high
 
 
 def module_of(result: Result) -> ModuleType:
-    """Import the module of the benchmark that made `result`: its functions show it."""
+    """Import the module of the benchmark that made `result`, which has the functions to show it."""
     return importlib.import_module(f"benchmarks.{result['benchmark']}")
 
 
 def no_result(path: Path) -> UsageError:
-    """Return the error for a file that is no result, or not a whole one."""
-    return UsageError(f"{path} is no result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
+    """Return the error for a file that is not a complete result."""
+    return UsageError(f"{path} is not a result of schema {SCHEMA}. Write one: fastresnet bench loaders --json FILE")
 
 
 def write_result(result: Result, path: Path | None) -> None:
-    """Write a result to `path`, if there is one.
+    """Write a result to `path`, if given.
 
-    Written after every round, it keeps the finished ones after an interruption.
+    After every round, this keeps the finished rounds in case of an interruption.
     """
     if path is not None:
         write_json(path, result)
 
 
 def show_result(result: Result, chart: Path | None, *more: Table) -> None:
-    """Print the tables of a result and `more`, and draw its chart in a file, if one is named."""
+    """Print the tables of a result and `more`, and draw its chart in file `chart`, if given."""
     module = module_of(result)
     print_tables([*module.tables(result), *more], module.notes(result))
     if chart is not None:
@@ -150,7 +150,7 @@ def throughput(row: dict[str, Any]) -> str:
 
 
 def memory(rows: Sequence[dict[str, Any]]) -> Column:
-    """Return the column of memory taken: of the host and, by PyTorch, of a GPU where there is one."""
+    """Return the column of memory: that of the host and, if there is a GPU, PyTorch's on it."""
     if any("gpu_memory_mb" in row for row in rows):
         return "MB host/GPU", lambda row: f"{row['peak_memory_mb']:,.0f}/{row['gpu_memory_mb']:,.0f}"
     return "memory", lambda row: f"{row['peak_memory_mb']:,.0f} MB"
@@ -164,7 +164,7 @@ def ratios_table(result: Result) -> Table:
     }
     names, others = (list(dict.fromkeys(each[key] for each in result["ratios"])) for key in ("name", "over"))
     made = table(
-        "Times as fast as another: median (lowest–highest round)", "", *(each.removeprefix("peer:") for each in others)
+        "Speed ratio, row / column: median (lowest–highest round)", "", *(each.removeprefix("peer:") for each in others)
     )
     for name in names:
         made.add_row(name, *(cells.get((name, other), "") for other in others))
@@ -203,7 +203,7 @@ def short(value: float, digits: int) -> str:
 
 
 def grouped(value: float) -> str:
-    """Format three significant digits, with thousands set off."""
+    """Format three significant digits, with thousands separators."""
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
@@ -216,7 +216,7 @@ def whiskers(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
 def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
     """Draw bars of images/s with their spread, and the `limit` with its name.
 
-    The axis is logarithmic where they differ widely.
+    The axis is logarithmic if they differ widely.
     """
     from matplotlib.figure import Figure
 
@@ -232,7 +232,7 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
     )
     axes.bar_label(bars, labels=[grouped(median) for median in medians], label_type="center", color="white")
     axes.bar(0, 0, color="tab:blue", label="this program")
-    axes.bar(0, 0, color="tab:gray", label="as other libraries' users write it")
+    axes.bar(0, 0, color="tab:gray", label="typical code with other libraries")
     if limit is not None:
         axes.axvline(limit[0], color="tab:red", linestyle="--", label=limit[1])
     if max(medians) > 20 * min(medians):

@@ -1,6 +1,6 @@
-"""Roofline of a step: the bytes that it moves, counted while it runs, and the limits that a machine sets.
+"""Roofline of a step: the bytes that it moves, counted while it runs, and the limits of a machine.
 
-`flops_per_image` of `fastresnet.models` counts what it computes.
+`flops_per_image` of `fastresnet.models` counts its floating-point operations.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 from fastresnet.device import DTYPES
 from fastresnet.models.summary import one_image
 
-# These allocate, and write nothing.
+# Operators that allocate, and write nothing.
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
-# These do not read the tensor that they write.
+# Operators that do not read the tensor that they write.
 _OVERWRITING = {"copy_", "fill_", "zero_"}
 
-# Batch norm reads these twice in training. It has to read all of them for its statistics and, in the backward pass, for
-# its sums, before it can apply those.
+# Arguments that batch norm reads twice in training: first all of them for its statistics or, in the backward pass, its
+# sums, and then again to apply those.
 _TWICE = {"input", "grad_out", "grad_output"}
 
 
@@ -40,7 +40,7 @@ def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
     other operand of an addition.
     """
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is given out twice
+    kept: list[Tensor] = []  # so that no address is reused
 
     def note(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
@@ -57,9 +57,9 @@ def memory_per_image(model: nn.Module, itemsize: int, *, training: bool) -> int:
 class ByteCounter(TorchDispatchMode):
     """Sum of the bytes that eager operators in the block read and write.
 
-    Each tensor counts that goes into an operator or comes out of it. It counts twice where batch norm reads it twice.
-    None stays in a register for the next operator. Views and allocations move nothing. An expanded tensor counts as
-    the bytes that lie in memory.
+    Each input and output tensor of an operator counts, or counts twice if batch norm reads it twice. No tensor stays in
+    registers for the next operator. Views and allocations move nothing. An expanded tensor counts as its bytes in
+    memory.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def stamp(device: torch.device) -> Any:
-    """Record the time; on a GPU that at which it comes to this point of its work."""
+    """Record the time; on a GPU, the time at which it reaches this point of its work."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -133,7 +133,7 @@ def seconds_between(begin: Any, end: Any) -> float:
 
 
 def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> float:
-    """Return the seconds of the fastest of `times` runs of `work`; a GPU always has the next one queued."""
+    """Return the seconds of the fastest of `times` runs of `work`; on a GPU the next one is always queued."""
     stamps = [stamp(device)]
     for _ in range(times):
         work()
@@ -142,17 +142,17 @@ def _shortest(work: Callable[[], Any], device: torch.device, times: int) -> floa
 
 
 def copy_bandwidth(device: torch.device, size: int = 256 << 20) -> float:
-    """Measure the bytes a second that a large copy reads and writes together: the best of 6."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)  # pages never written would all be one cached page
+    """Measure the bytes per second that a large copy reads and writes together: the best of 6."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # unwritten pages would all be one cached page
     target = torch.empty_like(source)
     return 2 * size / _shortest(lambda: target.copy_(source), device, 6)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05, largest: int = 8192) -> float:
-    """Measure the floating-point operations a second of a large square matrix product; a multiply-add is 2.
+    """Measure the floating-point operations per second of a large square matrix product; a multiply-add is 2.
 
-    The best of all sizes from 256 on counts. They double until one product takes `seconds`. The size that fills a GPU
-    would keep a CPU busy for minutes, above all in an emulated type.
+    The result is the best of all sizes from 256 on. They double until one product takes `seconds`. The size that fills
+    a GPU would take a CPU minutes, above all in an emulated type.
     """
     best, size, shortest = 0.0, 256, 0.0
     while shortest < seconds and size <= largest:
@@ -163,7 +163,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05,
 
 
 class Limits:
-    """Limits of a machine at copies and matrix products, measured in every round."""
+    """Limits of a machine for copies and matrix products, measured in every round."""
 
     def __init__(self, device: torch.device, precisions: Sequence[str]) -> None:
         self._device = device
@@ -185,7 +185,7 @@ class Limits:
 
 
 def roof(row: dict[str, Any], limits: dict[str, Any]) -> tuple[float, str]:
-    """Return the images/s at which the FLOPs or bytes of `row` take all of the time, and the name of these."""
+    """Return the images/s at which the FLOPs or bytes of `row` take all of the time, and which of the two."""
     compute = 1e12 * limits["matmul_tflops"][row["precision"]] / row["flops_per_image"]
     memory = 1e9 * limits["copy_gb_per_s"] / row["bytes_per_image"]
     return (compute, "compute") if compute < memory else (memory, "memory")

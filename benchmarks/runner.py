@@ -1,7 +1,7 @@
-"""Cases in processes of their own, measured from within, in turns.
+"""Cases in separate processes, measured from within, in turns.
 
-In one process they would share memory, thread pools and imported libraries, and their costs could not be told apart. A
-worker that has no turn waits, with its read-ahead full.
+In one process they would share memory, thread pools and imported libraries, and their costs could not be separated. A
+worker waits between its turns, with its prefetch queue full.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Epochs = Callable[[int], Iterable[Any]]
 """Function that begins an epoch: its items are batches delivered, or steps taken."""
 
 _TOLERATED = 0.1
-"""Number of processors that a machine keeps busy anyway."""
+"""Background load of a machine, in processors."""
 
 
 # --- options -----------------------------------------------------------------------------------------------------
@@ -49,13 +49,13 @@ _TOLERATED = 0.1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """Options of every benchmark. Raises `UsageError` on impossible values."""
+    """Options of every benchmark. Raises `UsageError` on invalid values."""
 
     device: Device = "auto"
     """Device to compute on."""
     threads: Threads = "auto"
-    """Threads that PyTorch computes with on a CPU: a number, or auto, for which a few trial steps decide; loaders,
-    which have no steps, take PyTorch's default."""
+    """Number of CPU threads of PyTorch, or auto: the fastest in a few trial steps; loaders, which have no steps, use
+    PyTorch's default."""
     quick: bool = False
     """Few cases in 3 short rounds, for a first look; compiles nothing on a CPU."""
 
@@ -66,7 +66,7 @@ class MachineOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions(MachineOptions):
-    """Options of a benchmark by itself."""
+    """Options of a single benchmark."""
 
     rounds: int = 7
     """Turns of each case."""
@@ -82,7 +82,7 @@ class BenchmarkOptions(MachineOptions):
         terminal.check_output("--json", self.json)
         terminal.check_output("--chart", self.chart, (".png", ".svg", ".pdf"))
         if self.rounds < 1 or not 0 < self.seconds < math.inf:
-            raise UsageError(f"--rounds {self.rounds} --seconds {self.seconds}: there is nothing to measure.")
+            raise UsageError(f"--rounds {self.rounds} --seconds {self.seconds}: give finite numbers above 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Work:
     precision: str
     """fp32, bf16 or fp16."""
     threads: int
-    """Threads that PyTorch computes with on a CPU, in each worker."""
+    """Number of CPU threads of PyTorch in each worker."""
 
     def open_pipeline(self, name: str) -> Pipeline:
         """Open a pipeline of this program, for training with the usual augmentation."""
@@ -140,7 +140,7 @@ class Work:
 def describe_work(options: WorkerOptions) -> tuple[Dataset, torch.device, Work]:
     """Open the data set and find the device that `options` name; return both and the work.
 
-    Raises `UsageError` and `DataError` where they do not exist or do not fit together.
+    Raises `UsageError` and `DataError` if they do not exist or do not match.
     """
     import torch
 
@@ -162,13 +162,13 @@ def describe_work(options: WorkerOptions) -> tuple[Dataset, torch.device, Work]:
 
 
 class WaitTimer:
-    """Clock that runs while a loop waits for its batches."""
+    """Timer of a loop's waits for its batches."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the same batches, and time the waiting."""
+        """Yield the same batches, and time the waits."""
         iterator = iter(batches)
         while True:
             started = time.perf_counter()
@@ -191,12 +191,12 @@ class Case:
     name: str
     """Name of its row; that of a peer begins with `peer:`."""
     opener: str
-    """Function `module:name` of the `Work`, a `WaitTimer` to use or not, and the options; it returns `Epochs`."""
+    """Function `module:name` of the `Work`, an optional `WaitTimer`, and the options; it returns `Epochs`."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
-    """Wait of the first batch for a compiler, whose time is then told apart."""
+    """Compilation before the first batch, whose time is then reported separately."""
     needed: bool = False
-    """Need for this case: nothing can be compared without it."""
+    """Need for this case: without it, nothing can be compared."""
 
     @property
     def kind(self) -> str:
@@ -208,7 +208,7 @@ class Failures(dict[str, str]):
 
     @contextlib.contextmanager
     def left_out(self, name: str, *, needed: bool = False) -> Iterator[None]:
-        """Leave `name` out where the block raises an error, and tell it in a `Note`; raise it where it is `needed`."""
+        """Leave `name` out, with a `Note`, if the block raises an error; raise the error if the case is `needed`."""
         try:
             yield
         except Exception as error:  # PyTorch and the libraries of peers raise anything
@@ -221,7 +221,7 @@ class Failures(dict[str, str]):
 def in_one_line(error: Exception) -> str:
     """Describe `error` and the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # which importing has of its own
+    frame = [frame for frame in frames if not frame.filename.startswith("<")][-1]  # those of the import system
     reason = next((line for line in str(error).splitlines() if line.strip()), "").strip()
     return f"{type(error).__name__}: {reason} ({Path(frame.filename).name}:{frame.lineno})"
 
@@ -234,9 +234,9 @@ def measure_workers(
     facts: dict[str, Any],
     summarize: Callable[[list[Worker]], Result],
 ) -> None:
-    """Measure `cases` in rounds, write after each what `summarize` makes of them, and show it in the end.
+    """Measure `cases` in rounds, write the result of `summarize` after each round, and show the last one.
 
-    `facts` become the environment of the result, beside those of the machine and the `work`.
+    The environment of the result has `facts`, and those of the machine and the `work`.
     """
     import torch
 
@@ -259,14 +259,14 @@ def run_rounds(
 ) -> Iterator[tuple[list[Worker], Failures]]:
     """Measure all `cases` for about `seconds` in each round, one after the other.
 
-    Yields, after every round, the workers that are left, and the failures of the others. Raises `RunError` where a
-    case fails that is needed, or all of this program's own.
+    Yields, after every round, the remaining workers and the failures of the others. Raises `RunError` if a needed case
+    fails, or all of this program's own.
     """
     failures, workers = Failures(), [Worker(case, work) for case in cases]
     with contextlib.ExitStack() as stack:
         for worker in workers:
             stack.callback(worker.stop)
-        # All import at the same time, for seconds; then each is opened by itself, so that its first batch is timed.
+        # All import at the same time, for seconds. Then each is opened alone, so that its first batch is timed.
         for action in (Worker.start, Worker.wait, Worker.open):
             workers = _in_turns(workers, failures, action)
         for _ in range(rounds):
@@ -286,7 +286,7 @@ def _in_turns(workers: list[Worker], failures: Failures, action: Callable[[Worke
 
 
 class Worker:
-    """Process that measures a case, as its parent sees it. Its methods raise `RunError` where the process fails."""
+    """Handle of a process that measures a case. Its methods raise `RunError` if the process fails."""
 
     def __init__(self, case: Case, work: Work) -> None:
         self.case = case
@@ -296,12 +296,12 @@ class Worker:
         """Throughput of every turn."""
         self.used: dict[str, int | float] = {}
         """Memory, processes, threads and share of waiting, so far."""
-        self._connection, self._theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(self._theirs, case, work))
+        self._connection, self._child_end = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(self._child_end, case, work))
 
     def start(self) -> None:
         """Start the process, which imports the libraries of every case."""
-        with self._theirs, _delayed_interruptions():
+        with self._child_end, _delayed_interruptions():
             self._process.start()
 
     def wait(self) -> None:
@@ -315,17 +315,17 @@ class Worker:
     def measure(self, seconds: float) -> None:
         """Deliver batches for about `seconds`.
 
-        A third of that comes before them, untimed: it uses up batches that were read ahead.
+        An untimed third of that precedes them, to use up prefetched batches.
         """
         images_per_s, self.used = self._ask("measure", seconds)
         self.images_per_s.append(images_per_s)
 
     def row(self, **figures: float) -> dict[str, Any]:
-        """Return the row of a result, with `figures` of the benchmark's own."""
+        """Return the row of a result, with the benchmark's own `figures`."""
         return {**row_of(self.case.name, self.case.kind, self.images_per_s), **figures, **self.opening, **self.used}
 
     def stop(self) -> None:
-        """End the process, at once where it is not open yet."""
+        """End the process, immediately if its case is not open yet."""
         self._connection.close()
         if self._process.pid is not None:
             self._process.join(5 if self.opening else 0)
@@ -333,7 +333,7 @@ class Worker:
             self._process.join(5)
 
     def _ask(self, *message: Any) -> Any:
-        with contextlib.suppress(ConnectionError):  # of a process that has died, as `_answer` tells
+        with contextlib.suppress(ConnectionError):  # the process has died, and `_answer` reports it
             self._connection.send(message)
         return self._answer()
 
@@ -354,9 +354,9 @@ class Worker:
 def _delayed_interruptions() -> Iterator[None]:
     """Delay a Ctrl-C, which a terminal sends to all processes, to the end of the block.
 
-    Processes that are started in it never see one.
+    Processes that are started in it never receive one.
     """
-    resource_tracker.ensure_running()  # the first process begun would begin it, and Python 3.11 then lets signals in
+    resource_tracker.ensure_running()  # else the first process starts it, and Python 3.11 then unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -368,7 +368,7 @@ def _delayed_interruptions() -> Iterator[None]:
 
 
 def _serve(connection: Connection, case: Case, work: Work) -> None:
-    with contextlib.suppress(ConnectionError):  # the parent listens no more
+    with contextlib.suppress(ConnectionError):  # the parent no longer listens
         _answer_messages(connection, case, work)
     os._exit(0)  # the libraries' threads and processes have nothing left to save
 
@@ -380,9 +380,9 @@ def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
 
         from fastresnet.device import explained_failures
 
-        multiprocessing.set_start_method(None, force=True)  # that of a program by itself, for the loaders' own workers
+        multiprocessing.set_start_method(None, force=True)  # the default, for the loaders' own workers
         torch.set_num_threads(work.threads)
-        torch.zeros(1, device=work.device)  # so is the GPU's context
+        torch.zeros(1, device=work.device)  # creates the GPU's context, also before the clock starts
         connection.send(None)
         with explained_failures("give a smaller --batch-size"):
             opened = _OpenCase(case, work)
@@ -390,7 +390,7 @@ def _answer_messages(connection: Connection, case: Case, work: Work) -> None:
                 connection.send(getattr(opened, method)(*arguments))
     except UserError as error:
         connection.send(str(error))
-    except Exception as error:  # noqa: BLE001  told to the parent
+    except Exception as error:  # noqa: BLE001  reported to the parent
         connection.send(in_one_line(error))
     finally:
         connection.close()
@@ -415,7 +415,7 @@ class _OpenCase:
         self._batches: Iterator[Any] = iter(())
 
     def open(self) -> dict[str, float]:
-        """Take the first batch; return the seconds to it, and of its compilation where there is one.
+        """Take the first batch; return the seconds to it, and of its compilation, if any.
 
         The compilation is the difference to the first batch of a second start.
         """
@@ -430,7 +430,7 @@ class _OpenCase:
         return {"first_batch_s": first, "compile_s": first - self._first_batch(start_epoch, time.perf_counter())}
 
     def _first_batch(self, start_epoch: Epochs, started: float) -> float:
-        """Begin the epochs anew, and return the seconds from `started` to the first batch."""
+        """Restart the epochs, and return the seconds from `started` to the first batch."""
         self._batches = _endless(start_epoch)
         self.deliver(0)
         return time.perf_counter() - started
@@ -481,9 +481,9 @@ def _endless(start_epoch: Epochs) -> Iterator[Any]:
 
 
 def _memory() -> int:
-    """Count the bytes that this process and those below it hold.
+    """Count the bytes of memory of this process and its descendants.
 
-    They are pages of their own, and files that this one has in memory. Pages that forked processes share count once.
+    These are their own pages, and files that this one has in memory. Pages shared by forked processes count once.
     """
     shared = _fields("/proc/self/smaps_rollup")
     files = shared["Rss"] - shared["Anonymous"] - shared.get("Shmem", 0)
@@ -504,23 +504,23 @@ def _fields(path: str) -> dict[str, int]:
 
 
 class OtherLoad:
-    """Count of the usable processors that others have kept busy since it was created.
+    """Mean number of usable processors that others have kept busy since its creation.
 
-    Others are their processes, and other guests of the same host; not this process and all below it.
+    Others are other processes, and other guests of the same host, but not this process and its descendants.
     """
 
     def __init__(self) -> None:
         self._began, self._seconds = time.monotonic(), _other_seconds()
 
     def figures(self, threads: int) -> dict[str, Any]:
-        """Return the mean load by others, and `overloaded` where it and `threads` exceed the usable `processors`."""
+        """Return the mean load by others, and `overloaded` if it and `threads` exceed the usable `processors`."""
         others = max((_other_seconds() - self._seconds) / (time.monotonic() - self._began), 0.0)
         overloaded = others + threads > usable_processors() + _TOLERATED
         return {"processors": usable_processors(), "other_load": round(others, 2), "overloaded": overloaded}
 
 
 def process_tree() -> list[psutil.Process]:
-    """List this process and all below it."""
+    """List this process and its descendants."""
     return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
 
@@ -536,7 +536,7 @@ def _busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    """Sum the seconds of this process and all below it, ended ones too."""
+    """Sum the seconds of this process and its descendants, including ended ones."""
     seconds = 0.0
     for process in process_tree():
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended

@@ -1,7 +1,7 @@
 """usage: python -m benchmarks.scaling FILE [--data NAME] [--rounds N]
 
 Measure training in 1, 2 and 4 processes of one thread each on this machine's cores. Measure the exchange of gradients
-by itself. Write FILE, and show the step that a model predicts beside the one measured. `docs/scaling.md` has the
+separately. Write FILE, and show the measured step times and those that a model predicts. `docs/scaling.md` has the
 model's predictions for GPUs.
 """
 
@@ -56,13 +56,13 @@ class Machine:
     """Parameters of a machine in the model of a step."""
 
     overhead: float
-    """Seconds of a step, whatever the number of its images."""
+    """Seconds of a step, independent of the number of its images."""
     per_image: float
     """Seconds for each image of a process."""
     latency: float
     """Seconds of one of the 2 (N - 1) turns of a ring all-reduce."""
     bandwidth: float
-    """Bytes a second between neighbours."""
+    """Bytes per second between neighbours."""
     processors: int
     """Number of processes that compute at the same time; more take turns."""
 
@@ -74,7 +74,7 @@ class Machine:
     def step(self, images: float, size: int, processes: int) -> float:
         """Return the seconds of a step of `images` in each process, with `size` bytes of gradients.
 
-        The exchange of a bucket goes on during the backward pass of later ones; that of the last one cannot.
+        The exchange of a bucket overlaps the backward pass of later ones; that of the last one cannot.
         """
         turns = max(processes / self.processors, 1)
         compute = turns * (self.overhead + images * self.per_image)
@@ -83,7 +83,7 @@ class Machine:
         return compute + max(whole - _BACKWARD * compute * (buckets - 1) / buckets, last)
 
     def fitting_batch(self, size: int, processes: int, share: float = 0.8) -> int:
-        """Return the smallest power of two of images in each process at which it keeps `share` of its speed alone."""
+        """Return the smallest power of two of images per process that keeps `share` of a single process's speed."""
         images = 1
         while self.overhead + images * self.per_image < share * self.step(images, size, processes):
             images *= 2
@@ -144,12 +144,12 @@ def _torchrun(processes: int, program: Sequence[str]) -> str:
 
 
 def fitted(result: dict[str, Any]) -> Machine:
-    """Fit the machine of a result to its steps alone at two sizes, and to its exchanges at two sizes."""
+    """Fit the machine of a result to its single-process steps at two sizes, and to its exchanges at two sizes."""
     seconds = {(run["processes"], run["batch_size"]): _step_seconds(run) for run in result["runs"]}
     (_, few), (_, many) = RUNS[:2]
     per_image = (seconds[1, many] - seconds[1, few]) / (many - few)
     (small_size, large_size), (small, large) = result["exchange_s"]["bytes"], result["exchange_s"]["seconds"]
-    bandwidth = (large_size - small_size) / (large - small)  # of two processes: each byte goes once
+    bandwidth = (large_size - small_size) / (large - small)  # of two processes: each byte is sent once
     return Machine(
         overhead=max(seconds[1, few] - few * per_image, 0),
         per_image=per_image,

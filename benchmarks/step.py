@@ -1,6 +1,6 @@
-"""Throughput of the training step and of inference alone, without data, beside the roofline of the machine.
+"""Throughput of the training step and of inference alone, without data, compared with the machine's roofline.
 
-One thing at a time is varied from a base case: network, batch size, precision, memory format, backend.
+One parameter at a time is varied from a base case: network, batch size, precision, memory format, backend.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _COMPARISONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions(BenchmarkOptions):
-    """Measure the optimisation step and inference alone, on random images that lie on the device.
+    """Measure the optimisation step and inference alone, on random images on the device.
 
-    One thing at a time is varied from a base: training resnet20 on batches of 128 in the best precision and
+    One parameter at a time is varied from a base: training resnet20 on batches of 128 in the best precision and
     channels_last. The base is eager on a CPU and a CUDA graph on a GPU.
     """
 
@@ -67,7 +67,7 @@ class StepOptions(BenchmarkOptions):
     precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()
     """fp32, bf16 or fp16. Without it: fp32 and bf16, and fp16 on a GPU."""
     backends: tuple[Literal["eager", "compile", "graph"], ...] = ()
-    """eager, compile or graph. Without it: all that the device has (compiling takes a minute on 2 CPU cores)."""
+    """eager, compile or graph. Without it: all that the device supports (compiling takes a minute on 2 CPU cores)."""
     seconds: float = 1.0
     """Length of a turn."""
     profile: Path | None = None
@@ -113,9 +113,9 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
     planned: dict[str, tuple[type[TimedStep | TimedParts], StepCase]] = {case.name: (TimedStep, case) for case in cases}
     planned |= {f"parts of {case.name}": (TimedParts, case) for case in split}
     ready: dict[str, TimedStep | TimedParts] = {}
-    # Every case compiles a step of its own from the same code; PyTorch takes more than 8 of these for a mistake.
-    many = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with many, _progress((1 + rounds) * len(planned)) as tell:
+    # Every case compiles its own step from the same code; by default PyTorch allows 8 of these.
+    unlimited = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+    with unlimited, _progress((1 + rounds) * len(planned)) as show:
         for number in range(rounds):
             limits.measure()
             for name, (kind, case) in planned.items():
@@ -123,11 +123,11 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
                     continue
                 advice = f"{case.name} does not fit; give smaller --batch-sizes"
                 with failures.left_out(name), explained_failures(advice):
-                    # Preparing may take half a minute: cases before it have been measured, and written, by then.
+                    # Preparing may take half a minute: earlier cases have been measured, and written, by then.
                     if number == 0:
-                        tell(f"preparing {case.name}")
+                        show(f"preparing {case.name}")
                         ready[name] = kind(case, device)
-                    tell(f"round {number + 1} of {rounds}: {name}")
+                    show(f"round {number + 1} of {rounds}: {name}")
                     ready[name].measure(seconds)
                 if name in failures:
                     ready.pop(name, None)
@@ -146,7 +146,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
 
 
 def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
-    """List the cases, each once: the base, then those that differ from it in one thing, or are inference."""
+    """List the cases, each once: the base, then those that differ from it in one parameter, or are inference."""
     from benchmarks.cases import StepCase
     from fastresnet.device import resolve_precision, supports
 
@@ -159,7 +159,7 @@ def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
     usual = ("fp32", "bf16", "fp16") if kind == "cuda" else ("fp32", "bf16")
     precisions = options.precisions or [precision for precision in usual if supports(precision, device)]
     for precision in precisions:
-        resolve_precision(precision, device)  # refuses what the device lacks
+        resolve_precision(precision, device)  # refuses one that the device does not support
     base = StepCase(
         mode="train",
         model=_preferred("resnet20", models),
@@ -242,11 +242,11 @@ def notes(result: report.Result) -> list[str]:
     lines = [
         f"limits: {limits['copy_gb_per_s']:.1f} GB/s copied, read and written; matrix products at {rates}",
         "roof: the images/s at which the FLOPs counted at that rate, or the bytes that eager operators read and write "
-        "at that speed, take all of the time, whichever takes longer (it stands beside the percentage)",
+        "at that speed, take all of the time, whichever takes longer (named beside the percentage)",
     ]
-    if beaten := [row["name"] for row in result["rows"] if row["percent_of_roof"] > 100]:
+    if faster := [row["name"] for row in result["rows"] if row["percent_of_roof"] > 100]:
         lines.append(
-            f"faster than its roof: {', '.join(beaten)}; small tensors stay in the caches, and fused operators do not "
+            f"faster than its roof: {', '.join(faster)}; small tensors stay in the caches, and fused operators do not "
             "write intermediate tensors"
         )
     return lines + report.common_notes(result)
@@ -281,7 +281,7 @@ def _short_name(row: dict[str, Any]) -> str:
 def _splits_table(result: report.Result) -> Table:
     environment = result["environment"]
     where = f"batches of {environment['batch_size']}, {environment['precision']}, {environment['memory_format']}"
-    made = report.table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "together")
+    made = report.table(f"Parts of an eager step: {where}", "model", "forward", "backward", "optimizer", "total")
     for split in result["splits"]:
         parts = _split_ms(split)
         cells = (f"{report.short(ms, 3)} ms ({100 * ms / sum(parts):.0f} %)" for ms in parts)
@@ -295,7 +295,7 @@ def _split_ms(split: dict[str, Any]) -> list[float]:
 
 def _ratios_table(result: report.Result) -> Table:
     """Create the table of ratios, which names only the field in which two cases differ."""
-    made = report.table("Times as fast, round by round", "", "over", "median", "lowest–highest")
+    made = report.table("Speed ratios, round by round", "", "over", "median", "lowest–highest")
     for each in result["ratios"]:
         ours, others = each["name"].split("/"), each["over"].split("/")
         ((name, over),) = [pair for pair in zip(ours, others, strict=True) if len(set(pair)) == 2]
@@ -309,7 +309,7 @@ def _ratios_table(result: report.Result) -> Table:
 
 
 def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) -> Table:
-    """Create the table of the ten costliest operators, by their own time."""
+    """Create the table of the ten slowest operators, by their own time."""
     made = report.table(f"Operators of {case.name}", "", "ms/step", "share", "calls")
     everything = sum(ms for _, ms, _ in operators)
     for name, ms, calls in operators[:10]:
@@ -318,7 +318,7 @@ def _operators_table(case: StepCase, operators: list[tuple[str, float, float]]) 
 
 
 def markdown_table(result: report.Result) -> str:
-    """Format the figures, and the ratios of each case to others, for a README."""
+    """Format the figures, and the ratios of each case to others, as Markdown."""
     others = {(each["name"], each["over"]): each["median"] for each in result["ratios"]}
 
     def compared(row: dict[str, Any]) -> str:
@@ -334,7 +334,7 @@ def markdown_table(result: report.Result) -> str:
         ("of the roof", lambda row: f"{row['percent_of_roof']:.0f} % ({row['bound']})"),
         ("times as fast as", compared),
     ]
-    return report.markdown({**result, "ratios": []}, columns)  # the last column tells them
+    return report.markdown({**result, "ratios": []}, columns)  # the last column has them
 
 
 def draw_chart(result: report.Result, path: Path) -> None:

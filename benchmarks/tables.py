@@ -27,7 +27,7 @@ _TABLE = re.compile(r"(<!-- (results|accuracy|reliability|scaling): (\S+) -->\n)
 
 
 def with_tables(text: str) -> str:
-    """Return `text` with every table made anew from its result."""
+    """Return `text` with every table made again from its result."""
 
     def table(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
@@ -55,26 +55,26 @@ def _provenance(result: dict) -> str:
 
 
 def _kills_table(result: dict[str, Any]) -> str:
-    """Format kills by the moment at which they came."""
+    """Format the numbers of kills by their moment."""
     moments = sorted(result["moments"].items(), key=lambda item: -item[1])
     rows = [[moment, str(count)] for moment, count in moments]
-    return markdown_table(["killed", "times"], [*rows, ["in all", str(result["kills"])]])
+    return markdown_table(["killed", "times"], [*rows, ["total", str(result["kills"])]])
 
 
 def _fuzz_table(result: dict[str, Any]) -> str:
     """Format the outcomes of damaged files of each kind."""
-    head = ["files", "refused in words", "read, with the right content", "read, with another content"]
+    head = ["files", "refused with a message", "read, with the right content", "read, with another content"]
     outcomes = ("refused", "right", "other")
     rows = [[kind, *(f"{of_kind.get(o, 0):,}" for o in outcomes)] for kind, of_kind in result["outcomes"].items()]
     totals = [sum(of_kind.get(o, 0) for of_kind in result["outcomes"].values()) for o in outcomes]
-    return markdown_table(head, [*rows, ["in all", *(f"{total:,}" for total in totals)]])
+    return markdown_table(head, [*rows, ["total", *(f"{total:,}" for total in totals)]])
 
 
 _RELIABILITY = {"kills": _kills_table, "fuzz": _fuzz_table}
 
 
 def main(arguments: list[str]) -> int:
-    """Write the tables into the files that `arguments` name. Raises `UsageError` where one cannot be read."""
+    """Write the tables into the files that `arguments` name. Raises `UsageError` if one cannot be read."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, end="")
         return 0 if arguments else 2

@@ -1,4 +1,4 @@
-"""Throughput of training from end to end, beside the same network in other people's loops."""
+"""Throughput of end-to-end training, compared with the same network in other training loops."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(WorkerOptions):
-    """Measure training from end to end: batches, steps and metrics, without evaluation.
+    """Measure end-to-end training: batches, steps and metrics, without evaluation.
 
-    The plain loop computes in fp32, the timm-style one in bf16, whatever --precision says.
+    The plain loop computes in fp32, the timm-style one in bf16, regardless of --precision.
     """
 
     model: str = "resnet20"
@@ -36,7 +36,7 @@ class TrainingOptions(WorkerOptions):
     seconds: float = 8.0
     """Length of a turn."""
     compile: Compile = "auto"
-    """Compilation of this program: off, on, graph or auto: graph on a GPU, on a CPU whichever measures faster."""
+    """Compilation of this program: off, on, graph or auto: graph on a GPU, on a CPU the faster of off and on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +87,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
-    """Open this program's loop, as `fastresnet train` runs it; without `data` on one batch, over and over."""
+    """Open this program's loop, as `fastresnet train` runs it; without `data`, on one batch repeatedly."""
     from benchmarks.cases import SameBatch, create_step
     from fastresnet.device import resolve_device
     from fastresnet.training.execution import Execution
@@ -99,16 +99,16 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     if not data:
         pipeline = SameBatch(batch, len(pipeline))
     step = create_step(model, work.precision, device, [1.0] * len(pipeline))
-    engine = Execution(step, pipeline, backend)
-    engine.prepare(batch)
+    execution = Execution(step, pipeline, backend)
+    execution.prepare(batch)
 
     def epoch(number: int) -> Iterator[None]:
-        step.count.zero_()  # the learning rates begin anew
-        for taken, _ in enumerate(engine.steps(number, 0, len(pipeline))):
+        step.count.zero_()  # restart the learning rates
+        for taken, _ in enumerate(execution.steps(number, 0, len(pipeline))):
             if taken % STATUS_EVERY[device.type] == 0:
                 step.failed_at()
                 step.metrics()
-            timer.seconds = engine.wait_seconds
+            timer.seconds = execution.wait_seconds
             yield
 
     return epoch
@@ -163,15 +163,15 @@ def tables(result: report.Result) -> list[Table]:
 
 
 def notes(result: report.Result) -> list[str]:
-    """Explain waiting and memory, which the tables only name."""
+    """Explain waiting and memory, which the tables do not."""
     return [
-        "waiting: share of the time in which the loop waits for its next batch; memory is beyond PyTorch's own",
+        "waiting: share of the time in which the loop waits for its next batch; memory excludes PyTorch's own",
         *report.common_notes(result),
     ]
 
 
 def markdown_table(result: report.Result) -> str:
-    """Format figures and ratios for a README."""
+    """Format figures and ratios as Markdown."""
     columns = [
         ("loop", lambda row: row["name"]),
         ("waiting for data", lambda row: f"{row['waiting_percent']:.1f} %"),

@@ -6,12 +6,12 @@ import sys as _sys
 
 
 def check_not_shadowed(package: str) -> None:
-    """Raise `ImportError` where `package`, which lies beside this one, is another project's module of that name."""
+    """Raise `ImportError` if the name `package`, one of our own, resolves to another project's module."""
     spec, ours = _util.find_spec(package), _pathlib.Path(__file__).parents[1] / package / "__init__.py"
     if spec is not None and _pathlib.Path(spec.origin or "").resolve() != ours.resolve():
         raise ImportError(
             f"{spec.origin} is imported in place of fastresnet's own package "
-            f"{package}: rename it, or start Python elsewhere."
+            f"{package}: rename it, or start Python in another folder."
         )
 
 
@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     if _sys.argv[:1] != ["-m"]:
         raise
-    print(f"fastresnet: {error}", file=_sys.stderr)  # under python -m fastresnet a traceback would say no more
+    print(f"fastresnet: {error}", file=_sys.stderr)  # under python -m fastresnet a traceback would add nothing
     _sys.exit(2)
 
 from fastresnet.api import evaluate, train  # noqa: E402

@@ -1,4 +1,4 @@
-"""Training and evaluation from Python, as notebooks use them: the commands, with values for arguments."""
+"""Python interface for training and evaluation, for example in notebooks: the commands as functions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     """Train a network by `recipe` and return its run: `folder`, `rows` of metrics.csv, and `summary`.
 
     `settings` are fields of `fastresnet.config.TrainConfig`, such as `model="resnet56"`, `data="shapes10"`,
-    `epochs=3` or `out="runs/first"`. With `quiet` nothing is printed. Raises `UsageError` on impossible settings and
-    where `out` holds a run (unless `resume=True`). Raises `DataError` where the data set is missing or damaged. Raises
-    `RunError` where loss or gradients are not finite or memory runs out.
+    `epochs=3` or `out="runs/first"`. With `quiet` nothing is printed. Raises `UsageError` on invalid settings and
+    if `out` contains a run (unless `resume=True`). Raises `DataError` if the data set is missing or damaged. Raises
+    `RunError` if loss or gradients are not finite or memory runs out.
     """
     from rich.console import Console
 
@@ -53,10 +53,10 @@ def evaluate(
 
     `weights` is a network, a file as for `fastresnet eval`, or `pretrained:NAME`. A network maps images [N, 3, 32, 32]
     to logits [N, classes]; `normalization` is that of its images: `half`, `channel` or `pixel` (see
-    `pipelines.Augmentation`). Files name theirs. `data` is by default that of their training, else cifar10. `threads`
-    is the number that a CPU computes with; for a file, `auto` is the fastest in trial steps. `mirror` adds the accuracy
-    with horizontal-flip TTA. Raises `UsageError` on impossible arguments, `DataError` where a file or the data set is
-    missing, damaged or does not fit.
+    `pipelines.Augmentation`). Files contain theirs. `data` is by default that of their training, else cifar10.
+    `threads` is the number of CPU threads; for a file, `auto` is the fastest in trial steps. `mirror` adds the accuracy
+    with horizontal-flip TTA. Raises `UsageError` on invalid arguments, `DataError` if a file or the data set is
+    missing, damaged or does not match.
     """
     import torch
 
@@ -76,7 +76,7 @@ def evaluate(
         normalization = loaded.normalization if loaded.training else normalization
     else:
         dataset, network = find_dataset(data or "cifar10", root), weights
-        if threads == "auto":  # a network of unknown making is not tried with other batches than those of the test set
+        if threads == "auto":  # no trial steps: a user's network only gets the batches of the test set
             threads = torch.get_num_threads()
     on = resolve_device(device)
     precision = resolve_precision(precision, on)

@@ -1,6 +1,6 @@
-"""Tensors and facts in one file: safetensors with a JSON description and a SHA-256 over both.
+"""Tensors and metadata in one file: safetensors with a JSON description and a SHA-256 over both.
 
-No pickle is involved, so opening a file can never run code from it. Anything that reads safetensors reads it.
+No pickle is involved, so opening a file can never run code from it. Any safetensors reader can read it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def save_tensors(
 ) -> None:
     """Write `tensors` (any device) and `description` (JSON types) atomically.
 
-    The file that was there becomes `previous`, if one is given. Raises `OSError`, `path` untouched.
+    The old file is renamed to `previous`, if given. Raises `OSError` and leaves `path` unchanged.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"schema": SCHEMA, **description})
@@ -38,7 +38,7 @@ def save_tensors(
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read a safetensors file: its tensors, and the description if this program wrote it (None otherwise).
 
-    Raises `DataError` where the file is missing, damaged or no safetensors file.
+    Raises `DataError` if the file is missing, damaged or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -47,7 +47,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}.") from None
     except SafetensorError as error:
-        raise DataError(f"{path} is damaged or no safetensors file: {error}.") from None
+        raise DataError(f"{path} is damaged or not a safetensors file: {error}.") from None
     if not metadata.keys() & {_DESCRIPTION, _DIGEST}:
         return tensors, None
     text = metadata.get(_DESCRIPTION, "")

@@ -19,19 +19,19 @@ _OVERVIEW = """usage: fastresnet COMMAND [OPTIONS]
 Train the CIFAR ResNets of He et al. 2015, fast and reproducibly.
 
 commands:
-  prepare     make a data set: download and convert CIFAR-10, read your own files, or draw shapes10
+  prepare     prepare a data set: download and convert CIFAR-10, read your own files, or draw shapes10
   train       train a network by a recipe: fast (the default), best, speedrun, paper, baseline or smoke
-  eval        measure weights: this program's, or another repository's state dict
+  eval        evaluate weights of this program, or a state dict of another repository
   predict     classify image files
-  plot        pictures of runs: curves of one or many, confusion matrix, most confident mistakes
-  report      a run as one HTML page
-  summary     the layers of a network, their parameters and multiply-adds
-  export      a trained network as ONNX, safetensors or a program of torch.export
-  doctor      what works on this machine, and what to do about what does not
-  bench       measure the speed of this program and of what people would use instead
-  completion  what makes bash or zsh complete all this
+  plot        plot runs: curves of one or several, confusion matrix, most confident mistakes
+  report      write an HTML report of a run
+  summary     list the layers of a network with their parameters and multiply-adds
+  export      export a trained network as ONNX, safetensors or a program for torch.export.load
+  doctor      check this machine, and print a remedy for each problem
+  bench       measure the speed of this program and of alternatives
+  completion  print the completion script for bash or zsh
 
-fastresnet COMMAND --help tells the options of a command.
+fastresnet COMMAND --help lists the options of a command.
 """
 COMMANDS = tuple(re.findall(r"^  (\w+)", _OVERVIEW, re.MULTILINE))
 
@@ -56,11 +56,11 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def load_bench() -> ModuleType:
-    """Import the benchmarks: they build on this package, which knows them by their entry point alone."""
+    """Import the benchmarks by their entry point: they depend on this package, not the reverse."""
     for entry in metadata.entry_points(group="fastresnet.commands", name="bench"):
         try:
             check_not_shadowed("benchmarks")
         except ImportError as error:
             raise UsageError(str(error)) from None
         return importlib.import_module(entry.module)
-    raise UsageError("fastresnet is not installed here, so bench is not found: use python -m benchmarks.")
+    raise UsageError("fastresnet is not installed, so bench is not found: use python -m benchmarks.")

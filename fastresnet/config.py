@@ -1,4 +1,4 @@
-"""Everything that decides a training run, in one validated dataclass; also the command line of `fastresnet train`."""
+"""Settings of a training run, in one validated dataclass; also the options of `fastresnet train`."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ Device = Literal["auto", "cpu", "cuda"]
 DEVICES = get_args(Device)
 Compile = Literal["auto", "off", "on", "graph"]
 COMPILE: dict[Compile, str] = {"off": "eager", "on": "compile", "graph": "graph"}
-"""Values of --compile, and the backends that they stand for."""
+"""Values of --compile, and their backends."""
 
-# What may differ between a run and its resumption, because it does not decide the result: the checkpoint knows the data
-# by its digest, not by where it lies.
+# These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
+# the data by its digest, not by its folder.
 _FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard", "wandb", "mlflow"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Settings of a training run. Raises `UsageError` on impossible values."""
+    """Settings of a training run. Raises `UsageError` on invalid values."""
 
     recipe: Suppress[str] = "baseline"
 
     model: str = "resnet20"
-    """resnet20, plain20, preresnet20, wrn16-2, resnext29-2x16d, se-resnet20, resnet9 ...: `summary --help` has all."""
+    """resnet20, plain20, preresnet20, wrn16-2, resnext29-2x16d, se-resnet20, resnet9 ... (see `summary --help`)."""
     shortcut: Shortcut = "B"
     """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 
@@ -49,38 +49,38 @@ class TrainConfig:
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     pipeline: Literal["auto", PipelineName] = "auto"
-    """Source of the batches; auto: resident where the data set fits in memory."""
+    """Source of the batches; auto: resident if the data set fits in memory."""
     decode: Decoder = "raw"
     """raw, or jpeg: train on the JPEG shards of `prepare --formats jpeg`, decoded by the dali pipeline."""
     val_split: int = 0
-    """Training images held out to choose the best checkpoint by; the paper holds out 5000."""
+    """Number of training images held out to choose the best checkpoint; the paper holds out 5000."""
 
     epochs: int = 160
     """Passes over the training set."""
     iterations: int | None = None
-    """Stop after this many optimisation steps, even within an epoch. Without it, the epochs decide."""
+    """Stop after this many optimisation steps, even within an epoch. Without it: after --epochs."""
     batch_size: int = 128
-    """Images per optimisation step, over all processes where torchrun starts several."""
+    """Images per optimisation step, over all processes of torchrun."""
     sync_bn: bool = False
-    """Batch norm over the images of all processes, not of each by itself."""
+    """Compute batch norm over the images of all processes, not of each separately."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
-    """Optimiser; muon is for convolutions, with SGD at --sgd-lr for the rest."""
+    """Optimiser; muon trains convolutions, and SGD at --sgd-lr the rest."""
     lr: float = 0.1
-    """Peak learning rate. With muon that of the convolutions: the relative change of their weights in a step."""
+    """Peak learning rate. With muon, that of the convolutions: the relative change of their weights in a step."""
     sgd_lr: float = 0.1
-    """Peak learning rate of what muon leaves to SGD: the linear layer, norms and biases."""
+    """Peak learning rate of SGD with muon: for the linear layer, norms and biases."""
     norm_lr: float | None = None
-    """Peak learning rate of norms and biases with muon, which bear more than the linear layer does. Without it,
+    """Peak learning rate of norms and biases with muon, which tolerate more than the linear layer. Without it:
     --sgd-lr."""
     lr_batch_size: int | None = None
-    """Batch size that the learning rates are meant for: they grow and shrink with --batch-size (the linear scaling rule
-    of Goyal et al. 2017). Without it, they are taken as they are."""
+    """Batch size for which the learning rates are given: they scale in proportion to --batch-size (the linear scaling
+    rule of Goyal et al. 2017). Without it: no scaling."""
     schedule: Literal["step", "cosine", "linear"] = "step"
     """step (divided by 10 at each milestone), cosine or linear (both to 0)."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the run after which --schedule step divides the learning rate by 10."""
     warmup: float = 0.0
-    """Fraction of the run in which the learning rate grows linearly to its peak; with step, stays at a tenth of it."""
+    """Fraction of the run in which the learning rate grows linearly to its peak (with step: stays at a tenth of it)."""
     momentum: float = 0.9
     """Momentum of SGD and muon."""
     nesterov: bool = False
@@ -90,7 +90,7 @@ class TrainConfig:
     decay_norms: bool = True
     """Weight decay on norms and biases too."""
     clip_norm: float = 0.0
-    """Largest norm of all gradients together; 0: no clipping."""
+    """Largest global norm of the gradients; 0: no clipping."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, which is then evaluated and saved; 0: none."""
 
@@ -99,17 +99,17 @@ class TrainConfig:
     padding_mode: PaddingMode = "zeros"
     """zeros or reflect."""
     flip: Flip = "random"
-    """none, random, or alternating (turned over every epoch)."""
+    """none, random, or alternating (inverted every epoch)."""
     cutout: int = 0
-    """Side of the square blanked out in each training image, in pixels."""
+    """Side of the square masked in each training image, in pixels."""
     mixup: float = 0.0
     """Alpha of mixup, which averages neighbours in a batch (1 in the paper); 0: none."""
     cutmix: float = 0.0
-    """Alpha of CutMix, which exchanges a box between them (1 in the paper); 0: none. With both, each pair takes one."""
+    """Alpha of CutMix, which exchanges a box between them (1 in the paper); 0: none. With both, each pair gets one."""
     label_smoothing: float = 0.0
     """Share of the label that is spread evenly over all classes."""
     drop_path: float = 0.0
-    """Stochastic depth: rate at which the last block is left out, falling linearly to the first; 0: none."""
+    """Stochastic depth: drop rate of the last block, decreasing linearly towards the first; 0: none."""
     zero_init_residual: bool = False
     """Start every residual branch at zero, by the weights of its last batch norm."""
     normalization: NormalizationMode = "half"
@@ -120,26 +120,26 @@ class TrainConfig:
     device: Device = "auto"
     """Device to compute on."""
     threads: Threads = "auto"
-    """Threads that a CPU computes with: a number, or auto, which tries 1, half and all of the usable processors for a
-    few steps and takes the fastest. The last bits of a run depend on it."""
+    """Number of CPU threads, or auto: the fastest of 1, half and all of the usable processors in a few trial steps. The
+    last bits of a run depend on it."""
     precision: Precision = "auto"
-    """Precision of the forward pass; fp16 has a gradient scaler."""
+    """Precision of the forward pass; fp16 uses a gradient scaler."""
     compile: Compile = "auto"
-    """torch.compile: off, on, graph (with the whole step one CUDA graph) or auto: graph on a GPU; on a CPU whichever
-    measures faster, if the run is long enough to pay for compilation."""
+    """torch.compile: off, on, graph (the whole step as one CUDA graph) or auto: graph on a GPU; on a CPU the faster of
+    off and on, if the run is long enough to pay for compilation."""
 
     out: Path | None = None
     """Run folder. Without it: $FASTRESNET_RUNS or ./runs, and a name made of recipe, model, data and seed."""
     resume: bool = False
-    """Continue the run in the run folder, bit-exactly; starts it if there is none."""
+    """Continue the run in the run folder, bit-exactly; start one if there is none."""
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch; 0: only at the end of each."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
     wandb: bool = False
-    """Log to Weights & Biases, as its own settings and environment variables say."""
+    """Log to Weights & Biases, configured by its own settings and environment variables."""
     mlflow: bool = False
-    """Log to MLflow, as its environment variables say."""
+    """Log to MLflow, configured by its environment variables."""
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -177,18 +177,18 @@ class TrainConfig:
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"--batch-size {self.batch_size}: mixup and CutMix mix pairs; give an even number.")
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum):
-            raise UsageError("--nesterov is for sgd and muon with a momentum.")
+            raise UsageError("--nesterov needs --optimizer sgd or muon, and a --momentum above 0.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
-            raise UsageError(f"--milestones {self.milestones}: give growing fractions of the run between 0 and 1.")
+            raise UsageError(f"--milestones {self.milestones}: give increasing fractions of the run between 0 and 1.")
 
     @property
     def augmentation(self) -> Augmentation:
-        """The part that pipelines need."""
+        """Settings of the pipelines."""
         return Augmentation(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)})
 
     @property
     def lr_scale(self) -> float:
-        """The factor of all learning rates."""
+        """Factor of all learning rates."""
         return self.batch_size / (self.lr_batch_size or self.batch_size)
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -196,7 +196,7 @@ class TrainConfig:
         return min(self.epochs * steps_per_epoch, self.iterations or sys.maxsize)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that decide the result, in plain types; None is left out, as TOML has none."""
+        """Return the fields that affect the result, in plain types, without those that are None: TOML has no None."""
         values = dataclasses.asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -205,12 +205,12 @@ class TrainConfig:
         }
 
     def to_toml(self) -> str:
-        """Format `config.toml`: what decides the result, and the root of the data if one was given."""
+        """Format `config.toml`: the fields that affect the result, and the root of the data if given."""
         return tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
-    """Build a config from plain values that came out of `where`; `UsageError` names what does not fit."""
+    """Build a config from plain values that were read from `where`. Raises `UsageError` that names an invalid one."""
     hints = get_type_hints(TrainConfig)
     for name in values:
         check_choice(f"setting in {where}", name, hints)
@@ -218,13 +218,13 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
 
 
 def from_toml(path: Path) -> TrainConfig:
-    """Read a `config.toml`. Raises `UsageError` where the file is missing, damaged or says what cannot be."""
+    """Read a `config.toml`. Raises `UsageError` if the file is missing, damaged or has invalid values."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no TOML file: {error}.") from None
+        raise UsageError(f"{path} is not a TOML file: {error}.") from None
     return from_dict(values, str(path))
 
 
@@ -235,10 +235,10 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
-        hint = str  # `TrainConfig` checks the word
+        hint = str  # `TrainConfig` checks the value
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UsageError(f"{where}: {name} = {value!r} is no list.")
+            raise UsageError(f"{where}: {name} = {value!r}: expected a list.")
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
     kinds = get_args(hint) or (hint,)
@@ -252,5 +252,5 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if type(value) not in kinds:
         names = [kind.__name__ for kind in kinds if isinstance(kind, type) and kind is not type(None)]
         expected = " or ".join([*names, *words])
-        raise UsageError(f"{where}: {name} = {value!r} is no {expected}.")
+        raise UsageError(f"{where}: {name} = {value!r}: expected {expected}.")
     return value

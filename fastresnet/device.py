@@ -1,4 +1,4 @@
-"""Device, precision and execution of a run, and explained failures of all three."""
+"""Device, precision and execution of a run, and explanations of their failures."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from fastresnet.config import DEVICES, Compile, Precision
 from pipelines.errors import Note, RunError, UsageError, check_choice
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
-"""File of NVIDIA's driver."""
+"""Device file of NVIDIA's driver."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """Resolve `name`: `auto` is the GPU where there is one.
+    """Resolve `name`: `auto` is the GPU if there is one, else the CPU.
 
-    Where one seems to be meant that PyTorch cannot use, a `Note` says so.
-    Raises `UsageError` where a GPU is asked for and absent, and on an unknown name.
+    Warns with a `Note` if the machine seems to have a GPU that PyTorch cannot use. Raises `UsageError` on an unknown
+    name, or if a GPU is requested and absent.
     """
     check_choice("device", name, DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and (reason := _missing_gpu()):
-            told = f"no GPU here that PyTorch can use, so the CPU computes. {reason}"
-            warnings.warn(told, Note, stacklevel=1)  # of this line, so that it is shown once
+            message = f"PyTorch finds no GPU that it can use, so it computes on the CPU. {reason}"
+            warnings.warn(message, Note, stacklevel=1)  # located at this line, so that it is shown once
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA device here. Check nvidia-smi, or use --device cpu.")
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
+        torch.set_float32_matmul_precision("high")  # TF32 for fp32
         torch.backends.cudnn.allow_tf32 = True
     else:
         _keep_freed_memory()
@@ -46,21 +46,21 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _missing_gpu() -> str:
-    """Explain why PyTorch may not find a GPU, and what to do; empty where nothing speaks for one."""
+    """Explain why PyTorch may not find a GPU, with a remedy; return "" if nothing suggests that there is one."""
     if NVIDIA_CONTROL.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # which hide it
         if torch.version.cuda is None:
-            return "NVIDIA's driver is there, but this PyTorch is built for CPUs: pip install torch from PyPI has CUDA."
-        return f"NVIDIA's driver is there, most likely too old for CUDA {torch.version.cuda}: see fastresnet doctor."
+            return "NVIDIA's driver is installed, but this PyTorch is built for CPUs: install PyPI's torch, with CUDA."
+        return f"NVIDIA's driver is installed, probably too old for CUDA {torch.version.cuda}: see fastresnet doctor."
     if "NVIDIA_VISIBLE_DEVICES" in os.environ:  # NVIDIA's container runtime reads it
-        return "A container sees GPUs after docker run --gpus all."
+        return "To use GPUs in a container, start it with docker run --gpus all."
     return ""
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of one step for the next.
+    """Make glibc keep the memory of one step for the next.
 
-    Left to itself it gives activations back to the system at every step. It gets them again as pages that fault and
-    are zeroed: 6,500 to 15,000 faults a step of ResNet-20 at batch 128, 730 images/s instead of 950 on 2 cores.
+    By default it returns the memory of activations to the system at every step, and getting it again costs page faults
+    and zeroing: 6,500 to 15,000 faults per step of ResNet-20 at batch 128, 730 images/s instead of 950 on 2 cores.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -69,23 +69,23 @@ def _keep_freed_memory() -> None:
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 256 << 20)
-    mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+    mallopt(mmap_threshold, 32 << 20)  # the maximum
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Resolve `name`: `auto` is bf16 where the hardware computes it, else fp32.
+    """Resolve `name`: `auto` is bf16 if the hardware supports it, else fp32.
 
     On a CPU with AVX512-BF16 bf16 has 2.0x the speed of fp32.
     """
     if name == "auto":
         return "bf16" if _computes_bf16(device) else "fp32"
     if not supports(name, device):
-        raise UsageError(f"--precision {name}: {torch.cuda.get_device_name(device)} lacks it. Use fp16.")
+        raise UsageError(f"--precision {name}: {torch.cuda.get_device_name(device)} does not support it. Use fp16.")
     return cast(Precision, name)
 
 
 def supports(precision: str, device: torch.device) -> bool:
-    """Return True if `device` computes in `precision` at all; a CPU does, if slowly."""
+    """Return True if `device` supports `precision`; a CPU supports all, if slowly."""
     return precision != "bf16" or device.type != "cuda" or _computes_bf16(device)
 
 
@@ -96,14 +96,14 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> Compile:
-    """Resolve `name`: `auto` is `graph` on a GPU; on a CPU it stays, for measurement to decide.
+    """Resolve `name`: `auto` is `graph` on a GPU; on a CPU it stays `auto`, resolved by a later measurement.
 
-    Where several ranks exchange gradients within a step, it is `on` and `off`.
+    With several ranks, which exchange gradients within a step, it is `on` on a GPU and `off` on a CPU.
     """
     if name == "graph" and device.type != "cuda":
         raise UsageError("--compile graph records a CUDA graph, which needs a GPU. Use --compile on.")
     if name == "graph" and not single:
-        raise UsageError("--compile graph is for a training in one process. Use --compile on.")
+        raise UsageError("--compile graph supports only one process. Use --compile on.")
     if name != "auto":
         return cast(Compile, name)
     if single:
@@ -112,16 +112,16 @@ def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> 
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Return mixed precision for the forward pass; nothing for fp32."""
-    # Each weight is used once in a step, and a cache of cast weights would outlive the recording of a CUDA graph.
+    """Return the context of mixed precision for the forward pass, disabled for fp32."""
+    # Each weight is used once per step, and a cache of cast weights would outlive the recording of a CUDA graph.
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
 
 
 @contextlib.contextmanager
 def explained_failures(out_of_memory: str) -> Iterator[None]:
-    """Turn a lack of memory (`out_of_memory` is the advice) and a failed compilation into `RunError`.
+    """Convert a lack of memory (`out_of_memory` is the advice) and a failed compilation to `RunError`.
 
-    PyTorch, its allocators, cuDNN and the compiler all report a lack of memory in words of their own.
+    PyTorch, its allocators, cuDNN and the compiler all report a lack of memory differently.
     """
     try:
         yield

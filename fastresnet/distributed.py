@@ -1,7 +1,7 @@
-"""Communication of one training's processes, each with a GPU or with a share of the cores.
+"""Communication between the processes of one training, each with a GPU or with a share of the cores.
 
-`torchrun` starts the processes and PyTorch's `torch.distributed` connects them. A process by itself goes through the
-same code, where nothing here costs it anything.
+`torchrun` starts the processes and PyTorch's `torch.distributed` connects them. A single process runs the same code, at
+no extra cost.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ TIMEOUT = timedelta(minutes=5)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class World:
-    """Place of this process among those that train one network together.
+    """Rank of this process among those that train one network together.
 
-    All ranks have to call `sum`, `highest`, `broadcast` and `wait` at the same point.
+    All ranks must call `sum`, `highest`, `broadcast` and `wait` at the same point.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True for the process that writes files and talks."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     @property
@@ -64,7 +64,7 @@ class World:
         return int(tensor)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks the first one's values."""
+        """Copy the first rank's values to all ranks."""
         if not self.is_single:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -77,13 +77,13 @@ class World:
     def parallel(self, model: nn.Module) -> nn.Module:
         """Wrap `model` so that its gradients are averaged over the ranks during the backward pass.
 
-        The first rank's parameters and buffers become everyone's.
+        All ranks get the first rank's parameters and buffers.
         """
         if self.is_single:
             return model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.14 has a new name for this
-            # Every rank keeps batch norm statistics of its own, which `loop.train` replaces before they are used.
+            # Every rank has its own batch norm statistics, which `loop.train` replaces before they are used.
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -91,21 +91,21 @@ SINGLE = World()
 
 
 def world_of_torchrun() -> World:
-    """Read what `torchrun` has told this process; without it the process is single."""
+    """Read the rank and number of processes that `torchrun` sets; without it, the process is single."""
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @contextlib.contextmanager
 def connected(device: torch.device) -> Iterator[World]:
-    """Connect the ranks by NCCL where `device` is a GPU and by gloo on a CPU; inside, `cuda` is this rank's GPU.
+    """Connect the ranks by NCCL on a GPU `device` and by gloo on a CPU; in the block, `cuda` is this rank's GPU.
 
-    Raises `UsageError` where there are fewer GPUs than processes, `RunError` where another rank has failed.
+    Raises `UsageError` if there are fewer GPUs than processes, `RunError` if another rank has failed.
     """
     world = world_of_torchrun()
     if world.is_single:
         yield world
         return
-    gpu = _take_gpu(int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
+    gpu = _select_gpu(int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
     with _explained_disconnection():
         dist.init_process_group(
             "nccl" if gpu else "gloo",
@@ -116,11 +116,11 @@ def connected(device: torch.device) -> Iterator[World]:
             device_id=gpu,  # NCCL would guess it at the first barrier, with a warning
         )
         yield world
-        dist.destroy_process_group()  # not after a failure, when it could wait for those that are gone
+        dist.destroy_process_group()  # not after a failure: it could wait for ranks that have exited
 
 
-def _take_gpu(number: int) -> torch.device:
-    """Make GPU `number` the one that `cuda` means from here on."""
+def _select_gpu(number: int) -> torch.device:
+    """Make GPU `number` the current device, which `cuda` means."""
     if number >= torch.cuda.device_count():
         raise UsageError(
             f"process {number + 1} on this machine finds {torch.cuda.device_count()} GPUs. Start one process for each "
@@ -131,9 +131,9 @@ def _take_gpu(number: int) -> torch.device:
 
 
 def _store() -> dist.Store:
-    """Open the store of the ranks' addresses: a place of its own for each of torchrun's attempts.
+    """Open the store of the ranks' addresses, with a prefix for each of torchrun's attempts.
 
-    They may share one store, with the addresses of ranks that have died (pytorch/pytorch#135712).
+    Attempts may share one store, with the addresses of dead ranks (pytorch/pytorch#135712).
     """
     store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -145,13 +145,13 @@ def _explained_disconnection() -> Iterator[None]:
         yield
     except dist.DistError as error:
         raise RunError(_LOST) from error
-    except RuntimeError as error:  # gloo's errors have no class of their own
+    except RuntimeError as error:  # gloo has no error class
         if "gloo" not in str(error) and "onnection" not in str(error):
             raise
         raise RunError(_LOST) from error
 
 
 _LOST = (
-    "lost the connection to another rank, which has failed or was stopped; its own message says why. Start again with "
-    "--resume."
+    "lost the connection to another rank, which has failed or was stopped; its own message has the reason. Start again "
+    "with --resume."
 )

@@ -1,4 +1,4 @@
-"""Findings on this machine: things that work, and remedies for the others."""
+"""Checks of this machine, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipelines.base import free_memory
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.errors import UserError
 from pipelines.prepare import CIFAR10, data_root
-from pipelines.store import open_store, prepare_anew_command
+from pipelines.store import open_store, prepare_again_command
 
 _LIBRARIES = (
     *("torch", "torchvision", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv", "tensorboard", "onnx"),
 )
-_LITTLE = 1 << 30
+_NEEDED_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,14 +33,14 @@ class Finding:
 
     what: str
     state: str
-    """State: `works`, `missing` (something optional is not there) or `broken`."""
+    """State: `works`, `missing` (an optional part is absent) or `broken`."""
     detail: str
     remedy: str = ""
-    """Advice, where anything is to be done."""
+    """Advice; empty if there is nothing to do."""
 
 
 def examine(root: Path | None = None) -> list[Finding]:
-    """Look at everything; takes some seconds, as it compiles something."""
+    """Run all checks; takes some seconds to compile."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [
         *_versions(device),
@@ -48,7 +48,7 @@ def examine(root: Path | None = None) -> list[Finding]:
         *_pipelines(),
         *_compilers(device),
         *_data(data_root(root)),
-        *_room(data_root(root), device),
+        *_space(data_root(root), device),
     ]
 
 
@@ -72,7 +72,7 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """Read the version of NVIDIA's driver; None where there is none."""
+    """Read the version of NVIDIA's driver; None if there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -82,7 +82,7 @@ def _driver() -> str | None:
 
 
 def _without_gpu() -> tuple[str, str]:
-    """Tell the reason why PyTorch finds no GPU, and the remedy."""
+    """Return the reason why PyTorch finds no GPU, and the remedy."""
     if torch.version.cuda is None:
         return "this PyTorch is built for CPUs", "pip install torch from PyPI, which has CUDA, if there is a GPU"
     if (driver := _driver()) is None and not NVIDIA_CONTROL.exists():
@@ -90,7 +90,7 @@ def _without_gpu() -> tuple[str, str]:
             "nvidia-smi finds no driver",
             "install NVIDIA's driver if there is a GPU; in Docker, run with --gpus all; a CPU works too, more slowly",
         )
-    reason = f"driver {driver or 'of unknown version'} is there, but PyTorch's CUDA {torch.version.cuda} does not start"
+    reason = f"driver {driver or 'of unknown version'}, with which PyTorch's CUDA {torch.version.cuda} does not start"
     return reason, "install a newer driver, or a PyTorch for the CUDA version that nvidia-smi shows"
 
 
@@ -99,7 +99,7 @@ def _pipelines() -> Iterator[Finding]:
         threads = torch.get_num_threads()
         try:
             pipeline_class(name, torch.device("cpu"))
-        except UserError as error:  # what is wrong, a colon, and what to do
+        except UserError as error:  # the problem, a colon, and the remedy
             problem, _, remedy = str(error).rpartition(": ")
             yield Finding(f"pipeline {name}", "missing", problem, remedy)
         except (ImportError, OSError) as error:
@@ -111,7 +111,7 @@ def _pipelines() -> Iterator[Finding]:
 
 
 def _compilers(device: torch.device) -> Iterator[Finding]:
-    remedy = "install gcc 12 or newer; without it PyTorch does the work, more slowly"
+    remedy = "install gcc 12 or newer; without it PyTorch's slower operators are used"
     try:
         compile_c(Path(__file__).parents[1] / "pipelines" / "augment.c", "-fopenmp")
         yield Finding("C loops", "works", "compiled for this processor")
@@ -121,7 +121,7 @@ def _compilers(device: torch.device) -> Iterator[Finding]:
         compiled = torch.compile(lambda x: x.sin() + 1, fullgraph=True)
         torch.testing.assert_close(compiled(torch.ones(8, device=device)).cpu(), torch.ones(8).sin() + 1)
         yield Finding("torch.compile", "works", "")
-    except Exception as error:  # noqa: BLE001  the compiler raises anything
+    except Exception as error:  # noqa: BLE001  the compiler may raise anything
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = "install a C++ compiler and Python's headers (Debian: g++ and python3-dev), or use --compile off"
         yield Finding("torch.compile", "broken", reason, remedy)
@@ -131,27 +131,27 @@ def _data(root: Path) -> Iterator[Finding]:
     names = sorted({meta.parent.name for meta in root.glob("*/meta.json")} | {CIFAR10})
     for name in names:
         if not (root / name / "meta.json").exists():
-            remedy = f"fastresnet prepare --data {name}, which train does by itself"
+            remedy = f"fastresnet prepare --data {name}; train does this automatically"
             yield Finding(f"data {name}", "missing", f"not in {root.absolute()}", remedy)
             continue
         try:
             dataset = open_store(root / name)
         except UserError as error:
-            yield Finding(f"data {name}", "broken", str(error), prepare_anew_command(root / name))
+            yield Finding(f"data {name}", "broken", str(error), prepare_again_command(root / name))
         else:
             counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
             yield Finding(f"data {name}", "works", f"{counts}, verified, in {dataset.folder.absolute()}")
 
 
-def _room(root: Path, device: torch.device) -> Iterator[Finding]:
+def _space(root: Path, device: torch.device) -> Iterator[Finding]:
     place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     disk, memory = shutil.disk_usage(place).free, free_memory(torch.device("cpu"))
-    yield _enough("disk", disk, "free some: a data set takes 0.2 GB, a run of ResNet-20 10 MB")
-    yield _enough("memory", memory, "close other programs, or train with a smaller --batch-size")
+    yield _free("disk", disk, "free some: a data set takes 0.2 GB, a run of ResNet-20 10 MB")
+    yield _free("memory", memory, "close other programs, or train with a smaller --batch-size")
     if device.type == "cuda":
-        yield _enough("GPU memory", free_memory(device), "see nvidia-smi for who takes it")
+        yield _free("GPU memory", free_memory(device), "see nvidia-smi for the processes that use it")
 
 
-def _enough(what: str, free: int, remedy: str) -> Finding:
-    state = "works" if free > _LITTLE else "broken"
-    return Finding(what, state, f"{free / 1e9:.1f} GB free", "" if free > _LITTLE else remedy)
+def _free(what: str, free: int, remedy: str) -> Finding:
+    state = "works" if free > _NEEDED_BYTES else "broken"
+    return Finding(what, state, f"{free / 1e9:.1f} GB free", "" if free > _NEEDED_BYTES else remedy)

@@ -1,4 +1,4 @@
-"""Accuracy and loss on a split: single view, every image counted once; if asked for, with horizontal-flip TTA too."""
+"""Accuracy and loss on a split: single view, every image counted once; optionally with horizontal-flip TTA too."""
 
 from __future__ import annotations
 
@@ -53,16 +53,14 @@ class Evaluation:
 def find_dataset_for(
     weights: Weights, given: object, data: str | None, root: Path | None, report: Report = lambda *_: None
 ) -> Dataset:
-    """Find the data set to measure `weights`, loaded from `given`, on.
+    """Find the data set on which to evaluate `weights`, loaded from `given`.
 
-    It is `data`, else the one of their training, else cifar10. The constants of their training normalise it where
-    these are known. Raises `DataError` where it has another number of classes.
+    It is `data`, else the one of their training, else cifar10. It is normalised with the constants of their training
+    if these are known. Raises `DataError` if it has another number of classes.
     """
     dataset = find_dataset(data or (weights.training or {}).get("data", CIFAR10), root, report)
     if weights.num_classes != len(dataset.classes):
-        raise DataError(
-            f"{given} tells {weights.num_classes} classes apart, {dataset.name} has {len(dataset.classes)}."
-        )
+        raise DataError(f"{given} has {weights.num_classes} classes, but {dataset.name} has {len(dataset.classes)}.")
     return weights.as_in_training(dataset)
 
 
@@ -76,7 +74,7 @@ def open_evaluation(
 ) -> Pipeline:
     """Open a pipeline over the test split of `dataset`, without augmentation.
 
-    Where there are several ranks, it covers the share of this one.
+    With several ranks, it covers the share of this one.
     """
     return open_pipeline(
         pipeline,
@@ -106,8 +104,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `model` on the pipeline's device; set it to evaluation mode.
 
-    `mirror` adds `mirror_accuracy`, for twice the work. `after_batch` may raise to stop early. Where there are several
-    ranks, each brings its share of the images. The result is that of all images.
+    `mirror` adds `mirror_accuracy`, at twice the cost. `after_batch` may raise to stop early. With several ranks, each
+    evaluates its share of the images. The result covers all images.
     """
     model.eval()
     started = time.perf_counter()
@@ -126,16 +124,16 @@ def evaluate(
                 logits = logits + model(batch.images.flip(3)).float()
             mirror_correct += ((logits.argmax(1) == batch.labels) & real).sum()
         after_batch()
-    for sums in (loss, correct, count, mirror_correct):
-        world.sum(sums)
+    for tensor in (loss, correct, count, mirror_correct):
+        world.sum(tensor)
     total = int(count.sum())
     return Evaluation(
         accuracy=100 * int(correct.sum()) / total,
         loss=float(loss) / total,
         per_class={
-            name: 100 * right / of
-            for name, right, of in zip(classes, correct.tolist(), count.tolist(), strict=True)
-            if of
+            name: 100 * hits / images
+            for name, hits, images in zip(classes, correct.tolist(), count.tolist(), strict=True)
+            if images
         },
         images_per_s=total / (time.perf_counter() - started),
         mirror_accuracy=100 * int(mirror_correct) / total if mirror else None,
@@ -146,7 +144,7 @@ def evaluate(
 def evaluation_threads(
     threads: Threads, model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
 ) -> Iterator[str]:
-    """Settle the number of threads that evaluate `model` inside; see `settled_threads`."""
+    """Set the number of threads that evaluate `model` in the block; see `settled_threads`."""
     batch = next(iter(pipeline.epoch(0)))
     model.eval()
 
@@ -179,7 +177,7 @@ def probabilities(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Predictions:
-    """Probabilities that a network gives for every image of a test set."""
+    """Predictions of a network for every image of a test set."""
 
     name: str
     classes: tuple[str, ...]
@@ -233,7 +231,7 @@ class Predictions:
 def predict_test_set(path: Path, data: str | None, root: Path | None, device: str) -> Predictions:
     """Run the network in file `path` on the test set of `data`, or of the data set of its training.
 
-    Raises `DataError` where the file or the data set are missing, damaged or do not fit together.
+    Raises `DataError` if the file or the data set is missing or damaged, or they do not match.
     """
     weights = load_weights(path)
     dataset, on = find_dataset_for(weights, path, data, root), resolve_device(device)

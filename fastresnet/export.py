@@ -25,9 +25,9 @@ TOLERANCE = 1e-4
 def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float:
     """Write the network to `path` in format `kind`, one of `FORMATS`, and check the output of the file.
 
-    The batch size stays free. With `normalize` images in 0..1 go in. Returns the largest difference of a logit on
-    random images in batches of 1 and of 7. Raises `UsageError` where a library is missing, `RunError` where the
-    difference is above `TOLERANCE`; `path` is then as it was.
+    The batch size is dynamic. With `normalize`, the input is images in 0..1. Returns the largest difference of a logit
+    on random images in batches of 1 and of 7. Raises `UsageError` if a library is missing, `RunError` if the
+    difference is above `TOLERANCE`; `path` is then unchanged.
     """
     network = (Normalized(weights) if normalize else weights.model).cpu().eval()
     with replacing(path) as temporary:
@@ -89,7 +89,7 @@ def _safetensors(network: nn.Module, path: Path) -> Loaded:
 
 
 def _example() -> Tensor:
-    return torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)  # a batch of one would be taken for a constant
+    return torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)  # a batch size of 1 would become a constant
 
 
 FORMATS: dict[str, Callable[[nn.Module, Path], Loaded]] = {

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
 def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figure:
-    """Draw loss, accuracy and learning rate of runs over their epochs.
+    """Plot loss, accuracy and learning rate of runs over their epochs.
 
-    `runs` has, by name, the rows of `metrics.csv` and the split measured after every epoch. One run has a colour for
-    each split; of several, each has its own, training dashed.
+    `runs` has, by name, the rows of `metrics.csv` and the split evaluated after every epoch. A single run has one
+    colour for each split. Of several runs, each has one colour, with training dashed.
     """
     figure, several = Figure(figsize=(13, 4 + 0.12 * len(runs)), layout="constrained"), len(runs) > 1
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -33,9 +33,9 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
         for split in ("train", evaluated_on):
             style = {**own, "linestyle": "--" if split == "train" else "-"} if several else {"color": _COLORS[split]}
             values = [row[f"{split}_accuracy"] for row in rows]
-            whose = f"{name}, {split}" if several else split
+            caption = f"{name}, {split}" if several else split
             loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style, **markers)
-            accuracy.plot(epochs, values, label=f"{whose} ({values[-1]:.2f} %)", **style, **markers)
+            accuracy.plot(epochs, values, label=f"{caption} ({values[-1]:.2f} %)", **style, **markers)
         style = own if several else {"color": "#555555"}
         rate.plot(epochs, [row["lr"] for row in rows], drawstyle="steps-mid", **style, **markers)
     falls_in_steps = all(_falls_in_steps(rows) for rows, _ in runs.values())
@@ -57,7 +57,7 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
 
 
 def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return True if the learning rate takes few values: a logarithmic axis shows them well; it has no place for 0."""
+    """Return True if the learning rate has few values: a logarithmic axis shows them well, but cannot show 0."""
     return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
 
 
@@ -81,7 +81,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
 
 
 def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
-    """Draw uint8 images [N, 32, 32, 3] with a line or two over each."""
+    """Draw uint8 images [N, 32, 32, 3] with one or two lines of text over each."""
     columns = 6
     rows = max(-(-len(images) // columns), 1)
     figure = Figure(figsize=(1.7 * columns, 2.1 * rows + 0.4), layout="constrained")
@@ -111,7 +111,7 @@ def saliency_grid(images: Tensor, saliency: Tensor, titles: Sequence[str]) -> Fi
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` in the format that the name of `path` ends with: .png, .svg or .pdf."""
+    """Write `figure` in the format of the suffix of `path`: .png, .svg or .pdf."""
     write_bytes(path, rendered(figure, path.suffix[1:]))
 
 
@@ -123,14 +123,14 @@ def rendered(figure: Figure, kind: str) -> bytes:
 
 
 def sweep(
-    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], told: Mapping[str, float]
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marks: Mapping[str, float]
 ) -> Figure:
-    """Draw losses over the learning rates of their steps; `told` are rates to mark, by their names."""
+    """Plot losses over the learning rates of their steps; `marks` are rates to mark, by name."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(rates, losses, color="#bbbbbb", linewidth=1, label="each step")
     axes.plot(rates, smoothed, color=_COLORS["train"], label="smoothed")
-    for (what, rate), color in zip(told.items(), (_COLORS["test"], _COLORS["val"]), strict=False):
+    for (what, rate), color in zip(marks.items(), (_COLORS["test"], _COLORS["val"]), strict=False):
         axes.axvline(rate, color=color, linestyle="--", label=f"{what}: {rate:.2g}")
     axes.set_xscale("log")
     axes.set_ylim(top=1.2 * max(smoothed))

@@ -59,7 +59,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout this code runs from, `+` where it has been changed; `unknown` outside one."""
+    """Return the commit of this code's checkout, with `+` if it has changes; `unknown` outside a checkout."""
     try:
         folder = Path(__file__).parent
         described = subprocess.run(

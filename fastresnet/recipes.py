@@ -1,4 +1,4 @@
-"""Named configurations. Each is a function of the model and makes a claim about its accuracy."""
+"""Named configurations. Each is a function of the model and states its accuracy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipelines.errors import check_choice
 def paper(model: str = "resnet20") -> TrainConfig:
     """Follow He et al. 2015, section 4.2, as published: 64k iterations at batch 128, shortcut A, per-pixel mean.
 
-    Where the text leaves things open, crops are padded with black before the mean is subtracted. The zero channels of
-    shortcut A lie at both ends. BN and biases decay like all parameters.
+    Where the text is ambiguous: crops are padded with black before the mean is subtracted, the zero channels of
+    shortcut A are at both ends, and BN and biases decay like all parameters.
 
     Paper, test error: ResNet-20 8.75 %, -32 7.51 %, -44 7.17 %, -56 6.97 %, -110 6.43 %. Not yet measured with this
     program. `--val-split 5000` trains on 45,000 images, as the paper did to find its schedule.
@@ -24,8 +24,8 @@ def paper(model: str = "resnet20") -> TrainConfig:
     return TrainConfig(
         recipe="paper",
         model=model,
-        shortcut=spec.shortcuts[0],  # the paper's A where it is defined
-        epochs=1_000_000,  # the iterations end the run, whatever the size of the training set
+        shortcut=spec.shortcuts[0],  # the paper's A if it is defined
+        epochs=1_000_000,  # the iterations end the run, for any size of the training set
         iterations=64_000,
         milestones=(0.5, 0.75),  # 32k and 48k
         normalization="pixel",
@@ -47,17 +47,16 @@ def fast(model: str = "resnet20") -> TrainConfig:
     """Reach the accuracy of the paper's ResNet-20 (91.25 %) in an eighth of its epochs.
 
     `fastresnet train fast`: 91.57 ± 0.17 % on the test set (ResNet-20, last epoch, single view, seeds 0 to 2). That is
-    36 to 42 minutes of training on one core of an AMD EPYC that had other work, in bf16. On an H100: 91.33 ± 0.12 %
-    (seeds 0 to 3); the two that had it to themselves took 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds 0 to
-    2), ResNet-32: 92.19 % (seed 0), short of the paper's 93.03 and 92.49 %. `docs/fast-recipe.md` has the experiments.
+    36 to 42 minutes of training on one core of an AMD EPYC under other load, in bf16. On an H100: 91.33 ± 0.12 % (seeds
+    0 to 3); the two seeds that had the GPU to themselves took 21 seconds of training. ResNet-56: 92.77 ± 0.16 % (seeds
+    0 to 2), ResNet-32: 92.19 % (seed 0), below the paper's 93.03 and 92.49 %. Experiments: `docs/fast-recipe.md`.
 
     Muon trains the convolutions, whose weights it keeps at a fixed norm. The learning rate falls linearly to 0. Crops
-    are padded with the mirrored image, as in cifar10-airbench: a network learns the effect of black margins on its
-    statistics. Whole images, as the test has them, then surprise it. So few epochs leave a network of 20 layers short
-    of time rather than of images: its crops move by 2 pixels only. Flips alternate from one epoch to the next, as in
-    airbench, so that every image is seen both ways. Deeper networks start as shallow ones where they can. Their norms
-    learn a hundred times as fast as the linear layer: at its rate they stay what they are. The two are worth 1.1
-    points to ResNet-56.
+    use reflection padding, as in cifar10-airbench: with black margins, a network adapts to their effect on its
+    statistics, which is absent from whole test images. In so few epochs, training time limits a network of 20 layers,
+    not the number of images: its crops move by only 2 pixels. Flips alternate between epochs, as in airbench, so every
+    image is seen in both orientations. Deeper networks start as shallow ones if they support it. Their norms learn a
+    hundred times as fast as the linear layer: at its rate they hardly change. The two gain 1.1 points on ResNet-56.
     """
     spec = find_model(model)
     deep = spec.depth > 20
@@ -88,8 +87,8 @@ def best(model: str = "resnet20") -> TrainConfig:
     """Reach more accuracy in 60 epochs: `fast` for longer, with norms that learn fast.
 
     For variety, every network has crops of 4 pixels and cutout. `fastresnet train best`: 92.97 % on the test set
-    (ResNet-20, last epoch, single view, seed 0). That is 48 minutes of training on one core of an AMD EPYC that had
-    other work, in bf16. Other networks: not yet measured.
+    (ResNet-20, last epoch, single view, seed 0). That is 48 minutes of training on one core of an AMD EPYC under other
+    load, in bf16. Other networks: not yet measured.
     """
     return dataclasses.replace(fast(model), recipe="best", epochs=60, norm_lr=3.0, crop_padding=4, cutout=8)
 
@@ -98,12 +97,12 @@ def speedrun(model: str = "resnet9-medium") -> TrainConfig:
     """Reach 94.0 % with little arithmetic, by a ResNet-9.
 
     `fastresnet train speedrun`: 94.44 ± 0.13 % on the test set (last epoch, single view, seeds 0 and 1), and 94.95 ±
-    0.11 % with horizontal-flip TTA, for 1.73 PFLOP. That is 198 minutes of training on one core of an AMD EPYC that
-    had other work, in bf16. With resnet9-narrow: 93.70 ± 0.10 % and 94.45 ± 0.14 % (seeds 0 and 1), for 0.98 PFLOP.
+    0.11 % with horizontal-flip TTA, for 1.73 PFLOP. That is 198 minutes of training on one core of an AMD EPYC under
+    other load, in bf16. With resnet9-narrow: 93.70 ± 0.10 % and 94.45 ± 0.14 % (seeds 0 and 1), for 0.98 PFLOP.
     The program of cifar10-airbench takes 0.29 PFLOP for 94.01 %, with TTA of shifts and flips (`docs/speedrun.md`).
 
-    It is `fast` with larger batches, which a GPU is faster with, and cutout. Labels are smoothed as in
-    cifar10-airbench, and norms learn fast.
+    It is `fast` with larger batches, which are faster on a GPU, and cutout. Labels are smoothed as in cifar10-airbench,
+    and norms learn fast.
     """
     return dataclasses.replace(
         fast(model),
@@ -128,17 +127,17 @@ def smoke(model: str = "resnet20") -> TrainConfig:
 
 
 def create_config(recipe: str, model: str | None = None) -> TrainConfig:
-    """Create the settings of `recipe` for `model`, its own choice without one. Raises `UsageError` on unknown ones."""
+    """Create the settings of `recipe` for `model`, or its default one. Raises `UsageError` on unknown names."""
     check_choice("recipe", recipe, RECIPES)
     return RECIPES[recipe](model) if model else RECIPES[recipe]()
 
 
-# Every run chooses these for itself, whatever its recipe.
+# Every run chooses these itself, independent of its recipe.
 _FREE = {"model", "data", "seed", "pipeline", "decode", "device", "threads", "precision", "compile"}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """List the settings in which `config` departs from its recipe, in plain types. Raises as `create_config` does."""
+    """List the settings in which `config` differs from its recipe, in plain types. Raises as `create_config` does."""
     recipe = create_config(config.recipe, config.model).to_dict()
     settings = config.to_dict()
     return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}

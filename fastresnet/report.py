@@ -76,7 +76,7 @@ def page(run: Run, predictions: Predictions) -> str:
 def _figure(figure: Figure, kind: str = "") -> str:
     svg = rendered(figure, "svg").decode()
     svg = svg[svg.index("<svg") :]
-    # Identifiers of all figures share the page, and matplotlib's are alike.
+    # Identifiers of all figures share the page, and matplotlib's could collide.
     mark = f"f{id(figure):x}-"
     svg = re.sub(r'(id="|href="#|url\(#)', lambda match: match[0] + mark, svg)
     return f'<div class="wide"><figure class="{kind}">{svg}</figure></div>'

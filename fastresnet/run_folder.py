@@ -27,13 +27,13 @@ from pipelines.store import Dataset
 
 Row = dict[str, Any]
 """Line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
-overflows: updates that the epoch left out because gradients overflowed in fp16."""
+overflows: updates that the epoch skipped because gradients overflowed in fp16."""
 
-# Each of these makes a folder a run's, to be continued or left alone.
+# Any of these marks a folder as a run, to be continued or left unchanged.
 _RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
 _LOCK = ".lock"
 
-# A resumed run may change these, at the price of the last bits.
+# A resumed run may change these; the last bits then differ.
 _INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile"}
 
 
@@ -45,7 +45,7 @@ def run_path(config: TrainConfig, dataset: Dataset) -> Path:
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """Position of a run; with the tensors of a checkpoint, all that resuming needs."""
+    """Position of a run; with the tensors of a checkpoint, the state for resuming."""
 
     step: int = 0
     """Optimisation steps taken."""
@@ -58,7 +58,7 @@ class Progress:
     train_seconds: float = 0.0
     """Time spent in training steps, over all sessions."""
     total_seconds: float = 0.0
-    """All time, over all sessions."""
+    """Total time, over all sessions."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Checkpoint:
     """Tensors of `TrainStep.state_dict`."""
     progress: Progress
     scaler: dict[str, Any]
-    """State of the gradient scaler; empty where the run was not in fp16 so far."""
+    """State of the gradient scaler; empty if the run was not in fp16 so far."""
     config: dict[str, Any]
     """Settings by `TrainConfig.to_dict`."""
     data: str
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 class RunFolder:
-    """Files of one run. Among several ranks, the main one alone `writes` them."""
+    """Files of one run. Of several ranks, only the main one `writes` them."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self._writes = path, writes
@@ -85,12 +85,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:
-        """Keep other trainings out of the folder, which is made and, where it stays empty, removed again.
+        """Lock the folder against other trainings. It is created and, if it stays empty, removed again.
 
-        Raises `UsageError` where another process has it, and where it is a symbolic link.
+        Raises `UsageError` if another process holds the lock, or the folder is a symbolic link.
         """
         if self.path.is_symlink():
-            raise UsageError(f"{self.path} is a link, and what it points to is not written to. Name that with --out.")
+            raise UsageError(f"{self.path} is a symbolic link, which is not followed. Give its target with --out.")
         if not self._writes:
             yield self
             return
@@ -106,9 +106,9 @@ class RunFolder:
     # --- resuming ------------------------------------------------------------------------------------------------
 
     def read_checkpoint(self, *, resume: bool) -> Checkpoint | None:
-        """Read last.ckpt, or where it is damaged or missing, previous.ckpt; None where no run has begun.
+        """Read last.ckpt or, if it is damaged or missing, previous.ckpt; return None if no run has started.
 
-        Raises `UsageError` where there is a run and `resume` is not wanted, `DataError` where neither file is whole.
+        Raises `UsageError` if a run exists and `resume` is False, `DataError` if neither file is intact.
         """
         if not resume and any((self.path / name).exists() for name in _RUN_FILES):
             raise UsageError(
@@ -124,33 +124,30 @@ class RunFolder:
                 raise
             reason = str(error)
         checkpoint = _load_checkpoint(previous)
-        what_next = (
-            f"Going on from {previous}, the checkpoint before: the steps after {checkpoint.progress.step:,} are taken "
-            "again."
-        )
-        warnings.warn(f"{reason} {what_next}", Note, stacklevel=2)
+        repeated = f"the steps after {checkpoint.progress.step:,} are repeated"
+        warnings.warn(f"{reason} Continuing from {previous}, the checkpoint before: {repeated}.", Note, stacklevel=2)
         return checkpoint
 
     def continued(
         self, config: TrainConfig, checkpoint: Checkpoint, dataset: Dataset, *, threads_matter: bool
     ) -> tuple[TrainConfig, list[str]]:
-        """Return `config` with the run's own measured choices, and the settings that cost the last bits.
+        """Return `config` with the run's own measured choices, and the changed settings, which affect the last bits.
 
-        Raises `DataError` on another data set, `UsageError` on settings that make it another run.
+        Raises `DataError` on another data set, `UsageError` on changed settings that affect more.
         """
         if checkpoint.data_sha256 != dataset.digest:
             raise DataError(
                 f"{self.path} was trained on another data set {checkpoint.data!r} than the one in {dataset.folder}. "
                 "Point --data or --root to that one, or give another folder with --out."
             )
-        # A version that did not yet have a setting did what it does by default; threads were PyTorch's number.
+        # Older versions, without a setting, behaved like its default; threads were PyTorch's number.
         settings = {"threads": torch.get_num_threads() if threads_matter else "auto", **checkpoint.config}
-        begun = from_dict(settings, f"the checkpoint in {self.path}")
-        if config.compile == "auto" and begun.compile != "graph":
-            config = dataclasses.replace(config, compile=begun.compile)  # as measured, for the same bits
+        saved = from_dict(settings, f"the checkpoint in {self.path}")
+        if config.compile == "auto" and saved.compile != "graph":
+            config = dataclasses.replace(config, compile=saved.compile)  # as measured, for the same bits
         if config.threads == "auto" and threads_matter:
-            config = dataclasses.replace(config, threads=begun.threads)
-        changed = [name for name in differences(config.to_dict(), begun.to_dict()) if name != "data"]
+            config = dataclasses.replace(config, threads=saved.threads)
+        changed = [name for name in differences(config.to_dict(), saved.to_dict()) if name != "data"]
         if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
             raise UsageError(
                 f"{self.path} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
@@ -159,7 +156,7 @@ class RunFolder:
         return config, changed
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Read summary.json; None where it is missing or unreadable: then the end of the run is repeated."""
+        """Read summary.json; None if it is missing or unreadable: then the end of the run is repeated."""
         with contextlib.suppress(DataError):
             return _read_summary(self.path / "summary.json")
         return None
@@ -185,7 +182,7 @@ class RunFolder:
             write_bytes(self.path / "config.toml", config.to_toml().encode())
 
     def save_checkpoint(self, tensors: dict[str, Tensor], progress: Progress, scaler: dict[str, Any]) -> None:
-        """Write last.ckpt; the one before becomes previous.ckpt."""
+        """Write last.ckpt; rename the one before to previous.ckpt."""
         if self._writes:
             description = {**self._description, "progress": dataclasses.asdict(progress), "scaler": scaler}
             save_tensors(self.path / "last.ckpt", tensors, description, previous=self.path / "previous.ckpt")
@@ -201,7 +198,7 @@ class RunFolder:
         return model
 
     def write_metrics(self, rows: list[Row]) -> None:
-        """Write metrics.csv, where there is anything to write."""
+        """Write metrics.csv, if there are rows."""
         if rows and self._writes:
             text = io.StringIO()
             writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -210,7 +207,7 @@ class RunFolder:
             write_bytes(self.path / "metrics.csv", text.getvalue().encode())
 
     def draw_curves(self, rows: list[Row]) -> None:
-        """Draw curves.png, where there is anything to draw."""
+        """Draw curves.png, if there are rows."""
         if rows and self._writes:
             config, data = self._description["config"], self._description["data"]
             title = f"{config['model']} on {data}, recipe {config['recipe']}, seed {config['seed']}"
@@ -226,7 +223,7 @@ class RunFolder:
 
     @property
     def last_good_state(self) -> str:
-        """Clause on the state that a failed run has left."""
+        """Clause on the saved state of a failed run."""
         if (self.path / "last.ckpt").exists():
             return "last.ckpt holds the last good state"
         return "no checkpoint had been written yet"
@@ -248,16 +245,16 @@ def _load_checkpoint(path: Path) -> Checkpoint:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which names this process; its folder is made.
+    """Hold the lock file `path`, which names this process; create its folder.
 
-    The system releases the lock when the process ends in any way. It knows processes, not threads: those of this one
-    are told apart by `_HELD`.
+    The system releases the lock however the process ends. It locks out processes, not threads: `_HELD` locks out those
+    of this process.
     """
     if (name := path.absolute()) in _HELD:
         raise UsageError(_in_use(path.parent, f"{os.getpid()}, this one"))
     _HELD.add(name)
     try:
-        descriptor = _take(path)
+        descriptor = _acquire(path)
         try:
             yield
         finally:
@@ -272,8 +269,8 @@ _HELD: set[Path] = set()
 """Lock files that this process holds."""
 
 
-def _take(path: Path) -> int | None:
-    """Lock `path` and return its descriptor; None in a folder that is read-only, where nothing can be spoilt."""
+def _acquire(path: Path) -> int | None:
+    """Lock `path` and return its descriptor; return None in a read-only folder, which cannot be damaged."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -283,7 +280,7 @@ def _take(path: Path) -> int | None:
         except PermissionError:
             return None
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no worker process inherits it
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by workers
         except (BlockingIOError, PermissionError):
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
@@ -299,10 +296,10 @@ def _take(path: Path) -> int | None:
 
 
 def _in_use(folder: Path, holder: str) -> str:
-    told = f"{folder} is in use by another training, process {holder}. Give another folder with --out."
+    message = f"{folder} is in use by another training, process {holder}. Give another folder with --out."
     if os.environ.get("SLURM_NTASKS") not in (None, "", "1") and "RANK" not in os.environ:
-        told += " Slurm has started several tasks: start one, with torchrun in it (docs/cluster.md)."
-    return told
+        message += " Slurm has started several tasks: start one, with torchrun in it (docs/cluster.md)."
+    return message
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -324,7 +321,7 @@ class Run:
 
     @property
     def evaluated_on(self) -> str:
-        """Split measured after every epoch, `test` or `val`."""
+        """Split evaluated after every epoch, `test` or `val`."""
         return _evaluated_split(self.rows)
 
 
@@ -333,10 +330,10 @@ def _evaluated_split(rows: list[Row]) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises `DataError` where it is none, has no finished epoch, or is damaged."""
+    """Read a run folder. Raises `DataError` if it is not a run, has no finished epoch, or is damaged."""
     metrics = folder / "metrics.csv"
     if not metrics.exists():
-        raise DataError(f"{folder} holds no metrics.csv: it is no run folder, or no epoch of the run is finished.")
+        raise DataError(f"{folder} has no metrics.csv: it is not a run folder, or no epoch of the run is finished.")
     try:
         with open(metrics, newline="", encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -1,4 +1,4 @@
-"""Training with several seeds: a process for each, as many at once as there are GPUs, and one table."""
+"""Training with several seeds: a process for each, one at a time on each GPU, and one table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines.errors import RunError, UsageError
 
-_MOST_SEEDS = 10_000
+_MAX_SEEDS = 10_000
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -28,7 +28,7 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < first + _MOST_SEEDS:
+        if not first <= last < first + _MAX_SEEDS:
             raise UsageError(f"--seeds {text}: give numbers and ranges, such as 0-9 or 0-4,7.")
         seeds += range(first, last + 1)
     if len(set(seeds)) != len(seeds):
@@ -45,9 +45,9 @@ def mean_and_spread(values: Sequence[float]) -> str:
 def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -> list[dict[str, Any]]:
     """Run `fastresnet train ARGUMENTS --seed SEED --out FOLDER` for each seed; return the contents of `summary.json`.
 
-    Each writes its messages to `train.log` in its folder. With `gpus` 0 they run on the CPU, one after the other,
-    as each uses all cores. Where one fails, the others go on; then `RunError` names those that failed. On the way out,
-    by Ctrl-C or SIGTERM too, the trainings that still run are asked to save and stop.
+    Each logs to `train.log` in its folder. With `gpus` 0 they run on the CPU, one after the other, as each uses all
+    cores. If one fails, the others continue; then `RunError` names those that failed. On exit, also by Ctrl-C or
+    SIGTERM, the trainings still running are signalled to save and stop.
     """
     free: SimpleQueue[int | None] = SimpleQueue()
     for gpu in range(gpus) if gpus else [None]:
@@ -70,12 +70,12 @@ def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -
             raise
     if failed := [seed for seed, code in codes.items() if code]:
         logs = ", ".join(f"{folders[seed] / 'train.log'} (exit code {codes[seed]})" for seed in failed)
-        raise RunError(f"{len(failed)} of {len(codes)} trainings failed; see {logs}. --resume goes on with them.")
+        raise RunError(f"{len(failed)} of {len(codes)} trainings failed; see {logs}. --resume continues them.")
     return [json.loads((folder / "summary.json").read_bytes()) for folder in folders.values()]
 
 
 def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, stopping: threading.Event) -> int:
-    """Return the exit code of one training, which is stopped, or not begun, when `stopping` is set."""
+    """Run one training and return its exit code; stop it, or do not start it, when `stopping` is set."""
     if stopping.is_set():
         return 128 + signal.SIGTERM
     environment = dict(os.environ)

@@ -1,6 +1,6 @@
-"""Parts that the commands share: arguments, tables, progress, and the last words and exit code.
+"""Shared parts of the commands: arguments, tables, progress, error messages and exit codes.
 
-Nothing slow is imported before it is needed, so that `--help` is instant.
+Slow imports are deferred until needed, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ if TYPE_CHECKING:
 
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run `command`; an error that a user can mend becomes one line on stderr and the documented exit code."""
-    speaker = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
-    with _notes_on_stderr(), _orderly_sigterm():
+    """Run `command`; report an error that a user can fix as one line on stderr and the documented exit code."""
+    prefix = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
+    with _notes_on_stderr(), _exit_on_sigterm():
         try:
             return command(arguments)
         except UserError as error:
-            print(f"{speaker}: {error}", file=sys.stderr)
+            print(f"{prefix}: {error}", file=sys.stderr)
             return error.exit_code
         except OSError as error:
             name = f" {error.filename}" if error.filename else ""
-            print(f"{speaker}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
+            print(f"{prefix}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print(f"{speaker}: interrupted.", file=sys.stderr)
+            print(f"{prefix}: interrupted.", file=sys.stderr)
             return 130
 
 
 @contextlib.contextmanager
-def _orderly_sigterm() -> Iterator[None]:
-    """End with SIGTERM as after an error: half-written files are removed. A training has a better way to stop.
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit on SIGTERM as after an error: partial files are removed. Trainings have their own handler.
 
-    A command that is ending with a `UserError` goes on to tell it: torchrun sends SIGTERM to all ranks once one has
+    A command that is ending with a `UserError` still reports it: torchrun sends SIGTERM to all ranks once one has
     failed. A second SIGTERM ends that too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    overlooked = False
+    ignored = False
 
     def stop(signum: int, _: Any) -> None:
-        nonlocal overlooked
-        if overlooked or not _is_to_be_told(sys.exc_info()[1]):
+        nonlocal ignored
+        if ignored or not _is_user_error(sys.exc_info()[1]):
             sys.exit(128 + signum)
-        overlooked = True
+        ignored = True
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -66,8 +66,8 @@ def _orderly_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _is_to_be_told(error: BaseException | None) -> bool:
-    """Return True if `error`, or the one on its way when that arose while cleaning up, is a `UserError`."""
+def _is_user_error(error: BaseException | None) -> bool:
+    """Return True if `error`, or one that was being handled when it was raised, is a `UserError`."""
     while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return error is not None
@@ -75,7 +75,7 @@ def _is_to_be_told(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _notes_on_stderr() -> Iterator[None]:
-    """Show this program's notes as one line each; other libraries' warnings as ever."""
+    """Show each note of this program as one line; leave other libraries' warnings unchanged."""
     with warnings.catch_warnings():
         show_other = warnings.showwarning
 
@@ -90,7 +90,7 @@ def _notes_on_stderr() -> Iterator[None]:
 
 
 def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
-    """Fill `options` (a dataclass) from the command line; tyro exits with 2 on unknown flags and unfit values."""
+    """Fill `options` (a dataclass) from the command line; tyro exits with 2 on unknown flags and invalid values."""
     import tyro
 
     _check_words(options, arguments)
@@ -98,7 +98,7 @@ def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> 
 
 
 def _check_words(options: type, arguments: list[str]) -> None:
-    """Raise `UsageError` on a value of an option that is none of its words: tyro would not name the nearest."""
+    """Raise `UsageError` on an invalid value of an option with fixed values: tyro would not name the nearest one."""
     words = literals(options)
     for argument, following in itertools.pairwise([*arguments, ""]):
         flag, assigned, value = argument.partition("=")
@@ -108,9 +108,9 @@ def _check_words(options: type, arguments: list[str]) -> None:
 
 
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Raise `UsageError`, before the work and not after it, where file `path` cannot be written.
+    """Raise `UsageError`, before the work and not after it, if file `path` cannot be written.
 
-    It has no folder to lie in, or a name that ends in none of `suffixes`, if there are any.
+    Its folder must exist, and its name must end in one of `suffixes`, if given.
     """
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}.")

@@ -1,7 +1,7 @@
-"""Number of threads that a CPU computes with: as asked for, or that with which trial steps are fastest.
+"""Number of CPU threads: as requested, or that with which trial steps are fastest.
 
-PyTorch takes one for each core, the best choice on a quiet machine. Beside a busy process every parallel region waits
-for the core that is taken: 31 images/s with 2 threads and 589 with 1 (steps of ResNet-20 on 2 cores, one of them busy).
+PyTorch uses one for each core, the best choice on an idle machine. Beside a busy process every parallel region waits
+for the busy core: 31 images/s with 2 threads and 589 with 1 (steps of ResNet-20 on 2 cores, one of them busy).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Threads = int | Literal["auto"]
 MOST_THREADS = 1024
 
 TRIAL_SECONDS, TRIAL_SHARE = 2.0, 0.02
-"""Limits of a choice: so many seconds, or this share of the work that follows, whichever is more."""
+"""Limits of a trial: seconds, or share of the work that follows, whichever is more."""
 
 _TIMED = 3  # steps with each number of threads, after an untimed one
-_HOPELESS = 2.0  # times the fastest step so far: a step is not waited for any longer
+_ABORT_FACTOR = 2.0  # times the fastest step so far: a longer step is aborted
 
 
 class _TooSlowError(Exception):
-    """Signal that a trial step has taken too long and is given up."""
+    """Abort of a trial step that takes too long."""
 
 
 def check_threads(threads: Threads) -> None:
-    """Raise `UsageError` where `threads` is no possible number."""
+    """Raise `UsageError` if `threads` is invalid."""
     if threads != "auto" and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
         raise UsageError(f"--threads {threads} is neither auto nor in 1..{MOST_THREADS}.")
 
@@ -47,9 +47,9 @@ def check_threads(threads: Threads) -> None:
 def settled_threads(
     threads: Threads, device: torch.device, work: Callable[[int], object], images: int, repetitions: int
 ) -> Iterator[str]:
-    """Compute with `threads` threads inside; yield their number and the reason, or "" where nothing was chosen.
+    """Compute with `threads` threads in the block; yield their number and the reason, or "" if nothing was chosen.
 
-    `auto` chooses on a CPU, see `fastest_threads`, and leaves a GPU's host alone.
+    `auto` chooses on a CPU (see `fastest_threads`), and changes nothing with a GPU.
     """
     import torch
 
@@ -66,12 +66,12 @@ def settled_threads(
 
 
 def use_threads(threads: int) -> None:
-    """Compute with `threads` threads from here on; a `Note` says so where there are fewer processors."""
+    """Compute with `threads` threads from here on; warn with a `Note` if there are fewer processors."""
     import torch
 
     if threads > (processors := usable_processors()):
-        told = f"{threads} threads are more than the usable processors ({processors}), and slow; see --threads."
-        warnings.warn(told, Note, stacklevel=2)
+        message = f"{threads} threads are more than the usable processors ({processors}), and slow; see --threads."
+        warnings.warn(message, Note, stacklevel=2)
     torch.set_num_threads(threads)
 
 
@@ -80,15 +80,15 @@ def fastest_threads(
 ) -> tuple[int, str]:
     """Return the number of threads with which `work` is fastest, of 1, half and all usable processors, and the reason.
 
-    `work(n)` is to compute `n` images without leaving a trace; `repetitions` times `images` of them follow. The trial
-    takes about 2 s or 2 % of that, whichever is more. PyTorch's own number stays where $OMP_NUM_THREADS is set, as
-    schedulers do. It also stays for a single batch, and where steps are too long for a trial.
+    `work(n)` must compute `n` images and restore the state; `repetitions` times `images` of them follow. The trial
+    takes about 2 s or 2 % of that, whichever is more. PyTorch's default is kept if $OMP_NUM_THREADS is set, as
+    schedulers do, for a single batch, and if steps are too long for a trial.
     """
     import torch
 
     before, processors = torch.get_num_threads(), usable_processors()
     if "OMP_NUM_THREADS" in os.environ:
-        return before, f"threads {before}: PyTorch's number, as OMP_NUM_THREADS is set"
+        return before, f"threads {before}: PyTorch's default, as OMP_NUM_THREADS is set"
     if processors == 1 or repetitions <= 1:
         return before, ""
     step = functools.partial(_timed_step, work, clock)
@@ -96,10 +96,10 @@ def fastest_threads(
     try:
         affordable = _affordable_images(step, images, repetitions, len(numbers) * (1 + _TIMED) + 2)
         if not affordable:
-            return before, f"threads {before}: PyTorch's number, as trial steps would take too long"
+            return before, f"threads {before}: PyTorch's default, as trial steps would take too long"
         for threads in numbers:
             torch.set_num_threads(threads)
-            seconds[threads] = _median(step, affordable, _HOPELESS * min(seconds.values(), default=math.inf))
+            seconds[threads] = _median(step, affordable, _ABORT_FACTOR * min(seconds.values(), default=math.inf))
     finally:
         torch.set_num_threads(before)
     chosen = min(seconds, key=seconds.__getitem__)
@@ -111,7 +111,7 @@ def fastest_threads(
 
 
 def _affordable_images(step: Callable[[int], float], images: int, repetitions: int, steps: int) -> int:
-    """Return the images with which `steps` steps of one thread stay within the limits; 0 where two take too long."""
+    """Return the images with which `steps` steps of one thread stay within the limits; 0 if two take too long."""
     import torch
 
     torch.set_num_threads(1)
@@ -128,9 +128,9 @@ def _affordable_images(step: Callable[[int], float], images: int, repetitions: i
 
 
 def _median(step: Callable[[int, float], float], images: int, limit: float) -> float:
-    """Return the median time of a step; infinite where one takes more than `limit` seconds."""
+    """Return the median time of a step; infinite if one takes more than `limit` seconds."""
     try:
-        step(images, limit)  # the first one sets up more than those that follow
+        step(images, limit)  # the first one includes setup
         return statistics.median(step(images, limit) for _ in range(_TIMED))
     except _TooSlowError:
         return math.inf
@@ -144,11 +144,11 @@ def _timed_step(
 
     began = clock()
 
-    def give_up(*_: Any) -> None:
+    def abort_if_slow(*_: Any) -> None:
         if clock() > began + limit:
             raise _TooSlowError
 
-    hook = register_module_forward_pre_hook(give_up)
+    hook = register_module_forward_pre_hook(abort_if_slow)
     try:
         work(images)
     finally:

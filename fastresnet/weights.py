@@ -1,6 +1,6 @@
-"""Weights to evaluate: this program's own files, and state dicts of the repositories that people have.
+"""Weights to evaluate: this program's own files, and state dicts of other repositories.
 
-Understood are chenyaofo/pytorch-cifar-models, akamaster/pytorch_resnet_cifar10, the many descendants of
+Supported are chenyaofo/pytorch-cifar-models, akamaster/pytorch_resnet_cifar10, the many derivatives of
 kuangliu/pytorch-cifar, and `torch.compile`d or data-parallel variants of them.
 """
 
@@ -25,11 +25,11 @@ from pipelines.sampling import NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import Dataset
 
-# Of CIFAR-10's training images, from exact counts of their levels.
+# Of CIFAR-10's training images, from exact counts of their pixel values.
 CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
 CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
 
-# Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not ask for.
+# Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not require.
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
@@ -48,10 +48,10 @@ class Weights:
     training: dict[str, Any] | None
     """Settings of the training by `TrainConfig.to_dict()`; None for foreign files."""
     classes: tuple[str, ...]
-    """Names of the classes; of foreign files CIFAR-10's where there are ten, numbers otherwise."""
+    """Names of the classes; of foreign files CIFAR-10's if there are ten, numbers otherwise."""
     mean: Tensor
-    """Mean [3, 1, 1], or [3, 32, 32] for one of each pixel: images in 0..1 go in as (image - mean) / std. Where the
-    file does not say, it is CIFAR-10's."""
+    """Mean [3, 1, 1], or [3, 32, 32] for one of each pixel: the input is (image - mean) / std of images in 0..1. If the
+    file has none, it is CIFAR-10's."""
     std: Tensor
     """Standard deviation [3, 1, 1]."""
 
@@ -63,7 +63,7 @@ class Weights:
     def as_in_training(self, dataset: Dataset) -> Dataset:
         """Return `dataset` with the mean and standard deviation that normalised the training's images.
 
-        It stays as it is where they are unknown or its own.
+        It is unchanged if they are unknown or its own.
         """
         if self.training is None:
             return dataset
@@ -71,13 +71,13 @@ class Weights:
             constants: dict[str, Any] = {"pixel_mean": self.mean.permute(1, 2, 0).numpy()}
         else:
             constants = {"mean": tuple(self.mean.flatten().tolist()), "std": tuple(self.std.flatten().tolist())}
-        # The file has them in float32: the data set's own, where they are the same, are as exact as training had them.
+        # The file has them in float32: the data set's own, if they are the same, have the precision of training.
         same = all(np.allclose(theirs, getattr(dataset, name), rtol=1e-6, atol=0) for name, theirs in constants.items())
         return dataset if same else dataclasses.replace(dataset, **constants)
 
 
 class Normalized(nn.Module):
-    """Network that normalises its images itself: they go in as values in 0..1."""
+    """Network that normalises its images itself: its input is in 0..1."""
 
     mean: Tensor
     std: Tensor
@@ -96,8 +96,8 @@ class Normalized(nn.Module):
 def load_weights(path: Path, model: str | None = None) -> Weights:
     """Load a network from `path`; `model` overrides the name read from the file or inferred from the shapes.
 
-    Foreign files are unpickled with `weights_only=True`. Raises `DataError` where the file is missing, damaged or fits
-    no network, `UsageError` on an unknown `model`.
+    Foreign files are unpickled with `weights_only=True`. Raises `DataError` if the file is missing, damaged or
+    matches no network, `UsageError` on an unknown `model`.
     """
     if model is not None:
         check_choice("model", model, list_models())
@@ -135,7 +135,7 @@ def _planes(values: Any, path: Path) -> Tensor:
     try:
         constants = torch.tensor(values, dtype=torch.float32).reshape(*([1, 1, 3] if len(values) == 3 else [32, 32, 3]))
     except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"{path} describes a normalisation that fits no image.") from None
+        raise DataError(f"{path} describes a normalisation that matches no image.") from None
     return constants.permute(2, 0, 1)
 
 
@@ -146,11 +146,11 @@ def _names(given: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
-    """Return model name and shortcut option that a file of this program gives."""
+    """Return model name and shortcut option from a file of this program."""
     config = config if isinstance(config, dict) else {}
     name, shortcut = model or config.get("model"), config.get("shortcut")
     if name not in list_models() or shortcut not in MODELS[name].shortcuts:
-        raise DataError(f"{path} describes no network known here (model {name!r}, shortcut {shortcut!r}).")
+        raise DataError(f"{path} describes an unknown network (model {name!r}, shortcut {shortcut!r}).")
     if not isinstance(config.get("data"), str):
         raise DataError(f"{path} describes a training without a data set (data {config.get('data')!r}).")
     for setting, known in (("normalization", get_args(NormalizationMode)), ("precision", _PRECISIONS)):
@@ -165,7 +165,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             start = file.read(9)
     except OSError as error:
         raise DataError(
-            f"{path} is no file to read ({error.strerror}). --weights takes a checkpoint such as runs/NAME/best.ckpt."
+            f"{path} is not a readable file ({error.strerror}). --weights takes a checkpoint such as "
+            "runs/NAME/best.ckpt."
         ) from None
     if start[8:] == b"{" or path.suffix == ".safetensors":  # eight bytes of length, then a JSON object
         return load_tensors(path)
@@ -175,31 +176,31 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(
-            f"{path} is damaged, or holds more than tensors (a pickled module?), which is not loaded because it could "
-            "run code. Save its state_dict() and load that."
+            f"{path} is damaged, or contains more than tensors (a pickled module?), which is not loaded because it "
+            "could run code. Save its state_dict() and load that."
         ) from None
     except Exception as error:  # noqa: BLE001  a damaged file makes torch.load raise anything, OSError included
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path} is damaged or no PyTorch file: {reason}.") from None
+        raise DataError(f"{path} is damaged or not a PyTorch file: {reason}.") from None
     return _state_dict(content, path), None
 
 
 def _check_archive(path: Path) -> None:
-    """Raise unless every entry fits its CRC-32, which torch.load does not look at."""
+    """Raise unless every entry matches its CRC-32, which torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """Find the mapping of names to tensors in `content`, in any wrapper."""
-    for _ in range(3):  # there are files that wrap twice; one that holds itself could go on for ever
+    for _ in range(3):  # some files wrap twice; one that contains itself could loop forever
         if isinstance(content, Mapping):
             content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
     tensors = dict(content) if isinstance(content, Mapping) else {}
     if tensors and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()):
         return tensors
-    raise DataError(f"{path} holds no state dict: expected names and tensors, bare or under {', '.join(_WRAPPERS)}.")
+    raise DataError(f"{path} contains no state dict: expected names and tensors, bare or under {', '.join(_WRAPPERS)}.")
 
 
 def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,7 +222,7 @@ def _infer(state: dict[str, Tensor], path: Path, model: str | None) -> tuple[str
     name = model or f"resnet{6 * blocks + 2}"
     if name not in list_models():
         known = ", ".join(list_models())
-        raise DataError(f"{path} fits no network known here ({blocks} blocks in layer1). Known: {known}.")
+        raise DataError(f"{path} matches no known network ({blocks} blocks in layer1). Known: {known}.")
     return name, shortcut
 
 
@@ -230,16 +231,16 @@ def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: 
     # Files from before PyTorch 0.4.1 have no such counters, and evaluation does not use them.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in expected]
-    misfits = [
+    mismatches = [
         f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    for what, keys in (("misfit", misfits), ("missing", missing), ("unknown", unknown)):
+    for what, keys in (("mismatch", mismatches), ("missing", missing), ("unknown", unknown)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise DataError(f"{path} does not fit {name}: {what}: {'; '.join(keys[:3])}{more}.")
+            raise DataError(f"{path} does not match {name}: {what}: {'; '.join(keys[:3])}{more}.")
     try:
         network.load_state_dict(state, strict=False)
     except RuntimeError as error:  # tensors without values, sparse or quantised ones
-        raise DataError(f"{path} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+        raise DataError(f"{path} does not match {name}: {str(error).splitlines()[-1].strip()}") from None

@@ -25,11 +25,10 @@ Decoder = Literal["raw", "jpeg"]
 
 
 def choose_pipeline(dataset: Dataset, device: torch.device, decode: str = "raw") -> tuple[PipelineName, str]:
-    """Choose the pipeline that `auto` stands for on `device`; return its name and the reason.
+    """Resolve pipeline `auto` for `device`; return the name of the pipeline and the reason.
 
-    `dali` alone decodes JPEG. Otherwise it is `resident` where the images take at most half of the free memory, which
-    leaves the rest to the network; else the first of `dali`, `ffcv` (if its files are there) and `torchvision` that is
-    installed.
+    Only `dali` decodes JPEG. Otherwise it is `resident` if the images take at most half of the free memory, which
+    leaves the rest to the network. Else it is the first installed of `dali`, `ffcv` (with its files), `torchvision`.
     """
     if decode == "jpeg":
         return "dali", "it decodes JPEG"
@@ -41,7 +40,7 @@ def choose_pipeline(dataset: Dataset, device: torch.device, decode: str = "raw")
         return "dali", f"{sizes}; DALI is installed"
     if is_installed("ffcv") and (dataset.folder / "beton.json").exists():
         return "ffcv", f"{sizes}; FFCV is installed, DALI is not"
-    return "torchvision", f"{sizes}; neither DALI nor FFCV with its files is there"
+    return "torchvision", f"{sizes}; neither DALI nor FFCV with its files is available"
 
 
 def open_pipeline(
@@ -62,14 +61,14 @@ def open_pipeline(
 
     `batch_size` counts the images of a step over all ranks. `dtype` is that of the images; `torch.uint8` delivers the
     augmented pixels without normalisation. Evaluation (`train=False`) is in order, without crop, flip and cutout, and
-    needs no seed. With `decode="jpeg"`, `dali` reads the JPEG shards in place of the pixels. Raises `UsageError` where
-    the arguments are impossible or a library is missing. Raises `DataError` where a file that the pipeline reads is
-    missing, damaged or of another data set.
+    needs no seed. With `decode="jpeg"`, `dali` reads the JPEG shards instead of the pixels. Raises `UsageError` on
+    invalid arguments or a missing library. Raises `DataError` if a file that the pipeline reads is missing, damaged or
+    of another data set.
     """
     check_choice("pipeline", name, PIPELINES)
     check_choice("decoder", decode, get_args(Decoder))
     if decode == "jpeg" and name != "dali":
-        raise UsageError(f"--decode jpeg is for --pipeline dali; {name} reads raw pixels.")
+        raise UsageError(f"--decode jpeg needs --pipeline dali; {name} reads raw pixels.")
     if not train:
         augmentation = dataclasses.replace(augmentation, crop_padding=0, flip="none", cutout=0)
     split = dataset.train if train else dataset.test
@@ -78,7 +77,7 @@ def open_pipeline(
 
 
 def pipeline_class(name: str, device: torch.device) -> type[Pipeline]:
-    """Import the class of pipeline `name`, and with it the library that it needs."""
+    """Import the class of pipeline `name` and the library that it needs."""
     places = {
         "resident": "resident:HostPipeline" if device.type == "cpu" else "resident:DevicePipeline",
         "dali": "dali:DaliPipeline",

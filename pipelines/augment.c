@@ -1,5 +1,5 @@
-/* Crop, flip, cutout and normalisation of a batch in one pass over its pixels, on a CPU: what `augment.py` defines, to
-   the bit. Compiled for the machine it runs on, the loops over bytes become vector instructions. */
+/* Crop, flip, cutout and normalisation of a batch in one pass over its pixels, on a CPU, bit-exact with `augment.py`.
+   Compiled for the host CPU, the loops over bytes become vector instructions. */
 
 #include <stdint.h>
 #include <string.h>
@@ -45,8 +45,8 @@ static void crop_zero_padded(uint8_t *out, const uint8_t *image, int64_t down, i
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
-/* Five pixels at a time, turned round by one shuffle; the sixteenth byte belongs to the group that follows, so both
-   images need a byte to spare at their end. A third faster than pixel by pixel. */
+/* Five pixels at a time, reversed by one shuffle; the sixteenth byte belongs to the next group, so both images need a
+   spare byte at their end. A third faster than pixel by pixel. */
 static void flip(uint8_t *out, const uint8_t *image)
 {
     for (int64_t y = 0; y < SIZE; y++, out += ROW, image += ROW) {
@@ -89,9 +89,9 @@ static inline uint16_t to_bf16(float value) /* to nearest, ties to even; `value`
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-/* One row's mean and scale stay in the first-level cache, a quarter faster than a mean for every pixel where it is the
-   same. Images lie all over the memory. The next one is asked for row by row while this one is converted, a quarter faster than
-   all at once, which fills the processor's queue of pending loads. */
+/* One row's mean and scale stay in the first-level cache, a quarter faster than a mean for every pixel if all are the
+   same. Images are scattered in memory. The next one is prefetched row by row while this one is converted, a quarter
+   faster than all at once, which fills the processor's queue of pending loads. */
 #define DEFINE_AUGMENT(NAME, VALUE, CONVERT)                                                                           \
     void NAME(const Batch *batch, int64_t count)                                                                       \
     {                                                                                                                  \

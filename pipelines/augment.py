@@ -1,7 +1,7 @@
 """Crop, flip, cutout and normalisation of a batch: the reference in PyTorch, and a C loop for CPUs.
 
 Pixels stay uint8 [B, 32, 32, 3] until `normalize`, so that pipelines can be compared bit by bit. The crop is index
-arithmetic over one gather. `augment.c` is compiled on first use for the machine at hand.
+arithmetic over one gather. `augment.c` is compiled for the host CPU on first use.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fill_color(dataset: Dataset) -> Tensor:
 
 
 class Augment:
-    """Crop, flip, cutout and normalisation by PyTorch's own operators, on any device: the reference."""
+    """Crop, flip, cutout and normalisation with PyTorch operators, on any device: the reference."""
 
     def __init__(self, dataset: Dataset, augmentation: Augmentation, device: torch.device, dtype: torch.dtype) -> None:
         self._augmentation, self._device, self._dtype = augmentation, device, dtype
@@ -121,29 +121,29 @@ class _Batch(ctypes.Structure):
 
 
 class _Buffers:
-    """Memory for batches, used again once nothing refers to the batch that was in it.
+    """Pool of memory for batches, reused once nothing refers to the old batch.
 
-    Memory from the system comes in pages that fault and are zeroed: 1.3M images/s instead of 1.6M on 2 cores.
+    New memory from the system costs page faults and zeroing: 1.3M images/s instead of 1.6M on 2 cores.
     """
 
     def __init__(self) -> None:
-        self._free: deque[np.ndarray] = deque(maxlen=8)  # no more, if the user kept many batches and let all go
+        self._free: deque[np.ndarray] = deque(maxlen=8)  # a limit, if the user kept many batches and released all
 
     def take(self, size: int) -> Tensor:
-        """Lend uint8 [size], contents undefined."""
+        """Return uninitialised memory, uint8 [size]."""
         try:
             memory = self._free.pop()
         except IndexError:
             memory = torch.empty(size, dtype=torch.uint8).numpy()
         if memory.nbytes != size:
             return self.take(size)
-        lent = memory[:]  # an object that dies with the last tensor that shares its memory
-        weakref.finalize(lent, self._free.append, memory).atexit = False
-        return torch.from_numpy(lent)
+        view = memory[:]  # freed with the last tensor that shares its memory
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return torch.from_numpy(view)
 
 
 class NativeAugment:
-    """`Augment` on a CPU by `augment.c`, to the bit: one pass over the pixels, without Python's global lock."""
+    """Bit-exact `Augment` for CPUs in C (`augment.c`): one pass over the pixels, without Python's global lock."""
 
     def __init__(self, dataset: Dataset, augmentation: Augmentation, dtype: torch.dtype, library: ctypes.CDLL) -> None:
         self._kernel = getattr(library, f"augment_{str(dtype).removeprefix('torch.')}")
@@ -185,7 +185,7 @@ class NativeAugment:
 def create_augment(
     dataset: Dataset, augmentation: Augmentation, device: torch.device, dtype: torch.dtype
 ) -> Augment | NativeAugment:
-    """Choose the fastest augmentation for `device`; a `Note` says so where it is not the native one on a CPU."""
+    """Choose the fastest augmentation for `device`. On a CPU without the native one, warn with a `Note`."""
     if device.type == "cpu" and (library := _load()) is not None:
         return NativeAugment(dataset, augmentation, dtype, library)
     return Augment(dataset, augmentation, device, dtype)

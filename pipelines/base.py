@@ -25,7 +25,7 @@ class Batch:
     """One batch, on the pipeline's device."""
 
     images: Tensor
-    """Images [B, 3, 32, 32] channels_last, normalised fp32, bf16 or fp16; bare pixels where uint8 was asked for."""
+    """Images [B, 3, 32, 32] channels_last, normalised fp32, bf16 or fp16; raw pixels if uint8 was requested."""
     labels: Tensor
     """Labels [B], int64."""
     valid: int
@@ -35,8 +35,8 @@ class Batch:
 class Pipeline(abc.ABC):
     """Batches of one split, a pure function of (seed, epoch, step).
 
-    A subclass opens what it reads in `_open` and executes plans in `_execute`: `plan.rows` index `self._split.images`,
-    and `self._sampler.valid(step)` counts the real rows of a batch.
+    A subclass opens its files in `_open` and executes plans in `_execute`: `plan.rows` index `self._split.images`, and
+    `self._sampler.valid(step)` counts the real rows of a batch.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Pipeline(abc.ABC):
 
     @abc.abstractmethod
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
-        """Make the batches of `plan` from step `start` on."""
+        """Yield the batches of `plan` from step `start` on."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -80,11 +80,11 @@ class Pipeline(abc.ABC):
 
 
 class GatheringPipeline(Pipeline):
-    """Batches that lie on the device: a captured step gathers them itself, and needs nothing from the host."""
+    """Pipeline with its data on the device: a captured step gathers batches itself, and needs nothing from the host."""
 
     @abc.abstractmethod
     def load(self, epoch: int) -> None:
-        """Have `gather` return the batches of `epoch`."""
+        """Make `gather` return the batches of `epoch`."""
 
     @abc.abstractmethod
     def gather(self, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +104,14 @@ def free_memory(device: torch.device) -> int:
 
 def usable_processors() -> int:
     """Count the processors that this process may use: fewer than the machine's under taskset, Slurm or a cpuset."""
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def is_installed(module: str) -> bool:
-    """Return True if `module` could be imported, without importing it."""
+    """Return True if `module` can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a part of its name is no package
+    except ModuleNotFoundError:  # a parent is not a package
         return False

@@ -1,4 +1,4 @@
-"""C files of this program, compiled on first use for the machine at hand."""
+"""Compilation of this program's C files for the host CPU, on first use."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .errors import Note
 
 
 class CompilerError(Exception):
-    """A C file that cannot be compiled or loaded; the message says why, and what would do."""
+    """Failure to compile or load a C file; the message has the reason and the remedy."""
 
 
 def load_kernels(
-    source: Path, option: str, names: Iterable[str], arguments: Sequence[Any], result: Any, otherwise: str
+    source: Path, option: str, names: Iterable[str], arguments: Sequence[Any], result: Any, fallback: str
 ) -> ctypes.CDLL | None:
-    """Compile `source` and declare its functions `names`. Return None, with a `Note`, where that is impossible.
+    """Compile `source` and declare its functions `names`. On failure, warn with a `Note` and return None.
 
-    `otherwise` says in the `Note` what is done instead, and what that costs.
+    The `Note` contains `fallback`, a clause on what is used instead and its cost.
     """
     try:
         library = compile_c(source, option)
     except CompilerError as error:
-        warnings.warn(f"{otherwise}: {error}.", Note, stacklevel=4)
+        warnings.warn(f"{fallback}: {error}.", Note, stacklevel=4)
         return None
     for name in names:
         kernel = getattr(library, name)
@@ -41,7 +41,7 @@ def load_kernels(
 def compile_c(source: Path, *options: str) -> ctypes.CDLL:
     """Compile `source` (in 0.2 s) with `$CC` and return its functions; the linker does not get `options`.
 
-    Every process that needs it compiles anew: there is no cache that could be stale, damaged or written by others.
+    Every process compiles again, without a cache, which could be stale, damaged or written by others.
     Raises `CompilerError`.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
@@ -64,4 +64,4 @@ def compile_c(source: Path, *options: str) -> ctypes.CDLL:
 
 
 def _error(reason: str) -> CompilerError:
-    return CompilerError(f"{reason}; gcc 12 or newer would do")
+    return CompilerError(f"{reason}; install gcc 12 or newer")

@@ -1,7 +1,7 @@
-"""NVIDIA DALI: order and augmentation parameters go in, and its operators decode, crop, flip, cut out and normalise.
+"""NVIDIA DALI: its operators decode, crop, flip, cut out and normalise, in our order and with our parameters.
 
-On a GPU they run there (`device="gpu"`, JPEG through nvJPEG), elsewhere on the CPU. The epoch's plan is an external
-source: no reader has an order or an epoch of its own.
+They run on a GPU if there is one (`device="gpu"`, JPEG with nvJPEG), else on the CPU. The epoch's plan is an external
+source: DALI's readers, with their own order and epochs, are not used.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ try:
     from nvidia.dali import Pipeline as DaliGraph
     from nvidia.dali import fn, types
     from nvidia.dali.data_node import DataNode
-except (ImportError, OSError) as error:  # a shared library that is missing is an OSError
+except (ImportError, OSError) as error:  # a missing shared library raises OSError
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UsageError(
-            f"DALI does not run on {platform.system()} {platform.machine()}: it is made for Linux on x86_64 and aarch64"
-            "; on Windows, use WSL. Choose another --pipeline."
+            f"DALI does not run on {platform.system()} {platform.machine()}, only on Linux on x86_64 and aarch64; on "
+            "Windows, use WSL. Choose another --pipeline."
         ) from None
     raise UsageError(
-        f"DALI is not installed ({error}): pip install 'fastresnet[dali]', or 'fastresnet[dali-cu13]' for a driver of "
-        "CUDA 13"
+        f"DALI is not installed ({error}): pip install 'fastresnet[dali]', or 'fastresnet[dali-cu13]' with a driver "
+        "for CUDA 13"
     ) from None
 
 _AHEAD = 2
-"""Batches that DALI works on before they are asked for."""
+"""Number of batches that DALI prefetches."""
 
 
 class DaliPipeline(Pipeline):
@@ -68,7 +68,7 @@ class DaliPipeline(Pipeline):
             yield Batch(images, labels, self._sampler.valid(step))
 
     def _take(self) -> Tensor:
-        """Take the next finished batch, without a copy unless it is to be of 16 bits."""
+        """Take the next finished batch, with a copy only for a 16-bit type."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (output,) = self._graph.share_outputs(stream)
         images = torch.from_dlpack(output.as_tensor())
@@ -77,7 +77,7 @@ class DaliPipeline(Pipeline):
         return images.to(self._dtype).permute(0, 3, 1, 2)
 
     def _drain(self) -> None:
-        """Bring DALI to the end of an epoch that was abandoned, so that it can be reset."""
+        """Run DALI to the end of an abandoned epoch, so that it can be reset."""
         self._feeds = iter(())
         self._graph.schedule_run()
         while not self._graph.empty():
@@ -85,7 +85,7 @@ class DaliPipeline(Pipeline):
             self._graph.release_outputs()
         self._in_use.clear()
 
-    # --- what goes in --------------------------------------------------------------------------------------------
+    # --- inputs --------------------------------------------------------------------------------------------------
 
     def _feed(self, rows: np.ndarray, draws: Draws) -> tuple:
         """Collect the inputs of a batch, in the order of `self._inputs`."""
@@ -102,12 +102,12 @@ class DaliPipeline(Pipeline):
         return tuple(every[name] for name in self._inputs)
 
     def _next(self) -> tuple:
-        """Return the inputs of the batch that DALI begins with; `StopIteration` ends its epoch."""
+        """Return the inputs of DALI's next batch; `StopIteration` ends its epoch."""
         inputs = next(self._feeds)
-        self._in_use.append(inputs)  # DALI reads these arrays where they lie, until the batch is done
+        self._in_use.append(inputs)  # DALI reads these arrays in place until the batch is finished
         return inputs
 
-    # --- what is done with it ------------------------------------------------------------------------------------
+    # --- operators -----------------------------------------------------------------------------------------------
 
     def _build(self) -> DaliGraph:
         on_gpu = self._device.type == "cuda"
@@ -116,30 +116,30 @@ class DaliPipeline(Pipeline):
             num_threads=torch.get_num_threads(),
             device_id=_gpu_number(self._device) if on_gpu else None,
             prefetch_queue_depth=_AHEAD,
-            exec_dynamic=True,  # outputs own their memory: they outlive the batches that follow
+            exec_dynamic=True,  # outputs own their memory, and stay valid during later batches
         )
         with graph:
             layouts = ["" if self._shard or name != "images" else "HWC" for name in self._inputs]
             sources = fn.external_source(
                 source=self._next, num_outputs=len(layouts), batch=True, no_copy=True, layout=layouts
             )
-            given = dict(zip(self._inputs, sources, strict=True))
-            images = given["images"]
+            inputs = dict(zip(self._inputs, sources, strict=True))
+            images = inputs["images"]
             if self._shard:
                 images = fn.decoders.image(images, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
             elif on_gpu:
                 images = images.gpu()
-            if "start" in given:
-                images = self._crop(images, given["start"])
+            if "start" in inputs:
+                images = self._crop(images, inputs["start"])
             if side := self._augmentation.cutout:
                 images = fn.erase(
                     images,
-                    anchor=given["cutout"],
+                    anchor=inputs["cutout"],
                     shape=[side, side],
                     axis_names="HW",
                     fill_value=fill_color(self._dataset).tolist(),
                 )
-            graph.set_outputs(self._flip_and_normalize(images, given.get("flip", 0)))
+            graph.set_outputs(self._flip_and_normalize(images, inputs.get("flip", 0)))
         graph.build()
         return graph
 
@@ -153,8 +153,8 @@ class DaliPipeline(Pipeline):
     def _flip_and_normalize(self, images: DataNode, flip: DataNode | int) -> DataNode:
         if self._dtype == torch.uint8:
             return fn.flip(images, horizontal=flip)
-        # Always in float32, and torch casts: DALI knows no bf16, and on a GPU its fp16 is computed in fp16, where an
-        # H200's values were off by a tenth of a grey level.
+        # Always in float32, then cast by torch: DALI has no bf16, and on a GPU it computes fp16 outputs in fp16, which
+        # on an H200 were off by a tenth of a grey level.
         normalization = Normalization.of(self._augmentation.normalization, self._dataset)
         if self._augmentation.normalization == "pixel":
             device = "gpu" if self._device.type == "cuda" else "cpu"
@@ -175,7 +175,7 @@ class DaliPipeline(Pipeline):
 
 
 def _reflect_pad(images: DataNode, padding: int) -> DataNode:
-    """Pad with the mirrored edges, cut out, flipped and joined: DALI pads with constants only."""
+    """Pad by reflection, with slices, flips and concatenations: DALI pads with constants only."""
     last = IMAGE_SIZE - 1
     top = fn.flip(images[1 : 1 + padding], vertical=1, horizontal=0)
     bottom = fn.flip(images[last - padding : last], vertical=1, horizontal=0)
@@ -186,5 +186,5 @@ def _reflect_pad(images: DataNode, padding: int) -> DataNode:
 
 
 def _gpu_number(device: torch.device) -> int:
-    """Return the number of the GPU: of `cuda` without one PyTorch's current device, which differs between ranks."""
+    """Return the index of the GPU: for `cuda` without one, PyTorch's current device, which differs between ranks."""
     return torch.cuda.current_device() if device.index is None else device.index

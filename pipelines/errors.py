@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend: one or two lines on stderr and a documented exit code, never a traceback."""
+"""Errors that a user can cause and fix: one or two lines on stderr and a documented exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class RunError(UserError):
 
 
 class UsageError(UserError):
-    """Argument that is unknown, out of range or impossible here."""
+    """Argument that is unknown, out of range or not supported here."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """File that is missing, damaged or foreign."""
+    """File that is missing, damaged or of another kind."""
 
     exit_code = 3
 
 
 class Note(UserWarning):
-    """Fact that a user should know and that stops nothing."""
+    """Warning for the user; the command continues."""
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
@@ -38,14 +38,14 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     names = list(choices)
     if value in names:
         return
-    likeness = {name: difflib.SequenceMatcher(None, str(value), name).ratio() for name in names}
-    nearest = max(likeness, key=likeness.__getitem__)
-    hint = f"did you mean {nearest!r}? " if likeness[nearest] >= 0.5 else ""
+    similarity = {name: difflib.SequenceMatcher(None, str(value), name).ratio() for name in names}
+    nearest = max(similarity, key=similarity.__getitem__)
+    hint = f"did you mean {nearest!r}? " if similarity[nearest] >= 0.5 else ""
     raise UsageError(f"unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")
 
 
 def literals(options: type) -> dict[str, tuple[str, ...]]:
-    """Return the words of every field of dataclass `options` that is a `Literal` or a tuple of them, by name."""
+    """Return the valid values of each field of dataclass `options` that is a `Literal` or a tuple of them, by name."""
     words = {}
     for name, hint in get_type_hints(options).items():
         element = get_args(hint)[0] if get_origin(hint) is tuple else hint
@@ -55,7 +55,7 @@ def literals(options: type) -> dict[str, tuple[str, ...]]:
 
 
 def check_literals(options: Any) -> None:
-    """Raise `UsageError` where a field of a dataclass has none of the words of its `Literal`."""
+    """Raise `UsageError` if a field of a dataclass has a value that is not in its `Literal`."""
     for name, words in literals(type(options)).items():
         value = getattr(options, name)
         for word in value if isinstance(value, tuple) else (value,):

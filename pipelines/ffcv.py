@@ -1,7 +1,7 @@
-"""FFCV: its own `.beton` files, read and copied to the device by its `Loader`, in our order and augmented by us.
+"""FFCV: its `Loader` reads `.beton` files in our order and copies them to the device, where we augment them.
 
-FFCV's augmentations draw from generators that no seed reaches, one for each thread. So it delivers the bare pixels, and
-`augment` does the rest on the device.
+FFCV's augmentations draw from random generators that cannot be seeded, one for each thread. So it delivers the raw
+pixels, and `augment` does the rest on the device.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ try:
     from ffcv.traversal_order.base import TraversalOrder
     from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, handle_sample
     from numba import config as numba_config
-except (ImportError, OSError) as error:  # a shared library that is missing is an OSError
+except (ImportError, OSError) as error:  # a missing shared library raises OSError
     raise UsageError(
-        f"FFCV is not installed ({error}). It is built on the spot: apt-get install libopencv-dev libturbojpeg0-dev "
+        f"FFCV is not installed ({error}). It is built from source: apt-get install libopencv-dev libturbojpeg0-dev "
         "pkg-config g++, then pip install 'fastresnet[ffcv]'"
     ) from None
 finally:
@@ -60,7 +60,7 @@ def write_beton(split: Split, path: Path, report: Callable[[int], None]) -> None
 
 
 class _Writer(DatasetWriter):
-    """FFCV's writer in this process: its worker processes, when one fails, leave the parent waiting for ever."""
+    """FFCV's writer, in this process: if one of FFCV's own worker processes fails, the parent waits forever."""
 
     metadata_sm: SharedMemory | SimpleNamespace
 
@@ -79,7 +79,7 @@ class _Writer(DatasetWriter):
                 if row % 1000 == 999:
                     report(row + 1)
         self.finalize(allocator.allocations)
-        # FFCV takes no notice of a write that a full disk cut short.
+        # FFCV does not detect a write that a full disk truncated.
         if self.header["alloc_table_ptr"] != allocator.offset + allocator.next_page_written.value * self.page_size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.fname)
 
@@ -88,16 +88,16 @@ class _Writer(DatasetWriter):
 
 
 class FfcvPipeline(Pipeline):
-    """Pipeline whose batches FFCV's threads read ahead and whose augmentation happens on the target device."""
+    """Pipeline that prefetches batches with FFCV's threads and augments them on the target device."""
 
     def _open(self) -> None:
         (path,) = open_derived(self._dataset, "beton", self._split.name)
-        self._order = _Order(self._plan(0).rows)  # FFCV looks at one when it is built
+        self._order = _Order(self._plan(0).rows)  # FFCV reads an order at construction
         move = [ToTensor(), ToDevice(self._device)] if self._device.type == "cuda" else [ToTensor()]
         self._loader = _Loader(
             str(path),
             batch_size=self._sampler.rows_per_batch,
-            # FFCV imposes this number on torch too, and numba takes no more than it has
+            # FFCV sets torch's threads to this number too, and numba accepts no more than it has
             num_workers=min(torch.get_num_threads(), numba_config.NUMBA_NUM_THREADS),
             order=self._order,
             drop_last=False,
@@ -111,15 +111,15 @@ class FfcvPipeline(Pipeline):
         if start >= len(self):
             return
         draws = plan.draws
-        everything: Array = np.arange(plan.rows.shape[1])
+        all_rows: Array = np.arange(plan.rows.shape[1])
         if self._device.type != "cpu":
-            draws, everything = draws.map(self._to_device), self._to_device(everything)
+            draws, all_rows = draws.map(self._to_device), self._to_device(all_rows)
         batches = self._batches = iter(self._loader)
         try:
             for step, (images, labels) in enumerate(batches, start):
                 source = images.numpy() if self._device.type == "cpu" else images
-                # The slots of `images` and `labels` are FFCV's and will be overwritten: neither may leave this line.
-                augmented, labels = self._augment(source, everything, draws.of(step)), labels.flatten().clone()
+                # FFCV will overwrite the memory of `images` and `labels`: only copies may be used after this line.
+                augmented, labels = self._augment(source, all_rows, draws.of(step)), labels.flatten().clone()
                 yield Batch(augmented, labels, self._sampler.valid(step))
         finally:
             batches.stop()
@@ -129,18 +129,18 @@ class FfcvPipeline(Pipeline):
 
     def close(self) -> None:
         if self._batches is not None:
-            self._batches.stop()  # somebody may hold on to the epoch, as a traceback does
+            self._batches.stop()  # references to the epoch may remain, for example in a traceback
         del self._loader, self._batches
 
 
 class _Order(TraversalOrder):
-    """Order that our sampler decides, in place of FFCV's own."""
+    """Order of our sampler, instead of FFCV's own."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
 
     def __call__(self, _: Loader) -> _Order:
-        return self  # FFCV takes a class or, as here, an object that it calls like one
+        return self  # FFCV calls a class or, as here, an object
 
     def sample_order(self, _: int) -> np.ndarray:
         return self.rows.reshape(-1).astype(np.uint64)
@@ -153,26 +153,26 @@ class _Loader(Loader):
 
 
 class _EpochIterator(EpochIterator):
-    """FFCV's iterator, that tells its thread's error instead of waiting for ever, and lets the thread end."""
+    """FFCV's iterator, which reports its thread's error instead of waiting forever, and can end the thread."""
 
     def __init__(self, loader: Loader, order: np.ndarray) -> None:
         self._error: BaseException | None = None
-        self._taken: int | None = None
+        self._slot: int | None = None
         self._hangs = False
         super().__init__(loader, order)
 
     def run(self) -> None:
         try:
             super().run()
-        except BaseException as error:  # noqa: BLE001  told to the consumer, in the other thread
+        except BaseException as error:  # noqa: BLE001  reported to the consumer, in the other thread
             self._error = error
             self.output_queue.put(None)
 
     def __next__(self) -> tuple[Tensor, ...]:
-        if IS_CUDA and self._taken is not None:
-            # Taking the next batch lets FFCV overwrite the pinned memory of this one, which it guards by the order on
-            # the GPU alone: a copy that still waits there would transfer the wrong images.
-            self.cuda_streams[self._taken].synchronize()
+        if IS_CUDA and self._slot is not None:
+            # Once the next batch is taken, FFCV may overwrite the pinned memory of this one, which it protects only by
+            # the order on the GPU: a copy still queued there would transfer the wrong images.
+            self.cuda_streams[self._slot].synchronize()
         try:
             result = self.output_queue.get(timeout=TIMEOUT_S)
         except Empty:
@@ -182,19 +182,19 @@ class _EpochIterator(EpochIterator):
             if self._error is not None:
                 raise RunError(f"FFCV's loader failed: {self._error!r}") from self._error
             raise StopIteration
-        self._taken, batch = result
+        self._slot, batch = result
         if IS_CUDA:
-            self.current_stream.wait_stream(self.cuda_streams[self._taken])
+            self.current_stream.wait_stream(self.cuda_streams[self._slot])
         return batch
 
     def stop(self) -> None:
-        """End the thread, which may be waiting for room in the queue; one that hangs is left alone."""
+        """End the thread, which may be waiting for space in the queue; do not wait for one that hangs."""
         self.terminate_event.set()
         while self.is_alive() and not self._hangs:
             while not self.output_queue.empty():
                 self.output_queue.get_nowait()
             self.join(timeout=0.01)
         if IS_CUDA:
-            for stream in self.cuda_streams:  # a copy that still waits would transfer from memory that is given back
+            for stream in self.cuda_streams:  # a copy still queued would read from freed memory
                 stream.synchronize()
         self.close()

@@ -1,4 +1,4 @@
-"""Atomic, durable writes: a reader sees the old file or the whole new one, whatever interrupts the writer."""
+"""Atomic, durable writes: a reader sees the complete old or new file, even if the writer is interrupted."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(name: str) -> str:
-    """Return the name under which `replacing` writes the file `name`: fixed, so that a killed writer's is replaced."""
+    """Return the temporary name of file `name`: fixed, so that the next writer replaces a killed writer's file."""
     return f".{name}.tmp"
 
 
 @contextmanager
 def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it becomes `path`, on failure it is removed.
+    """Yield a temporary file name beside `path`; on success that file replaces `path`, on failure it is removed.
 
-    What was `path` before becomes `previous`, if one is given. Raises `OSError` with the name `path`, whatever was
-    being written.
+    The old file is renamed to `previous`, if given. Every `OSError` names `path`, not the temporary file.
     """
     temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)  # it may be a link, which writing would follow
@@ -50,9 +49,9 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Write `data` to `path` atomically; what was there becomes `previous`, if one is given.
+    """Write `data` to `path` atomically; rename the old file to `previous`, if given.
 
-    Raises `OSError` with `path` untouched.
+    Raises `OSError` and leaves `path` unchanged.
     """
     with replacing(path, previous=previous) as temporary:
         temporary.write_bytes(data)

@@ -1,10 +1,10 @@
-"""Files made from a store for libraries with formats of their own, beside it and bound to its contents.
+"""Files derived from a store for libraries with their own formats, in its folder and tied to its contents.
 
     <root>/<name>/beton.json   train.beton  test.beton                     (FFCV; written by `ffcv.py`)
                   jpeg.json    train.tar  train.idx  test.tar  test.idx    (JPEG shards, WebDataset tars)
 
-The JSON names the store it was made from, the settings, and the size and SHA-256 of each file. Written last, it says
-that the files are complete.
+The JSON has the digest of the store, the settings, and the size and SHA-256 of each file. It is written last, so its
+existence means that the files are complete.
 
 A JPEG shard is one WebDataset tar for each split, with the index that DALI reads. A sample is `00000042.jpg` and
 `00000042.cls`, its label in decimal digits. JPEG is lossy: its pixels are close to the store's, not equal.
@@ -31,17 +31,17 @@ from .store import DERIVED_FILES, Dataset, Split, check_file, prepare_command
 SCHEMA = 1
 
 FACTS: dict[str, set[str]] = {"beton": set(), "jpeg": {"psnr_db", "exact_pixels"}}
-"""Numbers that a manifest has for each split."""
+"""Measurements of each split in a manifest."""
 
 
 @contextlib.contextmanager
 def writing_derived(
     dataset: Dataset, kind: str, settings: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Path], dict[str, dict[str, float]]]]:
-    """Make the files of format `kind` anew, all of them or none.
+    """Write all files of format `kind` again, or none.
 
-    Inside, the files are written under the given paths, by name, and the `FACTS` of each split are filled in. Raises
-    what the block raises, and `OSError`.
+    The block writes to the yielded paths, by file name, and fills in the `FACTS` of each split. Raises the errors of
+    the block, and `OSError`.
     """
     manifest, facts = _manifest_path(dataset, kind), dict[str, dict[str, float]]()
     manifest.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def writing_derived(
 
 
 def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:
-    """Read the manifest of format `kind`. Raises `DataError` where it is missing, damaged or of another data set."""
+    """Read the manifest of format `kind`. Raises `DataError` if it is missing, damaged or of another data set."""
     path, remedy = _manifest_path(dataset, kind), _remedy(dataset, kind)
     try:
         manifest = json.loads(path.read_bytes())
@@ -80,7 +80,7 @@ def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:
 def open_derived(dataset: Dataset, kind: str, split: str) -> list[Path]:
     """Verify the files of format `kind` for split `train` or `test`, and return their paths.
 
-    Raises `DataError`, with the remedy, where they are missing, damaged or made from another data set.
+    Raises `DataError`, with the remedy, if they are missing, damaged or made from another data set.
     """
     files, remedy = read_manifest(dataset, kind)["files"], _remedy(dataset, kind)
     paths = [dataset.folder / name for name in DERIVED_FILES[kind] if name.startswith(f"{split}.")]
@@ -105,7 +105,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JpegSettings:
-    """Settings of the compression. Raises `UsageError` on impossible values."""
+    """Settings of the compression. Raises `UsageError` on invalid values."""
 
     quality: int = 95
     """libjpeg's quality, 1..100."""
@@ -123,7 +123,7 @@ def write_shard(
 ) -> dict[str, float]:
     """Write the samples of `split`, in their order, and measure the loss of the compression.
 
-    Returns `psnr_db` (over all pixels) and `exact_pixels` (the share whose three channels all came back unchanged).
+    Returns `psnr_db` (over all pixels) and `exact_pixels` (the share with all three channels unchanged).
     """
     squared_error, exact, lines = 0, 0, []
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -167,7 +167,7 @@ class Shard:
     data: np.ndarray
     """Contents of the tar, uint8 [bytes]."""
     offsets: np.ndarray
-    """Position at which the JPEG of each sample begins, int64 [N]."""
+    """Start of the JPEG of each sample, int64 [N]."""
     sizes: np.ndarray
     """Length of the JPEG of each sample in bytes, int64 [N]."""
 
@@ -177,7 +177,7 @@ class Shard:
 
 
 def open_shard(tar: Path, index: Path) -> Shard:
-    """Open a shard by its index. Raises `DataError` where the index does not describe the tar."""
+    """Open a shard by its index. Raises `DataError` if the index does not describe the tar."""
     data = np.asarray(np.memmap(tar, np.uint8, mode="r"))
     try:
         header, *lines = index.read_text().splitlines()
@@ -187,7 +187,7 @@ def open_shard(tar: Path, index: Path) -> Shard:
     except (ValueError, IndexError):
         sound = False
     if not sound or (len(sizes) and ((offsets < 0) | (sizes < 0) | (offsets + sizes > len(data))).any()):
-        raise DataError(f"{index} is no index of {tar}.")
+        raise DataError(f"{index} is not an index of {tar}.")
     return Shard(data, offsets, sizes)
 
 

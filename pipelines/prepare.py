@@ -38,9 +38,9 @@ def data_root(root: Path | None) -> Path:
 
 
 def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
-    """Open the data set called `data` in `root` (see `data_root`), or the store in folder `data`.
+    """Open the data set named `data` in `root` (see `data_root`), or the store in folder `data`.
 
-    `cifar10` is downloaded and `shapes10` drawn where they are missing. Raises as `prepare` does.
+    If missing, `cifar10` is downloaded and `shapes10` is drawn. Raises the same errors as `prepare`.
     """
     if Path(data).name != data or (Path(data) / "meta.json").exists():
         return open_store(Path(data))
@@ -61,26 +61,26 @@ def prepare(
     formats: Sequence[str] = ("raw",),
     jpeg: JpegSettings = DEFAULT_JPEG,
 ) -> tuple[Dataset, bool]:
-    """Make the store `root`/`name` unless it is there and verified; return it, and True if it had to be made.
+    """Create the store `root`/`name` unless it exists and is intact; return it, and True if anything was created.
 
-    `source` None: `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images. `formats`
-    beside `raw`, the store itself, are made from it where they are not there and whole. A second process that prepares
-    the same store waits for the first. Raises `DataError` where a source is unfit, or what lies in the place of the
-    store. Raises `UsageError` on a name that cannot be used and where the library of a format is missing.
+    Without `source`, `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images.
+    `formats` other than `raw`, the store itself, are derived from it if missing or damaged. A second process that
+    prepares the same store waits for the first. Raises `DataError` on an invalid source, or other files in place of
+    the store. Raises `UsageError` on an invalid name or a missing library of a format.
     """
     for kind in formats:
         check_choice("format", kind, FORMATS)
     if "beton" in formats:
-        from . import ffcv  # noqa: F401  before the work, not after it: it may be missing
+        from . import ffcv  # noqa: F401  fails before the work, not after it, if missing
     if not is_name(name):
-        raise UsageError(f"{name!r} is no name for a data set: use letters, digits and dashes.")
+        raise UsageError(f"{name!r} is not a name for a data set: use letters, digits and dashes.")
     folder = root / name
     derived = [kind for kind in formats if kind != "raw"]
     if (existing := _existing(folder)) is not None and not derived:
         return existing, False
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{name}.lock"):
-        dataset = _existing(folder)  # another process may have made it while this one waited
+        dataset = _existing(folder)  # another process may have created it meanwhile
         if made := dataset is None:
             data, origin = _read(name, root, source, report, train_images, test_images)
             report("writing", 0, 1)
@@ -93,7 +93,7 @@ def prepare(
 
 
 def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> bool:
-    """Make the files of format `kind` unless they are there and whole; return True if they had to be made."""
+    """Create the files of format `kind` unless they exist and are intact; return True if they were created."""
     settings = dataclasses.asdict(jpeg) if kind == "jpeg" else {}
     try:
         for split in ("train", "test"):
@@ -101,7 +101,7 @@ def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> 
         if read_manifest(dataset, kind)["settings"] == settings:
             return False
     except DataError:
-        pass  # missing or not whole: made anew
+        pass  # missing or damaged: created below
 
     def write_split(split: Split, paths: dict[str, Path]) -> dict[str, float]:
         def show(done: int) -> None:
@@ -120,19 +120,19 @@ def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> 
 
 
 def _existing(folder: Path) -> Dataset | None:
-    """Open the store in `folder`; None if it has to be made. Raises `DataError` where other files are in the way."""
+    """Open the store in `folder`; return None if it must be created. Raises `DataError` if other files exist there."""
     if (folder / "meta.json").exists():
         try:
             return open_store(folder)
         except DataError as error:
             if foreign := sorted({entry.name for entry in folder.iterdir()} - STORE_FILES):
                 raise DataError(
-                    f"{folder} is in the way: it holds {foreign[0]}. Move it, or give --data another name."
+                    f"cannot replace {folder}: it also contains {foreign[0]}. Move it, or give --data another name."
                 ) from None
-            warnings.warn(f"making {folder} anew: {error}", Note, stacklevel=3)
+            warnings.warn(f"preparing {folder} again: {error}", Note, stacklevel=3)
             return None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is in the way: it holds something else. Move it, or give --data another name.")
+        raise DataError(f"cannot replace {folder}: it is not a data set. Move it, or give --data another name.")
     return None
 
 
@@ -142,13 +142,13 @@ def _read(
     """Read the images; return them and their origin."""
     if name == SHAPES10:
         if source is not None:
-            raise UsageError("shapes10 is drawn and takes no --source; give the data in it another name: --data NAME")
+            raise UsageError("shapes10 is drawn and takes no --source; give your data another name: --data NAME")
         return draw_shapes10(train_images, test_images, report), "drawn"
     if source is not None:
         data = read_source(source, report)
         if name == CIFAR10:
             if data.classes != CIFAR10_CLASSES:
-                raise UsageError(f"{source} is not CIFAR-10; give it a name of its own: --data NAME")
+                raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
             verify_cifar10(data, source)
         return data, source.name
     if name != CIFAR10:

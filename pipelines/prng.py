@@ -1,7 +1,7 @@
 """Counter-based generator of random numbers: every value is a pure function of its key and counter.
 
 The output function of SplitMix64 replaces every stateful generator in the data path (Steele, Lea & Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014). The same lines serve NumPy arrays and torch tensors (CPU or
+splittable pseudorandom number generators", OOPSLA 2014). The same code works on NumPy arrays and torch tensors (CPU or
 CUDA): both wrap int64 arithmetic modulo 2**64 and shift right arithmetically. So this module needs no torch.
 """
 
@@ -17,7 +17,7 @@ Array = Any
 
 
 class Stream(IntEnum):
-    """Purposes of hashes, a stream each. The values are part of the format: never reuse one."""
+    """Streams of hashes, one for each purpose. The values are part of the format: never reuse one."""
 
     ORDER = 0
     CROP = 1
@@ -63,7 +63,7 @@ def stream_key(*words: int) -> int:
 
 
 def hash64(key: int, counter: Array) -> Array:
-    """Return 64 hashed bits (as int64) for each element of `counter`: that output of SplitMix64 seeded with `key`."""
+    """Return 64 hashed bits (as int64) for each element of `counter`: the outputs of SplitMix64 seeded with `key`."""
     return _mix64((counter + 1) * _GAMMA + key)
 
 

@@ -18,7 +18,7 @@ from .sampling import EpochPlan
 
 
 class HostPipeline(Pipeline):
-    """Pipeline of a CPU: images are the store's own memory-mapped pages, and threads make the batches ahead of time."""
+    """Pipeline for a CPU: images are the store's own memory-mapped pages, and threads prefetch the batches."""
 
     def _open(self) -> None:
         self._images = np.asarray(self._split.images)
@@ -28,7 +28,7 @@ class HostPipeline(Pipeline):
         self._planned: tuple[int, Future[EpochPlan]] = (-1, Future())
 
     def _plan(self, epoch: int) -> EpochPlan:
-        """Return the plan, begun when the epoch before began: its 5 ms are the time of 7,000 images."""
+        """Return the plan, computed since the start of the previous epoch: its 5 ms are the time of 7,000 images."""
         planned_epoch, plan = self._planned
         self._planned = epoch + 1, self._pool.submit(super()._plan, epoch + 1)
         return plan.result() if planned_epoch == epoch else super()._plan(epoch)
@@ -36,7 +36,7 @@ class HostPipeline(Pipeline):
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
         labels = torch.as_tensor(plan.labels)
         jobs = (functools.partial(self._batch, plan, labels[step], step) for step in range(start, len(self)))
-        return _ahead(jobs, self._pool, self._threads + 1)
+        return _prefetched(jobs, self._pool, self._threads + 1)
 
     def _batch(self, plan: EpochPlan, labels: Tensor, step: int) -> Batch:
         images = self._augment(self._images, plan.rows[step], plan.draws.of(step))
@@ -47,8 +47,8 @@ class HostPipeline(Pipeline):
         del self._images
 
 
-def _ahead(jobs: Iterator[Callable[[], Batch]], pool: ThreadPoolExecutor, depth: int) -> Iterator[Batch]:
-    """Yield the results of `jobs` in their order, with `depth` of them in the making."""
+def _prefetched(jobs: Iterator[Callable[[], Batch]], pool: ThreadPoolExecutor, depth: int) -> Iterator[Batch]:
+    """Yield the results of `jobs` in order, with `depth` of them in progress."""
     pending = deque(pool.submit(job) for job in itertools.islice(jobs, depth))
     while pending:
         batch = pending.popleft().result()
@@ -57,9 +57,9 @@ def _ahead(jobs: Iterator[Callable[[], Batch]], pool: ThreadPoolExecutor, depth:
 
 
 class DevicePipeline(GatheringPipeline):
-    """Pipeline of a GPU, which holds images, order and augmentation parameters: a step needs nothing from the host.
+    """Pipeline for a GPU, which holds images, order and augmentation parameters: a step needs nothing from the host.
 
-    `load` and `gather` are for a captured step, which is replayed with another epoch's plan in the same memory.
+    `load` and `gather` serve a captured step, which is replayed with each epoch's plan in the same memory.
     """
 
     def _open(self) -> None:
@@ -79,7 +79,7 @@ class DevicePipeline(GatheringPipeline):
             yield Batch(images, plan.labels[step], self._sampler.valid(step))
 
     def load(self, epoch: int) -> None:
-        """Put the plan of `epoch` where `gather` reads it."""
+        """Copy the plan of `epoch` to the memory that `gather` reads."""
         for loaded, value in zip(self._loaded.columns(), self._plan(epoch).columns(), strict=True):
             loaded.copy_(value)
 

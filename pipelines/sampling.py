@@ -1,7 +1,7 @@
 """Order and augmentation parameters of an epoch, as a pure function of (seed, epoch, sample).
 
-There is no state to save: a batch follows from (seed, epoch, step) alone, on any machine, in any pipeline and for any
-number of ranks. NumPy arrays and torch tensors go through the same lines, so this module needs no torch.
+There is no state to save: a batch depends on (seed, epoch, step) alone, on any machine, in any pipeline and for any
+number of ranks. The same code works on NumPy arrays and torch tensors, so this module needs no torch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ IMAGE_SIZE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """Changes of the pixels on the way from the store to the network. Raises `UsageError` on impossible values."""
+    """Changes of the pixels between the store and the network. Raises `UsageError` on invalid values."""
 
     crop_padding: int = 4
     """Pixels added on each side before the random 32x32 crop; 0: no crop."""
     padding_mode: PaddingMode = "zeros"
     """Content of the padding: `zeros` (black, He et al. 2015) or `reflect` (mirrored without repeating the edge)."""
     flip: Flip = "random"
-    """Choice of the flipped images: `none`, `random` (each epoch anew) or `alternating`.
+    """Choice of the flipped images: `none`, `random` (in each epoch) or `alternating`.
 
-    `alternating` is random in the first epoch, then turned over every epoch (Jordan, "94% on CIFAR-10 in 3.29
+    `alternating` is random in the first epoch, then inverted every epoch (Jordan, "94% on CIFAR-10 in 3.29
     seconds", 2024, section 3.6)."""
     cutout: int = 0
     """Side of the square filled with the mean colour (DeVries & Taylor 2017), in pixels; 0: none."""
@@ -53,7 +53,7 @@ class Augmentation:
 
     @property
     def changes_pixels(self) -> bool:
-        """Presence of a change besides the normalisation."""
+        """Use of any change besides the normalisation."""
         return self.crop_padding > 0 or self.flip != "none" or self.cutout > 0
 
 
@@ -66,9 +66,9 @@ class Draws:
     left: Array
     """First column of the crop in the padded image, 0..2 * crop_padding."""
     flip: Array
-    """Flip of the crop: 1 mirrors it left to right, 0 leaves it."""
+    """Flip of the crop: 1 mirrors it left to right, 0 does not."""
     cutout_top: Array
-    """First row of the cutout square in the finished crop; may lie outside, the square is clipped."""
+    """First row of the cutout square in the finished crop; may be outside, as the square is clipped."""
     cutout_left: Array
     """First column of the cutout square in the finished crop."""
 
@@ -107,7 +107,7 @@ class Sampler:
     """Assignment of samples to batches, on this rank.
 
     `batch_size` counts the images of a step over all ranks; rank r takes a fixed slice of them, so the ranks' batches
-    joined are the single-process batch. Training drops the ragged last batch, evaluation pads it by repeating the last
+    joined are the single-process batch. Training drops the partial last batch, evaluation pads it by repeating the last
     sample: shapes never change.
     """
 
@@ -158,14 +158,14 @@ class Sampler:
         return min(max(real - rows.start, 0), rows.stop - rows.start)
 
     def plan(self, epoch: int, ids: Array, labels: Array, augmentation: Augmentation) -> EpochPlan:
-        """Plan `epoch` over a split with sample `ids` [size]; `labels` [N] are the whole store's."""
+        """Plan `epoch` over a split with sample `ids` [size]; `labels` [N] are those of the whole store."""
         rows = ids[self.positions(epoch, ids)]
         return EpochPlan(rows, draw(self.seed, epoch, rows, augmentation), labels[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """Batches of an epoch on one rank, before any pixel is touched: all that a pipeline has to execute."""
+    """Plan of the batches of an epoch on one rank, without pixels; a pipeline executes it."""
 
     rows: Array
     """Rows of the store, int64 [steps, B]."""

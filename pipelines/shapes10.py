@@ -1,7 +1,7 @@
 """shapes10: a drawn stand-in with CIFAR-10's layout (10 classes, 32x32 RGB), for first runs, tests and benchmarks.
 
-Image i shows shape number i % 10 under noise. The counter-based hash gives its place, size and colours. The same index
-always gives the same image, so a smaller set is the beginning of a larger one.
+Image i shows shape number i % 10 with noise. The counter-based hash gives its position, size and colours. The same
+index always gives the same image, so a smaller set is a prefix of a larger one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "vertical_bars": lambda y, x: np.floor((x + 1) * 2.5) % 2 == 0,
     "checkerboard": lambda y, x: (np.floor((y + 1) * 2) + np.floor((x + 1) * 2)) % 2 == 0,
 }
-"""Pixels in the shape, for those at `y` [N, 32, 1] and `x` [N, 1, 32] in units of its radius, within -1..1."""
+"""Masks of the pixels in each shape, from `y` [N, 32, 1] and `x` [N, 1, 32] in units of its radius, within -1..1."""
 CLASSES = tuple(_SHAPES)
 _TRAIN, _TEST = 0, 1
 _CHUNK = 2000
@@ -72,7 +72,7 @@ def _draw(split: int, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _noise(split: int, ids: np.ndarray) -> np.ndarray:
-    """Draw uniform noise -24..24 for each pixel, int16 [N, 32, 32, 3]: every byte of a hash makes one."""
+    """Draw uniform noise -24..24 for each pixel, int16 [N, 32, 32, 3], from one byte of a hash each."""
     words = IMAGE_SIZE * IMAGE_SIZE * 3 // 8
     hashes = hash64(stream_key(split, 0, Stream.NOISE), ids[:, None] * words + np.arange(words))
     noise = hashes.astype("<i8").view(np.uint8).astype(np.int16)

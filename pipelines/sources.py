@@ -1,6 +1,6 @@
-"""Sources of images: the official CIFAR-10 in any of its packings, or a folder of images by class.
+"""Sources of images: the official CIFAR-10 in any of its archive formats, or a folder of images by class.
 
-Nothing is unpacked to disk: archive members are read into memory by name, so no path in an archive can lead anywhere.
+Nothing is unpacked to disk: archive members are read into memory by name, so paths in an archive have no effect.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .sampling import IMAGE_SIZE
 from .store import RawData
 
 Report = Callable[[str, int, int], None]
-"""Report of progress, called with (work at hand, amount done, whole amount)."""
+"""Report of progress, called with (current task, amount done, total amount)."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# SHA-256 over the sorted SHA-256 digests of all (label byte + 3,072 pixel bytes) records of a split: what the images
-# are, whatever the packing and the order. Taken from the official python version, by torchvision's MD5s.
+# SHA-256 over the sorted SHA-256 digests of all (label byte + 3,072 pixel bytes) records of a split, independent of
+# the archive format and the order. Taken from the official python version, verified by torchvision's MD5s.
 _CIFAR10_CONTENT = {
     "train": "d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85",
     "test": "899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c",
@@ -48,7 +48,7 @@ _BINARY_MEMBERS = (*(f"{name}.bin" for name in (*_TRAIN_BATCHES, "test_batch")),
 _MEMBER_LIMIT = 64 << 20  # the largest official member has 31,035,999 bytes
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 """Suffixes of the image files in a folder."""
-_DAMAGE = (
+_DAMAGE_ERRORS = (
     EOFError,
     tarfile.TarError,
     lzma.LZMAError,
@@ -58,7 +58,7 @@ _DAMAGE = (
     UnicodeDecodeError,
     RuntimeError,  # zipfile: encrypted members, and as NotImplementedError unknown compression
 )
-_NETWORK_TROUBLE = (
+_NETWORK_ERRORS = (
     urllib.error.URLError,
     http.client.HTTPException,
     TimeoutError,
@@ -70,8 +70,8 @@ _NETWORK_TROUBLE = (
 def read_source(path: Path, report: Report) -> RawData:
     """Read the data set at `path`: an official archive, its unpacked folder, or a folder of images.
 
-    Archives have the python or the binary version, as tar, tar.gz, tar.xz or zip. A folder of images has
-    `train/<class>/*.png|jpg` and `test/<class>/*.png|jpg`. Raises `DataError` with the file and its fault.
+    Archives contain the python or the binary version, as tar, tar.gz, tar.xz or zip. A folder of images has
+    `train/<class>/*.png|jpg` and `test/<class>/*.png|jpg`. Raises `DataError` that names the file and the problem.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist. --source takes a CIFAR-10 archive or folder, or a folder of images.")
@@ -79,12 +79,12 @@ def read_source(path: Path, report: Report) -> RawData:
         return _read_image_folder(path, report)
     try:
         return _read_official(path, report)
-    except _DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         reason = str(error).split("\n", 1)[0].rstrip(":") or type(error).__name__  # tarfile writes a line per method
         raise DataError(f"{path} is truncated or damaged ({reason}). Fetch it again.") from None
     except OSError as error:
-        # gzip and tarfile report damage as plain OSErrors without an errno, zipfile by way of the system what it seeks
-        # outside of the file; real I/O errors have another one.
+        # Damage is an OSError without an errno from gzip and tarfile, and EINVAL from a zipfile that seeks outside the
+        # file. Real I/O errors have another errno.
         if error.errno not in (None, errno.EINVAL):
             raise
         raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from None
@@ -106,9 +106,9 @@ def _content_digest(images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def download_cifar10(folder: Path) -> Path:
-    """Download the official python version into `folder` with torchvision, which checks its MD5; returns the archive.
+    """Download the official python version into `folder` with torchvision, which checks its MD5; return the archive.
 
-    Raises `DataError` with the address that failed and the ways out.
+    Raises `DataError` with the address that failed and the alternatives.
     """
     try:
         from torchvision.datasets import CIFAR10
@@ -120,24 +120,24 @@ def download_cifar10(folder: Path) -> Path:
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / CIFAR10.filename
-    patience = socket.getdefaulttimeout()
+    default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # torchvision sets none: a silent server would hang the command
     try:
         download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
     except BaseException as error:
         archive.unlink(missing_ok=True)
-        if not isinstance(error, _NETWORK_TROUBLE):
+        if not isinstance(error, _NETWORK_ERRORS):
             raise
         raise DataError(
             f"could not download {CIFAR10.url} ({getattr(error, 'reason', error)}). Without a network: fastresnet "
             "prepare --source FILE with a copy of that archive, or --data shapes10 for a drawn stand-in."
         ) from None
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(default_timeout)
     return archive
 
 
-# --- the official packings ---------------------------------------------------------------------------------------
+# --- the official archives ---------------------------------------------------------------------------------------
 
 
 def _read_official(path: Path, report: Report) -> RawData:
@@ -153,7 +153,7 @@ def _read_official(path: Path, report: Report) -> RawData:
             *train, test, classes = (members[name] for name in names)
             return _checked(_join(classes, train, test), path)
     raise DataError(
-        f"{path} is no data set known here: it has neither the batches of CIFAR-10 nor train/<class>/*.png folders."
+        f"{path} is not a known data set: it has neither the batches of CIFAR-10 nor train/<class>/*.png folders."
     )
 
 
@@ -191,7 +191,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     else:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.size < 0:  # CPython before 3.11.14 would read the same header for ever (CVE-2025-8194)
+                if member.size < 0:  # CPython before 3.11.14 would read the same header forever (CVE-2025-8194)
                     raise DataError(f"{path}: {member.name} claims {member.size} bytes.")
                 name = PurePosixPath(member.name).name
                 if name in known and member.isreg() and (content := tar.extractfile(member)):
@@ -250,12 +250,12 @@ def _channels_last(planes: np.ndarray) -> np.ndarray:
 def _check_program(data: bytes) -> None:
     """Refuse pickles that would exhaust the interpreter.
 
-    They have far-out memo entries, or tuples nested until hashing one overflows the C stack. Official batches have a
-    handful of tuples and number their memo without gaps.
+    They have very large memo indices, or tuples nested until hashing one overflows the C stack. Official batches have
+    few tuples and consecutive memo indices.
     """
     tuples = 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # genops warns of odd escapes in damaged strings
+        warnings.simplefilter("ignore")  # genops warns of invalid escapes in damaged strings
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             tuples += "TUPLE" in opcode.name
             if tuples > 100 or ("PUT" in opcode.name and isinstance(argument, int) and argument > count):
@@ -289,9 +289,9 @@ def _reconstruct(*_: Any) -> _PickledArray:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Unpickler of the three names of official batches, each as a harmless stand-in; it refuses all others."""
+    """Unpickler that resolves the three names of official batches to harmless stand-ins and refuses all others."""
 
-    _ADMITTED = {  # noqa: RUF012
+    _ALLOWED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): _PickledArray,
@@ -303,9 +303,9 @@ class _CifarUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._ADMITTED[module, name]
+            return self._ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs") from None
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR batch needs") from None
 
 
 # --- folders of images -------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def _read_image_folder(path: Path, report: Report) -> RawData:
 
 
 def note_resized(resized: int, total: int) -> None:
-    """Tell with a `Note` if some of `total` images had to be resized."""
+    """Warn with a `Note` if some of `total` images were resized."""
     if resized:
         warnings.warn(
             f"{resized} of {total} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped to a square "
@@ -348,8 +348,8 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, 
         raise DataError(f"{folder} is missing: a folder of images has train/<class>/ and test/<class>/.")
     found = _class_folders(folder)
     if found != set(classes):
-        odd = ", ".join(sorted(found ^ set(classes)))
-        raise DataError(f"{folder} and its neighbour do not have the same classes: {odd}.")
+        different = ", ".join(sorted(found ^ set(classes)))
+        raise DataError(f"{folder} does not have the same classes as the other split: {different}.")
     return [
         (file, label)
         for label, name in enumerate(classes)
@@ -359,9 +359,9 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, 
 
 
 def read_image(file: Path) -> tuple[np.ndarray, bool]:
-    """Read RGB pixels, uint8 [32, 32, 3]; with True if the image had to be cropped to a square and resized.
+    """Read RGB pixels, uint8 [32, 32, 3]; return them, and True if the image was cropped to a square and resized.
 
-    Raises `DataError` where the file is no image, too large to decode safely, or has over 8 bits a channel.
+    Raises `DataError` if the file is not an image, is too large to decode safely, or has over 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
@@ -370,8 +370,8 @@ def read_image(file: Path) -> tuple[np.ndarray, bool]:
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = stack.enter_context(Image.open(file))
-            if image.mode[0] in "IF":  # integers of 16 or 32 bits, and floats: Pillow would cut them off at 255
-                raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}). Save it with 8.")
+            if image.mode[0] in "IF":  # integers of 16 or 32 bits, and floats: Pillow would clip them at 255
+                raise DataError(f"{file} has more than 8 bits per channel (mode {image.mode}). Save it with 8.")
             resized = image.size != size
             rgb = image.convert("RGB")
             return np.asarray(ImageOps.fit(rgb, size) if resized else rgb), resized

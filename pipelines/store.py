@@ -5,7 +5,7 @@
                   pixel_mean.npy     float32 [32, 32, 3], mean of the training images, in 0..1
                   meta.json          name, classes, counts, mean and std, source, version; size and SHA-256 of each file
 
-The folder appears under its name in one rename, complete, or not at all.
+One rename creates the folder, so it is complete or does not exist.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .prng import Stream, permutation, stream_key
 from .sampling import IMAGE_SIZE
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
-"""Data sets that are prepared without files of one's own."""
+"""Data sets that are prepared without files from the user."""
 
 SCHEMA = 1
 _ARRAYS = {
@@ -44,7 +44,7 @@ DERIVED_FILES = {"beton": ("train.beton", "test.beton"), "jpeg": ("train.tar", "
 
 _DERIVED = [name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)]
 STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS), *_DERIVED, *map(temporary_name, _DERIVED)})
-"""Names that may lie in the folder of a store, with those that a killed writer of derived files left."""
+"""Names of files allowed in the folder of a store, including those that a killed writer of derived files left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,14 @@ class Dataset:
     pixel_mean: np.ndarray
     """Mean of the training images, float32 [32, 32, 3], in 0..1."""
     digest: str
-    """SHA-256 over classes, images and labels, wherever, from whichever file and by whichever version prepared."""
+    """SHA-256 over classes, images and labels, independent of folder, source file and version of the program."""
     folder: Path
 
     def hold_out(self, count: int) -> tuple[Dataset, Dataset]:
-        """Split `count` training images off.
+        """Hold out `count` training images.
 
-        Returns the data set without them, and one whose test split is them. Which images is decided by the hash alone,
-        the same for every seed. Raises `UsageError` unless both parts have images.
+        Returns the data set without them, and one with them as its test split. The hash alone selects the images, the
+        same for every seed. Raises `UsageError` unless both parts have images.
         """
         if not 0 < count < len(self.train):
             raise UsageError(f"cannot hold {count} images out of {len(self.train)} training images.")
@@ -116,7 +116,7 @@ class Dataset:
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Compute mean and standard deviation of each channel of uint8 [N, 32, 32, 3], in 0..1, from exact counts."""
     counts = np.zeros((3, 256))
-    for start in range(0, len(images), 4096):  # bincount widens to int64: all at once would need 8 bytes a pixel
+    for start in range(0, len(images), 4096):  # bincount widens to int64: all at once would need 8 bytes per pixel
         for channel in range(3):
             counts[channel] += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
     weights = counts / counts.sum(axis=1, keepdims=True)
@@ -127,7 +127,7 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def write_store(folder: Path, data: RawData, *, source: str, version: str) -> None:
-    """Write `data` as the store `folder`, replacing a damaged one there once the new one is complete.
+    """Write `data` as the store `folder`; replace a damaged one once the new one is complete.
 
     The caller holds the lock of `folder`, so the one temporary name cannot be in use. Raises `OSError`.
     """
@@ -144,7 +144,7 @@ def write_store(folder: Path, data: RawData, *, source: str, version: str) -> No
 
 
 def _meta_digest(meta: dict[str, Any]) -> str:
-    """Compute the SHA-256 of everything in meta.json but itself."""
+    """Compute the SHA-256 of all entries of meta.json except `sha256` itself."""
     return _json_digest({key: value for key, value in meta.items() if key != "sha256"})
 
 
@@ -187,7 +187,7 @@ def _write_files(folder: Path, name: str, data: RawData, source: str, version: s
 def open_store(folder: Path) -> Dataset:
     """Open and verify the store `folder`.
 
-    Raises `DataError` that names the file and the remedy where the store is missing, damaged or of another kind.
+    Raises `DataError` that names the file and the remedy if the store is missing, damaged or of another kind.
     """
     meta = _read_meta(folder)
     arrays = {key: _open_array(folder, key, meta["files"]) for key in _ARRAYS}
@@ -195,7 +195,7 @@ def open_store(folder: Path) -> Dataset:
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if labels.ndim != 1 or images.shape != (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise DataError(f"{folder / split}_images.npy and _labels.npy do not fit together. {remedy}")
+            raise DataError(f"{folder / split}_images.npy and _labels.npy do not match. {remedy}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(meta["classes"]):
             raise DataError(
                 f"{folder / split}_labels.npy has labels outside the {len(meta['classes'])} classes. {remedy}"
@@ -216,18 +216,18 @@ def open_store(folder: Path) -> Dataset:
 
 
 def is_name(name: str) -> bool:
-    """Return True if a data set may be called `name`: it becomes the name of a folder, and a part of others'."""
+    """Return True if `name` is valid for a data set: it becomes a folder name, and part of other folders' names."""
     return bool(name) and name == Path(name).name and not name.startswith(".")
 
 
 def prepare_command(folder: Path) -> str:
-    """Return the command that prepares the store `folder`, or files made from it once it is there."""
+    """Return the command that prepares the store `folder` or, with --formats, files derived from it."""
     folder = folder.absolute()
     return shlex.join(["fastresnet", "prepare", "--data", folder.name, "--root", str(folder.parent)])
 
 
-def prepare_anew_command(folder: Path) -> str:
-    """Return the command for a missing or damaged store: one of one's own is made from files."""
+def prepare_again_command(folder: Path) -> str:
+    """Return the command that prepares a missing or damaged store; a user's own data set needs --source."""
     source = "" if folder.absolute().name in (CIFAR10, SHAPES10) else " --source PATH"
     return f"{prepare_command(folder)}{source}"
 
@@ -238,7 +238,7 @@ def _whole_split(name: str, arrays: dict[str, np.ndarray]) -> Split:
 
 
 def _remedy(folder: Path) -> str:
-    return f"Prepare it again: {prepare_anew_command(folder)}"
+    return f"Prepare it again: {prepare_again_command(folder)}"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if inside := sorted(path.parent for path in folder.glob("*/meta.json")):
             raise DataError(f"no prepared data set in {folder} itself, but there is one in {inside[0]}.") from None
-        raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_anew_command(folder)}") from None
+        raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_again_command(folder)}") from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
@@ -283,16 +283,16 @@ def check_file(path: Path, expected: dict[str, Any], manifest: str, remedy: str)
 
 
 def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
-    """Memory-map `key`.npy after its size and SHA-256 have been found right."""
+    """Memory-map `key`.npy after verifying its size and SHA-256."""
     path = folder / f"{key}.npy"
     expected = files[path.name]
     try:
         check_file(path, expected, "meta.json", _remedy(folder))
-        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, takes .npy alone
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, accepts only .npy
     except (KeyError, TypeError, ValueError, tokenize.TokenError) as error:
         raise DataError(f"{path} cannot be read: {error}. {_remedy(folder)}") from None
     if array.dtype != _ARRAYS[key]:
         raise DataError(f"{path} holds {array.dtype}, not {_ARRAYS[key]}. {_remedy(folder)}")
-    if not array.flags.c_contiguous:  # compiled code goes through its memory
+    if not array.flags.c_contiguous:  # compiled code reads its memory in order
         raise DataError(f"{path} is not in C order. {_remedy(folder)}")
     return array

@@ -1,6 +1,6 @@
-"""Plain pipeline: a `Dataset` in a `DataLoader` augments one sample at a time by torchvision's functional transforms.
+"""Plain pipeline: a `Dataset` in a `DataLoader` augments one sample at a time with torchvision's functional transforms.
 
-It is the simplest thing that is right, and what the others are compared with.
+It is the simplest correct implementation, and the others are compared with it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ except ModuleNotFoundError as error:
     raise UsageError(f"torchvision is not installed ({error}): pip install torchvision") from None
 
 _GRACE_S = 20
-"""Seconds that a worker lives after SIGTERM."""
+"""Seconds that a worker continues after SIGTERM."""
 
 
 class _Sample(NamedTuple):
-    """Row of the store and its augmentation, for a worker, in which nothing is random."""
+    """Row of the store and its augmentation, for a worker, which draws no random numbers."""
 
     row: int
     top: int
@@ -60,8 +60,8 @@ class _AugmentedSamples(torch.utils.data.Dataset):
         return image, int(self._split.labels[sample.row])
 
 
-def _outlive_stop_signals(_: int) -> None:
-    """Survive Ctrl-C and a scheduler's SIGTERM, which reach the workers too, until the parent has saved."""
+def _survive_stop_signals(_: int) -> None:
+    """Ignore Ctrl-C, and delay a scheduler's SIGTERM: both reach the workers too, before the parent has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
@@ -79,7 +79,7 @@ class TorchvisionPipeline(Pipeline):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_outlive_stop_signals,
+            worker_init_fn=_survive_stop_signals,
         )
 
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:

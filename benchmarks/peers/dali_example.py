@@ -1,4 +1,4 @@
-"""DALI with its own random operators, as its users feed it CIFAR.
+"""DALI with its own random operators, in a typical pipeline for CIFAR.
 
 An external source is shuffled, and each image is pasted onto a larger black canvas. One operator crops, mirrors and
 normalises. `DALIGenericIterator` makes torch tensors.
@@ -18,14 +18,14 @@ from pipelines.store import Dataset, Split
 
 
 class _Shuffled:
-    """Batches of bare pixels and labels in a new random order every epoch."""
+    """Batches of raw pixels and labels in a new random order every epoch."""
 
     def __init__(self, split: Split, batch_size: int) -> None:
         self._images, self._labels = np.asarray(split.images), split.labels.astype(np.int64)
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = np.random.permutation(len(self._labels))  # noqa: NPY002  as its users write it
+        order = np.random.permutation(len(self._labels))  # noqa: NPY002  as in typical code
         for first in range(0, len(order) - self._batch_size + 1, self._batch_size):
             rows = order[first : first + self._batch_size]
             yield self._images[rows], self._labels[rows]

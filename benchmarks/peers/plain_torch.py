@@ -1,4 +1,4 @@
-"""Training loop as people write it: `DataLoader` with PIL transforms, fp32, NCHW, eager, `.item()` every step."""
+"""Common training loop: `DataLoader` with PIL transforms, fp32, NCHW, eager, `.item()` every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training loop in the manner of timm's `train.py`.
+"""Training loop in the style of timm's `train.py`.
 
 Batches of uint8 are normalised on the device. The forward pass is in bf16 (autocast) and channels-last. Nothing is
 compiled. The loss is read every 50 steps.

@@ -14,7 +14,7 @@ from pipelines.store import Dataset, Split
 
 
 class _Images(torch.utils.data.Dataset):
-    """Images as of `torchvision.datasets.CIFAR10`, from the store's arrays."""
+    """Images as in `torchvision.datasets.CIFAR10`, from the store's arrays."""
 
     def __init__(self, split: Split) -> None:
         self._split = split

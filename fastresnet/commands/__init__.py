@@ -1,1 +1,1 @@
-"""Commands of `fastresnet`, a module each: its options, and `run`, which takes the arguments after its name."""
+"""Commands of `fastresnet`, one module each: its options, and `run`, which takes the arguments after its name."""

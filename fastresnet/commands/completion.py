@@ -19,7 +19,7 @@ _ZSH = """autoload -Uz compinit bashcompinit
 bashcompinit
 """
 
-# Where it offers nothing, the shell offers the names of files. `--model=x` is three words in bash and one in zsh.
+# If it offers nothing, the shell completes file names. `--model=x` is three words in bash and one in zsh.
 _FUNCTION = """_fastresnet() {{
     local words= prefix= current=${{COMP_WORDS[COMP_CWORD]}} option=${{COMP_WORDS[COMP_CWORD-1]}}
     if [[ $option == "=" ]]; then
@@ -43,7 +43,7 @@ complete -o default -F _fastresnet fastresnet
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Print what makes a shell complete commands, options and their values: eval "$(fastresnet completion bash)"."""
+    """Print a script for the shell to complete commands, options and values: eval "$(fastresnet completion bash)"."""
 
     shell: Positional[str]
     """bash or zsh."""
@@ -97,7 +97,7 @@ def _values(flags: dict[str, dict[str, str]], choices: dict[str, Sequence[str]])
 
 
 def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yield the words that fit elsewhere.
+    """Yield the words for all other positions, with their patterns.
 
     Patterns match the number of the word to complete, the first two words after the program's name, and the beginning
     of the word to complete.
@@ -117,7 +117,7 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
 
 
 def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
-    """Return the words that options take: by their types, and where these do not tell, from the modules."""
+    """Return the values of options: from their types or, where these list none, from the modules."""
     from fastresnet.models import list_models
     from pipelines.prepare import CIFAR10, FORMATS, SHAPES10
 

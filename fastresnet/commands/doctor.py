@@ -12,7 +12,7 @@ _MARKS = {"works": "[green]ok[/]", "missing": "[yellow]--[/]", "broken": "[red]!
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Look at versions, GPU and driver, pipelines, compilers, data sets, disk and memory; tell remedies."""
+    """Check versions, GPU and driver, pipelines, compilers, data sets, disk and memory; print remedies."""
 
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
@@ -24,7 +24,7 @@ class Options:
 
 
 def run(arguments: list[str]) -> int:
-    """Return 1 where something is broken; optional things that are missing do not count."""
+    """Return 1 if something is broken; missing optional parts do not count."""
     options: Options = parse(Options, "doctor", arguments)
     from rich.console import Console
     from rich.markup import escape

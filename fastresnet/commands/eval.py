@@ -1,4 +1,4 @@
-"""`fastresnet eval`: measure weights on a test set."""
+"""`fastresnet eval`: evaluate weights on a test set."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipelines.errors import Note, UsageError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Measure weights on a test set: top-1 accuracy, loss, accuracy of each class."""
+    """Evaluate weights on a test set: top-1 accuracy, loss, accuracy of each class."""
 
     weights: Path
     """Checkpoint or model.safetensors of this program, or state dict saved by another (.pt, .th, .safetensors).
-    pretrained:NAME, such as pretrained:resnet20, stands for weights that come with this program."""
+    pretrained:NAME, such as pretrained:resnet20, selects weights included in this program."""
     model: str | None = None
-    """Network; without it, the one that the file names or its shapes fit. Plain networks must be named."""
+    """Network. Without it: the one named in the file or inferred from its shapes. Plain networks must be named."""
     data: str | None = None
     """Name or folder of the data set. Without it: the one the weights were trained on, else cifar10."""
     root: Path | None = None
@@ -32,7 +32,7 @@ class Options:
     device: Device = "auto"
     """Device to compute on."""
     threads: Threads = "auto"
-    """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
+    """Number of CPU threads, or auto: the fastest in a few trial steps."""
     precision: Precision = "auto"
     """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
     mirror: bool = False
@@ -44,12 +44,12 @@ class Options:
         check_output("--json", self.json)
         check_threads(self.threads)
         if (self.mean is None) != (self.std is None):
-            raise UsageError("--mean and --std go together.")
+            raise UsageError("--mean and --std must be given together.")
         for name, values in (("mean", self.mean or ()), ("std", self.std or ())):
             if not all(0 <= value <= 1 for value in values):
-                raise UsageError(f"--{name} {values}: give fractions in 0..1; figures for 0..255 are divided by 255.")
+                raise UsageError(f"--{name} {values}: give fractions in 0..1; divide values in 0..255 by 255.")
         if self.std and min(self.std) == 0:
-            raise UsageError(f"--std {self.std}: standard deviations are above 0.")
+            raise UsageError(f"--std {self.std}: standard deviations must be above 0.")
 
 
 def run(arguments: list[str]) -> int:
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
         normalization = "channel"
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
-        print(f"normalising with {dataset.name}'s own mean and std; --mean and --std give others")
+        print(f"normalising with {dataset.name}'s own mean and std; --mean and --std override them")
     trained_in = "fp32" if is_pretrained(options.weights) else training.get("precision", "fp32")
     if options.precision != "auto":
         precision: str = resolve_precision(options.precision, device)
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
         precision = trained_in
     else:
         precision = "fp32"
-        warnings.warn(f"trained in {trained_in}, which this GPU lacks; measured in fp32", Note, stacklevel=2)
+        warnings.warn(f"trained in {trained_in}, not supported by this GPU; evaluating in fp32", Note, stacklevel=2)
     pipeline = open_evaluation(dataset, normalization, precision, device)
     model = weights.model.to(device).to(memory_format=torch.channels_last)
     with (

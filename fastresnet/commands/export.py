@@ -1,4 +1,4 @@
-"""`fastresnet export`: a trained network for other programs."""
+"""`fastresnet export`: export a trained network to other programs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".p
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Write a trained network for other programs, and check that the file computes the same."""
+    """Export a trained network to other programs, and check that the file computes the same."""
 
     weights: str = "pretrained:resnet20"
     """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
     model: str | None = None
-    """Network; without it, the one that the file names or its shapes fit."""
+    """Network. Without it: the one named in the file or inferred from its shapes."""
     format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
     """onnx, torch-export (a program for torch.export.load) or safetensors (the weights alone)."""
     normalize: bool = False
-    """Make the normalisation part of the graph: images in 0..1 go in."""
+    """Include the normalisation in the graph, which then takes images in 0..1."""
     out: Path | None = None
     """File to write. Without it: the name of the network, in the current folder."""
 
     def __post_init__(self) -> None:
         check_output("--out", self.out)
         if self.normalize and self.format == "safetensors":
-            raise UsageError("--normalize makes normalisation part of a graph, and safetensors hold weights alone.")
+            raise UsageError("--normalize adds normalisation to a graph, but safetensors contain only weights.")
 
 
 def run(arguments: list[str]) -> int:
@@ -53,6 +53,6 @@ def run(arguments: list[str]) -> int:
 
 def _normalization(weights: Weights) -> str:
     if weights.mean.shape[1] > 1:
-        return "less the mean of each pixel (--normalize makes that part of the graph)"
+        return "minus the mean of each pixel (--normalize includes that in the graph)"
     mean, std = (", ".join(f"{v:.4f}" for v in values.flatten().tolist()) for values in (weights.mean, weights.std))
-    return f"less {mean}, divided by {std} (--normalize makes that part of the graph)"
+    return f"minus {mean}, divided by {std} (--normalize includes that in the graph)"

@@ -1,4 +1,4 @@
-"""`fastresnet plot`: pictures of runs."""
+"""`fastresnet plot`: plots of runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Draw runs: their curves in one picture, or the confusion matrix or most confident mistakes of one."""
+    """Plot the curves of one or several runs, or the confusion matrix or most confident mistakes of one."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders, such as runs/fast-resnet20-cifar10-seed0."""
     kind: Literal["curves", "confusion", "mistakes"] = "curves"
     """curves, confusion (matrix of the test set), or mistakes (most confident mistakes on the test set)."""
     out: Path | None = None
-    """File to write, .png or .svg. Without it: the kind, as .png, in the run folder, or here if there are several."""
+    """File to write, .png or .svg. Without it: KIND.png in the run folder, or here if there are several runs."""
     data: str | None = None
     """Name or folder of the data set. Without it: the one the run was trained on."""
     root: Path | None = None
@@ -38,7 +38,7 @@ class Options:
         if not self.runs:
             raise UsageError("plot needs run folders: fastresnet plot RUN ...")
         if self.kind != "curves" and len(self.runs) > 1:
-            raise UsageError(f"--kind {self.kind} is of one run.")
+            raise UsageError(f"--kind {self.kind} takes only one run.")
 
 
 def run(arguments: list[str]) -> int:

@@ -19,29 +19,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BATCH_SIZE = 256
-_NOTED = 40  # lines of the table on a terminal; --csv holds all
+_SHOWN_LINES = 40  # lines of the table on a terminal; --csv writes all
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Classify images: the likeliest classes of each file, with their probabilities."""
+    """Classify images: the most likely classes of each file, with their probabilities."""
 
     images: Positional[tuple[Path, ...]]
-    """Image files (.png, .jpg), and folders, in which all are taken."""
+    """Image files (.png, .jpg), or folders of image files."""
     weights: str = "pretrained:resnet20"
     """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
     model: str | None = None
-    """Network; without it, the one that the file names or its shapes fit."""
+    """Network. Without it: the one named in the file or inferred from its shapes."""
     top: int = 3
-    """Number of classes to tell for each image."""
+    """Number of classes to print for each image."""
     device: Device = "auto"
     """Device to compute on."""
     threads: Threads = "auto"
-    """Threads that a CPU computes with: a number, or auto, for which a few trial steps decide."""
+    """Number of CPU threads, or auto: the fastest in a few trial steps."""
     csv: Path | None = None
     """CSV file to write all predictions to."""
     saliency: Path | None = None
-    """Picture to write (.png or .svg): the images, and the pixels on which the likeliest class depends."""
+    """Figure to write (.png or .svg): the images, and the pixels on which the most likely class depends."""
 
     def __post_init__(self) -> None:
         check_output("--csv", self.csv)
@@ -79,16 +79,16 @@ def run(arguments: list[str]) -> int:
         parts = [network(batch.to(device)).softmax(1).cpu() for batch in batches]
     probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
     lines = [
-        (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(of, likely, strict=True)))
-        for file, of, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
+        (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(indices, likely, strict=True)))
+        for file, indices, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
     ]
     print_table(
         f"{weights.name} ({options.weights})",
-        lines[:_NOTED],
+        lines[:_SHOWN_LINES],
         header=("image", *(f"{n}." for n in range(1, len(lines[0])))),
     )
-    if len(lines) > _NOTED:
-        print(f"and {len(lines) - _NOTED} more; --csv FILE takes all")
+    if len(lines) > _SHOWN_LINES:
+        print(f"and {len(lines) - _SHOWN_LINES} more; --csv FILE writes all")
     if options.csv is not None:
         _write_csv(options.csv, files, [[weights.classes[c] for c in row] for row in classes.tolist()], probabilities)
     if options.saliency is not None:
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _image_files(given: tuple[Path, ...]) -> list[Path]:
-    """List all image files, those of a folder in the order of their names. Raises `DataError` where there are none."""
+    """List all image files, those of a folder sorted by name. Raises `DataError` if there are none."""
     from pipelines.sources import IMAGE_SUFFIXES
 
     if not given:
@@ -113,7 +113,7 @@ def _image_files(given: tuple[Path, ...]) -> list[Path]:
             raise DataError(f"{path} does not exist.")
         inside = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
         if not inside:
-            raise DataError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+            raise DataError(f"{path} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         files += inside
     return files
 
@@ -131,7 +131,7 @@ def _read(files: list[Path]) -> Tensor:
 
 
 def _saliency(network: nn.Module, images: Tensor) -> Tensor:
-    """Compute the saliency of each pixel for the likeliest class, [N, 32, 32], at most 1.
+    """Compute the saliency of each pixel for the most likely class, [N, 32, 32], at most 1.
 
     It is the largest absolute gradient of the logit over the pixel's colours (Simonyan, Vedaldi & Zisserman, "Deep
     Inside Convolutional Networks", 2013, section 3).

@@ -1,4 +1,4 @@
-"""`fastresnet prepare`: make a data set."""
+"""`fastresnet prepare`: prepare a data set."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipelines.formats import Subsampling
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Make a data set once: verified, in plain NumPy files. Files that are there and whole stay as they are."""
+    """Prepare a data set once: verified, in plain NumPy files. Intact existing files are kept."""
 
     data: str = "cifar10"
-    """Name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or one of your own for --source."""
+    """Name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or your own for --source."""
     source: Path | None = None
     """CIFAR-10 archive (python or binary version; .tar, .tar.gz, .tar.xz or .zip), its unpacked folder, or a folder
     of images: train/CLASS/*.png and test/CLASS/*.png (or .jpg)."""
@@ -27,7 +27,7 @@ class Options:
     test_images: int = 10_000
     """Number of test images of shapes10 to draw."""
     formats: str = "raw"
-    """Formats to make beside the store itself (raw), with commas between: beton (for FFCV), jpeg (for DALI)."""
+    """Formats to write besides the store itself (raw), separated by commas: beton (for FFCV), jpeg (for DALI)."""
     jpeg_quality: int = 95
     """Quality of the JPEG files, 1..100."""
     jpeg_subsampling: Subsampling = "4:4:4"
@@ -57,13 +57,13 @@ def run(arguments: list[str]) -> int:
             jpeg=JpegSettings(quality=options.jpeg_quality, subsampling=options.jpeg_subsampling),
         )
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes"
-    print(f"{dataset.name}: {counts}, {'prepared' if made else 'already there,'} and verified in {dataset.folder}")
+    print(f"{dataset.name}: {counts}, {'prepared' if made else 'already prepared,'} and verified in {dataset.folder}")
     if "jpeg" in formats:
         print(
             f"JPEG against the original training images: {facts_text(read_manifest(dataset, 'jpeg')['facts']['train'])}"
         )
-    asked = (options.train_images, options.test_images)
-    resized = dataset.name == SHAPES10 and asked != (len(dataset.train), len(dataset.test))
-    if not made and (options.source is not None or resized):
-        warnings.warn(f"nothing was read or drawn; remove {dataset.folder} to make it anew.", Note, stacklevel=2)
+    requested = (options.train_images, options.test_images)
+    other_size = dataset.name == SHAPES10 and requested != (len(dataset.train), len(dataset.test))
+    if not made and (options.source is not None or other_size):
+        warnings.warn(f"nothing was read or drawn; remove {dataset.folder} to prepare it again.", Note, stacklevel=2)
     return 0

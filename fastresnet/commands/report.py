@@ -1,4 +1,4 @@
-"""`fastresnet report`: a run as one HTML page."""
+"""`fastresnet report`: HTML report of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.errors import DataError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Make a page of a finished run: accuracy, curves, most confident mistakes, time and settings, in one file."""
+    """Write an HTML report of a finished run: accuracy, curves, most confident mistakes, time and settings."""
 
     run: Positional[Path]
     """Run folder, such as runs/fast-resnet20-cifar10-seed0."""

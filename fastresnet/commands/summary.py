@@ -12,7 +12,7 @@ from pipelines.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Show the layers of a network: output shape, parameters and multiply-adds for an image."""
+    """Show the layers of a network: output shape, parameters and multiply-adds per image."""
 
     model: str = "resnet20"
     """Name of the network."""
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
         title,
         [
             *((la.name, la.kind, "x".join(map(str, la.output)), f"{la.parameters:,}", f"{la.macs:,}") for la in found),
-            ("in all", "", "", f"{parameters:,}", f"{macs:,}"),
+            ("total", "", "", f"{parameters:,}", f"{macs:,}"),
         ],
         header=("layer", "kind", "output", "parameters", "multiply-adds"),
     )

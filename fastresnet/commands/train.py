@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options(TrainConfig):
-    """Settings of a training, and the other things to do with them."""
+    """Settings of a training, and other actions on them."""
 
     config: Path | None = None
-    """Take the defaults from the config.toml of a run, in place of a recipe's."""
+    """Take the defaults from the config.toml of a run, not from a recipe."""
     seeds: str | None = None
-    """Train with each of these seeds, such as 0-9 or 0-4,7, on as many GPUs as there are; end with a table of all."""
+    """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and print a table of all runs."""
     find_lr: Path | None = None
-    """Draw the loss (.png or .svg) while --lr grows from 1e-5 to 10 in 100 steps, and leave no run."""
+    """Plot the loss (.png or .svg) while --lr grows from 1e-5 to 10 in 100 steps, without a run folder."""
     dry_run: bool = False
-    """Tell what to expect of the run, after 20 steps that leave nothing behind."""
+    """Print the expected cost of the run, measured in 20 steps, without a run folder."""
     print_config: bool = False
     """Print the settings as TOML."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)  # `super()` does not find its way in classes with slots
+        TrainConfig.__post_init__(self)  # `super()` fails in dataclasses with slots
         if self.find_lr is not None:
             check_output("--find-lr", self.find_lr, (".png", ".svg"))
             if self.dry_run or self.print_config or self.seeds is not None or "RANK" in os.environ:
@@ -80,7 +80,7 @@ def _parse(arguments: list[str]) -> Options:
     from fastresnet.config import from_toml
     from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
 
-    given, _ = _take(arguments, "--config", "--model")
+    given, _ = _extract(arguments, "--config", "--model")
     if given.config is not None:
         base = from_toml(Path(given.config))
     else:
@@ -103,7 +103,7 @@ def _parse(arguments: list[str]) -> Options:
             "--config."
         )
     if unknown:
-        read()  # exits, with words on what may have been meant
+        read()  # exits, with suggestions
     return options
 
 
@@ -120,14 +120,14 @@ def _dry_run(config: TrainConfig) -> int:
     found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
     train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
     print_table(
-        "what to expect; nothing was written",
+        "expected cost; nothing was written",
         [
             ("network", config.model),
             ("parameters", f"{sum(layer.parameters for layer in found):,}"),
-            ("multiply-adds for an image", f"{sum(layer.macs for layer in found):,}"),
-            ("time training", format_duration(train)),
-            ("time evaluating", format_duration(evaluation)),
-            ("in all, without compilation", format_duration(train + evaluation)),
+            ("multiply-adds per image", f"{sum(layer.macs for layer in found):,}"),
+            ("training time", format_duration(train)),
+            ("evaluation time", format_duration(evaluation)),
+            ("total time, without compilation", format_duration(train + evaluation)),
             ("memory", f"{expected['memory_bytes'] / 1e9:.1f} GB"),
         ],
     )
@@ -142,15 +142,15 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     dataset = _find_dataset(config)
     with progress_line() as report:
         found = find_lr(config, dataset, report)
-    told = {"steepest descent": found.steepest, "a tenth of the lowest loss's": found.tenth_of_lowest}
-    save_figure(sweep(found.rates, found.losses, found.smoothed.tolist(), told), picture)
+    marks = {"steepest descent": found.steepest, "a tenth of the rate at the lowest loss": found.tenth_of_lowest}
+    save_figure(sweep(found.rates, found.losses, found.smoothed.tolist(), marks), picture)
     others = {"--sgd-lr": config.sgd_lr, "--norm-lr": config.norm_lr} if config.optimizer == "muon" else {}
     given = {name: rate / config.lr for name, rate in others.items() if rate is not None}
-    beside = "".join(f"; {name} was {times:g} times as high" for name, times in given.items())
+    scaled = "".join(f"; {name} was {times:g} times as high" for name, times in given.items())
     print_table(
-        f"--lr{beside}",
+        f"--lr{scaled}",
         [
-            *((what, f"{rate:.2g}") for what, rate in told.items()),
+            *((what, f"{rate:.2g}") for what, rate in marks.items()),
             ("recipe default", f"{create_config(config.recipe, config.model).lr:g}"),
         ],
     )
@@ -162,7 +162,7 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     from fastresnet.seeds import parse_seeds, train_seeds
 
     seeds = parse_seeds(text)
-    given, arguments = _take(arguments, "--seeds", "--seed", "--out")
+    given, arguments = _extract(arguments, "--seeds", "--seed", "--out")
     if given.seed is not None or "RANK" in os.environ:
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     import torch
@@ -177,14 +177,12 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
         for seed in seeds
     }
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    where = f"{gpus} at once, one on each GPU" if gpus else "one after the other, on the CPU"
-    print(
-        f"{len(seeds)} trainings, {where}; each tells its progress in train.log in its folder: {folders[seeds[0]]} ..."
-    )
+    where = f"{gpus} in parallel, one on each GPU" if gpus else "one after the other, on the CPU"
+    print(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
         _seed_lines(train_seeds(arguments, folders, gpus)),
-        header=("seed", "test accuracy", "with horizontal-flip TTA", "time training"),
+        header=("seed", "test accuracy", "with horizontal-flip TTA", "training time"),
     )
     return 0
 
@@ -213,8 +211,8 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _take(arguments: list[str], *options: str) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values of `options`, None where one is missing, and the arguments without them."""
+def _extract(arguments: list[str], *options: str) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of `options`, None if one is missing, and the arguments without them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in options:
         parser.add_argument(option, nargs="?")
@@ -222,7 +220,7 @@ def _take(arguments: list[str], *options: str) -> tuple[argparse.Namespace, list
 
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Select from `summary.json` what people ask for, as (what, value)."""
+    """Format the main figures of `summary.json`, as (name, value)."""
     from fastresnet.training.loggers import format_duration
 
     chosen_on = "the held-out split" if summary["best_chosen_on"] == "validation" else "the test set itself"
@@ -235,7 +233,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("epochs / steps", f"{summary['epochs']} / {summary['steps']:,}"),
         ("training throughput", f"{summary['images_per_s']:,.0f} images/s"),
         (
-            "time training / in all",
+            "training time / total time",
             f"{format_duration(summary['train_seconds'])} / {format_duration(summary['total_seconds'])}",
         ),
     ]

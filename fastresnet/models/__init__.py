@@ -1,4 +1,4 @@
-"""Networks and their names. Importing this package does not import torch, so that command lines are checked fast."""
+"""Networks and their names. This package does not import torch, so that command lines are checked quickly."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MODELS = {
 
 
 def list_models() -> list[str]:
-    """List all names that `create_model` takes."""
+    """List all names that `create_model` accepts."""
     return list(MODELS)
 
 
@@ -71,7 +71,7 @@ def find_model(name: str) -> ModelSpec:
 
 
 def check_model(name: str, shortcut: str, drop_path: float, zero_init_residual: bool = False) -> None:
-    """Raise `UsageError`, with the reason, unless `create_model` can build this."""
+    """Raise `UsageError`, with the reason, unless `create_model` supports these arguments."""
     spec = find_model(name)
     check_choice("shortcut", shortcut, SHORTCUTS)
     if shortcut not in spec.shortcuts:
@@ -82,7 +82,7 @@ def check_model(name: str, shortcut: str, drop_path: float, zero_init_residual: 
     if not 0 <= drop_path < 1:
         raise UsageError(f"drop path rate {drop_path} is not in 0..1 (1 excluded).")
     if drop_path and not spec.supports_drop_path:
-        raise UsageError(f"drop path rate {drop_path}: {name} has no shortcuts to bridge a block left out. Use 0.")
+        raise UsageError(f"drop path rate {drop_path}: {name} has no shortcuts to bridge a dropped block. Use 0.")
     if zero_init_residual and not spec.supports_zero_init:
         raise UsageError(
             f"zero-init residual: {name} has no residual branches that end in a batch norm, whose weights would be 0. "

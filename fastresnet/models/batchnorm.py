@@ -19,7 +19,7 @@ _LANES = 16  # as in batchnorm.c
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm (Ioffe & Szegedy, 2015), the addition of a shortcut where one is given, and ReLU if `relu`.
+    """Batch norm (Ioffe & Szegedy, 2015), the addition of a shortcut if one is given, and ReLU if `relu`.
 
     With `fused` set, a CPU that trains in fp32 or bf16, channels-last, runs all of it in `batchnorm.c`. This takes a
     third of the time of PyTorch's separate operators and is limited by memory bandwidth.
@@ -62,14 +62,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(model: nn.Module) -> None:
-    """Let all of `model` normalise by the statistics of all ranks. `torch.distributed` must be initialised."""
+    """Make all of `model` normalise by the statistics of all ranks. `torch.distributed` must be initialised."""
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
             module.synchronized = True
 
 
 def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
-    """Set `fused` in all of the model. Without a C compiler, warn with a `Note` and change nothing."""
+    """Set `fused` in all batch norms of the model. Without a C compiler, warn with a `Note` and change nothing."""
     if fused and _kernels() is None:
         return
     for module in model.modules():
@@ -78,7 +78,7 @@ def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
 
 
 def _fits(x: Tensor, shortcut: Tensor | None) -> bool:
-    """Return True if the kernels support these tensors. PyTorch's operators take all others."""
+    """Return True if the kernels support these tensors. PyTorch's operators process all others."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)

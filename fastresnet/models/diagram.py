@@ -69,14 +69,14 @@ class _Tracer(Tracer):
 
 def graph(model: nn.Module) -> list[Box]:
     """List the boxes of `model` in the order of execution, for images [3, 32, 32], which are the first box."""
-    twin = copy.deepcopy(model).to("meta").eval()
-    traced = _Tracer().trace(twin)
-    ShapeProp(GraphModule(twin, traced)).propagate(one_image())
+    copied = copy.deepcopy(model).to("meta").eval()
+    traced = _Tracer().trace(copied)
+    ShapeProp(GraphModule(copied, traced)).propagate(one_image())
     boxes: list[Box] = []
     numbers: dict[Node, int] = {}
     for node in traced.nodes:
         inputs = tuple(numbers[source] for source in node.all_input_nodes)
-        module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = copied.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Identity) or node.op == "output":
             numbers[node] = inputs[0]
             continue

@@ -88,7 +88,7 @@ class PreActivationResNet(nn.Module):
         self.layer1, self.layer2, self.layer3 = create_stages(block, widths, blocks, drop_path)
         # Both paths are activated where the shape changes and after the first convolution (He et al., appendix).
         for stage in (self.layer1, self.layer2, self.layer3):
-            stage[0].activates_shortcut = True  # type: ignore[assignment]  # mypy knows only that it is a module
+            stage[0].activates_shortcut = True  # type: ignore[assignment]  # mypy infers only a module
         self.bn1 = BatchNorm2d(widths[3], relu=True)
         self.fc = nn.Linear(widths[3], num_classes)
         self.apply(initialize)

@@ -25,7 +25,7 @@ Block = Callable[[int, int, int, StochasticDepth | None], nn.Module]
 class PaddedIdentity(nn.Module):
     """Shortcut option A, without parameters: every second pixel, and zeros for the channels that the input lacks.
 
-    The paper does not say where the zero channels go. Half lie at each end, as in akamaster/pytorch_resnet_cifar10, so
+    The paper does not say where the zero channels go. Half are at each end, as in akamaster/pytorch_resnet_cifar10, so
     that its weights fit.
     """
 
@@ -79,7 +79,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.bn1(self.conv1(x)))
         shortcut = None if self.downsample is None else self.downsample(x)
-        if self.bn2.relu:  # nothing lies between batch norm and the addition
+        if self.bn2.relu:  # nothing is between batch norm and the addition
             return self.bn2(out, shortcut)
         return F.relu(self.drop_path(self.se(self.bn2(out))) + shortcut, inplace=True)
 

@@ -53,7 +53,7 @@ class PatchWhitening(nn.Conv2d):
 
 
 class PooledConvolution(nn.Module):
-    """A 3x3 convolution, 2x2 max pooling, batch norm and ReLU. Pooling leaves a quarter of the pixels to the latter."""
+    """A 3x3 convolution, 2x2 max pooling, then batch norm and ReLU on the remaining quarter of the pixels."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class ResNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
         shortcut = self.downsample(x)
-        if self.bn3.relu:  # nothing lies between batch norm and the addition
+        if self.bn3.relu:  # nothing is between batch norm and the addition
             return self.bn3(out, shortcut)
         return F.relu(self.drop_path(self.bn3(out)) + shortcut, inplace=True)
 

@@ -29,7 +29,7 @@ class StochasticDepth(nn.Module):
 
     def draw_with(self, seed: int) -> None:
         self.seed = seed
-        self._key = stream_key(seed, Stream.DROP_PATH, self.block)  # NumPy: not for torch.compile to see
+        self._key = stream_key(seed, Stream.DROP_PATH, self.block)  # NumPy: hidden from torch.compile
 
     def forward(self, branch: Tensor) -> Tensor:
         """Map `branch` [B, C, H, W] to the same shape, with zeros for the dropped samples."""
@@ -49,7 +49,7 @@ def linear_decay(drop_path: float, block: int, blocks: int) -> StochasticDepth |
 
 
 def seed_stochastic_depth(model: nn.Module, seed: int, step: Tensor, first_row: int = 0) -> None:
-    """Let all of `model` draw with `seed`, for the step whose number `step` [1] int64 holds, from `first_row` on.
+    """Make all of `model` draw with `seed`, for the step whose number is in `step` [1] int64, from `first_row` on.
 
     The model shares the tensor `step`: the caller increments it in place. Call this when the model is on the device of
     `step`. A deep copy of the model has one copy of `step`, shared by all its modules.

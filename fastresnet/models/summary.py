@@ -27,20 +27,20 @@ class Layer:
 
 def layers(model: nn.Module) -> list[Layer]:
     """List the layers of `model` in the order of execution, for images [3, 32, 32]. Nothing is computed."""
-    twin, found = copy.deepcopy(model).to("meta").eval(), []
+    copied, found = copy.deepcopy(model).to("meta").eval(), []
 
-    def watch(name: str, module: nn.Module) -> None:
-        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+    def add_hook(name: str, module: nn.Module) -> None:
+        def record(_: nn.Module, __: Any, output: Tensor) -> None:
             parameters = sum(parameter.numel() for parameter in module.parameters())
             found.append(Layer(name, layer_kind(module), tuple(output.shape[1:]), parameters, _macs(module, output)))
 
-        module.register_forward_hook(note)
+        module.register_forward_hook(record)
 
-    for name, module in twin.named_modules():
+    for name, module in copied.named_modules():
         if not any(module.children()) and not isinstance(module, nn.Identity):
-            watch(name, module)
+            add_hook(name, module)
     with torch.inference_mode():
-        twin(one_image())
+        copied(one_image())
     return found
 
 
@@ -58,26 +58,26 @@ def flops_per_image(model: nn.Module, *, training: bool) -> int:
     """Count the floating-point operations for one image, 2 for a multiply-add, of convolutions and linear layers.
 
     With `training`, count the backward pass too: as many again for the gradient of a layer's weights and for that of
-    its input, where they are needed. `torch.utils.flop_counter` counts the same, but ignores groups in the gradients of
+    its input, if they are needed. `torch.utils.flop_counter` counts the same, but ignores groups in the gradients of
     weights, and imports torch.compile, which takes seconds.
     """
-    twin, macs = copy.deepcopy(model).to("meta").train(training), 0
+    copied, macs = copy.deepcopy(model).to("meta").train(training), 0
 
     def count(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         nonlocal macs
         gradients = module.weight.requires_grad + inputs[0].requires_grad if training else 0
         macs += _macs(module, output) * (1 + gradients)
 
-    for module in twin.modules():
+    for module in copied.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     with torch.set_grad_enabled(training):
-        twin(one_image())
+        copied(one_image())
     return 2 * macs
 
 
 def one_image() -> Tensor:
-    """Create an image without memory, on the meta device."""
+    """Create an image on the meta device, without memory."""
     return torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
 
 

@@ -1,7 +1,7 @@
-"""Networks trained with this program, whose weights come with it.
+"""Networks trained with this program and distributed with it.
 
-`NAME.safetensors` lies beside this file with its card, `NAME.json`: command and accuracy of its training, and the
-SHA-256 of the weights.
+`NAME.safetensors` is in this folder with its card, `NAME.json`: command and accuracy of its training, and the SHA-256
+of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIX = "pretrained:"
-"""Prefix of a pretrained network's name where a file of weights is asked for: `pretrained:NAME`."""
+"""Prefix of the name of a pretrained network given instead of a file: `pretrained:NAME`."""
 
 _FOLDER = Path(__file__).parent
 
@@ -47,7 +47,7 @@ class Card:
 
 
 def list_pretrained() -> list[str]:
-    """List all names that `load_pretrained` takes."""
+    """List all names that `load_pretrained` accepts."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
@@ -59,20 +59,20 @@ def pretrained_card(name: str) -> Card:
 
 
 def pretrained_file(name: str) -> Path:
-    """Return the file of the weights. Raises `DataError` where it is not the one that its card describes."""
+    """Return the file of the weights. Raises `DataError` if it does not match its card."""
     card, path = pretrained_card(name), _FOLDER / f"{name}.safetensors"
     if sha256(path) != card.sha256:
-        raise DataError(f"{path} is not what its card describes: the SHA-256 differs. Install fastresnet anew.")
+        raise DataError(f"{path} does not match its card: the SHA-256 differs. Install fastresnet again.")
     return path
 
 
 def is_pretrained(given: str | Path) -> bool:
-    """Return True if `given` names a pretrained network, in place of a file."""
+    """Return True if `given` names a pretrained network, not a file."""
     return str(given).startswith(PREFIX)
 
 
 def find_weights(given: str | Path) -> Path:
-    """Return the file that `given` names. Raises as `pretrained_file` does."""
+    """Return the file that `given` names. Raises the same errors as `pretrained_file`."""
     return pretrained_file(str(given).removeprefix(PREFIX)) if is_pretrained(given) else Path(given)
 
 
@@ -80,7 +80,7 @@ def load_pretrained(name: str) -> nn.Module:
     """Load pretrained network `name`, in evaluation mode, on the CPU.
 
     It maps images [N, 3, 32, 32], normalised as `pretrained_card(name)` says, to logits of CIFAR-10's classes
-    [N, 10]. Raises `UsageError` on an unknown name, and `DataError` where the file is damaged.
+    [N, 10]. Raises `UsageError` on an unknown name, and `DataError` if the file is damaged.
     """
     from fastresnet.weights import load_weights
 

@@ -1,4 +1,4 @@
-"""Execution of training steps on a pipeline's batches in one of three ways: eager, compiled, or as one CUDA graph."""
+"""Execution of training steps on a pipeline's batches: eager, compiled, or as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Execution:
         self._step, self._pipeline = step, pipeline
         step.compiled = backend != "eager"
         self._replay: Callable[[], None] | None = None
-        self._images = self._labels = torch.empty(0)  # where a recorded step finds its batch, if it does not gather it
+        self._images = self._labels = torch.empty(0)  # inputs of a recorded step that does not gather its batch
 
     def prepare(self, batch: Batch) -> None:
-        """Compile and record, with a batch for a trial step that leaves no trace. Without it, the first step would."""
+        """Compile and record in a trial step on `batch`, which restores the state. Otherwise, the first step would."""
         if self.backend == "eager":
             return
         self._step.trial(batch.images, batch.labels)
@@ -87,7 +87,7 @@ def recorded(
 ) -> Callable[[], None]:
     """Record `work` as a CUDA graph and return its replay.
 
-    Three runs come before, each in a `trial`, on a stream of their own, as PyTorch's notes on CUDA graphs ask.
+    Three warm-up runs precede it, each in a `trial`, on a side stream, as PyTorch's notes on CUDA graphs require.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for _ in range(3):
@@ -96,7 +96,7 @@ def recorded(
             with torch.cuda.stream(stream):
                 work()
             torch.cuda.current_stream().wait_stream(stream)
-    # Other threads, such as those of DALI and FFCV, go on using the GPU.
+    # Other threads, such as those of DALI and FFCV, continue to use the GPU.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
@@ -105,7 +105,7 @@ def recorded(
 def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
     """Return the backend, `eager` or `compile`, that finishes `steps` more steps on a CPU earlier, and the reason.
 
-    Trial steps, which leave no trace, measure it.
+    It is measured in trial steps, which restore the state.
     """
 
     def seconds(*, compiled: bool) -> float:
@@ -116,10 +116,10 @@ def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]
             return time.perf_counter() - started
 
     if steps < PAYS_AFTER_STEPS:
-        return "eager", "too short a run to pay for compilation"
+        return "eager", "the run is too short to pay for compilation"
     try:
         with explained_failures("no memory to compile in"):
-            seconds(compiled=False), seconds(compiled=True)  # a first step sets up more than those that follow
+            seconds(compiled=False), seconds(compiled=True)  # a first step includes setup
     except RunError as error:
         return "eager", str(error)
     pairs = [(seconds(compiled=False), seconds(compiled=True)) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""Loggers of a run: the terminal, and TensorBoard, Weights & Biases and MLflow where they are asked for."""
+"""Loggers of a run: the terminal and, if requested, TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Logger:
     """Receiver of a run's events, in order; it ignores those that a subclass does not define."""
 
     def status(self, status: Status) -> None:
-        """Receive the position within an epoch, now and then."""
+        """Receive the position within an epoch, at intervals."""
 
     def epoch(self, row: Row, status: Status) -> None:
         """Receive the metrics of an epoch, after its evaluation."""
 
     def close(self) -> None:
-        """End the log; the run may have failed."""
+        """Close the log; the run may have failed."""
 
 
 _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -54,10 +54,9 @@ _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflo
 def create_loggers(
     config: TrainConfig, folder: Path, console: Console, total_steps: int, start_step: int
 ) -> Iterator[Logger]:
-    """Create a progress bar on a terminal, plain lines elsewhere, and the loggers that `config` asks for.
+    """Create the loggers that `config` requests, and a progress bar on a terminal, or else plain lines.
 
-    Raises `UsageError` where a library is missing or has nowhere to log to. The loggers yielded before are the
-    caller's to close.
+    Raises `UsageError` if a library is missing or has no destination. The caller must close the loggers yielded before.
     """
     _check_libraries(config)
     if config.mlflow:
@@ -108,7 +107,7 @@ class TerminalLogger(Logger):
 
 
 class PlainLogger(Logger):
-    """Lines for every epoch, and one every half minute within."""
+    """Log of one line for every epoch, and one every half minute within."""
 
     interval_s = 30.0
 
@@ -151,7 +150,7 @@ class TensorBoardLogger(Logger):
 class WandbLogger(Logger):
     """Scalars for every epoch, by optimisation step, in a run of Weights & Biases that --resume continues.
 
-    Project, mode and all else are wandb's own to decide (`WANDB_PROJECT`, `WANDB_MODE=offline`).
+    Project, mode and other settings are wandb's own (`WANDB_PROJECT`, `WANDB_MODE=offline`).
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
@@ -180,8 +179,8 @@ class WandbLogger(Logger):
 class MlflowLogger(Logger):
     """Settings, and scalars for every epoch, by optimisation step, in a run of MLflow.
 
-    Server and experiment are MLflow's own to decide (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A run that is
-    resumed goes on in the one that has its folder as a tag.
+    Server and experiment are MLflow's own settings (`MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A resumed run
+    continues the MLflow run that is tagged with its folder.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
@@ -199,9 +198,9 @@ class MlflowLogger(Logger):
 
     def _start(self, config: TrainConfig, folder: Path) -> None:
         mlflow, identity = self._mlflow, _identity(folder)
-        begun = mlflow.search_runs(filter_string=f"tags.fastresnet = '{identity}'", output_format="list")
-        if begun:
-            mlflow.start_run(run_id=begun[0].info.run_id)
+        existing = mlflow.search_runs(filter_string=f"tags.fastresnet = '{identity}'", output_format="list")
+        if existing:
+            mlflow.start_run(run_id=existing[0].info.run_id)
         else:
             mlflow.start_run(run_name=folder.absolute().name, tags={"fastresnet": identity})
             mlflow.log_params(config.to_dict())
@@ -214,7 +213,7 @@ class MlflowLogger(Logger):
 
 
 def _identity(folder: Path) -> str:
-    """Derive a name for the run in `folder` that stays when it is resumed."""
+    """Derive a name for the run in `folder` that stays the same when it is resumed."""
     return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
 
 

@@ -51,7 +51,7 @@ _WHITENED_FROM = 5000  # images, as in cifar10-airbench
 
 
 class StoppedError(UserError):
-    """End of a run by a signal, after it had been saved."""
+    """Stop of a run by a signal, after it was saved."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -63,21 +63,21 @@ def train(
 ) -> dict[str, Any]:
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
-    `spent` are the seconds that the caller took to come here: `import` and `data`.
-    Raises `StoppedError` after a signal, and `RunError` where loss or gradients are not finite or memory runs out.
-    Raises `UsageError` where the config does not fit the machine or the run folder.
+    `spent` has the seconds that the caller took before: `import` and `data`. Raises `StoppedError` after a signal, and
+    `RunError` if loss or gradients are not finite or memory runs out. Raises `UsageError` if the config does not match
+    the machine or the run folder.
     """
-    clock, tell = Stopwatch(spent), functools.partial(console.print, highlight=False, soft_wrap=True)
+    clock, log = Stopwatch(spent), functools.partial(console.print, highlight=False, soft_wrap=True)
     device, main = resolve_device(config.device), world_of_torchrun().is_main
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:
-        fewer = f"--batch-size {config.batch_size} is too much; try --batch-size {max(config.batch_size // 2, 1)}"
-        resources.enter_context(explained_failures(f"{fewer} (and another --out, if the run has begun)"))
+        advice = f"--batch-size {config.batch_size} is too large; try --batch-size {max(config.batch_size // 2, 1)}"
+        resources.enter_context(explained_failures(f"{advice} (and another --out, if the run has started)"))
         run = resources.enter_context(RunFolder(run_path(config, dataset), writes=main).locked())
         world = resources.enter_context(connected(device))
 
         checkpoint = run.read_checkpoint(resume=config.resume)
-        config, why_pipeline = resolve(config, dataset, device, world)
+        config, pipeline_reason = resolve(config, dataset, device, world)
         progress, changed = Progress(), list[str]()
         if checkpoint is not None:
             progress = checkpoint.progress
@@ -85,7 +85,7 @@ def train(
             if (summary := run.read_summary()) is not None:
                 return summary
         if changed:
-            tell(f"Note: {', '.join(changed)} differ from the run's; the last bits will too.")
+            log(f"Note: {', '.join(changed)} differ from the run's settings; the last bits will differ too.")
 
         pipeline, evaluated, test = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
@@ -94,11 +94,11 @@ def train(
         step = create_step(config, dataset, factors, world)
         if checkpoint is not None:
             step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
-            run.write_metrics(progress.rows)  # a kill may have come between the checkpoint and this
-        tell(announcement(config, step.model, dataset, world, total_steps, why_pipeline, progress.step))
+            run.write_metrics(progress.rows)  # the run may have been killed between the checkpoint and this
+        log(announcement(config, step.model, dataset, world, total_steps, pipeline_reason, progress.step))
 
         left = total_steps - progress.step
-        config, execution = create_execution(config, step, pipeline, progress.epoch, left, world, tell, clock)
+        config, execution = create_execution(config, step, pipeline, progress.epoch, left, world, log, clock)
         clock.enter("other")
         loggers = list[Logger]()
         for logger in create_loggers(config, run.path, console, total_steps, progress.step) if main else ():
@@ -108,18 +108,18 @@ def train(
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
         def save() -> None:
-            _check_finite(step, epoch_steps, run)  # waits for the device, so the time up to here is the steps'
+            _check_finite(step, epoch_steps, run)  # waits for the device, so the time up to here counts as steps
             clock.update(progress)
-            around = clock.phase
+            phase = clock.phase
             clock.enter("saving")
             run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
-            clock.enter(around)
+            clock.enter(phase)
 
-        def stop_if_asked() -> None:
+        def stop_on_signal() -> None:
             if signum := world.highest(signals.received, device):
                 save()
                 run.draw_curves(progress.rows)
-                world.wait()  # when one process leaves, torchrun stops the others
+                world.wait()  # when one process exits, torchrun stops the others
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
 
         def status() -> Status:
@@ -131,18 +131,18 @@ def train(
 
         def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
             classes, precision = dataset.classes, config.precision
-            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_if_asked, world=world)
+            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_on_signal, world=world)
 
         with StopSignals() as signals:
             # A run may have been stopped between its last step and the evaluation.
             while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
                 clock.enter("training")
                 step.model.train()
-                start = progress.step - progress.epoch * epoch_steps  # batches of this epoch that are taken
+                start = progress.step - progress.epoch * epoch_steps  # batches of this epoch already taken
                 for _ in execution.steps(progress.epoch, start, min(epoch_steps - start, total_steps - progress.step)):
                     progress.step += 1
                     if clock.first_step is None:
-                        tell(_cold_start(clock, device))
+                        log(_cold_start(clock, device))
                     if progress.step % status_every == 0:
                         _check_finite(step, epoch_steps, run)
                         now = status()
@@ -150,12 +150,12 @@ def train(
                             logger.status(now)
                     if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
                         save()
-                    if world.is_single or progress.step % status_every == 0:  # several ranks wait, to agree
-                        stop_if_asked()
+                    if world.is_single or progress.step % status_every == 0:  # several ranks wait to agree
+                        stop_on_signal()
                 _check_finite(step, epoch_steps, run)
 
                 clock.enter("evaluation")
-                world.broadcast(step.eval_model.buffers())  # statistics of batch norm, which each rank has of its own
+                world.broadcast(step.eval_model.buffers())  # statistics of batch norm, which differ between ranks
                 result = measure(step.eval_model, evaluated)
                 world.sum(step.totals)
                 now = status()
@@ -173,19 +173,19 @@ def train(
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
             last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
-            if config.val_split:  # the test set is used once, when all is decided
+            if config.val_split:  # the test set is used once, after all choices
                 best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
             clock.update(progress)
             return run.write_summary(_summary(config, dataset, progress, last, best, clock, origin))
 
 
-# --- the parts of a training -------------------------------------------------------------------------------------
+# --- parts of a training -----------------------------------------------------------------------------------------
 
 
 def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: World) -> tuple[TrainConfig, str]:
-    """Replace `auto` by its meaning on `device`, but where measurement decides; return the reason for the pipeline too.
+    """Resolve `auto` for `device`, except where it is measured later; return the reason for the pipeline too.
 
-    Raises `UsageError` where the machine cannot do what `config` asks for.
+    Raises `UsageError` if the machine does not support `config`.
     """
     check_choice("recipe", config.recipe, RECIPES)
     pipeline, reason = config.pipeline, ""
@@ -208,7 +208,7 @@ def open_pipelines(
 ) -> Iterator[tuple[Pipeline, Pipeline, Pipeline]]:
     """Open the training split, the one evaluated after each epoch, and the test split.
 
-    Inside, `config.threads` threads compute.
+    The block runs with `config.threads` threads.
     """
     training, held_out = dataset.hold_out(config.val_split) if config.val_split else (dataset, None)
     device, precision = torch.device(config.device), config.precision
@@ -277,7 +277,7 @@ def _create_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
 
 
 def _fit_whitening(model: nn.Module, dataset: Dataset, normalization: str) -> None:
-    """Set the filters of the layers that whiten from the first of the training images."""
+    """Fit the filters of whitening layers to the first training images."""
     for layer in model.modules():
         if isinstance(layer, PatchWhitening):
             images = dataset.train.images[dataset.train.ids[:_WHITENED_FROM]]
@@ -297,7 +297,7 @@ def _create_mixer(config: TrainConfig, rows: slice, device: torch.device, world:
 
 
 def _threads_matter(device: torch.device, world: World) -> bool:
-    """Return True if the number of threads is this process's to choose, and decides the last bits."""
+    """Return True if this process chooses the number of threads, which affects the last bits."""
     return device.type == "cpu" and world.is_single
 
 
@@ -308,12 +308,12 @@ def create_execution(
     epoch: int,
     steps: int,
     world: World,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     clock: Stopwatch,
 ) -> tuple[TrainConfig, Execution]:
-    """Prepare the execution of `steps` steps from `epoch` on, compiled where that is wanted.
+    """Prepare the execution of `steps` steps from `epoch` on, compiled if requested.
 
-    On a CPU trial steps decide the `auto` of threads and compilation; the config returned has what they chose.
+    On a CPU, trial steps resolve `auto` for threads and compilation; the returned config has their results.
     """
     clock.enter("data")
     batch = next(pipeline.epoch(epoch))
@@ -325,7 +325,7 @@ def create_execution(
         use_threads(threads)
         config = dataclasses.replace(config, threads=threads)
         if reason:
-            tell(reason)
+            log(reason)
     clock.enter("compile")
     reason = ""
     if config.compile == "auto":
@@ -335,18 +335,18 @@ def create_execution(
     execution = Execution(step, pipeline, COMPILE[config.compile])
     if steps:  # a run may have been stopped after its last step
         execution.prepare(batch)
-    tell(f"backend {execution.backend}{reason}")
+    log(f"backend {execution.backend}{reason}")
     return config, execution
 
 
-# --- time, signals, words ----------------------------------------------------------------------------------------
+# --- time, signals, messages -------------------------------------------------------------------------------------
 
 
 class Stopwatch:
     """Seconds by phase of a run: the time up to the next reading belongs to the current phase."""
 
     def __init__(self, spent: dict[str, float] | None = None) -> None:
-        """Begin in phase `data`; `spent` are seconds from before."""
+        """Begin in phase `data`; `spent` has seconds from before."""
         self.seconds = defaultdict(float, {"import": 0.0, "data": 0.0, **(spent or {})})
         self.earlier = Progress()
         """Position, and seconds, before the first step of this process."""
@@ -359,14 +359,14 @@ class Stopwatch:
         self.phase = phase
 
     def read(self) -> float:
-        """Book the time since the last reading; return the seconds of all phases."""
+        """Add the time since the last reading to the current phase; return the seconds of all phases."""
         now = time.perf_counter()
         self.seconds[self.phase] += now - self._mark
         self._mark = now
         return sum(self.seconds.values())
 
     def update(self, progress: Progress) -> None:
-        """Bring the seconds of `progress` up to date."""
+        """Update the seconds of `progress`."""
         progress.total_seconds = self.earlier.total_seconds + self.read()
         progress.train_seconds = self.earlier.train_seconds + self.seconds["training"]
 
@@ -390,10 +390,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._note)
+                self._previous[signum] = signal.signal(signum, self._record)
         return self
 
-    def _note(self, signum: int, _: FrameType | None) -> None:
+    def _record(self, signum: int, _: FrameType | None) -> None:
         self.received = signum
         if signum == signal.SIGINT:
             signal.signal(signum, self._previous[signum])
@@ -409,10 +409,10 @@ def announcement(
     dataset: Dataset,
     world: World,
     total_steps: int,
-    why_pipeline: str,
+    pipeline_reason: str,
     step: int = 0,
 ) -> str:
-    """Describe the run that is about to take its step number `step`."""
+    """Describe the run, which continues after step `step`."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     shortcut = f", shortcut {config.shortcut}" if MODELS[config.model].uses_shortcut else ""
     rows, each = world.rows(config.batch_size), ""
@@ -422,7 +422,7 @@ def announcement(
     return (
         f"{config.model} ({parameters:,} parameters{shortcut}) on {dataset.name}, recipe {config.recipe}: "
         f"{total_steps:,} steps of {config.batch_size} images{each}; {scaled}"
-        f"{config.pipeline} pipeline{why_pipeline}, {config.precision} on {config.device}; run folder "
+        f"{config.pipeline} pipeline{pipeline_reason}, {config.precision} on {config.device}; run folder "
         f"{run_path(config, dataset)}" + (f"\nresuming after step {step:,}" if step else "")
     )
 
@@ -484,7 +484,7 @@ def _summary(
 
 
 def _check_finite(step: TrainStep, epoch_steps: int, run: RunFolder) -> None:
-    """Raise `RunError` where a step has failed. Waits for the device."""
+    """Raise `RunError` if a step has failed. Waits for the device."""
     if (failed := step.failed_at()) is None:
         return
     raise RunError(

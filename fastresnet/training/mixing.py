@@ -16,8 +16,8 @@ class Mixer:
     """Mixture of each image with its neighbour in the batch: the first with the second, the third with the fourth, ...
 
     Mixup (Zhang et al. 2018) averages the two; CutMix (Yun et al. 2019) exchanges a box. Their shares are drawn from
-    Beta(alpha, alpha), one for each pair. With both switched on, each pair goes through one of the two. A draw
-    is a pure function of (seed, step, pair).
+    Beta(alpha, alpha), one for each pair. With both enabled, each pair gets one of the two. A draw is a pure function
+    of (seed, step, pair).
     """
 
     def __init__(self, *, mixup: float, cutmix: float, seed: int, device: torch.device, first_row: int = 0) -> None:

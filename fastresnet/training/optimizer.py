@@ -1,7 +1,7 @@
 """Optimisers, their state as named tensors, and the learning-rate schedule.
 
-An update can be called off on the device (`found_inf`). Learning rates are tensors, so that a captured or compiled step
-sees them change.
+An update can be cancelled on the device (`found_inf`). Learning rates are tensors, so that a captured or compiled step
+uses their current values.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _groups(
     return [_group(matrices, lr, config.weight_decay), _group(vectors, norm_lr, norm_decay)]
 
 
-# State is made here, filled: left to themselves, the fused updates make it in the first step, where an update that is
-# called off leaves it undefined and a trial step leaves its traces.
+# State is created here, initialised. By default the fused updates create it in the first step, where a cancelled update
+# leaves it undefined, and a trial step does not restore it.
 
 
 def _sgd(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
@@ -68,7 +68,7 @@ def _sgd(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
 
 def _adamw(groups: list[dict[str, Any]]) -> Optimizer:
     lr = groups[0]["lr"]
-    optimizer = torch.optim.AdamW(groups, fused=True, lr=lr, capturable=lr.is_cuda)  # it refuses a CUDA graph otherwise
+    optimizer = torch.optim.AdamW(groups, fused=True, lr=lr, capturable=lr.is_cuda)  # required in a CUDA graph
     for parameter in _parameters(optimizer):
         optimizer.state[parameter] |= {
             "step": torch.zeros((), device=parameter.device),
@@ -85,11 +85,11 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 class Muon(Optimizer):
     """Momentum whose matrices are orthogonalised (Jordan et al., "Muon: an optimizer for hidden layers", 2024).
 
-    It is for convolutions, whose weights are taken as [out channels, rest]. Before each update they are scaled to a
-    norm of sqrt(out channels), as in cifar10-airbench (`airbench94_muon.py`). Batch norm takes no notice of their
-    scale, and the learning rate is then the relative change of a step. The momentum is Nesterov's. Weights of one shape
-    go through the iteration together. PyTorch's own `torch.optim.Muon` takes matrices only, keeps their scale, and
-    cannot call off an update on the device.
+    It is for convolutions, whose weights are reshaped to [out channels, rest]. Before each update they are scaled to a
+    norm of sqrt(out channels), as in cifar10-airbench (`airbench94_muon.py`). Batch norm is invariant to their scale,
+    and the learning rate is then the relative change of a step. The momentum is Nesterov's. Weights of equal shape are
+    orthogonalised as one batch. PyTorch's own `torch.optim.Muon` supports matrices only, keeps their scale, and cannot
+    cancel an update on the device.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
@@ -133,7 +133,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
-    """Draw all singular values of `matrices` [n, rows, columns] to about 1, by a Newton-Schulz iteration.
+    """Bring all singular values of `matrices` [n, rows, columns] to about 1, by a Newton-Schulz iteration.
 
     The quintic of Jordan et al. 2024, whose coefficients give the steepest slope at 0: after 3 steps, as in airbench,
     all but the smallest singular values lie in 0.7 ... 1.2.
@@ -148,20 +148,20 @@ def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
 
 
 class JointUpdate:
-    """Union of all optimisers of a network, as the one that a gradient scaler sees.
+    """Union of all optimisers of a network into one, for a gradient scaler.
 
-    Given several, a scaler decides for each of them if its gradients have overflowed: one would update its
-    parameters while another does not.
+    Given several, a scaler checks the gradients of each separately for overflow: one would update its parameters while
+    another does not.
     """
 
     found_inf: Tensor
-    """Number above 0 that calls off the update."""
+    """Number above 0 that cancels the update."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         # With it GradScaler leaves the decision to the device: for `step` it sets `found_inf` and, while gradients are
-        # still scaled, `grad_scale`, which must not be there before.
+        # still scaled, `grad_scale`, which must not exist before.
         self._step_supports_amp_scaling = True
 
     def step(self) -> None:

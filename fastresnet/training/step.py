@@ -21,16 +21,16 @@ from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import JointUpdate, load_optimizer_state, optimizer_state
 
 MAX_OVERFLOWS = 32
-"""Number of fp16 overflows in a row that is a failure: the scaler has gone from 2**16 to 2**-16 by then."""
+"""Number of consecutive fp16 overflows that is a failure: the scale has fallen from 2**16 to 2**-16 by then."""
 
 
 class TrainStep:
     """Optimisation step, which sums its metrics on the device.
 
-    Its own number and all learning rates are tensors there too: a step captured as a CUDA graph needs nothing from the
-    host. A loss or gradient that is not finite cancels this update and all later ones on the device, and `failed_at`
-    returns its step. So the steady loop need not synchronise (the idea is torchtitan's, `trainer.py`). In fp16 the
-    gradient scaler handles overflows: it skips the update, which is counted.
+    Its index and all learning rates are tensors there too: a step captured as a CUDA graph needs nothing from the host.
+    A loss or gradient that is not finite cancels this update and all later ones on the device, and `failed_at` returns
+    its step. So the steady loop need not synchronise (as in torchtitan's `trainer.py`). In fp16 the gradient scaler
+    handles overflows: it skips the update, which is counted.
     """
 
     def __init__(
@@ -50,27 +50,27 @@ class TrainStep:
     ) -> None:
         """Create a step; see `TrainConfig` for most arguments, which 0 turns off.
 
-        `lr_factors` has one for each step of the run, to multiply the `peak_lr` of each parameter group with.
-        `batch_size` counts the images of all ranks, and is needed where there is more than one.
+        `lr_factors` has, for each step of the run, a factor of the `peak_lr` of each parameter group. `batch_size`
+        counts the images of all ranks, and is needed if there is more than one.
         """
         self._world = world
         if device.type == "cpu":
             fuse_batch_norms(model)
         self._parallel = world.parallel(model)
         rows = world.rows(batch_size)
-        # What makes the mean of the ranks' gradients that of all images, where some ranks have one more than others.
+        # With this weight, the mean of the ranks' gradients is that of all images, even if ranks differ by one image.
         self._weight = 1.0 if world.is_single else (rows.stop - rows.start) * world.world_size / batch_size
         self.model, self.optimizers = model, list(optimizers)
         self._joint_update = JointUpdate(self.optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        """Number of steps taken, and so of the next one: 0 is the first."""
+        """Number of steps taken, which is the index of the next one."""
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         """Sum of the losses, correct predictions and images since `reset`, of this rank."""
         self.overflows = torch.zeros(2, dtype=torch.int64, device=device)
-        """Updates left out because fp16 gradients overflowed: since `reset`, and in a row."""
+        """Updates skipped because fp16 gradients overflowed: since `reset`, and consecutive ones."""
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
-        """Exponential moving average of parameters and buffers, where one is kept."""
+        """Exponential moving average of parameters and buffers, if enabled."""
         self._average = get_ema_multi_avg_fn(ema_decay)
         self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
         self._learning_rates = [
@@ -81,15 +81,15 @@ class TrainStep:
         self._precision, self._device, self._clip_norm = precision, device, clip_norm
         self._label_smoothing, self._mixer = label_smoothing, mixer
         self.compiled = False
-        """Steps run compiled; the first one that does compiles."""
+        """Use of torch.compile; the first such step compiles."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on `images` [B, 3, 32, 32] with `labels` [B]."""
-        for lr, of_steps in self._learning_rates:
-            lr.copy_(of_steps[self.count][0])
+        for lr, schedule in self._learning_rates:
+            lr.copy_(schedule[self.count][0])
         with autocast(self._precision, self._device):
             loss, correct = (self._compiled if self.compiled else self._loss_and_hits)(images, labels)
-        failed = self._note_failure(~loss.detach().isfinite())
+        failed = self._record_failure(~loss.detach().isfinite())
         if self.scaler.is_enabled():
             # The scaler skips an update whose gradients are not finite: a factor of NaN makes them so.
             loss = loss * torch.where(failed, torch.nan, 1.0)
@@ -103,7 +103,7 @@ class TrainStep:
         self.count += 1
 
     def _clip(self) -> Tensor:
-        """Clip the gradients, if asked for; return, as a tensor, True if all of them are finite."""
+        """Clip the gradients, if enabled; return, as a tensor, True if all of them are finite."""
         if self._clip_norm:
             self.scaler.unscale_(self._joint_update)  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -117,9 +117,9 @@ class TrainStep:
         if self.scaler.is_enabled():
             self.overflows += (~finite).long()
             self.overflows[1] *= ~finite
-            self._note_failure(self.overflows[1] >= MAX_OVERFLOWS)
+            self._record_failure(self.overflows[1] >= MAX_OVERFLOWS)
         else:
-            self._joint_update.found_inf = self._note_failure(~finite).float()
+            self._joint_update.found_inf = self._record_failure(~finite).float()
         self.scaler.step(self._joint_update)  # type: ignore[arg-type]
         self.scaler.update()
 
@@ -141,10 +141,10 @@ class TrainStep:
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Forward pass, and with it the backward pass, as one graph: a break is an error.
+        """Forward pass, and with it the backward pass, as one graph: a graph break is an error.
 
-        With several ranks it is one graph for each bucket of gradients. A bucket is exchanged while the backward pass
-        of the next one goes on.
+        With several ranks it is one graph for each bucket of gradients. A bucket is exchanged during the backward pass
+        of the next one.
         """
         return torch.compile(self._loss_and_hits, fullgraph=self._parallel is self.model, dynamic=False)
 
@@ -157,15 +157,15 @@ class TrainStep:
             if not a.is_floating_point():  # batch norm's count of batches
                 a.copy_(b)
 
-    def _note_failure(self, failed: Tensor) -> Tensor:
-        """Note this step if it `failed`; return, as a tensor, True if this one or one before it did."""
+    def _record_failure(self, failed: Tensor) -> Tensor:
+        """Record this step if it `failed`; return, as a tensor, True if this or an earlier one did."""
         first = (self._failed_at < 0) & failed
         self._failed_at.copy_(torch.where(first, self.count[0], self._failed_at))
         return self._failed_at >= 0
 
     @property
     def eval_model(self) -> nn.Module:
-        """Network to evaluate and to save: the average where one is kept."""
+        """Network to evaluate and to save: the average, if enabled."""
         return self.model if self.averaged is None else self.averaged
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ class TrainStep:
     def state_dict(self) -> dict[str, Tensor]:
         """Collect the tensors from which `load_state_dict` continues, with the totals of all ranks.
 
-        The ranks have to call it together.
+        All ranks must call it together.
         """
         return {**self._tensors(), "totals": self._world.sum(self.totals.clone())}
 
@@ -200,7 +200,7 @@ class TrainStep:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Restore the state at the end: for trial steps, which compile and measure. Waits for the device."""
+        """Restore the state after the block: for trial steps, which compile and measure. Waits for the device."""
         tensors = [*self._tensors().values(), self.count, self._failed_at]
         saved, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         try:

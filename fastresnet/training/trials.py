@@ -36,18 +36,18 @@ _DRY_STEPS = 20
 
 @contextlib.contextmanager
 def _prepared(
-    config: TrainConfig, dataset: Dataset, tell: Callable[[str], None], factors: Sequence[float] | None = None
+    config: TrainConfig, dataset: Dataset, log: Callable[[str], None], factors: Sequence[float] | None = None
 ) -> Iterator[tuple[TrainConfig, Execution, TrainStep, Pipeline, Pipeline]]:
-    """Open a training that is ready for its first step. `factors` stand in for the schedule of `config`."""
-    config, why_pipeline = resolve(config, dataset, resolve_device(config.device), SINGLE)
+    """Open a training that is ready for its first step. `factors` replace the schedule of `config`."""
+    config, pipeline_reason = resolve(config, dataset, resolve_device(config.device), SINGLE)
     with (
-        explained_failures("a smaller --batch-size takes less"),
+        explained_failures("use a smaller --batch-size"),
         open_pipelines(config, dataset, SINGLE) as (pipeline, evaluated, _),
     ):
         total_steps = config.total_steps(len(pipeline))
         step = create_step(config, dataset, factors or lr_factors(config, total_steps), SINGLE)
-        tell(announcement(config, step.model, dataset, SINGLE, total_steps, why_pipeline))
-        config, execution = create_execution(config, step, pipeline, 0, total_steps, SINGLE, tell, Stopwatch())
+        log(announcement(config, step.model, dataset, SINGLE, total_steps, pipeline_reason))
+        config, execution = create_execution(config, step, pipeline, 0, total_steps, SINGLE, log, Stopwatch())
         step.model.train()
         yield config, execution, step, pipeline, evaluated
 
@@ -55,11 +55,11 @@ def _prepared(
 def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, float]:
     """Take some steps of the run that `config` describes, write nothing, and return its expected cost.
 
-    It has `train_seconds`, `evaluation_seconds` and `memory_bytes` (of the GPU, or of this process). Raises as
-    `loop.train` does.
+    It has `train_seconds`, `evaluation_seconds` and `memory_bytes` (of the GPU, or of this process). Raises the same
+    errors as `loop.train`.
     """
-    tell = functools.partial(console.print, highlight=False, soft_wrap=True)
-    with _prepared(config, dataset, tell) as (config, execution, step, pipeline, evaluated):
+    log = functools.partial(console.print, highlight=False, soft_wrap=True)
+    with _prepared(config, dataset, log) as (config, execution, step, pipeline, evaluated):
         device = torch.device(config.device)
 
         def seconds(work: Callable[[], object]) -> float:
@@ -91,7 +91,7 @@ def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str
 LOWEST, HIGHEST, STEPS = 1e-5, 10.0, 100
 _DECAY = 0.9
 _RISE = 4
-# The first losses say more of their images than of the rate, and are left out of the search; fastai does so too.
+# The first losses depend more on their images than on the rate, and the search ignores them, as in fastai.
 _IGNORED = STEPS // 10
 
 
@@ -101,17 +101,17 @@ class Sweep:
 
     rates: list[float]
     losses: list[float]
-    """Losses, each before the update with the rate of the same place."""
+    """Losses, each before the update with the rate at the same index."""
 
     @functools.cached_property
     def smoothed(self) -> np.ndarray:
-        """Means of the losses so far, each of which weighs 0.9 of the one after it."""
+        """Means of the losses so far, each with 0.9 times the weight of the next."""
         weights = _DECAY ** np.arange(len(self.losses))
         return np.convolve(self.losses, weights)[: len(self.losses)] / weights.cumsum()
 
     @property
     def steepest(self) -> float:
-        """Rate at which the smoothed loss falls fastest, over the rate's logarithm, on its way to the lowest."""
+        """Rate before the minimum at which the smoothed loss falls fastest over the logarithm of the rate."""
         slopes = np.gradient(self.smoothed, np.log(self.rates))
         return self.rates[_IGNORED + int(slopes[_IGNORED : self._lowest + 1].argmin())]
 
@@ -126,14 +126,14 @@ class Sweep:
 
 
 def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
-    """Run the range test of the learning rates: train as `config` says for 100 steps and write nothing.
+    """Run the range test of the learning rates: train by `config` for 100 steps and write nothing.
 
-    From each step to the next --lr grows by one factor, from 1e-5 to 10. The other rates grow with it. The test
-    ends where the smoothed loss is above four times its minimum. Raises as `loop.train` does, `UsageError` where --lr
-    is 0, and `RunError` where the loss rises at once.
+    --lr grows by a constant factor per step, from 1e-5 to 10, and the other rates in proportion. The test ends when the
+    smoothed loss is above four times its minimum. Raises the same errors as `loop.train`, `UsageError` if --lr is 0,
+    and `RunError` if the loss diverges at once.
     """
     if not config.lr:
-        raise UsageError("--lr 0 has no proportion to other rates; give another one for --find-lr.")
+        raise UsageError("--lr 0 cannot be scaled to other rates; give another one for --find-lr.")
     rates = np.geomspace(LOWEST, HIGHEST, STEPS).tolist()
     factors = [config.lr_scale * rate / config.lr for rate in rates]
     config = dataclasses.replace(
@@ -148,12 +148,12 @@ def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
             losses.append(loss)
             report("sweep", len(losses), STEPS)
     if len(losses) < 2 * _IGNORED:
-        raise RunError(f"the loss rose beyond measure at a learning rate of {rates[len(losses)]:.1e} already.")
+        raise RunError(f"the loss diverged already at a learning rate of {rates[len(losses)]:.1e}.")
     return Sweep(rates[: len(losses)], losses)
 
 
 def step_losses(config: TrainConfig, dataset: Dataset, factors: Sequence[float]) -> Generator[float]:
-    """Train with learning rates by `factors`; yield the mean loss of each step, for which the device is waited."""
+    """Train with learning rates by `factors`; yield the mean loss of each step. Waits for the device."""
     with _prepared(config, dataset, lambda _: None, factors) as (config, execution, step, pipeline, _):
         total_steps = config.total_steps(len(pipeline))
         for start in range(0, total_steps, len(pipeline)):

@@ -105,7 +105,7 @@ def test_add_keeps_the_summary_and_the_curves_of_a_finished_run(tmp_path, monkey
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
     run = tmp_path / "run"
     run.mkdir()
-    with pytest.raises(DataError, match="run is no finished run"):
+    with pytest.raises(DataError, match="run is not a finished run"):
         accuracy.add([run])
     written, kept = summary(3, 91.0), summary(3, 91.0)
     written["environment"]["command"] = f"fastresnet train{folder} --seed 3"

@@ -287,7 +287,7 @@ def test_rehearsal_runs_every_stage(tmp_path):
     assert {f"{name}.json" for name in ("ceilings", "steps", "candidates", "peers")} <= names
     assert {"tests.xml", "stages.txt", "accuracy/fast-model-resnet20-seed-0-data-shapes10/summary.json"} <= names
     summary = json.loads((out / "accuracy/fast-model-resnet20-seed-0-data-shapes10/summary.json").read_text())
-    assert accuracy._objection(summary | {"data": "cifar10"}, "it") == (
+    assert accuracy._exclusion(summary | {"data": "cifar10"}, "it") == (
         "it was trained with batch_size = 16, iterations = 4, which are not the settings of recipe fast"
     )
 

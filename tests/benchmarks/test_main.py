@@ -51,7 +51,7 @@ def test_compare_reports_different_devices_and_unmatched_rows(write, run):
     assert code == 0
     assert "nothing slower" in out
     assert "not the same device: a CPU, another CPU" in out
-    assert "in one of the two only: new, old" in out
+    assert "in only one of the two: new, old" in out
 
 
 def test_results_of_different_benchmarks_are_refused(write, run):

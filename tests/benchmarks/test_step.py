@@ -261,7 +261,7 @@ def test_wrong_arguments_exit_with_2(capsys, arguments, message):
 def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr("fastresnet.device._computes_bf16", lambda _: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
-    with pytest.raises(step.UsageError, match="an old GPU lacks it"):
+    with pytest.raises(step.UsageError, match="an old GPU does not support it"):
         step._sweep(StepOptions(precisions=("bf16",)), torch.device("cuda"))
 
 

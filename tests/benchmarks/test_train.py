@@ -184,8 +184,8 @@ def test_the_peers_see_images_of_the_same_range(dataset):
         (["--model", "resnet21"], "did you mean 'resnet20'"),
         (["--batch-size", "999"], "batch size 999 is larger than the training set"),
         (["--compile", "graph"], "needs a GPU"),
-        (["--seconds", "0"], "nothing to measure"),
-        (["--seconds", "inf"], "nothing to measure"),
+        (["--seconds", "0"], "give finite numbers above 0"),
+        (["--seconds", "inf"], "give finite numbers above 0"),
         (["--device", "cuda"], "sees no CUDA device"),
     ],
 )

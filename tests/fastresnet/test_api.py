@@ -57,8 +57,8 @@ def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trai
     [
         ({"epoch": 3}, "did you mean 'epochs'"),
         ({"epochs": 0}, "--epochs 0"),
-        ({"epochs": "3"}, "epochs = '3' is no int"),
-        ({"milestones": 0.5}, "milestones = 0.5 is no list"),
+        ({"epochs": "3"}, "epochs = '3': expected int"),
+        ({"milestones": 0.5}, "milestones = 0.5: expected a list"),
         ({"model": "resnet21"}, "did you mean 'resnet20'"),
     ],
 )
@@ -73,7 +73,7 @@ def test_unknown_recipe_existing_run_and_missing_file_are_refused(trained, data_
         fastresnet.train("smokey")
     with pytest.raises(UsageError, match="already holds a run"):
         fastresnet.train("smoke", root=data_root, out=trained.folder, quiet=True, **SMALL)
-    with pytest.raises(DataError, match="no file to read"):
+    with pytest.raises(DataError, match="not a readable file"):
         fastresnet.evaluate("nothing.pt", data="shapes10", root=data_root)
 
 

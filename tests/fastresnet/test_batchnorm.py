@@ -187,7 +187,7 @@ def test_without_a_working_compiler_pytorch_is_used_with_a_note(monkeypatch, com
     batchnorm._kernels.cache_clear()
     monkeypatch.setenv("CC", compiler)
     norm = BatchNorm2d(16, relu=True)
-    with pytest.warns(Note, match=f"batch norm runs in PyTorch, .*{compiler}.*; gcc 12"):
+    with pytest.warns(Note, match=f"batch norm runs in PyTorch, .*{compiler}.*; install gcc 12"):
         fuse_batch_norms(norm)
     batchnorm._kernels.cache_clear()
     assert not norm.fused

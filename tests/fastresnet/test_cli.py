@@ -123,7 +123,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["train", "--optimizer", "moun"], ["did you mean 'muon'?"]),
         (["train", "--schedule", "cosin"], ["did you mean 'cosine'?"]),
         (["train", "--mixup", "1", "--batch-size", "127"], ["--batch-size 127", "mix pairs", "even number"]),
-        (["train", "baseline", "--optimizer", "adamw", "--nesterov"], ["--nesterov is for sgd and muon"]),
+        (["train", "baseline", "--optimizer", "adamw", "--nesterov"], ["--nesterov needs --optimizer sgd or muon"]),
         (["train", "--model", "wrn16-2", "--shortcut", "A"], ["shortcut A is not defined for wrn16-2", "shortcut B"]),
         (["train", "--model", "preresnet164", "--shortcut", "A"], ["widens in its first stage too", "shortcut B"]),
         (["train", "--model", "plain56", "--drop-path", "0.1"], ["plain56 has no shortcuts", "Use 0"]),
@@ -132,11 +132,11 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["train", "smoke", "--data", "shapes10", "--val-split", "171"], ["cannot hold 171 images out of 171"]),
         (["train", "--config", "nowhere.toml"], ["cannot read the config nowhere.toml"]),
         (["prepare", "--data", "shapes10", "--train-images", "0"], ["--train-images 0"]),
-        (["prepare", "--data", "a/b"], ["'a/b' is no name"]),
+        (["prepare", "--data", "a/b"], ["'a/b' is not a name"]),
         (["eval", "--weights", "x", "--precision", "fp61"], ["did you mean 'fp16'?"]),
-        (["eval", "--weights", "x", "--mean", "0.5", "0.5", "0.5"], ["--mean and --std go together"]),
+        (["eval", "--weights", "x", "--mean", "0.5", "0.5", "0.5"], ["--mean and --std must be given together"]),
         (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "0", "1", "1"], ["above 0"]),
-        (["eval", "--weights", "x", "--mean", "125", "123", "114", "--std", "1", "1", "1"], ["125", "divided by 255"]),
+        (["eval", "--weights", "x", "--mean", "125", "123", "114", "--std", "1", "1", "1"], ["125", "by 255"]),
         (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "nan", "1", "1"], ["nan", "in 0..1"]),
         (["eval", "--weights", "x", "--json", "no/such/folder/f.json"], ["there is no folder no/such/folder"]),
         (["prepare", "--data", "shapes10", "--test-images", "1000001"], ["--test-images 1000001", "1..1000000"]),
@@ -203,7 +203,7 @@ def test_unknown_flags_and_values_of_the_wrong_kind_exit_with_2(run, arguments, 
         (["train", "--data", "./"], ["fastresnet prepare --data", "no prepared data set in ."]),
         (["prepare", "--source", "nowhere.tar.gz"], ["nowhere.tar.gz does not exist"]),
         (["prepare", "--data", "cats"], ["--source PATH"]),
-        (["eval", "--weights", "nowhere.ckpt"], ["nowhere.ckpt is no file"]),
+        (["eval", "--weights", "nowhere.ckpt"], ["nowhere.ckpt is not a readable file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -271,7 +271,7 @@ def test_prepare_reports_a_new_and_an_existing_data_set(run, tmp_path):
     assert "30 training and 20 test images, 10 classes, prepared and verified" in out
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
-    assert "already there" in out
+    assert "already prepared" in out
     code, out, err = run("prepare", "--data", "shapes10", "--root", tmp_path)
     assert code == 0
     assert "30 training" in out
@@ -310,7 +310,7 @@ def test_prepare_reports_psnr_and_exact_pixels_of_jpeg(run, tmp_path):
     error = decoded - np.load(tmp_path / "shapes10" / "train_images.npy")
     psnr, exact = 10 * np.log10(255**2 / np.mean(error**2)), 100 * np.mean((error == 0).all(axis=-1))
     assert f"PSNR {psnr:.1f} dB, {exact:.1f} % of the pixels exact" in out
-    assert run("prepare", *arguments)[1] == out.replace("prepared and", "already there, and")
+    assert run("prepare", *arguments)[1] == out.replace("prepared and", "already prepared, and")
 
 
 def test_train_generates_missing_shapes10(run, tmp_path, monkeypatch):

@@ -87,8 +87,8 @@ def test_a_missing_library_is_named(run, tmp_path, monkeypatch, library):
     [
         (["--format", "onxx"], 2, "did you mean 'onnx'"),
         (["--out", "no/folder.onnx"], 2, "there is no folder no"),
-        (["--format", "safetensors", "--normalize"], 2, "weights alone"),
-        (["--weights", "nothing.pt"], 3, "nothing.pt is no file to read"),
+        (["--format", "safetensors", "--normalize"], 2, "only weights"),
+        (["--weights", "nothing.pt"], 3, "nothing.pt is not a readable file"),
     ],
 )
 def test_invalid_arguments_are_errors(run, arguments, code, message):

@@ -209,7 +209,7 @@ def test_a_run_folder_that_is_a_link_is_refused(run, tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
     code, _, err = run(*ARGUMENTS, "--out", tmp_path / "run")
     assert code == 2
-    assert "is a link" in err
+    assert "is a symbolic link" in err
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -218,7 +218,7 @@ def test_memory_exhaustion_names_the_batch_size(start, tmp_path):
     limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)"
     fault = f"resource.setrlimit(resource.RLIMIT_AS, ({limit},) * 2); images = images.repeat(256, 1, 1, 1)"
     done = start(tmp_path / "run", step=2, fault=fault, expect=1)
-    assert "out of memory: --batch-size 16 is too much; try --batch-size 8" in done.stderr
+    assert "out of memory: --batch-size 16 is too large; try --batch-size 8" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -238,7 +238,7 @@ def test_resume_falls_back_to_the_previous_checkpoint(start, uninterrupted, tmp_
     assert "resuming after step 6" in done.stdout
     (note,) = done.stderr.splitlines()
     assert str(folder / "last.ckpt") in note
-    assert "the steps after 6 are taken again" in note
+    assert "the steps after 6 are repeated" in note
     assert_same_run(folder, uninterrupted)
 
 

@@ -69,7 +69,7 @@ def test_folder_is_searched_for_images_and_resizing_is_noted(run, images, tmp_pa
         (["{images}/notes.txt"], 3, "notes.txt cannot be read as an image"),
         (["{images}/.."], 3, "notes.txt"),
         (["{images}", "--weights", "pretrained:resnet21"], 2, "did you mean 'resnet20'"),
-        (["{images}", "--weights", "nothing.pt"], 3, "nothing.pt is no file to read"),
+        (["{images}", "--weights", "nothing.pt"], 3, "nothing.pt is not a readable file"),
         (["{images}", "--top", "0"], 2, "--top 0"),
         (["{images}", "--csv", "no/folder.csv"], 2, "there is no folder no"),
         (["{images}", "--saliency", "picture"], 2, "ends in .png or .svg"),
@@ -88,7 +88,7 @@ def test_invalid_arguments_are_errors(run, images, arguments, code, message):
 def test_folder_without_images_is_refused(run, tmp_path):
     code, _, err = run("predict", tmp_path)
     assert code == 3
-    assert f"{tmp_path} holds no images" in err
+    assert f"{tmp_path} contains no images" in err
 
 
 @pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])

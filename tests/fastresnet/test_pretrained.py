@@ -83,7 +83,7 @@ def test_weights_that_do_not_match_their_card_are_refused(copies, run):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"resnet20\.safetensors is not what its card describes: the SHA-256 differs"):
+    with pytest.raises(DataError, match=r"resnet20\.safetensors does not match its card: the SHA-256 differs"):
         load_pretrained("resnet20")
     code, _, err = run("eval", "--weights", "pretrained:resnet20")
     assert code == 3

@@ -126,8 +126,8 @@ def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
         ([], 2, "plot needs run folders"),
         (["{run}", "--kind", "curve"], 2, "did you mean 'curves'"),
         (["{run}", "--out", "picture.bmp"], 2, "ends in .png or .svg"),
-        (["{run}", "{run}", "--kind", "confusion"], 2, "is of one run"),
-        (["nowhere"], 3, "nowhere holds no metrics.csv"),
+        (["{run}", "{run}", "--kind", "confusion"], 2, "takes only one run"),
+        (["nowhere"], 3, "nowhere has no metrics.csv"),
         (["{damaged}"], 3, "metrics.csv is damaged"),
         (["{run}", "--kind", "mistakes", "--data", "cifar"], 3, "no prepared data set"),
         (["{run}", "--kind", "confusion", "--device", "tpu"], 2, "unknown device 'tpu'"),
@@ -208,7 +208,7 @@ def test_browser_renders_the_page_without_messages_at_every_width(page, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("remove", "message"), [("summary.json", "is not finished"), ("model.safetensors", "no file to read")]
+    ("remove", "message"), [("summary.json", "is not finished"), ("model.safetensors", "not a readable file")]
 )
 def test_report_of_an_unfinished_run_is_refused(run, finished, tmp_path, remove, message):
     shutil.copytree(finished, tmp_path / "run")

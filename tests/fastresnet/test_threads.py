@@ -104,7 +104,7 @@ def test_omp_num_threads_is_used_without_trials(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
     machine = Machine(idle_machine)
-    assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: PyTorch's number, as OMP_NUM_THREADS is set")
+    assert fastest_threads(machine.step, 128, 100) == (3, "threads 3: PyTorch's default, as OMP_NUM_THREADS is set")
     assert not machine.tried
 
 
@@ -121,7 +121,7 @@ def test_steps_too_long_for_a_trial_leave_the_number_as_it_is():
     machine = Machine(idle_machine)
     torch.set_num_threads(2)
     choice = fastest_threads(lambda images: machine.step(images, 0.3), 128, 2, clock=machine.clock)
-    assert choice == (2, "threads 2: PyTorch's number, as trial steps would take too long")
+    assert choice == (2, "threads 2: PyTorch's default, as trial steps would take too long")
     assert set(machine.tried) == {1}
 
 
@@ -224,7 +224,7 @@ def test_run_without_a_threads_setting_resumes_with_pytorchs_number(run, interru
     torch.set_num_threads(2)
     code, out, _ = run(*SMALL, "--resume", "--out", folder)
     assert code == 0
-    assert "differ from the run's" not in out
+    assert "differ from the run's settings" not in out
     assert same(weights(folder), weights(uninterrupted[2]))
 
 
@@ -232,7 +232,7 @@ def test_resuming_with_another_number_notes_that_bits_will_differ(run, interrupt
     folder, _ = interrupted
     code, out, _ = run(*SMALL, "--resume", "--threads", 1, "--out", folder)
     assert code == 0
-    assert "threads differ from the run's; the last bits will too" in out
+    assert "threads differ from the run's settings; the last bits will differ too" in out
     assert not same(weights(folder), weights(uninterrupted[2]))
 
 

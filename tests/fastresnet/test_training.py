@@ -214,7 +214,7 @@ def test_run_resumes_with_another_pipeline_and_prints_a_note(
     monkeypatch.setattr(TrainStep, "__call__", original)
     code, out, err = run(*arguments, "--pipeline", need(second), "--resume")
     assert (code, err) == (0, "")
-    assert "Note: pipeline differ from the run's" in out
+    assert "Note: pipeline differ from the run's settings" in out
     assert "resuming after step 4" in out
     assert f"{second} pipeline" in out
     assert_same_curve(tmp_path, resident, first, second)
@@ -360,7 +360,7 @@ def test_run_resumes_in_another_precision_and_prints_a_note(tiny, run, tmp_path,
     (tmp_path / "run" / "summary.json").unlink()
     code, out, _ = run("train", *small, "--precision", precision, "--resume")
     assert code == 0
-    assert "precision differ from the run's" in out
+    assert "precision differ from the run's settings" in out
 
 
 def test_training_time_excludes_writing_checkpoints(run, tmp_path, monkeypatch):
@@ -669,7 +669,7 @@ def test_dry_run_prints_estimates_and_writes_nothing(run, tmp_path, monkeypatch)
     code, out, _ = run("train", *SMALL, "--model", "resnet32", "--epochs", 100, "--dry-run")
     assert code == 0
     assert "466,906" in out
-    assert re.search(r"time training +│ +\d+:\d\d ", out)
+    assert re.search(r"training time +│ +\d+:\d\d ", out)
     assert not list(tmp_path.iterdir())
 
 

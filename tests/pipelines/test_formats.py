@@ -328,7 +328,7 @@ def test_other_settings_rebuild_only_the_shards(folder, helpers):
 @pytest.mark.parametrize("formats", [["raw"], ["raw", "jpeg"]], ids="+".join)
 def test_damaged_store_with_derived_files_is_rebuilt(folder, formats):
     flip_bit(folder / "train_images.npy")
-    with pytest.warns(Note, match="making .* anew"):
+    with pytest.warns(Note, match="preparing .* again"):
         dataset, made = prepare_again(folder, train_images=171, test_images=50, formats=formats)
     assert made
     assert names(folder) == RAW_FILES | ({"jpeg.json", *FILES["jpeg"]} if "jpeg" in formats else set())
@@ -359,7 +359,7 @@ def test_damaged_store_with_leftovers_of_a_killed_writer_is_rebuilt(bare, kind):
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert names(bare) > RAW_FILES
     flip_bit(bare / "train_images.npy")
-    with pytest.warns(Note, match="making .* anew"):
+    with pytest.warns(Note, match="preparing .* again"):
         assert prepare_again(bare, train_images=171, test_images=50)[1]
     assert names(bare) == RAW_FILES
 
@@ -639,7 +639,7 @@ def test_an_index_that_does_not_fit_its_tar_is_refused(dataset, tmp_path, change
     text = (dataset.folder / "test.idx").read_text()
     assert change(text) != text
     (tmp_path / "test.idx").write_text(change(text))
-    with pytest.raises(DataError, match=r"test\.idx is no index of .*test\.tar"):
+    with pytest.raises(DataError, match=r"test\.idx is not an index of .*test\.tar"):
         open_shard(dataset.folder / "test.tar", tmp_path / "test.idx")
 
 

@@ -259,11 +259,11 @@ def test_file_that_is_no_archive_is_refused(tmp_path, refused, name):
 
 
 def test_archive_without_a_data_set_is_refused(tmp_path, helpers, refused):
-    refused(helpers.make_tar(tmp_path / "notes.tar", {"notes/a.txt": b"hello"}), "no data set known here")
+    refused(helpers.make_tar(tmp_path / "notes.tar", {"notes/a.txt": b"hello"}), "not a known data set")
 
 
 def test_empty_folder_is_refused(tmp_path, refused):
-    refused(tmp_path, "no data set known here")
+    refused(tmp_path, "not a known data set")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/below.tar.gz", "file/below"])
@@ -562,7 +562,7 @@ def test_image_of_more_than_8_bits_a_channel_is_refused(image_folder, refused, d
     file = path / "train" / "ape" / "5.png"
     gradient = np.linspace(0, 60_000, 1024).reshape(32, 32).astype(dtype)
     write_image(file, Image.fromarray(gradient), kind)
-    refused(path, str(file), "more than 8 bits a channel", "Save it with 8")
+    refused(path, str(file), "more than 8 bits per channel", "Save it with 8")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
