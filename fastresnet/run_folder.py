@@ -271,12 +271,15 @@ _HELD: set[Path] = set()
 
 def _acquire(path: Path) -> int | None:
     """Lock `path` and return its descriptor; return None in a read-only folder, which cannot be damaged."""
+    attempts = 1000
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:
-            continue  # the last holder has removed the folder
+        except FileNotFoundError:  # the last holder has removed the folder, or one above it
+            if not (attempts := attempts - 1):
+                raise
+            continue
         except PermissionError:
             return None
         try:

@@ -138,7 +138,8 @@ def handle_connection(connection: socket.socket) -> Callable[[], object]:
 
 def run_as_python(arguments: list[str], files: dict[int, int]) -> None:
     """Run `python ARGUMENTS` in this process, with these open files under the numbers of the program."""
-    for number, file in [(number, fcntl.fcntl(file, fcntl.F_DUPFD, 100)) for number, file in files.items()]:
+    free = max(files) + 1  # above all numbers of the program: no duplicate is overwritten
+    for number, file in [(number, fcntl.fcntl(file, fcntl.F_DUPFD, free)) for number, file in files.items()]:
         os.dup2(file, number)
         os.close(file)
     while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
