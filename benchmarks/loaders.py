@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.runner import Case, Epochs, WaitTimer, Work, Worker, WorkerOptions, describe_work, measure_workers
-from pipelines import PIPELINES
+from pipelines import LIBRARIES, PIPELINES
 from pipelines.base import is_installed, usable_processors
 from pipelines.errors import Note
 from pipelines.prepare import prepare
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from pipelines.base import GatheringPipeline
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
-LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv"}
-"""Optional libraries, and their modules."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,6 @@ from pipelines.errors import UserError
 from pipelines.prepare import CIFAR10, data_root
 from pipelines.store import open_store, prepare_again_command
 
-_LIBRARIES = (
-    *("torch", "torchvision", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "ffcv", "tensorboard", "onnx"),
-)
 _NEEDED_BYTES = 1 << 30
 
 
@@ -54,10 +51,12 @@ def examine(root: Path | None = None) -> list[Finding]:
 
 def _versions(device: torch.device) -> Iterator[Finding]:
     facts = environment(device)
-    yield Finding("fastresnet", "works", f"{facts['versions']['fastresnet']}, commit {facts['commit']}")
-    yield Finding("Python", "works", f"{platform.python_version()} on {platform.platform()}")
+    versions = {**facts["versions"], **versions_of("tensorboard", "onnx")}
+    libraries = (f"{name} {versions[name]}" for name in versions if name not in ("fastresnet", "python"))
+    yield Finding("fastresnet", "works", f"{versions['fastresnet']}, commit {facts['commit']}")
+    yield Finding("Python", "works", f"{versions['python']} on {platform.platform()}")
     yield Finding("processor", "works", f"{facts['device'] if device.type == 'cpu' else os.cpu_count()}")
-    yield Finding("libraries", "works", ", ".join(map(" ".join, versions_of(*_LIBRARIES).items())))
+    yield Finding("libraries", "works", ", ".join(libraries))
 
 
 def _gpu(device: torch.device) -> Iterator[Finding]:

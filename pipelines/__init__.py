@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
     from .store import Dataset
 
-__all__ = ["PIPELINES", "Augmentation", "Decoder", "PipelineName", "choose_pipeline", "open_pipeline", "pipeline_class"]
+__all__ = ["LIBRARIES", "PIPELINES", "Augmentation", "Decoder", "PipelineName", "choose_pipeline", "open_pipeline"]
 
 __version__ = "0.1.0"
 
 PipelineName = Literal["resident", "dali", "ffcv", "torchvision"]
 PIPELINES = get_args(PipelineName)
+LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
+"""Modules of the libraries that pipelines need besides PyTorch."""
 Decoder = Literal["raw", "jpeg"]
 
 

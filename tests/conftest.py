@@ -18,11 +18,8 @@ import torch
 
 import pipelines
 from fastresnet import cli, models
+from pipelines import LIBRARIES
 from pipelines.prepare import prepare
-
-LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
-"""The libraries that pipelines need beside PyTorch."""
-
 
 # PyTorch's modules and all tests live until the end: collecting garbage among them took a tenth of the time.
 gc.set_threshold(20_000, 10, 10)

@@ -12,9 +12,8 @@ import torch
 from fastresnet import distributed
 from fastresnet.checkpoint import load_tensors
 from fastresnet.distributed import SINGLE, world_of_torchrun
-from pipelines import PIPELINES
+from pipelines import LIBRARIES, PIPELINES
 from pipelines.base import is_installed
-from tests.conftest import LIBRARIES
 from tests.fastresnet import rank_program, tiny_runs
 from tests.fastresnet.tiny_runs import assert_same_run
 
