@@ -54,10 +54,9 @@ class MachineOptions:
     device: Device = "auto"
     """Device to compute on."""
     threads: Threads = "auto"
-    """Number of CPU threads of PyTorch, or auto: the fastest in a few trial steps; loaders, which have no steps, use
-    PyTorch's default."""
+    """Number of CPU threads of PyTorch, or auto: the fastest in a few trial steps; PyTorch's default for loaders."""
     quick: bool = False
-    """Few cases in 3 short rounds, for a first look; compiles nothing on a CPU."""
+    """Take a first look: 3 short rounds, and few of the steps; compiles nothing on a CPU."""
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -73,7 +72,7 @@ class BenchmarkOptions(MachineOptions):
     seconds: float = 2.0
     """Length of a turn."""
     json: Path | None = None
-    """Write the figures to this file, after every turn."""
+    """Write the figures to this file, updated during the measurement."""
     chart: Path | None = None
     """Draw them in this file (.png, .svg or .pdf)."""
 
@@ -431,7 +430,7 @@ class _OpenCase:
 
     def _first_batch(self, start_epoch: Epochs, started: float) -> float:
         """Restart the epochs, and return the seconds from `started` to the first batch."""
-        self._batches = _endless(start_epoch)
+        self._batches = itertools.chain.from_iterable(map(start_epoch, itertools.count()))
         self.deliver(0)
         return time.perf_counter() - started
 
@@ -473,11 +472,6 @@ class _OpenCase:
         if self._work.device == "cuda":  # without DALI's own
             used["gpu_memory_mb"] = torch.cuda.max_memory_reserved() / 1e6
         return used
-
-
-def _endless(start_epoch: Epochs) -> Iterator[Any]:
-    for epoch in itertools.count():
-        yield from start_epoch(epoch)
 
 
 def _memory() -> int:
@@ -530,9 +524,15 @@ def _other_seconds() -> float:
 
 def _busy_seconds() -> float:
     """Sum the seconds that the usable processors were busy, or taken by the host."""
-    processors = psutil.cpu_times(percpu=True)
-    kinds = {"user", "nice", "system", "irq", "softirq", "steal"}.intersection(processors[0]._fields)
-    return sum(getattr(processors[number], kind) for number in psutil.Process().cpu_affinity() for kind in kinds)
+    if not hasattr(os, "sched_getaffinity"):  # macOS: all processors are usable
+        return sum(psutil.cpu_times()[:3])
+    usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}  # psutil drops the numbers, which may have gaps
+    ticks = 0
+    for name, *fields in map(str.split, Path("/proc/stat").read_text().splitlines()):
+        if name in usable:
+            user, nice, system, _idle, _iowait, *interrupts_and_steal = map(int, fields[:8])
+            ticks += user + nice + system + sum(interrupts_and_steal)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _own_seconds() -> float:

@@ -45,7 +45,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}.") from None
+        raise DataError(f"cannot read {path}: {str(error).partition(':')[0]}.") from None
     except SafetensorError as error:
         raise DataError(f"{path} is damaged or not a safetensors file: {error}.") from None
     if not metadata.keys() & {_DESCRIPTION, _DIGEST}:

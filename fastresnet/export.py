@@ -53,8 +53,8 @@ def _onnx(network: nn.Module, path: Path) -> Loaded:
         raise UsageError(f"--format onnx needs {error.name}: pip install 'fastresnet[onnx]'") from None
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as quiet:
         warnings.simplefilter("ignore")
+        quiet.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)
-        quiet.callback(logging.disable, logging.NOTSET)
         program = torch.onnx.export(
             network,
             (_example(),),

@@ -59,4 +59,4 @@ def check_literals(options: Any) -> None:
     for name, words in literals(type(options)).items():
         value = getattr(options, name)
         for word in value if isinstance(value, tuple) else (value,):
-            check_choice(name.replace("_", " "), word, words)
+            check_choice(name.replace("_", " ").removesuffix("s"), word, words)

@@ -60,6 +60,13 @@ class _AugmentedSamples(torch.utils.data.Dataset):
         return image, int(self._split.labels[sample.row])
 
 
+class _Batches(list[list[_Sample]]):
+    """Batches of the next epoch, as the `DataLoader`'s batch sampler. An iterator keeps those that it started with."""
+
+    def __iter__(self) -> Iterator[list[_Sample]]:
+        return iter(self[:])
+
+
 def _survive_stop_signals(_: int) -> None:
     """Ignore Ctrl-C, and delay a scheduler's SIGTERM: both reach the workers too, before the parent has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -71,7 +78,7 @@ class TorchvisionPipeline(Pipeline):
 
     def _open(self) -> None:
         self._normalization = Normalization.of(self._augmentation.normalization, self._dataset, self._device)
-        self._batches: list[list[_Sample]] = []
+        self._batches = _Batches()
         workers = min(usable_processors(), 8) if self._sampler.train else 0
         self._loader = DataLoader(
             _AugmentedSamples(self._split, self._augmentation, fill_color(self._dataset)),

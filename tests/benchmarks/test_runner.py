@@ -48,6 +48,14 @@ def test_busy_seconds_include_own_seconds():
     assert _busy_seconds() - busy >= _own_seconds() - own - 0.02  # the kernel rounds both to ticks
 
 
+def test_busy_seconds_are_those_of_usable_processors_with_gaps_in_their_numbers(monkeypatch):
+    """Fields of proc(5): user, nice, system, idle, iowait, irq, softirq, steal, guest, guest_nice."""
+    stat = "cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 1 2 3 900 900 4 5 6 900 900\ncpu2 9 0 0 0 0 0 0 0 0 0\ncpu7 50 0 0 0 0 0 0\n"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 7})
+    monkeypatch.setattr(Path, "read_text", lambda _: stat)
+    assert _busy_seconds() == (1 + 2 + 3 + 4 + 5 + 6 + 50) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize(
     ("others", "threads", "overloaded"), [(0.0, 2, False), (0.97, 1, False), (0.97, 2, True), (1.5, 1, True)]
 )

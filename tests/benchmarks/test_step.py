@@ -241,7 +241,7 @@ def test_interruption_keeps_the_finished_rounds(tmp_path, monkeypatch):
     [
         (["--models", "resnet2"], "did you mean 'resnet20'?"),
         (["--precisions", "bf61"], "did you mean 'bf16'?"),
-        (["--precisions", "auto"], "unknown precisions 'auto'"),
+        (["--precisions", "auto"], "unknown precision 'auto'"),
         (["--backends", "compiled"], "did you mean 'compile'?"),
         (["--backends", "graph", "--device", "cpu"], "--backends graph"),
         (["--batch-sizes", "128", "0"], "--batch-sizes 128 0"),

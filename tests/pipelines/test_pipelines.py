@@ -328,6 +328,16 @@ def test_processors_are_those_that_the_process_may_use(monkeypatch):
     assert usable_processors() == os.cpu_count()
 
 
+def test_two_open_epochs_of_torchvision_do_not_interfere(dataset, helpers):
+    pipeline = helpers.open_small("torchvision", dataset, train=False, batch_size=20)
+    first = pipeline.epoch(0)
+    next(first)
+    next(pipeline.epoch(0, 2))
+    rows = [batch.labels for batch in first]
+    assert np.array_equal(torch.cat(rows)[: len(dataset.test) - 20], dataset.test.labels[20:])
+    pipeline.close()
+
+
 @pytest.mark.parametrize(("processors", "workers"), [(3, 3), (64, 8)])
 def test_torchvision_has_a_worker_for_each_usable_processor(dataset, helpers, monkeypatch, processors, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
