@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # FFCV is built on the spot and needs OpenCV's headers: its tests run where they are.
-TEST_EXTRAS := test,dali$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,ffcv)
+TEST_EXTRAS := test$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,ffcv)
 
 .PHONY: demo test gpu-rehearsal lint bench docker-check install install-test clean
 

@@ -40,7 +40,7 @@ class TrainConfig:
     recipe: Suppress[str] = "baseline"
 
     model: str = "resnet20"
-    """resnet20, plain20, preresnet20, wrn16-2, resnext29-2x16d, se-resnet20, resnet9 ... (see `summary --help`)."""
+    """Network, such as resnet20, preresnet110 or wrn16-8; `fastresnet summary --help` lists all."""
     shortcut: Shortcut = "B"
     """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 

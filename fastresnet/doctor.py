@@ -14,7 +14,7 @@ import torch
 
 from fastresnet.device import NVIDIA_CONTROL, resolve_precision
 from fastresnet.provenance import environment, versions_of
-from pipelines import PIPELINES, pipeline_class
+from pipelines import PACKAGES, PIPELINES, pipeline_class
 from pipelines.base import free_memory
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.errors import UserError
@@ -102,7 +102,8 @@ def _pipelines() -> Iterator[Finding]:
             problem, _, remedy = str(error).rpartition(": ")
             yield Finding(f"pipeline {name}", "missing", problem, remedy)
         except (ImportError, OSError) as error:
-            yield Finding(f"pipeline {name}", "broken", str(error), f"pip install --force-reinstall {name}")
+            package = PACKAGES.get(name, ("torch",))[0]
+            yield Finding(f"pipeline {name}", "broken", str(error), f"pip install --force-reinstall {package}")
         else:
             yield Finding(f"pipeline {name}", "works", "")
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import platform
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipelines import __version__
+from pipelines import PACKAGES, __version__
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "fastresnet": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **versions_of("torchvision", "numpy", "ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+            **versions_of("numpy", *itertools.chain.from_iterable(PACKAGES.values())),
         },
         "commit": _commit(),
         "command": _command(),

@@ -23,6 +23,8 @@ PipelineName = Literal["resident", "dali", "ffcv", "torchvision"]
 PIPELINES = get_args(PipelineName)
 LIBRARIES = {"dali": "nvidia.dali", "ffcv": "ffcv", "torchvision": "torchvision"}
 """Modules of the libraries that pipelines need besides PyTorch."""
+PACKAGES = {"dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130"), "ffcv": ("ffcv",), "torchvision": ("torchvision",)}
+"""Packages that provide them: one of several."""
 Decoder = Literal["raw", "jpeg"]
 
 

@@ -72,7 +72,7 @@ class Pipeline(abc.ABC):
 
     @abc.abstractmethod
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
-        """Yield the batches of `plan` from step `start` on."""
+        """Yield batches from step `start` on: `plan.rows[step]`, `plan.draws.of(step)` and `plan.labels[step]`."""
 
     @abc.abstractmethod
     def close(self) -> None:

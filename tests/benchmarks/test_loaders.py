@@ -11,7 +11,7 @@ from benchmarks import loaders
 from benchmarks.__main__ import main
 from benchmarks.report import print_tables, ratio, spread
 from fastresnet import cli, terminal
-from pipelines import PIPELINES
+from pipelines import LIBRARIES, PIPELINES
 from pipelines.errors import Note
 from pipelines.store import open_store
 
@@ -21,8 +21,8 @@ PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
 
 @pytest.fixture(scope="module")
 def report(quick_workers, data_root, tmp_path_factory):
-    pytest.importorskip("nvidia.dali")
-    pytest.importorskip("ffcv")
+    for module in LIBRARIES.values():
+        pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTRESNET_DATA", str(data_root))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastresnet.config import TrainConfig, differences, from_dict, from_toml
-from fastresnet.models import list_models
+from fastresnet.models import MODELS, list_models
 from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, best, fast, paper, smoke
 from fastresnet.training.optimizer import lr_factor
 from pipelines import PIPELINES
@@ -535,7 +535,7 @@ def configs():
 
 def made_valid(values):
     """Return `values` with incompatible ones reset."""
-    if values["model"].startswith("plain"):
+    if not MODELS[values["model"]].supports_drop_path:
         values["drop_path"] = 0.0
     if values["model"].startswith(("plain", "preresnet", "wrn")):
         values["zero_init_residual"] = False

@@ -13,7 +13,7 @@ from fastresnet.models.diagram import draw_graph, graph
 
 SVG = "{http://www.w3.org/2000/svg}"
 NETWORKS = [name for name in MODELS if MODELS[name].depth != 1202]
-RESIDUAL = [name for name in NETWORKS if not name.startswith("plain")]
+RESIDUAL = [name for name in NETWORKS if MODELS[name].supports_drop_path]
 
 
 def on_meta(name, **settings):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastresnet.device import autocast
-from fastresnet.models import batchnorm, create_model, list_models
+from fastresnet.models import MODELS, batchnorm, create_model, list_models
 from fastresnet.models.batchnorm import fuse_batch_norms
 from tests.fastresnet.reference_networks import (
     REFERENCES,
@@ -223,7 +223,7 @@ def test_torch_compile_has_no_graph_breaks(name, shortcut):
 @pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize(("name", "shortcut"), SMALLEST)
 def test_torch_export_with_a_dynamic_batch_size(name, shortcut):
-    network = random_network(name, shortcut, **({} if name.startswith("plain") else {"drop_path": 0.1}))
+    network = random_network(name, shortcut, **({"drop_path": 0.1} if MODELS[name].supports_drop_path else {}))
     batch = torch.export.Dim("batch", min=1)
     exported = torch.export.export(network, (random_images(3),), dynamic_shapes={"x": {0: batch}})
     with torch.no_grad():

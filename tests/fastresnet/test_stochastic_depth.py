@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastresnet.models import create_model, list_models
+from fastresnet.models import MODELS, create_model, list_models
 from fastresnet.models.stochastic_depth import StochasticDepth, seed_stochastic_depth
 from tests.fastresnet.reference_networks import (
     REFERENCES,
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
-WITH_SHORTCUTS = [name for name in list_models() if not name.startswith("plain")]
+WITH_SHORTCUTS = [name for name, spec in MODELS.items() if spec.supports_drop_path]
 DROPPING = [
     *(("resnet20", "A"), ("se-resnet20", "B"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B")),
     ("resnet9-narrow", "B"),
