@@ -37,7 +37,7 @@ def choose_pipeline(dataset: Dataset, device: torch.device, decode: str = "raw")
     if decode == "jpeg":
         return "dali", "it decodes JPEG"
     needed, free = dataset.train.images.nbytes + dataset.test.images.nbytes, free_memory(device)
-    sizes = f"{needed / 1e9:.1f} GB of images, {free / 1e9:.1f} GB of memory free"
+    sizes = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB of memory free"
     if needed <= free / 2:
         return "resident", sizes
     if is_installed("nvidia.dali"):

@@ -277,8 +277,8 @@ def test_fifty_epochs_leak_no_threads_files_or_memory(name, opened, batches):
 @pytest.mark.parametrize(
     ("free", "installed", "beton", "expected", "reason"),
     [
-        (4.0, {"nvidia.dali", "ffcv"}, True, "resident", "2.0 GB of images, 4.0 GB of memory free"),
-        (3.9, {"nvidia.dali", "ffcv"}, True, "dali", "2.0 GB of images, 3.9 GB of memory free; DALI is installed"),
+        (4.0, {"nvidia.dali", "ffcv"}, True, "resident", "2,000 MB of images, 4.0 GB of memory free"),
+        (3.9, {"nvidia.dali", "ffcv"}, True, "dali", "2,000 MB of images, 3.9 GB of memory free; DALI is installed"),
         (3.9, {"ffcv"}, True, "ffcv", "3.9 GB of memory free; FFCV is installed"),
         (3.9, {"ffcv"}, False, "torchvision", "3.9 GB of memory free; neither DALI nor FFCV"),
         (3.9, set(), True, "torchvision", "3.9 GB of memory free; neither DALI nor FFCV"),
