@@ -146,7 +146,7 @@ class TimedRecipe:
         began = time.perf_counter()
         config, _ = resolve(config, dataset, device, SINGLE)
         self._resources = contextlib.ExitStack()
-        pipeline, *_ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
+        pipeline, _ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
         self._total_steps = config.total_steps(len(pipeline))
         self._step = step = create_step(config, dataset, lr_factors(config, self._total_steps), SINGLE)
         if candidate.change is not None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from .base import Pipeline, free_memory, is_installed
 from .errors import UsageError, check_choice
-from .sampling import Augmentation, Sampler
+from .sampling import Augmentation as Augmentation
+from .sampling import Sampler
 
 if TYPE_CHECKING:
     import torch
 
     from .store import Dataset
-
-__all__ = ["LIBRARIES", "PIPELINES", "Augmentation", "Decoder", "PipelineName", "choose_pipeline", "open_pipeline"]
 
 __version__ = "0.1.0"
 
@@ -40,9 +39,9 @@ def choose_pipeline(dataset: Dataset, device: torch.device, decode: str = "raw")
     sizes = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB of memory free"
     if needed <= free / 2:
         return "resident", sizes
-    if is_installed("nvidia.dali"):
+    if is_installed(LIBRARIES["dali"]):
         return "dali", f"{sizes}; DALI is installed"
-    if is_installed("ffcv") and (dataset.folder / "beton.json").exists():
+    if is_installed(LIBRARIES["ffcv"]) and (dataset.folder / "beton.json").exists():
         return "ffcv", f"{sizes}; FFCV is installed, DALI is not"
     return "torchvision", f"{sizes}; neither DALI nor FFCV with its files is available"
 

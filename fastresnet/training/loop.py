@@ -87,7 +87,7 @@ def train(
         if changed:
             log(f"Note: {', '.join(changed)} differ from the run's settings; the last bits will differ too.")
 
-        pipeline, evaluated, test = resources.enter_context(open_pipelines(config, dataset, world))
+        pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
         clock.enter("model")
         factors = lr_factors(config, total_steps)
@@ -125,9 +125,9 @@ def train(
         def status() -> Status:
             clock.update(progress)
             number, seconds = progress.step, progress.train_seconds / progress.step
-            epoch = min(progress.epoch + 1, -(-total_steps // epoch_steps))
             speed, eta_s = config.batch_size / seconds, (total_steps - number) * seconds
-            return Status(epoch, number, *step.metrics(), config.lr * factors[number - 1], speed, eta_s)
+            lr = config.lr * factors[number - 1]
+            return Status(progress.epoch + 1, number, *step.metrics(), lr, speed, eta_s)
 
         def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
             classes, precision = dataset.classes, config.precision
@@ -172,6 +172,7 @@ def train(
 
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
+            test = resources.enter_context(_evaluation(config, dataset, world)) if config.val_split else evaluated
             last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
                 best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
@@ -203,21 +204,10 @@ def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: 
 
 
 @contextlib.contextmanager
-def open_pipelines(
-    config: TrainConfig, dataset: Dataset, world: World
-) -> Iterator[tuple[Pipeline, Pipeline, Pipeline]]:
-    """Open the training split, the one evaluated after each epoch, and the test split.
-
-    The block runs with `config.threads` threads.
-    """
-    training, held_out = dataset.hold_out(config.val_split) if config.val_split else (dataset, None)
-    device, precision = torch.device(config.device), config.precision
+def open_pipelines(config: TrainConfig, dataset: Dataset, world: World) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """Open the training split and the one evaluated after each epoch. The block runs with `config.threads` threads."""
+    training, evaluated = dataset.hold_out(config.val_split) if config.val_split else (dataset, dataset)
     with contextlib.ExitStack() as resources:
-
-        def evaluation(dataset: Dataset) -> Pipeline:
-            opened = open_evaluation(dataset, config.normalization, precision, device, config.pipeline, world)
-            return resources.enter_context(contextlib.closing(opened))
-
         resources.callback(torch.set_num_threads, torch.get_num_threads())
         if config.threads != "auto":
             use_threads(config.threads)
@@ -226,8 +216,8 @@ def open_pipelines(
             training,
             train=True,
             batch_size=config.batch_size,
-            device=device,
-            dtype=DTYPES[precision],
+            device=torch.device(config.device),
+            dtype=DTYPES[config.precision],
             seed=config.seed,
             augmentation=config.augmentation,
             decode=config.decode,
@@ -235,8 +225,14 @@ def open_pipelines(
             world_size=world.world_size,
         )
         resources.callback(pipeline.close)
-        test = evaluation(dataset)
-        yield pipeline, evaluation(held_out) if held_out else test, test
+        yield pipeline, resources.enter_context(_evaluation(config, evaluated, world))
+
+
+def _evaluation(config: TrainConfig, dataset: Dataset, world: World) -> contextlib.closing[Pipeline]:
+    device = torch.device(config.device)
+    return contextlib.closing(
+        open_evaluation(dataset, config.normalization, config.precision, device, config.pipeline, world)
+    )
 
 
 def create_step(config: TrainConfig, dataset: Dataset, lr_factors: Sequence[float], world: World) -> TrainStep:

@@ -42,7 +42,7 @@ def _prepared(
     config, pipeline_reason = resolve(config, dataset, resolve_device(config.device), SINGLE)
     with (
         explained_failures("use a smaller --batch-size"),
-        open_pipelines(config, dataset, SINGLE) as (pipeline, evaluated, _),
+        open_pipelines(config, dataset, SINGLE) as (pipeline, evaluated),
     ):
         total_steps = config.total_steps(len(pipeline))
         step = create_step(config, dataset, factors or lr_factors(config, total_steps), SINGLE)

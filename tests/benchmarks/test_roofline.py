@@ -98,7 +98,7 @@ def test_the_rate_of_matrix_products_is_positive():
 
 
 def test_limits_use_the_fastest_run_by_the_device_clock(monkeypatch):
-    """By a fake device clock, the second run takes 2 s and all others longer."""
+    """The fake device clock gives the second run 2 s, and all others more."""
     begin, ends = [0.0], itertools.accumulate(itertools.cycle([9.0, 2.0, 3.0, 4.0]))
     monkeypatch.setattr(roofline, "stamp", lambda _: begin.pop() if begin else next(ends))
     assert copy_bandwidth(CPU, 1000) == 2 * 1000 / 2

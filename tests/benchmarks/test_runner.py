@@ -88,7 +88,7 @@ def test_busy_machine_is_noted_below_the_tables_and_in_the_file(run, tmp_path, m
 
 @pytest.mark.parametrize(("compiles", "start"), [(True, (17, 12)), (False, (17,))])
 def test_compilation_time_is_the_excess_of_the_first_batch_over_a_later_one(dataset, monkeypatch, compiles, start):
-    """By a fake clock, opening a loader takes 2 s, the first batch 15 s and the second 5 s."""
+    """The fake clock gives the opening of a loader 2 s, the first batch 15 s and the second 5 s."""
     clock, seconds = [0.0], iter([15, 5])
 
     def open_loader(*_):
