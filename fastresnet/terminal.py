@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import Note, UsageError, UserError, check_choice, literals
+from pipelines.errors import Note, UsageError, UserError, check_word, literals
 
 if TYPE_CHECKING:
     from pipelines.sources import Report
@@ -104,7 +104,7 @@ def _check_words(options: type, arguments: list[str]) -> None:
         flag, assigned, value = argument.partition("=")
         name, value = flag.removeprefix("--").replace("-", "_"), value if assigned else following
         if flag.startswith("--") and name in words and value and not value.startswith("--"):
-            check_choice(name.replace("_", " ").removesuffix("s"), value, words[name])
+            check_word(name, value, words[name])
 
 
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:

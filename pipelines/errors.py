@@ -54,9 +54,14 @@ def literals(options: type) -> dict[str, tuple[str, ...]]:
     return words
 
 
+def check_word(field: str, word: str, words: Iterable[str]) -> None:
+    """Raise `UsageError` unless `word` is one of `words`, the values of `field` of a dataclass."""
+    check_choice(field.replace("_", " ").removesuffix("s"), word, words)
+
+
 def check_literals(options: Any) -> None:
     """Raise `UsageError` if a field of a dataclass has a value that is not in its `Literal`."""
     for name, words in literals(type(options)).items():
         value = getattr(options, name)
         for word in value if isinstance(value, tuple) else (value,):
-            check_choice(name.replace("_", " ").removesuffix("s"), word, words)
+            check_word(name, word, words)
