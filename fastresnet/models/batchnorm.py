@@ -21,8 +21,9 @@ _LANES = 16  # as in batchnorm.c
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm (Ioffe & Szegedy, 2015), the addition of a shortcut if one is given, and ReLU if `relu`.
 
-    With `fused` set, a CPU that trains in fp32 or bf16, channels-last, runs all of it in `batchnorm.c`. This takes a
-    third of the time of PyTorch's separate operators and is limited by memory bandwidth.
+    With `fused` set, training in channels-last order runs all of it in one kernel for each pass. On a CPU
+    (`batchnorm.c`, fp32 and bf16) this takes a third of the time of PyTorch's separate operators and is limited by
+    memory bandwidth. On a GPU (`batchnorm_triton.py`) a pass of PyTorch's operators takes two to four kernels.
     """
 
     running_mean: Tensor
@@ -42,15 +43,40 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Map `x` and `shortcut` [N, C, H, W] to [N, C, H, W]."""
         if self.synchronized and self.training:
             out = self._over_all_ranks(x)
-        elif self.fused and self.training and not torch.compiler.is_compiling() and _fits(x, shortcut):
-            self.num_batches_tracked.add_(1)
-            return _Fused.apply(x, shortcut, self.weight, self.bias, self)
+        elif self.fused and self.training and self._fits(x, shortcut):
+            return self._on_gpu(x, shortcut) if x.is_cuda else self._on_cpu(x, shortcut)
         else:
             out = super().forward(x)
         # In place: batch norm's gradient needs only its input, and less memory is read and written.
         if shortcut is not None:
             out += shortcut
         return F.relu(out, inplace=True) if self.relu else out
+
+    def _fits(self, x: Tensor, shortcut: Tensor | None) -> bool:
+        """Return True if the kernels support these tensors. PyTorch's operators process all others."""
+        if x.device.type == "cpu":
+            supported = x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % _LANES == 0
+            supported = supported and not torch.compiler.is_compiling()
+        else:
+            supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (self.relu or shortcut is None)
+        return (
+            supported
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and x.numel() > x.shape[1]
+            and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype))
+        )
+
+    def _on_cpu(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        return _Fused.apply(x, shortcut, self.weight, self.bias, self)
+
+    def _on_gpu(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        from .batchnorm_triton import BatchNorm  # not installed everywhere
+
+        if shortcut is not None:
+            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+        statistics = (self.running_mean, self.running_var, self.num_batches_tracked, self.semaphores)
+        return BatchNorm.apply(x, shortcut, self.weight, self.bias, *statistics, self.momentum, self.eps, self.relu)
 
     def _over_all_ranks(self, x: Tensor) -> Tensor:
         out, mean, var, count = _Synchronized.apply(x, self.weight, self.bias, self.eps)
@@ -69,24 +95,26 @@ def synchronize_batch_norms(model: nn.Module) -> None:
 
 
 def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
-    """Set `fused` in all batch norms of the model. Without a C compiler, warn with a `Note` and change nothing."""
-    if fused and _kernels() is None:
-        return
+    """Set `fused` in all batch norms of the model. Without a C compiler, warn with a `Note` and change nothing.
+
+    On a GPU it needs Triton.
+    """
     for module in model.modules():
         if isinstance(module, BatchNorm2d):
-            module.fused = fused
+            on_cpu = module.weight.device.type == "cpu"
+            module.fused = fused and not (on_cpu and _kernels() is None)
+            if module.fused and not on_cpu:
+                zeros = torch.zeros(-(-module.num_features // 64), dtype=torch.int32, device=module.weight.device)
+                module.register_buffer("semaphores", zeros, persistent=False)
 
 
-def _fits(x: Tensor, shortcut: Tensor | None) -> bool:
-    """Return True if the kernels support these tensors. PyTorch's operators process all others."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.shape[1] % _LANES == 0
-        and x.numel() > x.shape[1]
-        and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype))
-    )
+def compiler_options(device: torch.device) -> dict[str, Any]:
+    """Return options of `torch.compile` for networks with fused batch norms on `device`."""
+    if device.type != "cuda":
+        return {}
+    from .batchnorm_triton import MergeGradients
+
+    return {"post_grad_custom_post_pass": MergeGradients()}
 
 
 class _Synchronized(torch.autograd.Function):

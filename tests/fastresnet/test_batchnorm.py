@@ -1,5 +1,10 @@
 """Batch norm, addition and ReLU in one kernel against PyTorch's operators in double precision."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +17,9 @@ from pipelines.errors import Note
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 
 
-def activation(*shape, dtype, seed, offset=0.0):
+def activation(*shape, dtype, seed, offset=0.0, device="cpu"):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + offset
-    return values.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    return values.to(device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
 def fused_norm(channels, *, relu, seed=0):
@@ -207,3 +212,16 @@ def test_c_source_compiles_without_warnings(monkeypatch):
     monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
     assert batchnorm._kernels() is not None
     batchnorm._kernels.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_triton_kernels_pass_their_checks(device):
+    """On a CPU, Triton's interpreter executes them."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    checks = Path(__file__).with_name("batchnorm_checks.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(checks)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,367 @@
+"""Batch norm, the addition of a shortcut and ReLU for GPUs: one kernel for each pass, in Triton.
+
+Activations [N, C, H, W] in channels-last order are matrices of `rows` N H W and `channels` C. Each program has every
+P-th tile of rows of up to 64 channels, P being the number of programs that the GPU runs at the same time. A pass reads
+its operands for sums over all rows, waits for the other programs, and writes its result. For this it reads the operands
+again, in reverse order: the last ones are still in the cache. A program's only tile stays in registers.
+
+Sums are combined in a fixed order, without atomic additions, so that repeated steps have the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.autograd.function import once_differentiable
+
+CHANNELS = 64
+"""Most channels of a tile."""
+
+SUMS, RESULT = tl.constexpr(1), tl.constexpr(2)
+"""Parts of a pass; 0 stands for both."""
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _wait_for_all(semaphore):
+    """Wait until all programs of this column of the grid have arrived; all must run at the same time.
+
+    The semaphore needs no reset: each round flips its sign, as in CUDA's cooperative groups.
+    """
+    tl.debug_barrier()  # all threads of this program have stored their sums
+    others = tl.num_programs(0) - 1
+    before = tl.atomic_add(semaphore, tl.where(tl.program_id(0) == 0, -2147483648 - others, 1), sem="release")
+    now = before
+    while (before ^ now) >= 0:
+        now = tl.atomic_add(semaphore, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _place(tile, rows, channels, channel, ROWS: tl.constexpr):
+    """Return a tile's offset, those of its elements from it, and True for those inside the matrix."""
+    row = tl.arange(0, ROWS)[:, None]
+    inside = (row < rows - tile * ROWS) & (channel < channels)
+    return tl.cast(tile, tl.int64) * ROWS * channels, row * channels + channel, inside
+
+
+@triton.jit
+def _load(pointer, start, place, inside):
+    return tl.load(pointer + start + place, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, start, place, inside, values):
+    tl.store(pointer + start + place, values.to(pointer.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rows_of_each(rows, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Return the number of rows of each program [PROGRAMS, 1]."""
+    tiles, programs, program = tl.cdiv(rows, ROWS), tl.num_programs(0), tl.arange(0, PROGRAMS)[:, None]
+    of_full_tiles = tl.where(program < programs, tl.cdiv(tiles - program, programs) * ROWS, 0)
+    missing = tl.where(program == (tiles - 1) % programs, tiles * ROWS - rows, 0)
+    return (of_full_tiles - missing).to(tl.float32)
+
+
+@triton.jit
+def _forward(
+    x, shortcut, y, weight, bias, mean, inverse_std, running_mean, running_var, batches, partials, semaphores,
+    rows, channels, momentum, epsilon,
+    RELU: tl.constexpr, SHORTCUT: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    known, tiles = channel < channels, tl.cdiv(rows, ROWS)
+    if SINGLE:
+        start, place, inside = _place(first, rows, channels, channel, ROWS)
+        values = _load(x, start, place, inside)
+
+    if PART != RESULT:
+        count, center = 0.0, tl.zeros([1, CHANNELS], tl.float32)
+        squares = tl.zeros([1, CHANNELS], tl.float32)
+        for tile in range(first, tiles, programs):
+            if not SINGLE:
+                start, place, inside = _place(tile, rows, channels, channel, ROWS)
+                values = _load(x, start, place, inside)
+            added = tl.minimum(rows - tile * ROWS, ROWS).to(tl.float32)
+            tile_mean = tl.sum(values, 0, keep_dims=True) / added
+            deviations = tl.where(inside, values - tile_mean, 0.0)
+            # Chan, Golub & LeVeque 1979: no cancellation, even if the mean is much larger than the deviations.
+            distance, total = tile_mean - center, count + added
+            center += distance * (added / total)
+            squares += tl.sum(deviations * deviations, 0, keep_dims=True)
+            squares += distance * distance * (count * added / total)
+            count = total
+        tl.store(partials + 2 * first * channels + channel, center, known)
+        tl.store(partials + (2 * first + 1) * channels + channel, squares, known)
+
+    if PART == 0:
+        _wait_for_all(semaphores + tl.program_id(1))
+
+    if PART != SUMS:
+        program = tl.arange(0, PROGRAMS)[:, None]
+        stored, own_rows = (program < programs) & known, _rows_of_each(rows, ROWS, PROGRAMS)
+        centers = tl.load(partials + 2 * program * channels + channel, stored, 0.0)
+        batch_mean = tl.sum(centers * own_rows, 0, keep_dims=True) / rows
+        distances = centers - batch_mean
+        squares = tl.load(partials + (2 * program + 1) * channels + channel, stored, 0.0)
+        squares = tl.sum(squares + own_rows * distances * distances, 0, keep_dims=True)
+        batch_inverse_std = tl.rsqrt(squares / rows + epsilon)
+        if first == 0:
+            tl.store(mean + channel, batch_mean, known)
+            tl.store(inverse_std + channel, batch_inverse_std, known)
+            old = tl.load(running_mean + channel, known)
+            tl.store(running_mean + channel, old + momentum * (batch_mean - old), known)
+            old = tl.load(running_var + channel, known)
+            tl.store(running_var + channel, old + momentum * (squares / (rows - 1) - old), known)
+            if tl.program_id(1) == 0:
+                tl.store(batches, tl.load(batches) + 1)
+
+        scale = tl.load(weight + channel, known, 0.0) * batch_inverse_std
+        shift = tl.load(bias + channel, known, 0.0)
+        own_tiles = tl.cdiv(tiles - first, programs)
+        for step in range(own_tiles):
+            if not SINGLE:
+                start, place, inside = _place(first + (own_tiles - 1 - step) * programs, rows, channels, channel, ROWS)
+                values = _load(x, start, place, inside)
+            out = (values - batch_mean) * scale + shift
+            if SHORTCUT:
+                out += _load(shortcut, start, place, inside)
+            if RELU:
+                out = tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            _store(y, start, place, inside, out)
+
+
+@triton.jit
+def _gradient(
+    grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift,
+    RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of `x`, less its mean, and of the gradient before ReLU."""
+    centered = _load(x, start, place, inside) - center
+    gradient = _load(grad_y, start, place, inside)
+    if MORE:
+        gradient += _load(more_grad_y, start, place, inside)
+    if RELU:
+        # The sign is read if a shortcut was added, and else recomputed: one operand less.
+        out = _load(y, start, place, inside) if SHORTCUT else centered * scale + shift
+        gradient = tl.where(out > 0, gradient, 0.0)
+    return tl.where(inside, centered, 0.0), gradient
+
+
+@triton.jit
+def _backward(
+    grad_y, more_grad_y, x, y, weight, bias, mean, inverse_std, grad_x, grad_shortcut, grad_weight, grad_bias,
+    partials, semaphores, rows, channels,
+    RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    known, tiles = channel < channels, tl.cdiv(rows, ROWS)
+    center, inverse = tl.load(mean + channel, known, 0.0), tl.load(inverse_std + channel, known, 0.0)
+    scale, shift = tl.load(weight + channel, known, 0.0) * inverse, tl.load(bias + channel, known, 0.0)
+    if SINGLE:
+        start, place, inside = _place(first, rows, channels, channel, ROWS)
+        centered, gradient = _gradient(
+            grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift, RELU, SHORTCUT, MORE
+        )
+
+    if PART != RESULT:
+        total, product = tl.zeros([1, CHANNELS], tl.float32), tl.zeros([1, CHANNELS], tl.float32)
+        for tile in range(first, tiles, programs):
+            if not SINGLE:
+                start, place, inside = _place(tile, rows, channels, channel, ROWS)
+                centered, gradient = _gradient(
+                    grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift, RELU, SHORTCUT, MORE
+                )
+            total += tl.sum(gradient, 0, keep_dims=True)
+            product += tl.sum(gradient * centered, 0, keep_dims=True)
+            if SHORTCUT:
+                _store(grad_shortcut, start, place, inside, gradient)
+        tl.store(partials + 2 * first * channels + channel, total, known)
+        tl.store(partials + (2 * first + 1) * channels + channel, product, known)
+
+    if PART == 0:
+        _wait_for_all(semaphores + tl.program_id(1))
+
+    if PART != SUMS:
+        program = tl.arange(0, PROGRAMS)[:, None]
+        stored = (program < programs) & known
+        total = tl.sum(tl.load(partials + 2 * program * channels + channel, stored, 0.0), 0, keep_dims=True)
+        product = tl.load(partials + (2 * program + 1) * channels + channel, stored, 0.0)
+        product = tl.sum(product, 0, keep_dims=True)
+        if first == 0:
+            tl.store(grad_bias + channel, total, known)
+            tl.store(grad_weight + channel, product * inverse, known)
+        slope = product * inverse * inverse / rows
+        own_tiles = tl.cdiv(tiles - first, programs)
+        for step in range(own_tiles):
+            if not SINGLE:
+                start, place, inside = _place(first + (own_tiles - 1 - step) * programs, rows, channels, channel, ROWS)
+                if SHORTCUT:  # what this program stored before
+                    centered, gradient = (
+                        _load(x, start, place, inside) - center,
+                        _load(grad_shortcut, start, place, inside),
+                    )
+                else:
+                    centered, gradient = _gradient(
+                        grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift, RELU, SHORTCUT, MORE
+                    )
+            out = scale * (gradient - total / rows - centered * slope)
+            _store(grad_x, start, place, inside, out)
+
+
+# --- operators ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastresnet::batch_norm", mutates_args=("running_mean", "running_var", "batches"))
+def batch_norm(
+    x: Tensor,
+    shortcut: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    semaphores: Tensor,
+    momentum: float,
+    epsilon: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, mean and inverse standard deviation of a batch; update the running statistics."""
+    y, mean, inverse_std = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    operands = (x, shortcut, y, weight, bias, mean, inverse_std, running_mean, running_var, batches)
+    constants = {"RELU": relu, "SHORTCUT": shortcut is not None}
+    _launch(_forward, operands, semaphores, x, (momentum, epsilon), constants)
+    return y, mean, inverse_std
+
+
+@batch_norm.register_fake
+def _(x: Tensor, shortcut: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.custom_op("fastresnet::batch_norm_backward", mutates_args=())
+def batch_norm_backward(
+    grad_y: Tensor,
+    more_grad_y: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    semaphores: Tensor,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `x`, of the shortcut (empty without `y`, the output), of weight and bias.
+
+    The gradient of the output is `grad_y` + `more_grad_y`: its sum, as an operation of its own, would cost two passes.
+    """
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    grad_shortcut = x.new_empty(0) if y is None else torch.empty_like(x)
+    results = (grad_x, grad_shortcut, grad_weight, grad_bias)
+    operands = (grad_y, more_grad_y, x, y, weight, bias, mean, inverse_std, *results)
+    constants = {"RELU": relu, "SHORTCUT": y is not None, "MORE": more_grad_y is not None}
+    _launch(_backward, operands, semaphores, x, (), constants)
+    return results
+
+
+@batch_norm_backward.register_fake
+def _(
+    grad_y: Tensor, more_grad_y: Tensor | None, x: Tensor, y: Tensor | None, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_shortcut = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), grad_shortcut, torch.empty_like(weight), torch.empty_like(weight)
+
+
+class BatchNorm(torch.autograd.Function):
+    """Both operators as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        *_, semaphores, _, _, relu = rest
+        y, mean, inverse_std = batch_norm(x, shortcut, weight, bias, *rest)
+        ctx.save_for_backward(x, None if shortcut is None else y, weight, bias, mean, inverse_std, semaphores)
+        ctx.relu = relu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, *rest = ctx.saved_tensors
+        grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_shortcut, *grads = batch_norm_backward(grad_y, None, x, y, *rest, ctx.relu)
+        return grad_x, None if y is None else grad_shortcut, *grads, *[None] * 7
+
+
+class MergeGradients(CustomGraphPass):
+    """Pass of Inductor that leaves sums of two gradients, from the branches of a block, to `batch_norm_backward`."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.fastresnet.batch_norm_backward.default):
+            total, more, *rest = node.args
+            if more is None and total.target is torch.ops.aten.add.Tensor and _is_plain_sum(total):
+                node.args = (*total.args, *rest)
+                graph.erase_node(total)
+
+    def uuid(self) -> bytes:
+        """Identify this pass in the compiler's cache."""
+        return get_hash_for_files((__file__,))
+
+
+def _is_plain_sum(total: torch.fx.Node) -> bool:
+    """Return True if only one node uses `total`, and its operands are tensors of the same shape, type and strides."""
+    tensors = [node.meta["val"] for node in (total, *total.args) if isinstance(node, torch.fx.Node)]
+    kinds = {(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors}
+    return len(total.users) == 1 and len(tensors) == 3 and len(kinds) == 1 and not total.kwargs
+
+
+def _launch(
+    kernel: Any,
+    operands: tuple[Tensor | None, ...],
+    semaphores: Tensor,
+    x: Tensor,
+    numbers: tuple[float, ...],
+    constants: dict[str, bool],
+) -> None:
+    """Launch both parts of a pass as one kernel; in Triton's interpreter, where programs cannot wait, as two."""
+    channels = x.shape[1]
+    rows, columns = x.numel() // channels, triton.cdiv(channels, CHANNELS)
+    width = triton.next_power_of_2(min(channels, CHANNELS))
+    most = max(programs_at_once(x.device) // columns, 1)
+    largest = 16384 // width
+    tile = max(min(triton.next_power_of_2(triton.cdiv(rows, most)), largest), 1)
+    programs = min(triton.cdiv(rows, tile), most)
+    partials = torch.empty(programs, 2, channels, device=x.device)
+    sizes = {"ROWS": tile, "CHANNELS": width, "PROGRAMS": triton.next_power_of_2(programs)}
+
+    def launch(part: int, **options: Any) -> None:
+        single = part == 0 and programs * tile >= rows
+        kernel[(programs, columns)](
+            *operands, partials, semaphores, rows, channels, *numbers, **constants, **sizes, PART=part, SINGLE=single,
+            **options,
+        )  # fmt: skip
+
+    if x.is_cuda:
+        launch(0, launch_cooperative_grid=True, num_warps=max(min(tile * width // 512, 16), 4))
+    else:
+        for part in [0] if programs == 1 else [SUMS.value, RESULT.value]:
+            launch(part)
+
+
+@functools.cache
+def programs_at_once(device: torch.device) -> int:
+    """Return the number of programs that run at the same time: one on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
