@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastresnet.checkpoint import take_prefix, with_prefix
-from fastresnet.device import autocast
+from fastresnet.device import DTYPES, autocast
 from fastresnet.distributed import SINGLE, World
-from fastresnet.models.batchnorm import fuse_batch_norms
+from fastresnet.models.batchnorm import compiler_options, fuse_batch_norms
+from fastresnet.training.cast_weights import CastWeights
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import JointUpdate, load_optimizer_state, optimizer_state
 
@@ -56,13 +57,21 @@ class TrainStep:
         self._world = world
         if device.type == "cpu":
             fuse_batch_norms(model)
-        self._parallel = world.parallel(model)
+        # Several ranks reduce the gradients of the network's own weights.
+        self._cast = (
+            CastWeights(model, DTYPES[precision])
+            if device.type == "cuda" and precision != "fp32" and world.is_single
+            else None
+        )
+        self._network = world.parallel(model) if self._cast is None else self._cast.model
         rows = world.rows(batch_size)
         # With this weight, the mean of the ranks' gradients is that of all images, even if ranks differ by one image.
         self._weight = 1.0 if world.is_single else (rows.stop - rows.start) * world.world_size / batch_size
         self.model, self.optimizers = model, list(optimizers)
         self._joint_update = JointUpdate(self.optimizers)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        if not self.scaler.is_enabled():  # which sets this itself
+            self._joint_update.found_inf = torch.zeros((), device=device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         """Number of steps taken, which is the index of the next one."""
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -73,11 +82,12 @@ class TrainStep:
         """Exponential moving average of parameters and buffers, if enabled."""
         self._average = get_ema_multi_avg_fn(ema_decay)
         self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
-        self._learning_rates = [
-            (group["lr"], torch.tensor([group["peak_lr"] * factor for factor in lr_factors], device=device))
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-        ]
+        self._not_finite, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        groups = self._joint_update.param_groups
+        rates = [[group["peak_lr"] * factor for group in groups] for factor in lr_factors]
+        self._schedule, self._rates = torch.tensor(rates, device=device), torch.empty(1, len(groups), device=device)
+        for group, rate in zip(groups, self._rates[0], strict=True):
+            group["lr"] = rate
         self._precision, self._device, self._clip_norm = precision, device, clip_norm
         self._label_smoothing, self._mixer = label_smoothing, mixer
         self.compiled = False
@@ -85,52 +95,57 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on `images` [B, 3, 32, 32] with `labels` [B]."""
-        for lr, schedule in self._learning_rates:
-            lr.copy_(schedule[self.count][0])
+        torch.index_select(self._schedule, 0, self.count, out=self._rates)
+        if self._cast is not None:
+            self._cast.refresh()
         with autocast(self._precision, self._device):
             loss, correct = (self._compiled if self.compiled else self._loss_and_hits)(images, labels)
-        failed = self._record_failure(~loss.detach().isfinite())
         if self.scaler.is_enabled():
             # The scaler skips an update whose gradients are not finite: a factor of NaN makes them so.
-            loss = loss * torch.where(failed, torch.nan, 1.0)
+            loss = loss * torch.where(self._record_failure(~loss.detach().isfinite()), torch.nan, 1.0)
         self.scaler.scale(loss * self._weight if self._weight != 1 else loss).backward()
-        self._update(self._clip())
+        if self._cast is not None:
+            self._cast.collect_gradients()
+        self._clip()
+        account = self._compiled_account if self.compiled and self._device.type == "cuda" else self._account
+        account(loss.detach(), correct, len(labels))
+        self.scaler.step(self._joint_update)  # type: ignore[arg-type]
+        self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self._update_average(self.averaged)
-        size = len(labels)
-        self.totals += torch.stack([loss.detach().double() * size, correct, torch.full_like(correct, size)])
-        self.count += 1
 
-    def _clip(self) -> Tensor:
-        """Clip the gradients, if enabled; return, as a tensor, True if all of them are finite."""
+    def _clip(self) -> None:
+        """Set `_not_finite` by the gradients, and clip them if enabled."""
         if self._clip_norm:
             self.scaler.unscale_(self._joint_update)  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._not_finite, self._one)
         if self._clip_norm:
+            norm = nn.utils.get_total_norm(gradients, foreach=True)
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm, foreach=True)
-        return norm.isfinite()
 
-    def _update(self, finite: Tensor) -> None:
-        """Update the parameters, unless the gradients are not `finite` or the run has failed before."""
-        if self.scaler.is_enabled():
+    def _account(self, loss: Tensor, correct: Tensor, size: int) -> None:
+        """Add the metrics of this step and count it; cancel its update if the gradients or the run are not finite."""
+        finite = self._not_finite == 0
+        if self._precision == "fp16":
             self.overflows += (~finite).long()
             self.overflows[1] *= ~finite
             self._record_failure(self.overflows[1] >= MAX_OVERFLOWS)
         else:
-            self._joint_update.found_inf = self._record_failure(~finite).float()
-        self.scaler.step(self._joint_update)  # type: ignore[arg-type]
-        self.scaler.update()
+            self._joint_update.found_inf.copy_(self._record_failure(~(finite & loss.isfinite())))
+        self._not_finite.zero_()
+        self.totals += torch.stack([loss.double() * size, correct, torch.full_like(correct, size)])
+        self.count += 1
 
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the mean loss and the number of correct predictions."""
         if self._mixer is None:
-            logits = self._parallel(images).float()
+            logits = self._network(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         else:
             images, others, share = self._mixer(images, labels, self.count)
-            logits = self._parallel(images).float()
+            logits = self._network(images).float()
             losses = [
                 F.cross_entropy(logits, target, label_smoothing=self._label_smoothing, reduction="none")
                 for target in (labels, others)
@@ -146,16 +161,21 @@ class TrainStep:
         With several ranks it is one graph for each bucket of gradients. A bucket is exchanged during the backward pass
         of the next one.
         """
-        return torch.compile(self._loss_and_hits, fullgraph=self._parallel is self.model, dynamic=False)
+        return torch.compile(
+            self._loss_and_hits, fullgraph=self._world.is_single, dynamic=False, options=compiler_options(self._device)
+        )
+
+    @functools.cached_property
+    def _compiled_account(self) -> Callable[[Tensor, Tensor, int], None]:
+        return torch.compile(self._account, fullgraph=True, dynamic=False)
 
     def _update_average(self, averaged: nn.Module) -> None:
         old, new = averaged.state_dict().values(), self.model.state_dict().values()
         pairs = list(zip(old, new, strict=True))
         smooth = [(a, b) for a, b in pairs if a.is_floating_point()]
         self._average([a for a, _ in smooth], [b for _, b in smooth], self.count)
-        for a, b in pairs:
-            if not a.is_floating_point():  # batch norm's count of batches
-                a.copy_(b)
+        counts = [(a, b) for a, b in pairs if not a.is_floating_point()]  # batch norm's, of batches
+        torch._foreach_copy_([a for a, _ in counts], [b for _, b in counts])
 
     def _record_failure(self, failed: Tensor) -> Tensor:
         """Record this step if it `failed`; return, as a tensor, True if this or an earlier one did."""
@@ -211,6 +231,10 @@ class TrainStep:
             if scaler:
                 self.scaler.load_state_dict(scaler)
             self.model.zero_grad(set_to_none=True)
+
+    def use_kernels(self, own: bool) -> None:
+        """Use the kernels of this program for a GPU, or PyTorch's. To be called before the first compiled step."""
+        fuse_batch_norms(self.model, own)
 
     def trial(self, images: Tensor, labels: Tensor) -> None:
         """Take a step and restore the state."""
