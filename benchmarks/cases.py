@@ -26,6 +26,7 @@ from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.summary import flops_per_image
 from fastresnet.training.execution import Execution, recorded
+from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines.base import Batch, GatheringPipeline, free_memory
@@ -201,6 +202,8 @@ def trial_step(case: StepCase, device: torch.device) -> Callable[[int], None]:
 
 def _training(case: StepCase, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
+    if device.type == "cuda":
+        choose_kernels(step, batch, captured=case.backend in ("capture", "graph"))
     execution = Execution(step, SameBatch(batch, MOST_STEPS), case.backend)
     execution.prepare(batch)
 
@@ -214,7 +217,7 @@ def _training(case: StepCase, device: torch.device) -> Steps:
 
 def _inference(case: StepCase, device: torch.device) -> Steps:
     model, images = _network(case, device).eval(), _random_batch(case, device).images
-    compiled = model if case.backend == "eager" else torch.compile(model, fullgraph=True, dynamic=False)
+    compiled = model if case.backend in ("eager", "capture") else torch.compile(model, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
     def predict() -> None:
@@ -222,7 +225,7 @@ def _inference(case: StepCase, device: torch.device) -> Steps:
             compiled(images)
 
     predict()
-    once = recorded(predict) if case.backend == "graph" else predict
+    once = recorded(predict) if case.backend in ("capture", "graph") else predict
 
     def take(count: int) -> None:
         for _ in range(count):

@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 MODELS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 BATCH_SIZES = {"cpu": (32, 64, 128, 256, 512), "cuda": (128, 256, 512, 1024, 2048, 4096)}
-BACKENDS = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "graph")}
+BACKENDS = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "capture", "graph")}
 
 QUICK_MODELS = ("resnet20", "resnet56")
 QUICK_BATCH_SIZES = {"cpu": (32, 128, 512), "cuda": (128, 1024)}
@@ -47,6 +47,7 @@ _COMPARISONS = (
     ("precision", "fp16", "fp32"),
     ("memory_format", "channels_last", "contiguous"),
     ("backend", "compile", "eager"),
+    ("backend", "capture", "eager"),
     ("backend", "graph", "eager"),
 )
 """Field, value, and the value that it is compared with, in cases that differ in nothing else."""
@@ -66,7 +67,7 @@ class StepOptions(BenchmarkOptions):
     """Images per step, in training and inference. Without it: 32 to 512 on a CPU, 128 to 4096 on a GPU."""
     precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()
     """fp32, bf16 or fp16. Without it: fp32 and bf16, and fp16 on a GPU."""
-    backends: tuple[Literal["eager", "compile", "graph"], ...] = ()
+    backends: tuple[Literal["eager", "compile", "capture", "graph"], ...] = ()
     """eager, compile or graph. Without it: all that the device supports (compiling takes a minute on 2 CPU cores)."""
     seconds: float = 1.0
     """Length of a turn."""
@@ -154,8 +155,8 @@ def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
     models = options.models or (QUICK_MODELS if quick else MODELS)
     batch_sizes = options.batch_sizes or (QUICK_BATCH_SIZES if quick else BATCH_SIZES)[kind]
     backends = options.backends or (QUICK_BACKENDS if quick else BACKENDS)[kind]
-    if "graph" in backends and kind != "cuda":
-        raise UsageError("--backends graph records a CUDA graph, which needs a GPU. Use --backends compile.")
+    if kind != "cuda" and (recorded := {"capture", "graph"} & set(backends)):
+        raise UsageError(f"--backends {min(recorded)} records a CUDA graph, which needs a GPU. Use --backends compile.")
     usual = ("fp32", "bf16", "fp16") if kind == "cuda" else ("fp32", "bf16")
     precisions = options.precisions or [precision for precision in usual if supports(precision, device)]
     for precision in precisions:

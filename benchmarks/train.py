@@ -70,7 +70,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
 
     compile_ = resolve_compile(options.compile, device)
     if device.type != "cpu":
-        return work, COMPILE[compile_]
+        return work, COMPILE["graph" if compile_ == "auto" else compile_]
     with explained_failures("give a smaller --batch-size"), contextlib.closing(work.open_pipeline("resident")) as data:
         batch, step = next(data.epoch(0)), create_step(options.model, work.precision, device, [1.0] * len(data))
 
@@ -83,7 +83,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
             work = dataclasses.replace(work, threads=torch.get_num_threads())
             if compile_ != "auto":
                 return work, COMPILE[compile_]
-            return work, "eager" if options.quick else faster_backend(step, batch, PAYS_AFTER_STEPS)[0]
+            return work, "eager" if options.quick else faster_backend(step, batch, PAYS_AFTER_STEPS[device.type])[0]
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:
@@ -91,6 +91,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     from benchmarks.cases import SameBatch, create_step
     from fastresnet.device import resolve_device
     from fastresnet.training.execution import Execution
+    from fastresnet.training.kernels import choose_kernels
     from fastresnet.training.loop import STATUS_EVERY
 
     device = resolve_device(work.device)
@@ -99,6 +100,8 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     if not data:
         pipeline = SameBatch(batch, len(pipeline))
     step = create_step(model, work.precision, device, [1.0] * len(pipeline))
+    if device.type == "cuda":
+        choose_kernels(step, batch, captured=backend in ("capture", "graph"))
     execution = Execution(step, pipeline, backend)
     execution.prepare(batch)
 

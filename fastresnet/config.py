@@ -24,9 +24,10 @@ else:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 DEVICES = get_args(Device)
-Compile = Literal["auto", "off", "on", "graph"]
-COMPILE: dict[Compile, str] = {"off": "eager", "on": "compile", "graph": "graph"}
+Compile = Literal["auto", "off", "on", "capture", "graph"]
+COMPILE: dict[Compile, str] = {"off": "eager", "on": "compile", "capture": "capture", "graph": "graph"}
 """Values of --compile, and their backends."""
+Kernels = Literal["auto", "torch", "own"]
 
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
 # the data by its digest, not by its folder.
@@ -125,8 +126,12 @@ class TrainConfig:
     precision: Precision = "auto"
     """Precision of the forward pass; fp16 uses a gradient scaler."""
     compile: Compile = "auto"
-    """torch.compile: off, on, graph (the whole step as one CUDA graph) or auto: graph on a GPU; on a CPU the faster of
-    off and on, if the run is long enough to pay for compilation."""
+    """torch.compile: off, on, capture (the whole step as one CUDA graph, without torch.compile), graph (with it), or
+    auto: on a GPU capture or, in a run long enough to pay for compilation, graph; on a CPU off or, in such a run, the
+    faster of off and on."""
+    kernels: Kernels = "auto"
+    """Kernels of batch norm and muon: torch (PyTorch's), own (this program's) or auto: on a CPU own; on a GPU the
+    faster ones in a few trial steps, own only if they agree with PyTorch's."""
 
     out: Path | None = None
     """Run folder. Without it: $FASTRESNET_RUNS or ./runs, and a name made of recipe, model, data and seed."""

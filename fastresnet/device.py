@@ -96,19 +96,18 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> Compile:
-    """Resolve `name`: `auto` is `graph` on a GPU; on a CPU it stays `auto`, resolved by a later measurement.
+    """Resolve `name`: `auto` stays, to be resolved by the length of the run and, on a CPU, a measurement.
 
     With several ranks, which exchange gradients within a step, it is `on` on a GPU and `off` on a CPU.
     """
-    if name == "graph" and device.type != "cuda":
-        raise UsageError("--compile graph records a CUDA graph, which needs a GPU. Use --compile on.")
-    if name == "graph" and not single:
-        raise UsageError("--compile graph supports only one process. Use --compile on.")
-    if name != "auto":
-        return cast(Compile, name)
-    if single:
-        return "graph" if device.type == "cuda" else "auto"
-    return "on" if device.type == "cuda" else "off"
+    if name in ("capture", "graph"):
+        if device.type != "cuda":
+            raise UsageError(f"--compile {name} records a CUDA graph, which needs a GPU. Use --compile on.")
+        if not single:
+            raise UsageError(f"--compile {name} supports only one process. Use --compile on.")
+    if name == "auto" and not single:
+        return "on" if device.type == "cuda" else "off"
+    return cast(Compile, name)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -119,7 +118,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 @contextlib.contextmanager
 def explained_failures(out_of_memory: str) -> Iterator[None]:
-    """Convert a lack of memory (`out_of_memory` is the advice) and a failed compilation to `RunError`.
+    """Convert a lack of memory (`out_of_memory` is the advice), a failed compilation or kernel to `RunError`.
 
     PyTorch, its allocators, cuDNN and the compiler all report a lack of memory differently.
     """
@@ -128,14 +127,21 @@ def explained_failures(out_of_memory: str) -> Iterator[None]:
     except MemoryError:
         pass
     except RuntimeError as error:
-        signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-        if not any(sign in str(error) for sign in signs):
-            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise RunError(
-                    f"torch.compile failed: {reason} It needs a C and C++ compiler and Python's headers (Debian: g++ "
-                    "and python3-dev); or use --compile off."
-                ) from error
+        text = str(error)
+        if any(sign in text for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED")):
+            pass
+        elif "CUDA error" in text:
+            raise RunError(
+                f"{text.splitlines()[0]}. Repeat the command with --kernels torch. If that helps, please report this "
+                "line and the output of fastresnet doctor."
+            ) from error
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+            raise RunError(
+                f"torch.compile failed: {reason} It needs a C and C++ compiler and Python's headers (Debian: g++ and "
+                "python3-dev); or use --compile off."
+            ) from error
+        else:
             raise
     else:
         return

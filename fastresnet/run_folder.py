@@ -34,7 +34,7 @@ _RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "s
 _LOCK = ".lock"
 
 # A resumed run may change these; the last bits then differ.
-_INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile"}
+_INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile", "kernels"}
 
 
 def run_path(config: TrainConfig, dataset: Dataset) -> Path:
@@ -143,8 +143,9 @@ class RunFolder:
         # Older versions, without a setting, behaved like its default; threads were PyTorch's number.
         settings = {"threads": torch.get_num_threads() if threads_matter else "auto", **checkpoint.config}
         saved = from_dict(settings, f"the checkpoint in {self.path}")
-        if config.compile == "auto" and saved.compile != "graph":
-            config = dataclasses.replace(config, compile=saved.compile)  # as measured, for the same bits
+        for name in ("compile", "kernels") if config.device == saved.device else ():
+            if getattr(config, name) == "auto":
+                config = dataclasses.replace(config, **{name: getattr(saved, name)})  # as measured, for the same bits
         if config.threads == "auto" and threads_matter:
             config = dataclasses.replace(config, threads=saved.threads)
         changed = [name for name in differences(config.to_dict(), saved.to_dict()) if name != "data"]

@@ -32,6 +32,7 @@ from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
 from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, faster_backend
+from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.loggers import Logger, Status, create_loggers
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import create_optimizers, lr_factors
@@ -323,15 +324,23 @@ def create_execution(
         if reason:
             log(reason)
     clock.enter("compile")
-    reason = ""
     if config.compile == "auto":
         backend, why = faster_backend(step, batch, steps)
         compile_ = {backend: value for value, backend in COMPILE.items()}[backend]
         config, reason = dataclasses.replace(config, compile=compile_), f": {why}"
-    execution = Execution(step, pipeline, COMPILE[config.compile])
+    else:
+        reason = ""
+    backend = COMPILE[config.compile]
+    if steps and config.kernels == "auto" and config.device == "cuda" and world.is_single:
+        kernels, why = choose_kernels(step, batch, captured=backend in ("capture", "graph"))
+        config = dataclasses.replace(config, kernels=kernels)
+        log(f"kernels {kernels}: {why}")
+    elif config.kernels != "auto":
+        step.use_kernels(config.kernels == "own")
+    execution = Execution(step, pipeline, backend)
     if steps:  # a run may have been stopped after its last step
         execution.prepare(batch)
-    log(f"backend {execution.backend}{reason}")
+    log(f"backend {backend}{reason}")
     return config, execution
 
 

@@ -1,0 +1,153 @@
+"""Choice between this program's kernels and PyTorch's, in trial steps that restore the state.
+
+The kernels for GPUs cannot be tested on every GPU beforehand. So none is used that does not agree with PyTorch's
+operators on this GPU, or is slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastresnet.config import Kernels
+from fastresnet.models.batchnorm import BatchNorm2d, fuse_batch_norms
+from fastresnet.training.execution import recorded
+from fastresnet.training.step import TrainStep
+from pipelines.base import Batch
+from pipelines.errors import Note
+
+AGREEMENT = 2**-8
+"""Largest relative error, as a ratio of norms. Rounding to bf16 causes 2**-9 at most."""
+LOSS_AGREEMENT = 0.01
+"""Largest relative difference of the loss, to which the roundings of all layers contribute."""
+_TIMED_STEPS = 20
+
+
+def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Kernels, str]:
+    """Use the faster kernels in `step`, this program's only if they agree with PyTorch's; return them and the reason.
+
+    `captured`: the steps to be timed are CUDA graphs. Raises what a step with PyTorch's kernels raises.
+    """
+    calls = record_batch_norms(step, batch)
+    try:
+        for call in calls:
+            check_batch_norm(call)
+        theirs, ours = (_measure(step, batch, own=own, captured=captured) for own in (False, True))
+        _check("the loss", [ours.loss], [theirs.loss], LOSS_AGREEMENT)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # a compiler or a driver may raise anything
+        step.use_kernels(False)
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        message = f"this program's kernels do not work here, so PyTorch's are used: {reason.rstrip('.')}. Please report "
+        warnings.warn(message + "this line and the output of fastresnet doctor.", Note, stacklevel=2)
+        return "torch", "this program's do not work here"
+    step.use_kernels(own := ours.seconds <= theirs.seconds)
+    milliseconds = f"{1000 * ours.seconds:.2f} ms with this program's, {1000 * theirs.seconds:.2f} with PyTorch's"
+    return "own" if own else "torch", f"a step takes {milliseconds}"
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------
+
+
+class BatchNormCall(NamedTuple):
+    """Operands of a batch norm in a step; `grad` is the gradient of its output."""
+
+    module: BatchNorm2d
+    x: Tensor
+    shortcut: Tensor | None
+    grad: Tensor
+
+
+def record_batch_norms(step: TrainStep, batch: Batch) -> list[BatchNormCall]:
+    """Take a step with PyTorch's kernels; return the operands of its batch norms."""
+    calls: list[BatchNormCall] = []
+
+    def record(module: BatchNorm2d, operands: tuple[Tensor | None, ...], out: Tensor) -> None:
+        x, shortcut = (None if tensor is None else tensor.detach().clone() for tensor in (*operands, None)[:2])
+        assert x is not None  # noqa: S101
+        out.register_hook(lambda grad: calls.append(BatchNormCall(module, x, shortcut, grad.clone())))
+
+    step.use_kernels(False)
+    with contextlib.ExitStack() as hooks:
+        for module in step.model.modules():
+            if isinstance(module, BatchNorm2d):
+                hooks.callback(module.register_forward_hook(record).remove)  # type: ignore[arg-type]
+        step.trial(batch.images, batch.labels)
+    return calls
+
+
+def check_batch_norm(call: BatchNormCall) -> None:
+    """Compare both passes of this program's kernel with PyTorch's operators in double precision.
+
+    A comparison layer by layer finds small errors. Over a whole network, rounding alone changes gradients by more: by
+    3 % in ResNet-20 in bf16.
+    """
+    ours, reference = copy.deepcopy(call.module), copy.deepcopy(call.module).double()
+    fuse_batch_norms(ours)
+    shortcut = None if call.shortcut is None else call.shortcut.double()
+    _check(
+        f"batch norm of {tuple(call.x.shape)}",
+        _both_passes(ours, call.x, call.shortcut, call.grad),
+        _both_passes(reference, call.x.double(), shortcut, call.grad.double()),
+        AGREEMENT,
+    )
+
+
+def _both_passes(norm: BatchNorm2d, x: Tensor, shortcut: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """Return the output of `norm`, all gradients, and the running statistics."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, shortcut) if tensor is not None]
+    parameters = [norm.weight, norm.bias]
+    y = norm(*inputs)
+    return [y, *torch.autograd.grad(y, [*inputs, *parameters], grad), norm.running_mean, norm.running_var]
+
+
+@torch.no_grad()
+def _check(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], allowed: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        error, size = (one.double() - other).norm(), other.double().norm()
+        if not bool(error <= allowed * size):
+            raise ValueError(f"{name} differs by {float(error / size):.2%} from PyTorch's ({allowed:.2%} are allowed)")
+
+
+# --- time --------------------------------------------------------------------------------------------------------
+
+
+class _Measured(NamedTuple):
+    loss: Tensor
+    seconds: float
+    """Time of a step."""
+
+
+def _measure(step: TrainStep, batch: Batch, *, own: bool, captured: bool) -> _Measured:
+    """Take some steps on `batch`, all from the first step's learning rate on."""
+
+    def take_step() -> None:
+        step.count.zero_()
+        step(batch.images, batch.labels)
+
+    step.use_kernels(own)
+    with step.restored():
+        step.reset()
+        take_step()
+        loss = step.totals[0].clone()
+        work = recorded(take_step) if captured else take_step
+        work()
+        _synchronize(step.count.device)
+        began = time.perf_counter()
+        for _ in range(_TIMED_STEPS):
+            work()
+        _synchronize(step.count.device)
+    return _Measured(loss, (time.perf_counter() - began) / _TIMED_STEPS)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,121 @@
+"""Choice between this program's kernels and PyTorch's, with the CPU's kernels in place of a GPU's."""
+
+import pytest
+import torch
+
+from fastresnet.config import TrainConfig
+from fastresnet.models import batchnorm, create_model
+from fastresnet.models.batchnorm import BatchNorm2d
+from fastresnet.training import kernels
+from fastresnet.training.kernels import choose_kernels
+from fastresnet.training.optimizer import create_optimizers
+from fastresnet.training.step import TrainStep
+from pipelines.base import Batch
+from pipelines.errors import Note
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def step():
+    torch.manual_seed(0)
+    network = create_model("resnet20").to(memory_format=torch.channels_last)
+    optimizers = create_optimizers(network, TrainConfig(optimizer="muon"))
+    return TrainStep(network, optimizers, [1.0, 0.5], precision="bf16", device=CPU, ema_decay=0.9)
+
+
+@pytest.fixture
+def batch():
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return Batch(images.contiguous(memory_format=torch.channels_last), torch.arange(8), 8)
+
+
+@pytest.fixture
+def changed_kernels(monkeypatch):
+    """Function that makes a pass end with another function, of its results by name."""
+
+    def change(name, then):
+        call = batchnorm._call
+
+        def changed(kernel, x, relu, **values):
+            call(kernel, x, relu, **values)
+            if kernel == name:
+                then(values)
+
+        monkeypatch.setattr(batchnorm, "_call", changed)
+
+    return change
+
+
+def fused(step):
+    return {module.fused for module in step.model.modules() if isinstance(module, BatchNorm2d)}
+
+
+def test_kernels_that_agree_are_chosen_by_their_time_and_leave_no_trace(step, batch, monkeypatch):
+    before = {name: value.clone() for name, value in step.state_dict().items()}
+    measure = kernels._measure
+    for own_is_faster in (True, False):
+
+        def measured(*arguments, own, own_is_faster=own_is_faster, **options):
+            return measure(*arguments, own=own, **options)._replace(seconds=0.001 if own == own_is_faster else 0.002)
+
+        monkeypatch.setattr(kernels, "_measure", measured)
+        chosen, reason = choose_kernels(step, batch, captured=False)
+        assert chosen == ("own" if own_is_faster else "torch")
+        assert fused(step) == {own_is_faster}
+        faster, slower = ("1.00", "2.00") if own_is_faster else ("2.00", "1.00")
+        assert reason == f"a step takes {faster} ms with this program's, {slower} with PyTorch's"
+    after = step.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert int(step.count) == 0
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+def one_percent_more(name):
+    return lambda values: values[name].mul_(1.01)
+
+
+def fail(_):
+    raise RuntimeError("no kernel image is available\nfor execution")
+
+
+WRONG = {
+    "output": ("forward", one_percent_more("y"), r"batch norm of \(8, 64, 8, 8\) differs by 1\.\d\d%"),
+    "running mean": ("forward", one_percent_more("running_mean"), r"differs by \d"),
+    "gradient": ("backward", one_percent_more("grad_x"), r"differs by \d"),
+    "gradient of the weight": ("backward", one_percent_more("grad_weight"), r"differs by 1\.00%"),
+    "not a number": ("backward", lambda values: values["grad_x"].fill_(torch.nan), "differs by nan%"),
+    "failure": ("forward", fail, r"no kernel image is available\. Please"),
+}
+
+
+@pytest.mark.parametrize(("name", "then", "reason"), WRONG.values(), ids=WRONG)
+def test_kernels_that_are_wrong_or_fail_are_not_used(step, batch, changed_kernels, name, then, reason):
+    changed_kernels(name, then)
+    with pytest.warns(Note, match=rf"do not work here, so PyTorch's are used: .*{reason}"):
+        chosen, _ = choose_kernels(step, batch, captured=False)
+    assert chosen == "torch"
+    assert fused(step) == {False}
+    step(batch.images, batch.labels)
+    assert step.failed_at() is None
+
+
+def test_a_step_with_another_loss_is_not_used(step, batch, monkeypatch):
+    """Each layer may be right, and its place in the step wrong."""
+    call = TrainStep.__call__
+
+    def shuffled(self, images, labels):
+        call(self, images, labels.flip(0) if fused(self) == {True} else labels)
+
+    monkeypatch.setattr(TrainStep, "__call__", shuffled)
+    with pytest.warns(Note, match=r"the loss differs by"):
+        assert choose_kernels(step, batch, captured=False)[0] == "torch"
+
+
+def test_lack_of_memory_is_no_fault_of_the_kernels(step, batch, changed_kernels):
+    def fail(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    changed_kernels("forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_kernels(step, batch, captured=False)
