@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import textwrap
 import time
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Ke
         raise
     except Exception as error:  # noqa: BLE001  # a compiler or a driver may raise anything
         step.use_kernels(False)
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         message = f"this program's kernels do not work here, so PyTorch's are used: {reason.rstrip('.')}. Please report "
         warnings.warn(message + "this line and the output of fastresnet doctor.", Note, stacklevel=2)
         return "torch", "this program's do not work here"

@@ -9,6 +9,8 @@ import json
 import fakegpu  # first: it changes PyTorch
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from benchmarks import loaders, train
 from benchmarks.__main__ import main
@@ -18,11 +20,13 @@ from benchmarks.runner import WaitTimer, Work
 from fastresnet import terminal
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
-from fastresnet.models import create_model
+from fastresnet.models import batchnorm_triton, create_model
 from fastresnet.training.execution import Execution
+from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, open_pipeline
+from pipelines.errors import Note
 
 CUDA = torch.device("cuda")
 BATCH_SIZE = 24  # seven batches of the 171 images
@@ -40,11 +44,16 @@ def open_resident(dataset, precision):
     return open_pipeline("resident", dataset, train=True, device=CUDA, seed=0, **settings)
 
 
-def captured_engine(pipeline, batch, *, optimizer="sgd", precision="bf16"):
-    network = create_model("resnet20").to(CUDA, memory_format=torch.channels_last).train()
+def create_step(model="resnet20", *, optimizer="sgd", precision="bf16", ema_decay=0.9, **settings):
+    network = create_model(model).to(CUDA, memory_format=torch.channels_last).train()
     optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer))
-    settings = {"precision": precision, "device": CUDA, "ema_decay": 0.9}
-    engine = Execution(TrainStep(network, optimizers, [1.0] * 20, **settings), pipeline, "graph")
+    return TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=CUDA, ema_decay=ema_decay, **settings)
+
+
+def captured_engine(pipeline, batch, *, own=False, backend="graph", **settings):
+    step = create_step(**settings)
+    step.use_kernels(own)
+    engine = Execution(step, pipeline, backend)
     engine.prepare(batch)
     return engine
 
@@ -79,6 +88,58 @@ def test_step_is_captured_once_and_replayed_without_host_waits(dataset, optimize
     # 19 convolutions of ResNet-20 and 2 of its shortcuts; the images need no gradient.
     assert [kernels.count(kind) for kind in ("fprop", "wgrad", "dgrad")] == [21, 21, 20]
     assert_only_replays(engine.steps(0, 0, 6))
+
+
+MOST_KERNELS = {
+    ("sgd", "graph"): 150,
+    ("sgd", "capture"): 200,
+    ("muon", "graph"): 200,
+    ("muon", "capture"): 200,
+}
+
+
+@pytest.mark.parametrize(("optimizer", "backend"), MOST_KERNELS)
+def test_own_kernels_make_a_step_of_few_kernels(dataset, optimizer, backend):
+    pipeline = open_resident(dataset, "bf16")
+    batch = next(pipeline.epoch(0))
+    engine = captured_engine(pipeline, batch, optimizer=optimizer, own=True, backend=backend, ema_decay=0.0)
+    names = fakegpu.nodes()
+    assert (names.count("_forward"), names.count("_backward")) == (21, 21)
+    if backend == "graph":
+        assert not [name for name in names if "batch_norm_legit" in name]
+        # The sums of the gradients of two branches are part of the batch norms.
+        assert not [name for name in names if "fused_add" in name and "batch_norm_backward" in name]
+    assert len(names) <= MOST_KERNELS[optimizer, backend]
+    assert_only_replays(engine.steps(0, 0, 6))
+
+
+@triton.jit
+def uncompilable(x):
+    tl.static_assert(False, "no such instruction")
+
+
+class Uncompilable:
+    """Kernel, called with a grid and with any operands, that does not compile."""
+
+    def __getitem__(self, grid):
+        return lambda x, *operands, **constants: uncompilable[grid](x)
+
+
+def test_a_kernel_that_does_not_compile_is_not_used(dataset, monkeypatch):
+    monkeypatch.setattr(batchnorm_triton, "_backward", Uncompilable())
+    batch = next(open_resident(dataset, "bf16").epoch(0))
+    step = create_step()
+    with pytest.warns(Note, match="do not work here, so PyTorch's are used: .*no such instruction"):
+        assert choose_kernels(step, batch, captured=True)[0] == "torch"
+    step(batch.images, batch.labels)
+
+
+def test_kernels_are_chosen_in_captured_steps_without_a_trace(dataset):
+    batch = next(open_resident(dataset, "bf16").epoch(0))
+    step = create_step(optimizer="muon")
+    chosen, reason = choose_kernels(step, batch, captured=True)
+    assert chosen in ("own", "torch")
+    assert reason.startswith("a step takes")
 
 
 def test_a_step_on_the_same_batch_copies_nothing(dataset):

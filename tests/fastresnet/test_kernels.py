@@ -85,7 +85,7 @@ WRONG = {
     "gradient": ("backward", one_percent_more("grad_x"), r"differs by \d"),
     "gradient of the weight": ("backward", one_percent_more("grad_weight"), r"differs by 1\.00%"),
     "not a number": ("backward", lambda values: values["grad_x"].fill_(torch.nan), "differs by nan%"),
-    "failure": ("forward", fail, r"no kernel image is available\. Please"),
+    "failure": ("forward", fail, r"no kernel image is available for execution\. Please"),
 }
 
 
