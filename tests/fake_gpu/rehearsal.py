@@ -142,14 +142,14 @@ def _copy_kernel(source, target, size, BLOCK: triton.language.constexpr):
     triton.language.store(target + offsets, values, mask=offsets < size)
 
 
-def copied(source):
+def copied(source: torch.Tensor) -> torch.Tensor:
     target = torch.empty_like(source, dtype=torch.bfloat16)
     torch.library.wrap_triton(_copy_kernel)[(4,)](source, target, len(source), BLOCK=256)
     return target
 
 
-opaque = torch.library.custom_op("rehearsal::opaque", copied, mutates_args=(), schema="(Tensor source) -> Tensor")
-inlined = torch.library.triton_op("rehearsal::inlined", copied, mutates_args=(), schema="(Tensor source) -> Tensor")
+opaque = torch.library.custom_op("rehearsal::opaque", copied, mutates_args=())
+inlined = torch.library.triton_op("rehearsal::inlined", copied, mutates_args=())
 
 
 def test_launches_during_capture_are_counted_with_the_bytes_of_their_operands():
