@@ -6,6 +6,7 @@ Measure this program and its peers, in turns, on this machine.
   step      images/s of the training step and of inference alone, compared with the roofline of the machine
   train     images/s of end-to-end training, and of other training loops
   all       all three benchmarks, with results and charts in a folder
+  kernels   number and bytes of the kernels of captured training steps, on the simulated GPU of tests/fake_gpu
   show      print the tables of a result that was written with --json
   compare   compare two results: ratios, and rows that became slower
 """
@@ -52,6 +53,24 @@ def measure_all(options: AllOptions) -> None:
     measure_loaders(LoadersOptions(data=options.data, root=options.root, **common("loaders")))
     measure_steps(StepOptions(**common("step")))
     measure_training(TrainingOptions(data=options.data, root=options.root, **common("train")))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsOptions:
+    """Count the kernels of captured training steps and the bytes that they move, on a simulated GPU."""
+
+    json: Path | None = None
+    """Write the figures to this file, updated after each step."""
+
+    def __post_init__(self) -> None:
+        terminal.check_output("--json", self.json)
+
+
+def count(options: KernelsOptions) -> None:
+    """Count kernels. Raises `UsageError` without the simulated GPU."""
+    from benchmarks.kernels import count_kernels  # with PyTorch, which takes seconds
+
+    count_kernels(options.json)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +148,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "step": (StepOptions, measure_steps),
     "train": (TrainingOptions, measure_training),
     "all": (AllOptions, measure_all),
+    "kernels": (KernelsOptions, count),
     "show": (ShowOptions, show),
     "compare": (CompareOptions, compare),
 }

@@ -69,11 +69,12 @@ class ByteCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "aten" and not func.is_view and func._schema.name.partition("::")[2] not in _EMPTY:
-            self.bytes += _bytes_moved(func, args, kwargs or {}, result)
+            self.bytes += bytes_moved(func, args, kwargs or {}, result)
         return result
 
 
-def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+def bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the bytes that an operator reads and writes; allocations and views must be left out before."""
     name = func._schema.name.partition("::")[2]
     written = _tensors(_written_arguments(func, args, kwargs))
     read = [
@@ -84,7 +85,12 @@ def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     storages = {tensor.untyped_storage()._cdata for tensor in (*read, *written)}
     # A tensor that shares memory with an argument is that argument, changed in place, or a view of it.
     new = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in storages]
-    return sum(map(_size, (*read, *written, *new, *_read_again(func, args, kwargs))))
+    return operand_bytes((*read, *written, *new, *_read_again(func, args, kwargs)))
+
+
+def operand_bytes(values: Any) -> int:
+    """Return the bytes of the tensors in `values`, which may be nested."""
+    return sum(map(_size, _tensors(values)))
 
 
 def _read_again(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 Write the tables of `benchmarks/results` into each FILE, between one of these lines and `<!-- end -->`:
 
   <!-- results: FILE -->        a benchmark
+  <!-- kernels: FILE,FILE -->   kernels of a step, before and after a change; of one FILE without the change
   <!-- accuracy: TABLE -->      accuracies of all runs
   <!-- reliability: NAME -->    a campaign of `tests/faults`
   <!-- scaling: NAME -->        training in several processes; `predicted` names the prediction for GPUs
@@ -16,14 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, scaling
+from benchmarks import accuracy, kernels, scaling
 from benchmarks.report import markdown_table, module_of, read_result
 from fastresnet import terminal
 from pipelines.errors import UsageError
 from pipelines.files import write_bytes
 
 RESULTS = Path(__file__).with_name("results")
-_TABLE = re.compile(r"(<!-- (results|accuracy|reliability|scaling): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (results|kernels|accuracy|reliability|scaling): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
@@ -35,6 +36,9 @@ def with_tables(text: str) -> str:
             return f"{begin}\n{accuracy.TABLES[name](accuracy.read_summaries())}\n{end}"
         if kind == "scaling" and name == "predicted":
             return f"{begin}\n{scaling.predicted_table()}\n{end}"
+        if kind == "kernels":
+            changes = [json.loads((RESULTS / file).read_bytes()) for file in name.split(",")]
+            return f"{begin}\n{kernels.markdown_table(*changes)}\n{''.join(map(_provenance, changes))}\n{end}"
         if kind == "results":
             result = read_result(RESULTS / name)
             made = module_of(result).markdown_table(result)

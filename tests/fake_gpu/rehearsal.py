@@ -12,16 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import loaders, train
+from benchmarks import kernels, loaders, train
 from benchmarks.__main__ import main
 from benchmarks.cases import SameBatch
-from benchmarks.gpu_cases import Candidate, RecipeCase, compile_ahead
+from benchmarks.gpu_cases import SGD, Candidate, RecipeCase, compile_ahead
+from benchmarks.kernels import LaunchCounter
 from benchmarks.runner import WaitTimer, Work
+from benchmarks.tables import RESULTS
 from fastresnet import terminal
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
 from fastresnet.models import batchnorm_triton, create_model
-from fastresnet.training.execution import Execution
+from fastresnet.training.execution import Execution, recorded
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
@@ -191,3 +193,58 @@ def test_step_benchmark_completes(tmp_path):
     names = {row["name"] for row in report["rows"]}
     assert {f"{mode}/resnet20/b32/bf16/channels_last/graph" for mode in ("train", "inference")} <= names
     assert all(row["gpu_memory_mb"] > 0 for row in report["rows"])
+
+
+@triton.jit
+def _copy_kernel(source, target, size, BLOCK: triton.language.constexpr):
+    offsets = triton.language.program_id(0) * BLOCK + triton.language.arange(0, BLOCK)
+    values = triton.language.load(source + offsets, mask=offsets < size)
+    triton.language.store(target + offsets, values, mask=offsets < size)
+
+
+def copied(source: torch.Tensor) -> torch.Tensor:
+    target = torch.empty_like(source, dtype=torch.bfloat16)
+    torch.library.wrap_triton(_copy_kernel)[(4,)](source, target, len(source), BLOCK=256)
+    return target
+
+
+opaque = torch.library.custom_op("rehearsal::opaque", copied, mutates_args=())
+inlined = torch.library.triton_op("rehearsal::inlined", copied, mutates_args=())
+
+
+def test_launches_during_capture_are_counted_with_the_bytes_of_their_operands():
+    values, images = torch.ones(1000, device=CUDA), torch.ones(5000, 300, device=CUDA)
+    rows, weights = torch.arange(16, device=CUDA), torch.ones(8, 4, 3, 3, device=CUDA)
+    gather = torch.compile(lambda: images[rows] + 1, fullgraph=True, dynamic=False)
+    inductor_copied = torch.compile(inlined, fullgraph=True, dynamic=False)
+    inputs = torch.ones(2, 4, 10, 10, device=CUDA)
+
+    def work():
+        opaque(values)
+        inductor_copied(values)
+        values.add_(values)
+        gather()
+        torch.conv2d(inputs, weights, padding=1)
+
+    with LaunchCounter(fakegpu.nodes) as counter:
+        recorded(work)
+    found = {each["name"]: (each["calls"], each["bytes"]) for each in counter.kernels()}
+    (inductor,) = (name for name in found if name.startswith("triton"))
+    assert found == {
+        "_copy_kernel": (2, 2 * (4 * 1000 + 2 * 1000)),
+        "aten.add_.Tensor": (1, 4 * 3 * 1000),  # reads both operands, which are the same here, and writes
+        inductor: (1, 8 * 16 + 4 * 16 * 300 + 4 * 16 * 300),  # of the images only the 16 rows
+        "fprop (2, 4, 10, 10) (8, 4, 3, 3) (2, 8, 10, 10) torch.float32": (1, 4 * (800 + 288 + 1600)),
+    }
+    assert len(fakegpu.nodes()) == sum(calls for calls, _ in found.values())
+
+
+def test_kernels_of_a_step_are_those_of_the_committed_result(tmp_path, monkeypatch):
+    committed = json.loads((RESULTS / "kernels-simulated.json").read_text())
+    if (version := committed["environment"]["versions"]["torch"]) != torch.__version__:
+        pytest.skip(f"the committed kernels are those of torch {version}")
+    monkeypatch.setattr(kernels, "CASES", (SGD,))
+    assert terminal.guarded(main, ["kernels", "--json", str(tmp_path / "kernels.json")]) == 0
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert row["kernels_per_step"]["calls"] == len(fakegpu.nodes())
+    assert row == next(each for each in committed["rows"] if each["name"] == SGD.name)

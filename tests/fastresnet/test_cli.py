@@ -147,7 +147,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["prepare", "--data", "shapes10", "--jpeg-subsampling", "420"], ["did you mean '4:2:0'?"]),
         (["train", "--decode", "jpg"], ["unknown decode 'jpg'", "did you mean 'jpeg'?"]),
         (["train", "--decode", "jpeg", "--pipeline", "ffcv"], ["--decode jpeg needs --pipeline dali, not ffcv"]),
-        (["bench", "nonsense"], ["unknown benchmark 'nonsense'", "loaders, step, train, all, show, compare"]),
+        (["bench", "nonsense"], ["unknown benchmark 'nonsense'", "loaders, step, train, all, kernels, show, compare"]),
         (["bench", "loader"], ["did you mean 'loaders'?"]),
         (["bench", "loaders", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
     ],
