@@ -47,8 +47,8 @@ OPTIMISER, OTHER = "optimiser", "everything else"
 CATEGORIES = {
     "convolutions": r"(fprop|dgrad|wgrad) ",
     "batch norm, statistics": r"triton_(red|per)\w*batch_norm_legit(?!\w*(relu|backward))",
-    "batch norm, output": r"triton_\w*batch_norm_legit(?!\w*norm_backward)",
-    "batch norm, gradient sums": r"triton_(red|per)\w*batch_norm_backward",
+    "batch norm, output": r"_batch_norm_forward|triton_\w*batch_norm_legit(?!\w*norm_backward)",
+    "batch norm, gradient sums": r"_batch_norm_backward|triton_(red|per)\w*batch_norm_backward",
     "pointwise gradients": r"triton_poi\w*backward",
     "casts of weights": r"triton_poi_fused__to_copy_\d",
     "counts of batches": r"triton_poi_fused_add_copy__\d",

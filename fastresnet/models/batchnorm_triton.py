@@ -73,7 +73,7 @@ def _rows_of_each(rows, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _batch_norm_forward(
     x, shortcut, y, weight, bias, mean, inverse_std, running_mean, running_var, batches, partials, semaphores,
     rows, channels, momentum, epsilon,
     RELU: tl.constexpr, SHORTCUT: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
@@ -160,7 +160,7 @@ def _gradient(
 
 
 @triton.jit
-def _backward(
+def _batch_norm_backward(
     grad_y, more_grad_y, x, y, weight, bias, mean, inverse_std, grad_x, grad_shortcut, grad_weight, grad_bias,
     partials, semaphores, rows, channels,
     RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
@@ -243,7 +243,7 @@ def batch_norm(
     y, mean, inverse_std = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     operands = (x, shortcut, y, weight, bias, mean, inverse_std, running_mean, running_var, batches)
     constants = {"RELU": relu, "SHORTCUT": shortcut is not None}
-    _launch(_forward, operands, semaphores, x, (momentum, epsilon), constants)
+    _launch(_batch_norm_forward, operands, semaphores, x, (momentum, epsilon), constants)
     return y, mean, inverse_std
 
 
@@ -274,7 +274,7 @@ def batch_norm_backward(
     results = (grad_x, grad_shortcut, grad_weight, grad_bias)
     operands = (grad_y, more_grad_y, x, y, weight, bias, mean, inverse_std, *results)
     constants = {"RELU": relu, "SHORTCUT": y is not None, "MORE": more_grad_y is not None}
-    _launch(_backward, operands, semaphores, x, (), constants)
+    _launch(_batch_norm_backward, operands, semaphores, x, (), constants)
     return results
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastresnet.config import Kernels
 from fastresnet.models.batchnorm import BatchNorm2d, fuse_batch_norms
 from fastresnet.training.execution import recorded
+from fastresnet.training.optimizer import Muon
 from fastresnet.training.step import TrainStep
 from pipelines.base import Batch
 from pipelines.errors import Note
@@ -36,10 +37,13 @@ def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Ke
 
     `captured`: the steps to be timed are CUDA graphs. Raises what a step with PyTorch's kernels raises.
     """
-    calls = record_batch_norms(step, batch)
+    recorded_step = record_step(step, batch)
     try:
-        for call in calls:
+        for call in recorded_step.batch_norms:
             check_batch_norm(call)
+        with step.restored():
+            for muon, gradients in recorded_step.gradients if step.count.is_cuda else ():
+                check_muon(muon, gradients)
         theirs, ours = (_measure(step, batch, own=own, captured=captured) for own in (False, True))
         _check("the loss", [ours.loss], [theirs.loss], LOSS_AGREEMENT)
     except torch.OutOfMemoryError:
@@ -47,7 +51,9 @@ def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Ke
     except Exception as error:  # noqa: BLE001  # a compiler or a driver may raise anything
         step.use_kernels(False)
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
-        message = f"this program's kernels do not work here, so PyTorch's are used: {reason.rstrip('.')}. Please report "
+        message = (
+            f"this program's kernels do not work here, so PyTorch's are used: {reason.rstrip('.')}. Please report "
+        )
         warnings.warn(message + "this line and the output of fastresnet doctor.", Note, stacklevel=2)
         return "torch", "this program's do not work here"
     step.use_kernels(own := ours.seconds <= theirs.seconds)
@@ -67,22 +73,36 @@ class BatchNormCall(NamedTuple):
     grad: Tensor
 
 
-def record_batch_norms(step: TrainStep, batch: Batch) -> list[BatchNormCall]:
-    """Take a step with PyTorch's kernels; return the operands of its batch norms."""
-    calls: list[BatchNormCall] = []
+class RecordedStep(NamedTuple):
+    """Operands of a step's kernels."""
+
+    batch_norms: list[BatchNormCall]
+    gradients: list[tuple[Muon, list[Tensor]]]
+    """Gradients of the weights of each Muon."""
+
+
+def record_step(step: TrainStep, batch: Batch) -> RecordedStep:
+    """Take a step with PyTorch's kernels; return the operands of those that this program has too."""
+    found = RecordedStep([], [])
 
     def record(module: BatchNorm2d, operands: tuple[Tensor | None, ...], out: Tensor) -> None:
         x, shortcut = (None if tensor is None else tensor.detach().clone() for tensor in (*operands, None)[:2])
         assert x is not None  # noqa: S101
-        out.register_hook(lambda grad: calls.append(BatchNormCall(module, x, shortcut, grad.clone())))
+        out.register_hook(lambda grad: found.batch_norms.append(BatchNormCall(module, x, shortcut, grad.clone())))
+
+    def record_update(muon: Muon, *_: object) -> None:
+        found.gradients.append((muon, [parameter.grad.clone() for parameter in muon.param_groups[0]["params"]]))
 
     step.use_kernels(False)
     with contextlib.ExitStack() as hooks:
         for module in step.model.modules():
             if isinstance(module, BatchNorm2d):
                 hooks.callback(module.register_forward_hook(record).remove)  # type: ignore[arg-type]
+        for optimizer in step.optimizers:
+            if isinstance(optimizer, Muon):
+                hooks.callback(optimizer.register_step_pre_hook(record_update).remove)  # type: ignore[arg-type]
         step.trial(batch.images, batch.labels)
-    return calls
+    return found
 
 
 def check_batch_norm(call: BatchNormCall) -> None:
@@ -100,6 +120,31 @@ def check_batch_norm(call: BatchNormCall) -> None:
         _both_passes(reference, call.x.double(), shortcut, call.grad.double()),
         AGREEMENT,
     )
+
+
+def check_muon(muon: Muon, gradients: Sequence[Tensor]) -> None:
+    """Compare an update by this program's kernels with PyTorch's in full float32. It changes the weights."""
+    (group,) = muon.param_groups
+    weights = group["params"]
+    tensors = [*weights, *(muon.state[weight]["momentum_buffer"] for weight in weights)]
+    before = [tensor.detach().clone() for tensor in tensors]
+    muon.found_inf = muon.grad_scale = None
+
+    def update(*, own: bool) -> list[Tensor]:
+        muon.use_kernels(own)
+        group["lr"].fill_(1.0)  # so that the update is as large as the weights
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.data.copy_(value)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        muon.step()
+        return [tensor.detach().clone() for tensor in tensors]
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    theirs, ours = update(own=False), update(own=True)
+    torch.set_float32_matmul_precision(precision)
+    _check("an update by Muon", ours, theirs, AGREEMENT)
 
 
 def _both_passes(norm: BatchNorm2d, x: Tensor, shortcut: Tensor | None, grad: Tensor) -> list[Tensor]:

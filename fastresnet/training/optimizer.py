@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.optim import Optimizer
 
 from fastresnet.config import TrainConfig
 from pipelines.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastresnet.training.muon_triton import MuonKernels
 
 
 def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -82,6 +85,14 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Quintic of Muon's Newton-Schulz iteration (Jordan et al. 2024), with the steepest slope at 0."""
+STEPS = 3
+"""Number of steps of the iteration, as in airbench."""
+EPSILON = 1e-7
+"""Addend to a norm by which is divided."""
+
+
 class Muon(Optimizer):
     """Momentum whose matrices are orthogonalised (Jordan et al., "Muon: an optimizer for hidden layers", 2024).
 
@@ -96,12 +107,32 @@ class Muon(Optimizer):
         super().__init__(groups, {"momentum": momentum})
         self.grad_scale: Tensor | None = None  # set from outside, like those of PyTorch's fused optimisers
         self.found_inf: Tensor | None = None
+        self.kernels: list[MuonKernels] | None = None
+        """Triton kernels that update each group; PyTorch's operations do, if None."""
         for parameter in _parameters(self):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def use_kernels(self, own: bool = True) -> None:
+        """Update by Triton kernels, on a CUDA device, or by PyTorch's. Weights and state must keep their memory."""
+        if not own:
+            self.kernels = None
+            return
+        from fastresnet.training.muon_triton import MuonKernels  # Triton is missing where PyTorch has no CUDA
+
+        def create(parameters: list[nn.Parameter]) -> MuonKernels:
+            velocities = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            return MuonKernels(parameters, velocities, coefficients=COEFFICIENTS, epsilon=EPSILON, steps=STEPS)
+
+        self.kernels = [create(group["params"]) for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's own may be given a closure
         """Update all parameters, unless `found_inf` is 1."""
+        if self.kernels is not None:
+            scaling = {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
+            for group, kernels in zip(self.param_groups, self.kernels, strict=True):
+                kernels.update([p.grad for p in group["params"]], group["lr"], group["momentum"], **scaling)
+            return
         for group in self.param_groups:
             alike = defaultdict(list)
             for parameter in group["params"]:
@@ -132,18 +163,18 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.reshape(len(tensor), -1) for tensor in tensors])
 
 
-def orthogonalized(matrices: Tensor, steps: int = 3) -> Tensor:
+def orthogonalized(matrices: Tensor) -> Tensor:
     """Bring all singular values of `matrices` [n, rows, columns] to about 1, by a Newton-Schulz iteration.
 
-    The quintic of Jordan et al. 2024, whose coefficients give the steepest slope at 0: after 3 steps, as in airbench,
-    all but the smallest singular values lie in 0.7 ... 1.2.
+    After it, all but the smallest lie in 0.7 ... 1.2.
     """
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = COEFFICIENTS
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + EPSILON)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
-    for _ in range(steps):
+    for _ in range(STEPS):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 

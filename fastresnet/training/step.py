@@ -19,7 +19,7 @@ from fastresnet.distributed import SINGLE, World
 from fastresnet.models.batchnorm import compiler_options, fuse_batch_norms
 from fastresnet.training.cast_weights import CastWeights
 from fastresnet.training.mixing import Mixer
-from fastresnet.training.optimizer import JointUpdate, load_optimizer_state, optimizer_state
+from fastresnet.training.optimizer import JointUpdate, Muon, load_optimizer_state, optimizer_state
 
 MAX_OVERFLOWS = 32
 """Number of consecutive fp16 overflows that is a failure: the scale has fallen from 2**16 to 2**-16 by then."""
@@ -233,8 +233,11 @@ class TrainStep:
             self.model.zero_grad(set_to_none=True)
 
     def use_kernels(self, own: bool) -> None:
-        """Use the kernels of this program for a GPU, or PyTorch's. To be called before the first compiled step."""
+        """Use this program's kernels or PyTorch's, in all steps from now on but those of a captured graph."""
         fuse_batch_norms(self.model, own)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon) and self._device.type == "cuda":
+                optimizer.use_kernels(own)
 
     def trial(self, images: Tensor, labels: Tensor) -> None:
         """Take a step and restore the state."""

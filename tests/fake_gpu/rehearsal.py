@@ -106,7 +106,7 @@ def test_own_kernels_make_a_step_of_few_kernels(dataset, optimizer, backend):
     batch = next(pipeline.epoch(0))
     engine = captured_engine(pipeline, batch, optimizer=optimizer, own=True, backend=backend, ema_decay=0.0)
     names = fakegpu.nodes()
-    assert (names.count("_forward"), names.count("_backward")) == (21, 21)
+    assert (names.count("_batch_norm_forward"), names.count("_batch_norm_backward")) == (21, 21)
     if backend == "graph":
         assert not [name for name in names if "batch_norm_legit" in name]
         # The sums of the gradients of two branches are part of the batch norms.
@@ -128,7 +128,7 @@ class Uncompilable:
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(dataset, monkeypatch):
-    monkeypatch.setattr(batchnorm_triton, "_backward", Uncompilable())
+    monkeypatch.setattr(batchnorm_triton, "_batch_norm_backward", Uncompilable())
     batch = next(open_resident(dataset, "bf16").epoch(0))
     step = create_step()
     with pytest.warns(Note, match="do not work here, so PyTorch's are used: .*no such instruction"):
@@ -142,6 +142,21 @@ def test_kernels_are_chosen_in_captured_steps_without_a_trace(dataset):
     chosen, reason = choose_kernels(step, batch, captured=True)
     assert chosen in ("own", "torch")
     assert reason.startswith("a step takes")
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet110", "wrn16-8"])
+def test_kernels_of_muon_are_few_for_any_network(model):
+    network = create_model(model).to(CUDA, memory_format=torch.channels_last)
+    muon, _ = create_optimizers(network, TrainConfig(optimizer="muon"))
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    muon.use_kernels()
+    muon.found_inf = torch.zeros((), device=CUDA)
+    recorded(muon.step)
+    names = fakegpu.nodes()
+    own = {"_accumulate": 1, "_normalize": 1, "_square": 6, "_apply": 3, "_descend": 1}
+    assert {name: names.count(name) for name in own} == own
+    assert len(names) <= 15  # with PyTorch's, which copy the gradients
 
 
 def test_a_step_on_the_same_batch_copies_nothing(dataset):
