@@ -34,6 +34,7 @@ from benchmarks.report import SCHEMA, Result, ratio, short, write_result
 from benchmarks.roofline import Limits, seconds_between, stamp
 from fastresnet.device import DTYPES, resolve_device
 from fastresnet.distributed import SINGLE
+from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.provenance import environment
 from fastresnet.recipes import create_config
 from fastresnet.terminal import guarded
@@ -94,19 +95,18 @@ class Candidate:
     name: str
     case: RecipeCase
     compiled: bool = True
-    """Use of Inductor for both passes; else PyTorch's own kernels are captured."""
-    timed_convolutions: bool = False
-    """Timing of cuDNN's algorithms for each convolution; else cuDNN uses the one that it expects to be fastest."""
+    """Use of Inductor for both passes; else the eager step is captured."""
+    own_kernels: bool = True
+    """Use of this program's kernels; else PyTorch's."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
     """Further change, made before the step is compiled and captured."""
 
 
-def compile_update(step: TrainStep) -> None:
-    """Compile the update of the first optimiser too."""
-    optimizer = step.optimizers[0]
-    optimizer.step = torch.compile(optimizer.step, dynamic=False, **_compiler(step.count.device))  # type: ignore[assignment, method-assign]
+def use_own_batch_norm(step: TrainStep) -> None:
+    """Use this program's batch norm, beside PyTorch's Muon."""
+    fuse_batch_norms(step.model)
 
 
 COMBINED = {"combo_kernels": True}
@@ -116,14 +116,13 @@ COOPERATIVE = {"triton.cooperative_reductions": True, "triton.force_cooperative_
 
 # Changes without new kernels for the network come first: they compile quickly.
 CANDIDATES = (
-    Candidate(name="timed convolutions", case=SGD, timed_convolutions=True),
-    Candidate(name="timed convolutions", case=LARGE, timed_convolutions=True),
-    Candidate(name="eager graph", case=SGD, compiled=False),
-    Candidate(name="eager graph", case=MUON, compiled=False),
-    Candidate(name="compiled Muon", case=MUON, change=compile_update),
-    Candidate(name="combo_kernels", case=SGD, inductor=COMBINED),
-    Candidate(name="cooperative_reductions", case=SGD, inductor=COOPERATIVE),
-    Candidate(name="combo_kernels and cooperative_reductions", case=SGD, inductor=COMBINED | COOPERATIVE),
+    *(Candidate(name="PyTorch's kernels", case=case, own_kernels=False) for case in CASES),
+    Candidate(name="PyTorch's Muon", case=MUON, own_kernels=False, change=use_own_batch_norm),
+    *(Candidate(name="eager graph", case=case, compiled=False) for case in CASES),
+    Candidate(name="PyTorch's kernels, eager graph", case=MUON, compiled=False, own_kernels=False),
+    Candidate(
+        name="combo_kernels and cooperative_reductions", case=SGD, own_kernels=False, inductor=COMBINED | COOPERATIVE
+    ),
 )
 
 
@@ -149,6 +148,7 @@ class TimedRecipe:
         pipeline, _ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
         self._total_steps = config.total_steps(len(pipeline))
         self._step = step = create_step(config, dataset, lr_factors(config, self._total_steps), SINGLE)
+        step.use_kernels(candidate.own_kernels)
         if candidate.change is not None:
             candidate.change(step)
         if candidate.inductor or device.type != "cuda":
@@ -156,12 +156,10 @@ class TimedRecipe:
             step._compiled = torch.compile(
                 step._loss_and_hits, fullgraph=True, dynamic=False, **_compiler(device, candidate.inductor)
             )
-        uncaptured = "compile" if candidate.compiled else "eager"
-        self._execution = Execution(step, pipeline, "graph" if device.type == "cuda" else uncaptured)
-        step.compiled = candidate.compiled
+        captured, uncaptured = ("graph", "compile") if candidate.compiled else ("capture", "eager")
+        self._execution = Execution(step, pipeline, captured if device.type == "cuda" else uncaptured)
         step.model.train()
-        with torch.backends.cudnn.flags(enabled=True, benchmark=candidate.timed_convolutions, allow_tf32=True):
-            self._execution.prepare(next(pipeline.epoch(0)))
+        self._execution.prepare(next(pipeline.epoch(0)))
         self._seconds_per_step = math.inf
         self.measure(0)
         self.prepare_s = time.perf_counter() - began
@@ -294,7 +292,7 @@ def measure_candidates(result: Result, path: Path, device: torch.device, extent:
     dataset = find_dataset("shapes10", None)
     unchanged: dict[RecipeCase, TimedRecipe] = {}
     baselines = [Candidate(name="", case=case) for case in {candidate.case for candidate in CANDIDATES}]
-    recompiled = [candidate for candidate in CANDIDATES if candidate.inductor or candidate.change]
+    recompiled = [candidate for candidate in CANDIDATES if candidate.compiled]
     compile_ahead([*baselines, *recompiled], dataset, device)
     for candidate in CANDIDATES:
         case = _sized(candidate.case, device, extent)

@@ -58,7 +58,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             supported = x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % _LANES == 0
             supported = supported and not torch.compiler.is_compiling()
         else:
-            supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and (self.relu or shortcut is None)
+            supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
+            supported = supported and (self.relu or shortcut is None)
         return (
             supported
             and x.is_contiguous(memory_format=torch.channels_last)

@@ -64,6 +64,25 @@ def _store(pointer, start, place, inside, values):
 
 
 @triton.jit
+def _place_of_mask(tile, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the same as `_place` for a mask, which has a byte for 8 channels."""
+    byte = tl.program_id(1) * (CHANNELS // 8) + tl.arange(0, CHANNELS // 8)
+    return _place(tile, rows, channels // 8, byte[None, :], ROWS)
+
+
+@triton.jit
+def _pack(bits, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    bits = tl.reshape(bits.to(tl.int32), [ROWS, CHANNELS // 8, 8])
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
+
+
+@triton.jit
+def _unpack(packed, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, [ROWS, CHANNELS])
+
+
+@triton.jit
 def _rows_of_each(rows, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
     """Return the number of rows of each program [PROGRAMS, 1]."""
     tiles, programs, program = tl.cdiv(rows, ROWS), tl.num_programs(0), tl.arange(0, PROGRAMS)[:, None]
@@ -74,7 +93,7 @@ def _rows_of_each(rows, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def _batch_norm_forward(
-    x, shortcut, y, weight, bias, mean, inverse_std, running_mean, running_var, batches, partials, semaphores,
+    x, shortcut, y, mask, weight, bias, mean, inverse_std, running_mean, running_var, batches, partials, semaphores,
     rows, channels, momentum, epsilon,
     RELU: tl.constexpr, SHORTCUT: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -131,12 +150,15 @@ def _batch_norm_forward(
         shift = tl.load(bias + channel, known, 0.0)
         own_tiles = tl.cdiv(tiles - first, programs)
         for step in range(own_tiles):
+            tile = first + (own_tiles - 1 - step) * programs
             if not SINGLE:
-                start, place, inside = _place(first + (own_tiles - 1 - step) * programs, rows, channels, channel, ROWS)
+                start, place, inside = _place(tile, rows, channels, channel, ROWS)
                 values = _load(x, start, place, inside)
             out = (values - batch_mean) * scale + shift
             if SHORTCUT:
                 out += _load(shortcut, start, place, inside)
+                mask_start, mask_place, mask_inside = _place_of_mask(tile, rows, channels, ROWS, CHANNELS)
+                _store(mask, mask_start, mask_place, mask_inside, _pack(out > 0, ROWS, CHANNELS))
             if RELU:
                 out = tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL)
             _store(y, start, place, inside, out)
@@ -144,24 +166,28 @@ def _batch_norm_forward(
 
 @triton.jit
 def _gradient(
-    grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift,
-    RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr,
+    grad_y, more_grad_y, x, mask, tile, rows, channels, channel, center, scale, shift,
+    RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of `x`, less its mean, and of the gradient before ReLU."""
+    start, place, inside = _place(tile, rows, channels, channel, ROWS)
     centered = _load(x, start, place, inside) - center
     gradient = _load(grad_y, start, place, inside)
     if MORE:
         gradient += _load(more_grad_y, start, place, inside)
     if RELU:
-        # The sign is read if a shortcut was added, and else recomputed: one operand less.
-        out = _load(y, start, place, inside) if SHORTCUT else centered * scale + shift
-        gradient = tl.where(out > 0, gradient, 0.0)
+        if SHORTCUT:
+            mask_start, mask_place, mask_inside = _place_of_mask(tile, rows, channels, ROWS, CHANNELS)
+            bits = tl.load(mask + mask_start + mask_place, mask_inside, 0)
+            gradient = tl.where(_unpack(bits, ROWS, CHANNELS) > 0, gradient, 0.0)
+        else:  # recomputed: one operand less
+            gradient = tl.where(centered * scale + shift > 0, gradient, 0.0)
     return tl.where(inside, centered, 0.0), gradient
 
 
 @triton.jit
 def _batch_norm_backward(
-    grad_y, more_grad_y, x, y, weight, bias, mean, inverse_std, grad_x, grad_shortcut, grad_weight, grad_bias,
+    grad_y, more_grad_y, x, mask, weight, bias, mean, inverse_std, grad_x, grad_shortcut, grad_weight, grad_bias,
     partials, semaphores, rows, channels,
     RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -174,8 +200,9 @@ def _batch_norm_backward(
     if SINGLE:
         start, place, inside = _place(first, rows, channels, channel, ROWS)
         centered, gradient = _gradient(
-            grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift, RELU, SHORTCUT, MORE
-        )
+            grad_y, more_grad_y, x, mask, first, rows, channels, channel, center, scale, shift,
+            RELU, SHORTCUT, MORE, ROWS, CHANNELS,
+        )  # fmt: skip
 
     if PART != RESULT:
         total, product = tl.zeros([1, CHANNELS], tl.float32), tl.zeros([1, CHANNELS], tl.float32)
@@ -183,8 +210,9 @@ def _batch_norm_backward(
             if not SINGLE:
                 start, place, inside = _place(tile, rows, channels, channel, ROWS)
                 centered, gradient = _gradient(
-                    grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift, RELU, SHORTCUT, MORE
-                )
+                    grad_y, more_grad_y, x, mask, tile, rows, channels, channel, center, scale, shift,
+                    RELU, SHORTCUT, MORE, ROWS, CHANNELS,
+                )  # fmt: skip
             total += tl.sum(gradient, 0, keep_dims=True)
             product += tl.sum(gradient * centered, 0, keep_dims=True)
             if SHORTCUT:
@@ -208,16 +236,16 @@ def _batch_norm_backward(
         own_tiles = tl.cdiv(tiles - first, programs)
         for step in range(own_tiles):
             if not SINGLE:
-                start, place, inside = _place(first + (own_tiles - 1 - step) * programs, rows, channels, channel, ROWS)
+                tile = first + (own_tiles - 1 - step) * programs
+                start, place, inside = _place(tile, rows, channels, channel, ROWS)
                 if SHORTCUT:  # what this program stored before
-                    centered, gradient = (
-                        _load(x, start, place, inside) - center,
-                        _load(grad_shortcut, start, place, inside),
-                    )
+                    centered = _load(x, start, place, inside) - center
+                    gradient = _load(grad_shortcut, start, place, inside)
                 else:
                     centered, gradient = _gradient(
-                        grad_y, more_grad_y, x, y, start, place, inside, center, scale, shift, RELU, SHORTCUT, MORE
-                    )
+                        grad_y, more_grad_y, x, mask, tile, rows, channels, channel, center, scale, shift,
+                        RELU, SHORTCUT, MORE, ROWS, CHANNELS,
+                    )  # fmt: skip
             out = scale * (gradient - total / rows - centered * slope)
             _store(grad_x, start, place, inside, out)
 
@@ -238,18 +266,27 @@ def batch_norm(
     momentum: float,
     epsilon: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, mean and inverse standard deviation of a batch; update the running statistics."""
-    y, mean, inverse_std = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    operands = (x, shortcut, y, weight, bias, mean, inverse_std, running_mean, running_var, batches)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, mean and inverse standard deviation of a batch, and a mask; update the running statistics.
+
+    The mask has a bit for each positive output, and is empty without a shortcut. `semaphores` [channels / 64] int32
+    start at 0. They change, but only these kernels use them.
+    """
+    y, mask, mean, inverse_std = results = _create_results(x, shortcut, weight)
+    operands = (x, shortcut, y, mask, weight, bias, mean, inverse_std, running_mean, running_var, batches)
     constants = {"RELU": relu, "SHORTCUT": shortcut is not None}
     _launch(_batch_norm_forward, operands, semaphores, x, (momentum, epsilon), constants)
-    return y, mean, inverse_std
+    return results
+
+
+def _create_results(x: Tensor, shortcut: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mask = x.new_empty(0 if shortcut is None else x.numel() // 8, dtype=torch.uint8)
+    return torch.empty_like(x), mask, torch.empty_like(weight), torch.empty_like(weight)
 
 
 @batch_norm.register_fake
-def _(x: Tensor, shortcut: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+def _(x: Tensor, shortcut: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _create_results(x, shortcut, weight)
 
 
 @torch.library.custom_op("fastresnet::batch_norm_backward", mutates_args=())
@@ -257,7 +294,7 @@ def batch_norm_backward(
     grad_y: Tensor,
     more_grad_y: Tensor | None,
     x: Tensor,
-    y: Tensor | None,
+    mask: Tensor,
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
@@ -265,25 +302,27 @@ def batch_norm_backward(
     semaphores: Tensor,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `x`, of the shortcut (empty without `y`, the output), of weight and bias.
+    """Return the gradients of `x`, of the shortcut (empty if `mask` is), of weight and bias.
 
     The gradient of the output is `grad_y` + `more_grad_y`: its sum, as an operation of its own, would cost two passes.
     """
-    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    grad_shortcut = x.new_empty(0) if y is None else torch.empty_like(x)
-    results = (grad_x, grad_shortcut, grad_weight, grad_bias)
-    operands = (grad_y, more_grad_y, x, y, weight, bias, mean, inverse_std, *results)
-    constants = {"RELU": relu, "SHORTCUT": y is not None, "MORE": more_grad_y is not None}
+    results = _create_gradients(x, mask, weight)
+    operands = (grad_y, more_grad_y, x, mask, weight, bias, mean, inverse_std, *results)
+    constants = {"RELU": relu, "SHORTCUT": mask.numel() > 0, "MORE": more_grad_y is not None}
     _launch(_batch_norm_backward, operands, semaphores, x, (), constants)
     return results
 
 
+def _create_gradients(x: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_shortcut = torch.empty_like(x) if mask.numel() else x.new_empty(0)
+    return torch.empty_like(x), grad_shortcut, torch.empty_like(weight), torch.empty_like(weight)
+
+
 @batch_norm_backward.register_fake
 def _(
-    grad_y: Tensor, more_grad_y: Tensor | None, x: Tensor, y: Tensor | None, weight: Tensor, *_: Any
+    grad_y: Tensor, more_grad_y: Tensor | None, x: Tensor, mask: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_shortcut = x.new_empty(0) if y is None else torch.empty_like(x)
-    return torch.empty_like(x), grad_shortcut, torch.empty_like(weight), torch.empty_like(weight)
+    return _create_gradients(x, mask, weight)
 
 
 class BatchNorm(torch.autograd.Function):
@@ -292,18 +331,18 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
         *_, semaphores, _, _, relu = rest
-        y, mean, inverse_std = batch_norm(x, shortcut, weight, bias, *rest)
-        ctx.save_for_backward(x, None if shortcut is None else y, weight, bias, mean, inverse_std, semaphores)
+        y, mask, mean, inverse_std = batch_norm(x, shortcut, weight, bias, *rest)
+        ctx.save_for_backward(x, mask, weight, bias, mean, inverse_std, semaphores)
         ctx.relu = relu
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, *rest = ctx.saved_tensors
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
-        grad_x, grad_shortcut, *grads = batch_norm_backward(grad_y, None, x, y, *rest, ctx.relu)
-        return grad_x, None if y is None else grad_shortcut, *grads, *[None] * 7
+        gradients = batch_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.relu)
+        grad_x, grad_shortcut, *of_parameters = gradients
+        return grad_x, grad_shortcut if grad_shortcut.numel() else None, *of_parameters, *[None] * 7
 
 
 class MergeGradients(CustomGraphPass):
@@ -339,7 +378,7 @@ def _launch(
     """Launch both parts of a pass as one kernel; in Triton's interpreter, where programs cannot wait, as two."""
     channels = x.shape[1]
     rows, columns = x.numel() // channels, triton.cdiv(channels, CHANNELS)
-    width = triton.next_power_of_2(min(channels, CHANNELS))
+    width = min(triton.next_power_of_2(channels), CHANNELS)
     most = max(programs_at_once(x.device) // columns, 1)
     largest = 16384 // width
     tile = max(min(triton.next_power_of_2(triton.cdiv(rows, most)), largest), 1)

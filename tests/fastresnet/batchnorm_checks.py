@@ -104,11 +104,10 @@ def test_the_backward_pass_adds_two_gradients(with_shortcut):
         ours = Operands(shape, torch.float32, shortcut=with_shortcut)
         grads = [activation(*shape, dtype=torch.float32, seed=seed, device=DEVICE).detach() for seed in (4, 5)]
         with torch.no_grad():
-            y, *saved = batch_norm(ours.x, ours.shortcut, ours.weight, ours.bias, *ours.statistics, True)
+            _, mask, *saved = batch_norm(ours.x, ours.shortcut, ours.weight, ours.bias, *ours.statistics, True)
 
-        def backward(first, second, ours=ours, y=y, saved=saved):
-            output = y if ours.shortcut is not None else None
-            operands = (first, second, ours.x.detach(), output, ours.weight, ours.bias)
+        def backward(first, second, ours=ours, mask=mask, saved=saved):
+            operands = (first, second, ours.x.detach(), mask, ours.weight, ours.bias)
             return batch_norm_backward(*operands, *saved, ours.semaphores, True)
 
         for one, other in zip(backward(*grads), backward(grads[0] + grads[1], None), strict=True):
@@ -151,9 +150,9 @@ def test_repeated_passes_have_the_same_bits():
     grad = activation(9, 32, 16, 16, dtype=torch.bfloat16, seed=4, device=DEVICE).detach()
 
     def results():
-        y, *saved = batch_norm(ours.x, ours.shortcut, ours.weight, ours.bias, *ours.statistics, True)
-        operands = (grad, None, ours.x, y, ours.weight, ours.bias)
-        return [y, *saved, *batch_norm_backward(*operands, *saved, ours.semaphores, True)]
+        y, mask, *saved = batch_norm(ours.x, ours.shortcut, ours.weight, ours.bias, *ours.statistics, True)
+        operands = (grad, None, ours.x, mask, ours.weight, ours.bias)
+        return [y, mask, *saved, *batch_norm_backward(*operands, *saved, ours.semaphores, True)]
 
     with torch.no_grad():
         for first, second in zip(results(), results(), strict=True):
