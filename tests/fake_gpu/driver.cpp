@@ -7,7 +7,7 @@
 using Result = int;
 using Handle = void*;
 
-extern "C" void fake_launch(const char* name, void* stream);
+extern "C" void fake_launch_grid(const char* name, void* stream, unsigned long programs);
 
 namespace {
 
@@ -30,8 +30,8 @@ Result give(Value* place, Value value) {
   return 0;
 }
 
-Result launch(Handle function, Handle stream) {
-  fake_launch(static_cast<const char*>(function), stream);
+Result launch(Handle function, Handle stream, unsigned long programs) {
+  fake_launch_grid(static_cast<const char*>(function), stream, programs);
   return 0;
 }
 
@@ -79,18 +79,19 @@ Result cuPointerGetAttribute(Handle data, int number, unsigned long long pointer
 }
 
 Result cuLaunchKernel(
-    Handle function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle stream, Handle*,
+    Handle function, unsigned x, unsigned y, unsigned z, unsigned, unsigned, unsigned, unsigned, Handle stream, Handle*,
     Handle*
 ) {
-  return launch(function, stream);
+  return launch(function, stream, 1ul * x * y * z);
 }
 Result cuLaunchKernelEx(const LaunchConfiguration* configuration, Handle function, Handle*, Handle*) {
-  return launch(function, configuration->stream);
+  const unsigned* grid = configuration->grid;
+  return launch(function, configuration->stream, 1ul * grid[0] * grid[1] * grid[2]);
 }
 Result cuLaunchCooperativeKernel(
-    Handle function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle stream, Handle*
+    Handle function, unsigned x, unsigned y, unsigned z, unsigned, unsigned, unsigned, unsigned, Handle stream, Handle*
 ) {
-  return launch(function, stream);
+  return launch(function, stream, 1ul * x * y * z);
 }
 
 Result cuTensorMapEncodeTiled() { return 0; }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 _fake = ctypes.CDLL(None)
-for _name in ("fake_nodes", "fake_violations", "fake_logged"):
+for _name in ("fake_nodes", "fake_programs", "fake_violations", "fake_logged"):
     getattr(_fake, _name).restype = ctypes.c_char_p
 _fake.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
 
@@ -25,6 +25,11 @@ _fake.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
 def nodes() -> list[str]:
     """Return the kernels of the graph recorded last, in order."""
     return _fake.fake_nodes().decode().splitlines()
+
+
+def programs() -> list[int]:
+    """Return the number of programs (thread blocks) of each of the `nodes`, 0 if it is unknown."""
+    return [int(line) for line in _fake.fake_programs().decode().splitlines()]
 
 
 def violations() -> list[str]:

@@ -3,8 +3,10 @@
 `make gpu-rehearsal` runs it, in some minutes. Values are not checked: nothing is computed.
 """
 
+import dataclasses
 import itertools
 import json
+import re
 
 import fakegpu  # first: it changes PyTorch
 import pytest
@@ -22,12 +24,18 @@ from benchmarks.tables import RESULTS
 from fastresnet import terminal
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
+from fastresnet.distributed import SINGLE
 from fastresnet.models import batchnorm_triton, create_model
+from fastresnet.models.batchnorm import BatchNorm2d
+from fastresnet.recipes import RECIPES, create_config
+from fastresnet.training import loop
 from fastresnet.training.execution import Execution, recorded
 from fastresnet.training.kernels import choose_kernels
+from fastresnet.training.loop import open_pipelines
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, open_pipeline
+from pipelines.base import Batch
 from pipelines.errors import Note
 
 CUDA = torch.device("cuda")
@@ -113,6 +121,48 @@ def test_own_kernels_make_a_step_of_few_kernels(dataset, optimizer, backend):
         assert not [name for name in names if "fused_add" in name and "batch_norm_backward" in name]
     assert len(names) <= MOST_KERNELS[optimizer, backend]
     assert_only_replays(engine.steps(0, 0, 6))
+
+
+def test_sums_over_a_large_batch_fill_the_gpu():
+    """Batch norm's kernels keep all 132 multiprocessors of an H100 busy, and the mean over pixels does."""
+    images = torch.zeros(1024, 3, 32, 32, dtype=torch.bfloat16, device=CUDA)
+    batch = Batch(images.contiguous(memory_format=torch.channels_last), torch.zeros(1024, device=CUDA).long(), 1024)
+    captured_engine(SameBatch(batch, 20), batch, own=True, ema_decay=0.0)
+    kernels = zip(fakegpu.nodes(), fakegpu.programs(), strict=True)
+    sums = [(name, programs) for name, programs in kernels if re.match("_batch_norm|triton_(red|per)", name)]
+    assert [programs for name, programs in sums if name.startswith("_batch_norm")] == 42 * [132]
+    (mean,) = (programs for name, programs in sums if "mean" in name)
+    assert mean >= 132
+
+
+FAMILIES = ["plain20", "se-resnet20", "preresnet20", "wrn16-2", "resnext29-2x16d", "resnet9", "resnet9-medium"]
+VARIANTS = [
+    *({"model": model} for model in FAMILIES),
+    {"shortcut": "A", "optimizer": "adamw"},
+    {"optimizer": "muon", "clip_norm": 1.0, "ema_decay": 0.9},
+    {"mixup": 1.0, "cutmix": 1.0, "label_smoothing": 0.1},
+    {"drop_path": 0.2, "zero_init_residual": True},
+    {"cutout": 8, "padding_mode": "reflect", "flip": "alternating", "normalization": "pixel"},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_steps_of_all_recipes_and_options_are_captured(dataset, precision):
+    """`no_forbidden_calls` checks each capture."""
+    cases = [*map(create_config, RECIPES), *(TrainConfig(**variant) for variant in VARIANTS)]
+    for case in cases:
+        config = dataclasses.replace(
+            case, batch_size=BATCH_SIZE, device="cuda", precision=precision, pipeline="resident", compile="capture"
+        )
+        torch._dynamo.reset()  # a run compiles for itself
+        with open_pipelines(config, dataset, SINGLE) as (pipeline, _):
+            step = loop.create_step(config, dataset, [1.0] * 8, SINGLE)
+            step.use_kernels(True)
+            engine = Execution(step, pipeline, "capture")
+            engine.prepare(next(pipeline.epoch(0)))
+            assert_only_replays(engine.steps(0, 0, 6))
+        fused = sum(1 for norm in step.model.modules() if isinstance(norm, BatchNorm2d))
+        assert fakegpu.nodes().count("_batch_norm_forward") == fused, config.model
 
 
 @triton.jit

@@ -44,7 +44,7 @@ struct Gpu {
   unsigned long long capture = 0;  // its number
   cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
   pthread_t capture_thread;
-  Names nodes, log, violations;
+  Names nodes, programs, log, violations;
   bool logging = false;
   std::atomic<int> waits{0}, answer{0};
 };
@@ -122,15 +122,18 @@ int attribute(int number) {
 
 // --- for fakegpu.py ---------------------------------------------------------------------------------------------
 
-// Notes that `name` runs on `stream`.
-extern "C" void fake_launch(const char* name, cudaStream_t stream) {
+// Notes that `name` runs on `stream`, in as many programs (thread blocks) if that is known.
+extern "C" void fake_launch_grid(const char* name, cudaStream_t stream, unsigned long programs) {
   Lock lock;
-  if (is_capturing(stream))
+  if (is_capturing(stream)) {
     gpu().nodes.push_back(name);
-  else if (in_capture_thread())
+    gpu().programs.push_back(std::to_string(programs));
+  } else if (in_capture_thread())
     gpu().violations.push_back(std::string("not captured: ") + name);
   if (gpu().logging) gpu().log.push_back(name);
 }
+
+extern "C" void fake_launch(const char* name, cudaStream_t stream) { fake_launch_grid(name, stream, 0); }
 
 extern "C" void fake_log(int on) {
   Lock lock;
@@ -146,6 +149,11 @@ extern "C" const char* fake_logged() {
 extern "C" const char* fake_nodes() {
   Lock lock;
   return lines(gpu().nodes);
+}
+
+extern "C" const char* fake_programs() {
+  Lock lock;
+  return lines(gpu().programs);
 }
 
 extern "C" const char* fake_violations() {
@@ -171,10 +179,11 @@ struct Configuration {
 };
 thread_local std::vector<Configuration> configurations;
 
-cudaError_t launch(const void* function, cudaStream_t stream) {
+cudaError_t launch(const void* function, dim3 grid, cudaStream_t stream) {
   Lock lock;
   auto kernel = gpu().kernels.find(function);
-  fake_launch(kernel == gpu().kernels.end() ? "unknown" : kernel->second.c_str(), stream);
+  const char* name = kernel == gpu().kernels.end() ? "unknown" : kernel->second.c_str();
+  fake_launch_grid(name, stream, 1ul * grid.x * grid.y * grid.z);
   return cudaSuccess;
 }
 
@@ -209,17 +218,17 @@ CUDA __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
   return cudaSuccess;
 }
-CUDA __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t stream) {
-  return launch(kernel, stream);
+CUDA __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3, void**, size_t, cudaStream_t stream) {
+  return launch(kernel, grid, stream);
 }
-CUDA cudaLaunchKernel(const void* function, dim3, dim3, void**, size_t, cudaStream_t stream) {
-  return launch(function, stream);
+CUDA cudaLaunchKernel(const void* function, dim3 grid, dim3, void**, size_t, cudaStream_t stream) {
+  return launch(function, grid, stream);
 }
-CUDA cudaLaunchCooperativeKernel(const void* function, dim3, dim3, void**, size_t, cudaStream_t stream) {
-  return launch(function, stream);
+CUDA cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3, void**, size_t, cudaStream_t stream) {
+  return launch(function, grid, stream);
 }
 CUDA cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function, void**) {
-  return launch(function, configuration->stream);
+  return launch(function, configuration->gridDim, configuration->stream);
 }
 CUDA cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t, void*) {
   fake_launch("host function", stream);
@@ -542,6 +551,7 @@ CUDA cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   gpu().capture_thread = pthread_self();
   gpu().capturing = {stream};
   gpu().nodes.clear();
+  gpu().programs.clear();
   return cudaSuccess;
 }
 CUDA cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
