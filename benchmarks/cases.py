@@ -52,7 +52,7 @@ class StepCase:
     memory_format: str
     """Memory format: `channels_last` or `contiguous`."""
     backend: str
-    """Backend: `eager`, `compile` or `graph`."""
+    """Backend: `eager`, `compile`, `capture` or `graph`."""
 
     @property
     def name(self) -> str:
@@ -67,6 +67,7 @@ class TimedStep:
         self.case, self._device = case, device
         self.images_per_s: list[float] = []
         """Throughput of every turn."""
+        self._kernels: dict[str, float] = {}
         _check_memory(case, device)
         self.flops_per_image, self.bytes_per_image = _count(dataclasses.replace(case, backend="eager"), device)
         held = memory_held(device)
@@ -88,18 +89,24 @@ class TimedStep:
     def row(self, limits: dict[str, Any]) -> dict[str, Any]:
         """Return the figures of the case, compared with the roof that `limits` set."""
         row = step_row(self.case.name, self.case, self.images_per_s, self.prepare_s) | self.memory
-        row |= {"flops_per_image": self.flops_per_image, "bytes_per_image": self.bytes_per_image}
+        row |= {"flops_per_image": self.flops_per_image, "bytes_per_image": self.bytes_per_image} | self._kernels
         highest, bound = roof(row, limits)
         return {**row, "percent_of_roof": 100 * row["images_per_s"] / highest, "bound": bound}
 
-    def profile(self, path: Path, steps: int = 3) -> list[tuple[str, float, float]]:
-        """Write a Chrome trace of `steps` steps to `path`; return `kernels_of` it."""
+    def profile(self, path: Path | None = None, steps: int = 3) -> list[tuple[str, float, float]]:
+        """Profile `steps` steps; write a Chrome trace to `path`, if given. Return `kernels_of` it."""
         with profile(activities=activities(self._device)) as profiler:
             self._steps(steps)
             _synchronize(self._device)
-        with replacing(path) as temporary:
-            profiler.export_chrome_trace(str(temporary))
+        if path is not None:
+            with replacing(path) as temporary:
+                profiler.export_chrome_trace(str(temporary))
         return kernels_of(profiler, self._device, steps)
+
+    def count_kernels(self) -> None:
+        """Count the kernels of a step on a GPU, for `row`."""
+        if self._device.type == "cuda":
+            self._kernels = {"kernels_per_step": sum(calls for *_, calls in self.profile())}
 
     def _take(self, seconds: float) -> None:
         count = steps_in(seconds, self._seconds_per_step)

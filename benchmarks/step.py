@@ -135,6 +135,12 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
                 facts |= load.figures(torch.get_num_threads() if device.type == "cpu" else 1)
                 result = _result(list(ready.values()), failures, limits.to_dict(), facts)
                 report.write_result(result, options.json)
+    for name, step in ready.items():  # last, as a profiler slows the steps down
+        if isinstance(step, TimedStep):
+            with failures.left_out(f"kernels of {name}"):
+                step.count_kernels()
+    result = _result(list(ready.values()), failures, limits.to_dict(), facts)
+    report.write_result(result, options.json)
     if not result["rows"]:
         raise RunError("every case has failed: there is nothing to show.")
     profiled, operators = ready.get(base.name), list[Table]()
@@ -269,6 +275,9 @@ def _figures_table(result: report.Result, heading: str, mode: str) -> Table:
         ("of roof", lambda row: f"{row['percent_of_roof']:.0f} % {_BOUNDS[row['bound']]}"),
     ]
     rows = [row for row in result["rows"] if row["mode"] == mode]
+    if any("kernels_per_step" in row for row in rows):
+        columns.append(("MB/step", lambda row: f"{row['bytes_per_image'] * row['batch_size'] / 1e6:,.0f}"))
+        columns.append(("kernels", lambda row: f"{row['kernels_per_step']:,.0f}"))
     if any("gpu_memory_mb" in row for row in rows):
         columns.append(("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB"))
     return report.figures_table(rows, f"{heading}: {result['environment']['device']}", columns)
