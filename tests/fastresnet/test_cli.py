@@ -114,7 +114,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["train", "--flip", "randon"], ["did you mean 'random'?"]),
         (["train", "--padding-mode", "reflct"], ["did you mean 'reflect'?"]),
         (["train", "--normalization", "chanel"], ["did you mean 'channel'?"]),
-        (["train", "--compile", "yes"], ["unknown compile 'yes'", "auto, off, on, graph"]),
+        (["train", "--compile", "yes"], ["unknown compile 'yes'", "auto, off, on, capture, graph"]),
         (["train", "--epochs", "0"], ["--epochs 0"]),
         (["train", "--lr", "-1"], ["--lr -1"]),
         (["train", "--lr", "nan"], ["--lr nan"]),

@@ -319,6 +319,7 @@ CHANGED = {
     "threads": 3,
     "precision": "bf16",
     "compile": "off",
+    "kernels": "torch",
 }
 
 
@@ -519,7 +520,8 @@ VALID = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "threads": st.just("auto") | st.integers(1, 1024),
     "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
-    "compile": st.sampled_from(["auto", "off", "on", "graph"]),
+    "compile": st.sampled_from(["auto", "off", "on", "capture", "graph"]),
+    "kernels": st.sampled_from(["auto", "torch", "own"]),
     "out": paths(),
     "resume": st.booleans(),
     "checkpoint_steps": st.integers(0, 2**62),

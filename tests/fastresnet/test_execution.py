@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +12,12 @@ from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.models.resnet import create_resnet
 from fastresnet.training import execution
 from fastresnet.training.execution import Execution, faster_backend
+from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import Batch
-from pipelines.errors import RunError
+from pipelines.errors import Note, RunError
 
 CPU = torch.device("cpu")
 
@@ -30,6 +33,7 @@ def make_engine(
     optimizer="sgd",
     lr=1e-3,
     depth=20,
+    own=False,
 ):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     opened = open_pipeline(
@@ -50,6 +54,8 @@ def make_engine(
     )
     optimizers = create_optimizers(network, TrainConfig(optimizer=optimizer, lr=lr, sgd_lr=lr))
     step = TrainStep(network, optimizers, [1.0] * 20, precision=precision, device=device, ema_decay=0.9, clip_norm=9.0)
+    if device.type == "cuda":
+        step.use_kernels(own)
     made = Execution(step, opened, backend)
     if prepare:
         made.prepare(next(opened.epoch(0)))
@@ -100,6 +106,7 @@ class FakeStep:
 
     def __init__(self, cost=None, error=None):
         self.compiled, self.taken, self.now, self._cost, self._error = False, [], 0.0, cost, error
+        self.count = torch.zeros(1)
 
     def __call__(self, images, labels):
         if self.compiled and self._error:
@@ -135,6 +142,14 @@ def test_auto_on_a_cpu_picks_the_faster_backend_if_compilation_can_pay_off(monke
     assert reason in why
 
 
+@pytest.mark.parametrize(("steps", "backend"), [(59_999, "capture"), (60_000, "graph")])
+def test_auto_on_a_gpu_compiles_long_runs(steps, backend):
+    step = FakeStep()
+    step.count = SimpleNamespace(device=torch.device("cuda"))
+    assert faster_backend(step, next(FakePipeline().epoch(0)), steps)[0] == backend
+    assert step.taken == []
+
+
 def test_auto_on_a_cpu_falls_back_to_eager_without_a_compiler():
     step = FakeStep(error=RunError("torch.compile failed: no compiler"))
     chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), 10_000)
@@ -148,8 +163,9 @@ def test_the_backends_agree_on_the_gpu(dataset, need, precision, pipeline):
     settings = {"device": torch.device("cuda"), "precision": precision, "pipeline": need(pipeline)}
     eager = losses(*make_engine(dataset, "eager", **settings))
     tolerance = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}[precision]
-    for backend in ("compile", "graph"):
-        assert losses(*make_engine(dataset, backend, **settings)) == pytest.approx(eager, rel=tolerance)
+    for own in (False, True):
+        for backend in ("compile", "capture", "graph"):
+            assert losses(*make_engine(dataset, backend, own=own, **settings)) == pytest.approx(eager, rel=tolerance)
 
 
 @pytest.mark.gpu
@@ -161,14 +177,28 @@ def test_captured_step_matches_eager_for_adamw_and_muon(dataset, optimizer, lr):
     any update they differ by 4e-2 (measured on a CPU).
     """
     settings = {"device": torch.device("cuda"), "optimizer": optimizer, "lr": lr}
-    eager, recorded = (losses(*make_engine(dataset, backend, **settings)) for backend in ("eager", "graph"))
-    assert recorded == pytest.approx(eager, rel=2e-3)
+    eager = losses(*make_engine(dataset, "eager", **settings))
+    for own in (False, True):
+        assert losses(*make_engine(dataset, "graph", own=own, **settings)) == pytest.approx(eager, rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_own_kernels_agree_with_pytorch_s_on_this_gpu(dataset, precision, captured):
+    settings = {"device": torch.device("cuda"), "precision": precision, "optimizer": "muon", "prepare": False}
+    made, step = make_engine(dataset, "eager", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        chosen, reason = choose_kernels(step, next(made._pipeline.epoch(0)), captured=captured)
+    assert chosen in ("own", "torch")
+    assert reason.startswith("a step takes")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", COMPILE.values())
 def test_the_steady_loop_never_waits_for_the_gpu(dataset, backend):
-    made, step = make_engine(dataset, backend, device=torch.device("cuda"), precision="bf16")
+    made, step = make_engine(dataset, backend, device=torch.device("cuda"), precision="bf16", own=True)
     for _ in made.steps(0, 0, 6):
         pass
     torch.cuda.set_sync_debug_mode("error")
