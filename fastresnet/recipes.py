@@ -133,7 +133,7 @@ def create_config(recipe: str, model: str | None = None) -> TrainConfig:
 
 
 # Every run chooses these itself, independent of its recipe.
-_FREE = {"model", "data", "seed", "pipeline", "decode", "device", "threads", "precision", "compile"}
+_FREE = {"model", "data", "seed", "pipeline", "decode", "device", "threads", "precision", "compile", "kernels"}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
