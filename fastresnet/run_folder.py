@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import fcntl
@@ -193,9 +194,10 @@ class RunFolder:
             save_tensors(self.path / name, model.state_dict(), self._description)
 
     def load_weights(self, name: str, model: nn.Module) -> nn.Module:
-        """Read file `name` into `model`, and return it."""
-        model.load_state_dict(load_tensors(self.path / name)[0])
-        return model
+        """Return a copy of `model` with the weights in file `name`."""
+        loaded = copy.deepcopy(model)
+        loaded.load_state_dict(load_tensors(self.path / name)[0])
+        return loaded
 
     def write_metrics(self, rows: list[Row]) -> None:
         """Write metrics.csv, if there are rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import signal
@@ -21,7 +20,7 @@ from torch import nn
 from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.device import DTYPES, explained_failures, resolve_compile, resolve_device, resolve_precision
 from fastresnet.distributed import World, connected, world_of_torchrun
-from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
+from fastresnet.evaluation import Evaluation, Evaluator, open_evaluation
 from fastresnet.models import MODELS, create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.resnet9 import PatchWhitening
@@ -129,10 +128,10 @@ def train(
             lr = config.lr * factors[number - 1]
             return Status(progress.epoch + 1, number, *step.metrics(), lr, speed, eta_s)
 
-        def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
-            classes, precision = dataset.classes, config.precision
-            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_on_signal, world=world)
+        def evaluator(model: nn.Module, images: Pipeline, **options: bool) -> Evaluator:
+            return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
 
+        evaluate = evaluator(step.eval_model, evaluated, captured=execution.backend == "graph")
         with StopSignals() as signals:
             # A run may have been stopped between its last step and the evaluation.
             while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
@@ -156,7 +155,7 @@ def train(
 
                 clock.enter("evaluation")
                 world.broadcast(step.eval_model.buffers())  # statistics of batch norm, which differ between ranks
-                result = measure(step.eval_model, evaluated)
+                result = evaluate(stop_on_signal)
                 world.sum(step.totals)
                 now = status()
                 progress.rows.append(_row(progress, now, result, int(step.overflows[0]), config))
@@ -173,9 +172,9 @@ def train(
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
             test = resources.enter_context(_evaluation(config, dataset, world)) if config.val_split else evaluated
-            last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
+            last, best = evaluator(step.eval_model, test, mirror=True)(stop_on_signal), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
-                best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
+                best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
             clock.update(progress)
             return run.write_summary(_summary(config, dataset, progress, last, best, clock, origin))
 

@@ -109,7 +109,7 @@ def test_run_killed_in_checkpoint_or_evaluation_resumes_to_the_same_result(start
         "import pipelines.files as files; "
         "files.os.replace = lambda a, b: (os.truncate(a, os.path.getsize(a) // 2), os.kill(os.getpid(), 9))"
     )
-    evaluation = "loop.evaluate = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
+    evaluation = "loop.Evaluator.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     fault = {"checkpoint": half, "evaluation": evaluation}[moment]
     start(folder, step=6, fault=fault, expect=-signal.SIGKILL)
     start(folder, resume=True, expect=0)
@@ -143,8 +143,8 @@ def test_signal_to_the_process_group_keeps_loader_workers_until_the_save(start, 
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     fault = (
-        "evaluate = loop.evaluate; "
-        "loop.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]"
+        "evaluate = loop.Evaluator.__call__; "
+        "loop.Evaluator.__call__ = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a))[1]"
     )
     start(folder, step=9, fault=fault, expect=143)
     assert load_tensors(folder / "last.ckpt")[1]["progress"] | {"rows": [], "train_seconds": 0, "total_seconds": 0} == {
