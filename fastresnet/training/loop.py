@@ -106,17 +106,17 @@ def train(
         run.begin(config, dataset)
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
-        def save() -> None:
+        def save(*, wait: bool) -> None:
             _check_finite(step, epoch_steps, run)  # waits for the device, so the time up to here counts as steps
             clock.update(progress)
             phase = clock.phase
             clock.enter("saving")
-            run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
+            run.save(step.state_dict(), progress, step.scaler.state_dict(), wait=wait)
             clock.enter(phase)
 
         def stop_on_signal() -> None:
             if signum := world.highest(signals.received, device):
-                save()
+                save(wait=True)
                 run.draw_curves(progress.rows)
                 world.wait()  # when one process exits, torchrun stops the others
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
@@ -148,7 +148,7 @@ def train(
                         for logger in loggers:
                             logger.status(now)
                     if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
-                        save()
+                        save(wait=True)
                     if world.is_single or progress.step % status_every == 0:  # several ranks wait to agree
                         stop_on_signal()
                 _check_finite(step, epoch_steps, run)
@@ -163,9 +163,8 @@ def train(
                 step.reset()
                 if progress.best_accuracy is None or result.accuracy > progress.best_accuracy:
                     progress.best_accuracy = result.accuracy
-                    run.save_weights("best.ckpt", step.eval_model)
-                save()
-                run.write_metrics(progress.rows)
+                    run.keep_best(step.eval_model)
+                save(wait=progress.step == total_steps)
                 for logger in loggers:
                     logger.epoch(progress.rows[-1], now)
 
@@ -484,7 +483,7 @@ def _check_finite(step: TrainStep, epoch_steps: int, run: RunFolder) -> None:
         return
     raise RunError(
         f"the loss or its gradients were not finite at step {failed + 1} (epoch {failed // epoch_steps + 1}); the "
-        f"weights were not updated with it, and {run.last_good_state} ({run.path}). Try a lower --lr with another "
+        f"weights were not updated with it, and {run.saved_state()} ({run.path}). Try a lower --lr with another "
         "--out, or --precision fp32."
     )
 

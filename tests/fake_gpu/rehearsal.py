@@ -16,6 +16,7 @@ from benchmarks.cases import SameBatch
 from benchmarks.gpu_cases import Candidate, RecipeCase, compile_ahead
 from benchmarks.runner import WaitTimer, Work
 from fastresnet import terminal
+from fastresnet.checkpoint import copy_to_host
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
 from fastresnet.evaluation import Evaluator, open_evaluation
@@ -115,6 +116,19 @@ def test_evaluation_replays_a_graph_for_each_batch_and_waits_at_its_end(dataset,
     begin, end = launched.index("GRAPH"), len(launched) - launched[::-1].index("GRAPH")
     assert launched[begin:end] == ["GRAPH"] * 8
     assert begin == 3  # loss, counts and the number of the next batch are set to zero
+
+
+def test_a_checkpoint_is_copied_to_pinned_memory_and_only_its_writer_waits():
+    state = create_model("resnet20").to(CUDA, memory_format=torch.channels_last).state_dict()
+    waits = fakegpu.host_waits()
+    with fakegpu.launches() as launched:
+        wait = copy_to_host(state)
+    assert launched.count("MEMCPY DP") == len(state)
+    assert "MEMCPY DH" not in launched
+    assert fakegpu.host_waits() == waits
+    copies = wait()
+    assert fakegpu.host_waits() == waits + 1
+    assert all(copies[name].is_pinned() and copies[name].is_contiguous() for name in state)
 
 
 @pytest.mark.parametrize("data", [True, False], ids=["resident", "step-only"])
