@@ -326,7 +326,7 @@ def _acquire(path: Path) -> int | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # the last holder has removed the folder, or one above it
+        except (FileNotFoundError, FileExistsError):  # the last holder has removed the folder, or one above it
             if not (attempts := attempts - 1):
                 raise
             continue

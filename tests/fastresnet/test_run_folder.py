@@ -115,6 +115,21 @@ def test_concurrent_locks_of_a_short_lived_folder_are_exclusive(tmp_path):
     assert not (tmp_path / "a" / "run" / ".lock").exists()
 
 
+def test_folder_that_vanishes_just_after_it_was_found_is_created_again(tmp_path, monkeypatch):
+    """`Path.mkdir` then reports that the folder exists."""
+    mkdir, vanished = os.mkdir, []
+
+    def vanish(path, mode):
+        if not vanished:
+            vanished.append(path)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(run_folder.os, "mkdir", vanish)
+    with RunFolder(tmp_path / "run").locked():
+        assert (tmp_path / "run" / ".lock").exists()
+
+
 def test_folders_that_stay_empty_are_removed_and_others_kept(tmp_path):
     with RunFolder(tmp_path / "a" / "b" / "run").locked():
         assert (tmp_path / "a" / "b" / "run" / ".lock").exists()
