@@ -25,7 +25,7 @@ from fastresnet.device import DTYPES, autocast
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.summary import flops_per_image
-from fastresnet.training.execution import Execution, recorded
+from fastresnet.training.execution import CAPTURED, Execution, recorded
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
@@ -210,7 +210,7 @@ def trial_step(case: StepCase, device: torch.device) -> Callable[[int], None]:
 def _training(case: StepCase, device: torch.device) -> Steps:
     step, batch = _train_step(case, device), _random_batch(case, device)
     if device.type == "cuda":
-        choose_kernels(step, batch, captured=case.backend in ("capture", "graph"))
+        choose_kernels(step, batch, captured=case.backend in CAPTURED)
     execution = Execution(step, SameBatch(batch, MOST_STEPS), case.backend)
     execution.prepare(batch)
 
@@ -232,7 +232,7 @@ def _inference(case: StepCase, device: torch.device) -> Steps:
             compiled(images)
 
     predict()
-    once = recorded(predict) if case.backend in ("capture", "graph") else predict
+    once = recorded(predict) if case.backend in CAPTURED else predict
 
     def take(count: int) -> None:
         for _ in range(count):

@@ -90,7 +90,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     """Open this program's loop, as `fastresnet train` runs it; without `data`, on one batch repeatedly."""
     from benchmarks.cases import SameBatch, create_step
     from fastresnet.device import resolve_device
-    from fastresnet.training.execution import Execution
+    from fastresnet.training.execution import CAPTURED, Execution
     from fastresnet.training.kernels import choose_kernels
     from fastresnet.training.loop import STATUS_EVERY
 
@@ -101,7 +101,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
         pipeline = SameBatch(batch, len(pipeline))
     step = create_step(model, work.precision, device, [1.0] * len(pipeline))
     if device.type == "cuda":
-        choose_kernels(step, batch, captured=backend in ("capture", "graph"))
+        choose_kernels(step, batch, captured=backend in CAPTURED)
     execution = Execution(step, pipeline, backend)
     execution.prepare(batch)
 

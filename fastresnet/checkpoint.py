@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,28 @@ def save_tensors(
     text = json.dumps({"schema": SCHEMA, **description})
     contents = safetensors.torch.save(tensors, {_DESCRIPTION: text, _DIGEST: _digest(tensors, text)})
     write_bytes(path, contents, previous=previous)
+
+
+HostCopy = Callable[[], dict[str, Tensor]]
+"""Function that waits for copies of tensors and returns them, in any thread."""
+
+
+def copy_to_host(tensors: dict[str, Tensor]) -> HostCopy:
+    """Copy `tensors` as they are now; a GPU copies its own to pinned memory, and the caller does not wait for it."""
+    copies = {
+        name: tensor.detach().to("cpu", copy=True, non_blocking=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return lambda: copies
+    copied = torch.cuda.Event(blocking=True)
+    copied.record()
+
+    def wait() -> dict[str, Tensor]:
+        copied.synchronize()
+        return copies
+
+    return wait
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -138,7 +138,8 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in the run folder, bit-exactly; start one if there is none."""
     checkpoint_steps: int = 0
-    """Steps between checkpoints within an epoch; 0: only at the end of each."""
+    """Steps between checkpoints that the training waits for; 0: none. Others are written in the background at the end
+    of an epoch, at most every 10 s."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
     wandb: bool = False

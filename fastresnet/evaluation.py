@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastresnet.device import DTYPES, autocast, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
 from fastresnet.threads import Threads, settled_threads
+from fastresnet.training.execution import recorded
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
-from pipelines.base import Pipeline
+from pipelines.base import GatheringPipeline, Pipeline
 from pipelines.errors import DataError
 from pipelines.prepare import find_dataset
 from pipelines.sampling import NormalizationMode
@@ -90,7 +91,104 @@ def open_evaluation(
     )
 
 
-@torch.no_grad()
+class Evaluator:
+    """Evaluation of a network on a pipeline, as often as its weights change.
+
+    With several ranks, each evaluates its share of the images. The result covers all images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: Pipeline,
+        classes: tuple[str, ...],
+        precision: str,
+        device: torch.device,
+        *,
+        mirror: bool = False,
+        captured: bool = False,
+        world: World = SINGLE,
+    ) -> None:
+        """Create an evaluator of `model`, which its calls set to evaluation mode.
+
+        `mirror` adds `mirror_accuracy`, at twice the cost. `captured` records the evaluation of a batch as a CUDA
+        graph in the first call, at the cost of four batches, if the pipeline gathers batches on the GPU. Weights then
+        have to change in place.
+        """
+        self._model, self._pipeline, self._classes = model, pipeline, classes
+        self._precision, self._device, self._mirror = precision, device, mirror
+        self._captured, self._world = captured, world
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._counts = torch.zeros(1 + 2 * len(classes), dtype=torch.int64, device=device)
+        self._mirror_correct, (self._correct, self._count) = self._counts[0], self._counts[1:].view(2, -1)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._replay: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def __call__(self, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
+        """Evaluate the network as it is now. `after_batch` may raise to stop early."""
+        self._model.eval()
+        started = time.perf_counter()
+        if self._captured and self._replay is None and isinstance(self._pipeline, GatheringPipeline):
+            self._replay = recorded(self._gathering_step(self._pipeline))
+        for tensor in (self._loss, self._counts, self._step):
+            tensor.zero_()
+        for _ in self._batches():
+            after_batch()
+        for tensor in (self._loss, self._counts):
+            self._world.sum(tensor)
+        total = int(self._count.sum())
+        return Evaluation(
+            accuracy=100 * int(self._correct.sum()) / total,
+            loss=float(self._loss) / total,
+            per_class={
+                name: 100 * hits / images
+                for name, hits, images in zip(self._classes, self._correct.tolist(), self._count.tolist(), strict=True)
+                if images
+            },
+            images_per_s=total / (time.perf_counter() - started),
+            mirror_accuracy=100 * int(self._mirror_correct) / total if self._mirror else None,
+        )
+
+    def _batches(self) -> Iterator[None]:
+        """Evaluate the batches; yield after each, which a GPU may not have finished."""
+        if self._replay is not None:
+            for _ in range(len(self._pipeline)):
+                self._replay()
+                yield
+            return
+        for batch in self._pipeline.epoch(0):
+            self._add(batch.images, batch.labels, batch.valid)
+            yield
+
+    def _add(self, images: Tensor, labels: Tensor, valid: int | Tensor) -> None:
+        """Add the first `valid` images of a batch to loss and counts."""
+        logits = self._logits(images)
+        real = torch.arange(len(labels), device=self._device) < valid
+        self._loss += (F.cross_entropy(logits, labels, reduction="none") * real).sum()
+        self._correct.index_add_(0, labels, ((logits.argmax(1) == labels) & real).long())
+        self._count.index_add_(0, labels, real.long())
+        if self._mirror:
+            logits = logits + self._logits(images.flip(3))
+            self._mirror_correct += ((logits.argmax(1) == labels) & real).sum()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with autocast(self._precision, self._device):
+            return self._model(images).float()
+
+    def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
+        """Return the evaluation of the next batch, which needs nothing from the host."""
+        pipeline.load(0)
+        valid = torch.tensor([batch.valid for batch in pipeline.epoch(0)], device=self._device)
+
+        def add_next() -> None:
+            step = self._step % len(pipeline)
+            self._add(*pipeline.gather(step), valid[step])
+            self._step += 1
+
+        return add_next
+
+
 def evaluate(
     model: nn.Module,
     pipeline: Pipeline,
@@ -98,46 +196,10 @@ def evaluate(
     precision: str,
     device: torch.device,
     mirror: bool = False,
-    *,
-    after_batch: Callable[[], None] = lambda: None,
     world: World = SINGLE,
 ) -> Evaluation:
-    """Evaluate `model` on the pipeline's device; set it to evaluation mode.
-
-    `mirror` adds `mirror_accuracy`, at twice the cost. `after_batch` may raise to stop early. With several ranks, each
-    evaluates its share of the images. The result covers all images.
-    """
-    model.eval()
-    started = time.perf_counter()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros(len(classes), dtype=torch.int64, device=device)
-    count, mirror_correct = torch.zeros_like(correct), torch.zeros_like(loss)
-    for batch in pipeline.epoch(0):
-        with autocast(precision, device):
-            logits = model(batch.images).float()
-        real = torch.arange(len(batch.labels), device=device) < batch.valid
-        loss += (F.cross_entropy(logits, batch.labels, reduction="none") * real).sum()
-        correct.index_add_(0, batch.labels, ((logits.argmax(1) == batch.labels) & real).long())
-        count.index_add_(0, batch.labels, real.long())
-        if mirror:
-            with autocast(precision, device):
-                logits = logits + model(batch.images.flip(3)).float()
-            mirror_correct += ((logits.argmax(1) == batch.labels) & real).sum()
-        after_batch()
-    for tensor in (loss, correct, count, mirror_correct):
-        world.sum(tensor)
-    total = int(count.sum())
-    return Evaluation(
-        accuracy=100 * int(correct.sum()) / total,
-        loss=float(loss) / total,
-        per_class={
-            name: 100 * hits / images
-            for name, hits, images in zip(classes, correct.tolist(), count.tolist(), strict=True)
-            if images
-        },
-        images_per_s=total / (time.perf_counter() - started),
-        mirror_accuracy=100 * int(mirror_correct) / total if mirror else None,
-    )
+    """Evaluate `model` once; see `Evaluator`."""
+    return Evaluator(model, pipeline, classes, precision, device, mirror=mirror, world=world)()
 
 
 @contextlib.contextmanager

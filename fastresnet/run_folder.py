@@ -1,8 +1,12 @@
-"""Folder of a training run: its files, written and read, its lock, and the state for resuming."""
+"""Folder of a training run: its files, written and read, its lock, and the state for resuming.
+
+A thread writes the checkpoints of a running training, from copies, one save at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import fcntl
@@ -10,15 +14,17 @@ import io
 import json
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastresnet.checkpoint import load_tensors, save_tensors
+from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
 from fastresnet.config import TrainConfig, differences, from_dict
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError
@@ -28,6 +34,9 @@ from pipelines.store import Dataset
 Row = dict[str, Any]
 """Line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
 overflows: updates that the epoch skipped because gradients overflowed in fp16."""
+
+SAVE_EVERY_S = 10.0
+"""Shortest time from one save to the next, except for those that the training waits for."""
 
 # Any of these marks a folder as a run, to be continued or left unchanged.
 _RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
@@ -82,12 +91,18 @@ class RunFolder:
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self._writes = path, writes
         self._description: dict[str, Any] = {}
+        self._writer = ThreadPoolExecutor(1, "saving")
+        self._saving: Future[None] | None = None
+        self._next_save = 0.0  # on the clock of `time.monotonic`
+        self._best: HostCopy | None = None  # until a save writes it
+        self._written_rows = 0
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:
         """Lock the folder against other trainings. It is created and, if it stays empty, removed again.
 
-        Raises `UsageError` if another process holds the lock, or the folder is a symbolic link.
+        The last save is complete after the block. Raises `UsageError` if another process holds the lock, or the folder
+        is a symbolic link; `OSError` if the last save has failed.
         """
         if self.path.is_symlink():
             raise UsageError(f"{self.path} is a symbolic link, which is not followed. Give its target with --out.")
@@ -96,8 +111,11 @@ class RunFolder:
             return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            with _lock(self.path / _LOCK):
-                yield self
+            with _lock(self.path / _LOCK), self._writer:
+                try:
+                    yield self
+                finally:
+                    self._finish_save()  # its error came before one of the block
         finally:
             with contextlib.suppress(OSError):  # not empty
                 for folder in made:
@@ -182,11 +200,41 @@ class RunFolder:
         if self._writes:
             write_bytes(self.path / "config.toml", config.to_toml().encode())
 
-    def save_checkpoint(self, tensors: dict[str, Tensor], progress: Progress, scaler: dict[str, Any]) -> None:
-        """Write last.ckpt; rename the one before to previous.ckpt."""
+    def keep_best(self, model: nn.Module) -> None:
+        """Keep a copy of the weights of `model`, which the next save writes to best.ckpt."""
         if self._writes:
-            description = {**self._description, "progress": dataclasses.asdict(progress), "scaler": scaler}
-            save_tensors(self.path / "last.ckpt", tensors, description, previous=self.path / "previous.ckpt")
+            self._best = copy_to_host(model.state_dict())
+
+    def save(self, tensors: dict[str, Tensor], progress: Progress, scaler: dict[str, Any], *, wait: bool) -> None:
+        """Save the state of the run in the background, unless the last save began less than `SAVE_EVERY_S` ago.
+
+        With `wait`, save it in any case, and return when it is complete. Raises the `OSError` of the save before.
+        """
+        if not self._writes or (time.monotonic() < self._next_save and not wait):
+            return
+        self._finish_save()
+        self._next_save = time.monotonic() + SAVE_EVERY_S
+        description = {**self._description, "progress": dataclasses.asdict(progress), "scaler": scaler}
+        self._saving = self._writer.submit(self._save, self._best, copy_to_host(tensors), description)
+        self._best = None
+        if wait:
+            self._finish_save()
+
+    def _save(self, best: HostCopy | None, last: HostCopy, description: dict[str, Any]) -> None:
+        """Write best.ckpt, last.ckpt and metrics.csv; rename the last.ckpt before to previous.ckpt.
+
+        After a kill in between, best.ckpt may be ahead, and the resumed run repeats its epoch. metrics.csv may be
+        behind, and the resumed run writes it.
+        """
+        if best is not None:
+            save_tensors(self.path / "best.ckpt", best(), self._description)
+        save_tensors(self.path / "last.ckpt", last(), description, previous=self.path / "previous.ckpt")
+        self.write_metrics(description["progress"]["rows"])
+
+    def _finish_save(self) -> None:
+        """Wait for the save in progress, if any. Raises its `OSError`."""
+        if self._saving is not None:
+            self._saving.result()
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write the weights of `model` to file `name`."""
@@ -194,13 +242,15 @@ class RunFolder:
             save_tensors(self.path / name, model.state_dict(), self._description)
 
     def load_weights(self, name: str, model: nn.Module) -> nn.Module:
-        """Read file `name` into `model`, and return it."""
-        model.load_state_dict(load_tensors(self.path / name)[0])
-        return model
+        """Return a copy of `model` with the weights in file `name`."""
+        loaded = copy.deepcopy(model)
+        loaded.load_state_dict(load_tensors(self.path / name)[0])
+        return loaded
 
     def write_metrics(self, rows: list[Row]) -> None:
-        """Write metrics.csv, if there are rows."""
-        if rows and self._writes:
+        """Write metrics.csv, if there are new rows."""
+        if len(rows) > self._written_rows and self._writes:
+            self._written_rows = len(rows)
             text = io.StringIO()
             writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -222,11 +272,11 @@ class RunFolder:
             write_json(self.path / "summary.json", summary)
         return summary
 
-    @property
-    def last_good_state(self) -> str:
-        """Clause on the saved state of a failed run."""
+    def saved_state(self) -> str:
+        """Return a clause on the saved state of a failed run. Waits for the save in progress."""
+        self._finish_save()
         if (self.path / "last.ckpt").exists():
-            return "last.ckpt holds the last good state"
+            return "last.ckpt holds the last saved state"
         return "no checkpoint had been written yet"
 
 
@@ -277,7 +327,7 @@ def _acquire(path: Path) -> int | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # the last holder has removed the folder, or one above it
+        except (FileNotFoundError, FileExistsError):  # the last holder has removed the folder, or one above it
             if not (attempts := attempts - 1):
                 raise
             continue

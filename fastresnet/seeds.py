@@ -1,4 +1,4 @@
-"""Training with several seeds: a process for each, one at a time on each GPU, and one table."""
+"""Training with several seeds: a process for each, one or more at a time on each GPU, and one table."""
 
 from __future__ import annotations
 
@@ -42,15 +42,18 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -> list[dict[str, Any]]:
+def train_seeds(
+    arguments: Sequence[str], folders: dict[int, Path], gpus: int, per_gpu: int = 1
+) -> list[dict[str, Any]]:
     """Run `fastresnet train ARGUMENTS --seed SEED --out FOLDER` for each seed; return the contents of `summary.json`.
 
-    Each logs to `train.log` in its folder. With `gpus` 0 they run on the CPU, one after the other, as each uses all
-    cores. If one fails, the others continue; then `RunError` names those that failed. On exit, also by Ctrl-C or
-    SIGTERM, the trainings still running are signalled to save and stop.
+    Each logs to `train.log` in its folder. `per_gpu` run on each GPU at a time. With `gpus` 0 they run on the CPU, one
+    after the other, as each uses all cores. If one fails, the others continue; then `RunError` names those that failed.
+    On exit, also by Ctrl-C or SIGTERM, the trainings still running are signalled to save and stop.
     """
     free: SimpleQueue[int | None] = SimpleQueue()
-    for gpu in range(gpus) if gpus else [None]:
+    places = [*range(gpus)] * per_gpu or [None]
+    for gpu in places:
         free.put(gpu)
     stopping = threading.Event()
 
@@ -61,7 +64,7 @@ def train_seeds(arguments: Sequence[str], folders: dict[int, Path], gpus: int) -
         finally:
             free.put(gpu)
 
-    with ThreadPoolExecutor(max(gpus, 1)) as pool:
+    with ThreadPoolExecutor(len(places)) as pool:
         jobs = {seed: pool.submit(run, seed, folder) for seed, folder in folders.items()}
         try:
             codes = {seed: job.result() for seed, job in jobs.items()}

@@ -17,6 +17,8 @@ from pipelines.errors import UsageError
 if TYPE_CHECKING:
     from pipelines.store import Dataset
 
+_MAX_PER_GPU = 100
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options(TrainConfig):
@@ -26,6 +28,8 @@ class Options(TrainConfig):
     """Take the defaults from the config.toml of a run, not from a recipe."""
     seeds: str | None = None
     """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and print a table of all runs."""
+    per_gpu: int = 1
+    """Number of trainings of --seeds that share each GPU at a time."""
     find_lr: Path | None = None
     """Plot the loss (.png or .svg) while --lr grows from 1e-5 to 10 in 100 steps, without a run folder."""
     dry_run: bool = False
@@ -35,6 +39,12 @@ class Options(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # `super()` fails in dataclasses with slots
+        if not 1 <= self.per_gpu <= _MAX_PER_GPU:
+            raise UsageError(f"--per-gpu {self.per_gpu} is not in 1..{_MAX_PER_GPU}.")
+        if self.per_gpu > 1 and self.seeds is None:
+            raise UsageError(
+                f"--per-gpu {self.per_gpu} is for the trainings of --seeds. Give --seeds, or leave it out."
+            )
         if self.find_lr is not None:
             check_output("--find-lr", self.find_lr, (".png", ".svg"))
             if self.dry_run or self.print_config or self.seeds is not None or "RANK" in os.environ:
@@ -58,7 +68,7 @@ def run(arguments: list[str]) -> int:
     if options.find_lr is not None:
         return _find_lr(config, options.find_lr)
     if options.seeds is not None:
-        return _train_seeds(config, options.seeds, arguments)
+        return _train_seeds(config, options.seeds, options.per_gpu, arguments)
 
     from rich.console import Console
 
@@ -158,11 +168,11 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     return 0
 
 
-def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
+def _train_seeds(config: TrainConfig, text: str, per_gpu: int, arguments: list[str]) -> int:
     from fastresnet.seeds import parse_seeds, train_seeds
 
     seeds = parse_seeds(text)
-    given, arguments = _extract(arguments, "--seeds", "--seed", "--out")
+    given, arguments = _extract(arguments, "--seeds", "--seed", "--out", "--per-gpu", "--per_gpu")
     if given.seed is not None or "RANK" in os.environ:
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     import torch
@@ -171,17 +181,23 @@ def _train_seeds(config: TrainConfig, text: str, arguments: list[str]) -> int:
     from fastresnet.run_folder import run_path
 
     device = resolve_device(config.device)
+    if per_gpu > 1 and device.type == "cpu":
+        raise UsageError(
+            f"--per-gpu {per_gpu}: the trainings run on the CPU, one after the other, as each uses all cores. Leave "
+            "--per-gpu out."
+        )
     dataset = _find_dataset(config)
     folders = {
         seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), dataset)
         for seed in seeds
     }
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    where = f"{gpus} in parallel, one on each GPU" if gpus else "one after the other, on the CPU"
+    each = f"{'one' if per_gpu == 1 else per_gpu} on each GPU"
+    where = f"{gpus * per_gpu} in parallel, {each}" if gpus else "one after the other, on the CPU"
     print(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
-        _seed_lines(train_seeds(arguments, folders, gpus)),
+        _seed_lines(train_seeds(arguments, folders, gpus, per_gpu)),
         header=("seed", "test accuracy", "with horizontal-flip TTA", "training time"),
     )
     return 0

@@ -17,6 +17,8 @@ from fastresnet.training.step import TrainStep
 from pipelines.base import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
 
+CAPTURED = ("capture", "graph")
+"""Backends that replay a step as a CUDA graph."""
 PAYS_AFTER_STEPS = {"cpu": 5000, "cuda": 60_000}
 """Number of steps from which `auto` compiles a run on a GPU, and tries to on a CPU. For ResNet-20 compiling takes as
 long as 300 eager steps on a CPU (50 s on 2 cores). On an H100 it takes 27 s, and saves 0.45 ms of a captured step with
@@ -44,7 +46,7 @@ class Execution:
         """Compile and record in a trial step on `batch`, which restores the state. Otherwise, the first step would."""
         if self._step.compiled:
             self._step.trial(batch.images, batch.labels)
-        if self.backend in ("capture", "graph"):
+        if self.backend in CAPTURED:
             self._record(batch)
 
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import signal
@@ -21,7 +20,7 @@ from torch import nn
 from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.device import DTYPES, explained_failures, resolve_compile, resolve_device, resolve_precision
 from fastresnet.distributed import World, connected, world_of_torchrun
-from fastresnet.evaluation import Evaluation, evaluate, open_evaluation
+from fastresnet.evaluation import Evaluation, Evaluator, open_evaluation
 from fastresnet.models import MODELS, create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.resnet9 import PatchWhitening
@@ -31,7 +30,7 @@ from fastresnet.provenance import environment
 from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
 from fastresnet.threads import fastest_threads, use_threads
-from fastresnet.training.execution import Execution, faster_backend
+from fastresnet.training.execution import CAPTURED, Execution, faster_backend
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.loggers import Logger, Status, create_loggers
 from fastresnet.training.mixing import Mixer
@@ -108,17 +107,17 @@ def train(
         run.begin(config, dataset)
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
-        def save() -> None:
+        def save(*, wait: bool) -> None:
             _check_finite(step, epoch_steps, run)  # waits for the device, so the time up to here counts as steps
             clock.update(progress)
             phase = clock.phase
             clock.enter("saving")
-            run.save_checkpoint(step.state_dict(), progress, step.scaler.state_dict())
+            run.save(step.state_dict(), progress, step.scaler.state_dict(), wait=wait)
             clock.enter(phase)
 
         def stop_on_signal() -> None:
             if signum := world.highest(signals.received, device):
-                save()
+                save(wait=True)
                 run.draw_curves(progress.rows)
                 world.wait()  # when one process exits, torchrun stops the others
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
@@ -130,10 +129,10 @@ def train(
             lr = config.lr * factors[number - 1]
             return Status(progress.epoch + 1, number, *step.metrics(), lr, speed, eta_s)
 
-        def measure(model: nn.Module, images: Pipeline, *, mirror: bool = False) -> Evaluation:
-            classes, precision = dataset.classes, config.precision
-            return evaluate(model, images, classes, precision, device, mirror, after_batch=stop_on_signal, world=world)
+        def evaluator(model: nn.Module, images: Pipeline, **options: bool) -> Evaluator:
+            return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
 
+        evaluate = evaluator(step.eval_model, evaluated, captured=execution.backend in CAPTURED)
         with StopSignals() as signals:
             # A run may have been stopped between its last step and the evaluation.
             while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
@@ -150,14 +149,14 @@ def train(
                         for logger in loggers:
                             logger.status(now)
                     if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
-                        save()
+                        save(wait=True)
                     if world.is_single or progress.step % status_every == 0:  # several ranks wait to agree
                         stop_on_signal()
                 _check_finite(step, epoch_steps, run)
 
                 clock.enter("evaluation")
                 world.broadcast(step.eval_model.buffers())  # statistics of batch norm, which differ between ranks
-                result = measure(step.eval_model, evaluated)
+                result = evaluate(stop_on_signal)
                 world.sum(step.totals)
                 now = status()
                 progress.rows.append(_row(progress, now, result, int(step.overflows[0]), config))
@@ -165,18 +164,17 @@ def train(
                 step.reset()
                 if progress.best_accuracy is None or result.accuracy > progress.best_accuracy:
                     progress.best_accuracy = result.accuracy
-                    run.save_weights("best.ckpt", step.eval_model)
-                save()
-                run.write_metrics(progress.rows)
+                    run.keep_best(step.eval_model)
+                save(wait=progress.step == total_steps)
                 for logger in loggers:
                     logger.epoch(progress.rows[-1], now)
 
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
             test = resources.enter_context(_evaluation(config, dataset, world)) if config.val_split else evaluated
-            last, best = measure(step.eval_model, test, mirror=True), progress.best_accuracy
+            last, best = evaluator(step.eval_model, test, mirror=True)(stop_on_signal), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
-                best = measure(run.load_weights("best.ckpt", copy.deepcopy(step.eval_model)), test).accuracy
+                best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
             clock.update(progress)
             return run.write_summary(_summary(config, dataset, progress, last, best, clock, origin))
 
@@ -332,7 +330,7 @@ def create_execution(
         reason = ""
     backend = COMPILE[config.compile]
     if steps and config.kernels == "auto" and config.device == "cuda" and world.is_single:
-        kernels, why = choose_kernels(step, batch, captured=backend in ("capture", "graph"))
+        kernels, why = choose_kernels(step, batch, captured=backend in CAPTURED)
         config = dataclasses.replace(config, kernels=kernels)
         log(f"kernels {kernels}: {why}")
     elif config.kernels != "auto":
@@ -494,7 +492,7 @@ def _check_finite(step: TrainStep, epoch_steps: int, run: RunFolder) -> None:
         return
     raise RunError(
         f"the loss or its gradients were not finite at step {failed + 1} (epoch {failed // epoch_steps + 1}); the "
-        f"weights were not updated with it, and {run.last_good_state} ({run.path}). Try a lower --lr with another "
+        f"weights were not updated with it, and {run.saved_state()} ({run.path}). Try a lower --lr with another "
         "--out, or --precision fp32."
     )
 

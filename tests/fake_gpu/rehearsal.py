@@ -22,9 +22,11 @@ from benchmarks.kernels import LaunchCounter
 from benchmarks.runner import WaitTimer, Work
 from benchmarks.tables import RESULTS
 from fastresnet import terminal
+from fastresnet.checkpoint import copy_to_host
 from fastresnet.config import TrainConfig
 from fastresnet.device import DTYPES
 from fastresnet.distributed import SINGLE
+from fastresnet.evaluation import Evaluator, open_evaluation
 from fastresnet.models import batchnorm_triton, create_model
 from fastresnet.models.batchnorm import BatchNorm2d
 from fastresnet.recipes import RECIPES, create_config
@@ -226,6 +228,35 @@ def test_loader_benchmark_gathers_batches_in_a_captured_graph(dataset):
     assert images.dtype == torch.bfloat16
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.shape == (BATCH_SIZE,)
+
+
+def test_evaluation_replays_a_graph_for_each_batch_and_waits_at_its_end(dataset, monkeypatch):
+    monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", 7)  # eight batches of the 50 images
+    network = create_model("resnet20").to(CUDA, memory_format=torch.channels_last)
+    pipeline = open_evaluation(dataset, "half", "bf16", CUDA)
+    evaluate = Evaluator(network, pipeline, dataset.classes, "bf16", CUDA, captured=True)
+    evaluate()
+    assert sum("fprop" in name for name in fakegpu.nodes()) == 21
+    with fakegpu.launches() as launched:
+        waits, waits_by_batch = fakegpu.host_waits(), []
+        evaluate(lambda: waits_by_batch.append(fakegpu.host_waits()))
+    assert waits_by_batch == [waits] * 8
+    begin, end = launched.index("GRAPH"), len(launched) - launched[::-1].index("GRAPH")
+    assert launched[begin:end] == ["GRAPH"] * 8
+    assert begin == 3  # loss, counts and the number of the next batch are set to zero
+
+
+def test_a_checkpoint_is_copied_to_pinned_memory_and_only_its_writer_waits():
+    state = create_model("resnet20").to(CUDA, memory_format=torch.channels_last).state_dict()
+    waits = fakegpu.host_waits()
+    with fakegpu.launches() as launched:
+        wait = copy_to_host(state)
+    assert launched.count("MEMCPY DP") == len(state)
+    assert "MEMCPY DH" not in launched
+    assert fakegpu.host_waits() == waits
+    copies = wait()
+    assert fakegpu.host_waits() == waits + 1
+    assert all(copies[name].is_pinned() and copies[name].is_contiguous() for name in state)
 
 
 @pytest.mark.parametrize("data", [True, False], ids=["resident", "step-only"])

@@ -200,11 +200,11 @@ def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, uninterrupt
 
 def test_run_of_two_ranks_resumes_on_four_and_on_one(start, tmp_path, tiny_root):
     """The samples stay the same, so the losses do, up to roundings: batch norm is synchronised."""
-    code, _, err = finish(start(2, tmp_path / "run", "--sync-bn", step=5, rank=0, fault=KILL))
+    code, _, err = finish(start(2, tmp_path / "run", "--sync-bn", step=7, rank=0, fault=KILL))
     assert code != 0
     code, out, err = finish(start(4, tmp_path / "run", "--sync-bn", "--resume", step=11, rank=0, fault=KILL))
     assert code != 0
-    assert "resuming after step 5" in out
+    assert "resuming after step 6" in out
     code, out, err = finish(start(1, tmp_path / "run", "--sync-bn", "--resume"))
     assert code == 0, err
     assert "resuming after step 10" in out

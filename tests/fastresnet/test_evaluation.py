@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastresnet.evaluation import BATCH_SIZE, evaluate, open_evaluation
+from fastresnet.evaluation import BATCH_SIZE, Evaluator, evaluate, open_evaluation
 from fastresnet.models import create_model
+from pipelines.resident import DevicePipeline
 
 CPU = torch.device("cpu")
 
@@ -72,3 +74,65 @@ def test_evaluation_does_not_change_the_network(network, dataset, monkeypatch):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     evaluate_small(network, dataset, monkeypatch, 32)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def open_resident(dataset, device, monkeypatch):
+    """Open the test split as on a GPU, in batches of 7: the last one has a single image."""
+    monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", 7)
+    if device.type == "cpu":
+        monkeypatch.setattr("pipelines.resident.HostPipeline", DevicePipeline)
+    return open_evaluation(dataset, "half", "fp32", device)
+
+
+def figures(evaluation):
+    return dataclasses.replace(evaluation, images_per_s=0)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_recorded_evaluation_gives_the_numbers_of_the_eager_one_while_weights_change(
+    network, dataset, monkeypatch, mirror
+):
+    """A stand-in for the recording runs the work three times before, as the recording does, and then as a replay."""
+    runs = []
+
+    def record(work):
+        def replay():
+            runs.append(work)
+            work()
+
+        for _ in range(3):
+            replay()
+        return replay
+
+    monkeypatch.setattr("fastresnet.evaluation.recorded", record)
+    pipeline, network = open_resident(dataset, CPU, monkeypatch), copy.deepcopy(network)
+    captured, eager = (
+        Evaluator(network, pipeline, dataset.classes, "fp32", CPU, mirror=mirror, captured=captured)
+        for captured in (True, False)
+    )
+    for _ in range(2):
+        assert figures(captured()) == figures(eager())
+        assert eager().accuracy == pytest.approx(expected_figures(network, dataset)[0])
+        with torch.no_grad():
+            network.fc.weight.normal_()
+    assert len(runs) == 3 + 2 * 8
+
+
+def test_only_a_pipeline_that_gathers_batches_is_recorded(network, dataset, monkeypatch):
+    monkeypatch.delattr("fastresnet.evaluation.recorded")
+    batches = open_evaluation(dataset, "half", "fp32", CPU, "torchvision")
+    evaluate_captured = Evaluator(network, batches, dataset.classes, "fp32", CPU, captured=True)
+    assert evaluate_captured().loss == pytest.approx(expected_figures(network, dataset)[1], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_recorded_evaluation_gives_the_numbers_of_the_eager_one_on_the_gpu(network, dataset, monkeypatch):
+    gpu = torch.device("cuda")
+    pipeline, network = open_resident(dataset, gpu, monkeypatch), copy.deepcopy(network).to(gpu)
+    captured, eager = (
+        Evaluator(network, pipeline, dataset.classes, "fp32", gpu, captured=captured) for captured in (True, False)
+    )
+    for _ in range(2):
+        assert figures(captured()) == figures(eager())
+        with torch.no_grad():
+            network.fc.weight.normal_()

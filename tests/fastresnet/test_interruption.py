@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastresnet.checkpoint import load_tensors
 from tests.fastresnet.tiny_runs import ARGUMENTS, assert_same_run
@@ -15,7 +16,7 @@ from tests.fastresnet.tiny_runs import ARGUMENTS, assert_same_run
 PROGRAM = """
 import os, resource, signal, sys, time
 import fastresnet.training.loop as loop
-from fastresnet import cli
+from fastresnet import cli, run_folder
 from fastresnet.training.step import TrainStep
 from tests.fastresnet import tiny_runs
 original = TrainStep.__call__
@@ -25,14 +26,16 @@ def armed(self, images, labels):
     original(self, images, labels)
 TrainStep.__call__ = armed
 tiny_runs.shrink_resnet20_and_skip_curves()
+run_folder.SAVE_EVERY_S = {save_every_s}
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.fixture
 def start(python, tiny_root):
-    def start_process(folder, *, step=-1, fault="pass", resume=False, expect, arguments=()):
-        command = [python, "-c", PROGRAM.format(step=step, fault=fault), *ARGUMENTS, "--out", str(folder)]
+    def start_process(folder, *, step=-1, fault="pass", save_every_s=10, resume=False, expect, arguments=()):
+        program = PROGRAM.format(step=step, fault=fault, save_every_s=save_every_s)
+        command = [python, "-c", program, *ARGUMENTS, "--out", str(folder)]
         command += arguments
         done = subprocess.run(
             command + ["--resume"] * resume,
@@ -53,7 +56,7 @@ def start(python, tiny_root):
 def uninterrupted(python, tmp_path_factory, tiny_root):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     subprocess.run(
-        [python, "-c", PROGRAM.format(step=-1, fault="pass"), *ARGUMENTS, "--out", folder],
+        [python, "-c", PROGRAM.format(step=-1, fault="pass", save_every_s=10), *ARGUMENTS, "--out", folder],
         env={**os.environ, "FASTRESNET_DATA": str(tiny_root)},
         check=True,
         timeout=120,
@@ -63,12 +66,13 @@ def uninterrupted(python, tmp_path_factory, tiny_root):
 
 @pytest.mark.parametrize(
     ("step", "resumed_from"),
-    [(1, None), (5, 5)],
+    [(1, None), (5, 4)],
     ids=["before any checkpoint", "at an epoch's start"],
 )
 def test_killed_run_resumes_to_the_uninterrupted_result(start, uninterrupted, tmp_path, step, resumed_from):
     folder = tmp_path / "run"
-    start(folder, step=step, fault="os.kill(os.getpid(), signal.SIGKILL)", expect=-signal.SIGKILL)
+    kill = {"fault": "os.kill(os.getpid(), signal.SIGKILL)", "expect": -signal.SIGKILL}
+    start(folder, step=step, save_every_s=1000, **kill)
     assert (folder / "last.ckpt").exists() == (resumed_from is not None)
     if resumed_from is not None:
         assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == resumed_from
@@ -83,6 +87,54 @@ def test_repeatedly_killed_run_resumes_to_the_uninterrupted_result(start, uninte
         start(folder, step=step, fault="os.kill(os.getpid(), signal.SIGKILL)", resume=True, expect=-signal.SIGKILL)
     start(folder, resume=True, expect=0)
     assert_same_run(folder, uninterrupted)
+
+
+IN_THE_BACKGROUND = ("--checkpoint-steps", "0")
+"""Saves at the end of epochs, that is after steps 5, 10 and 15."""
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_run_killed_at_a_rename_of_a_background_save_resumes_to_the_same_result(start, uninterrupted, tmp_path, number):
+    """Each save renames best.ckpt if there is a new one, last.ckpt to previous.ckpt, then last.ckpt and metrics.csv."""
+    folder = tmp_path / "run"
+    fault = (
+        "import itertools, pipelines.files as files\n"
+        "        calls, replace = itertools.count(1), files.os.replace\n"
+        f"        files.os.replace = lambda *a: os.kill(os.getpid(), 9) if next(calls) == {number} else replace(*a)"
+    )
+    start(folder, step=6, fault=fault, save_every_s=0, arguments=IN_THE_BACKGROUND, expect=-signal.SIGKILL)
+    assert start(folder, arguments=IN_THE_BACKGROUND, resume=True, expect=0).stdout.count("resuming after step") == 1
+    assert_same_run(folder, uninterrupted)
+
+
+def killed_in_the_third_epoch(start, folder):
+    """Kill a run after its first save; the next would come later than the end of the second epoch."""
+    first_save = f"while not os.path.exists({str(folder / 'metrics.csv')!r}): time.sleep(0.01)"
+    kill = {"fault": f"{first_save}\n        os.kill(os.getpid(), signal.SIGKILL)", "expect": -signal.SIGKILL}
+    start(folder, step=12, save_every_s=1000, arguments=IN_THE_BACKGROUND, **kill)
+
+
+def test_killed_run_resumes_from_its_last_save_in_the_background(start, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    killed_in_the_third_epoch(start, folder)
+    assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 5
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 2
+    done = start(folder, arguments=IN_THE_BACKGROUND, resume=True, expect=0)
+    assert "resuming after step 5" in done.stdout
+    assert_same_run(folder, uninterrupted)
+
+
+def test_signal_saves_all_files_that_were_to_be_written_later(start, uninterrupted, tmp_path):
+    stop = {"step": 12, "fault": "os.kill(os.getpid(), signal.SIGTERM)", "expect": 143}
+    start(tmp_path / "run", save_every_s=1000, arguments=IN_THE_BACKGROUND, **stop)
+    start(tmp_path / "at once", **stop)
+    for name in ("last.ckpt", "best.ckpt"):
+        (found, _), (expected, description) = (load_tensors(tmp_path / run / name) for run in ("run", "at once"))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert description.get("progress", {"step": 13})["step"] == 13
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
+    start(tmp_path / "run", arguments=IN_THE_BACKGROUND, resume=True, expect=0)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 EVERYTHING = [
@@ -109,7 +161,7 @@ def test_run_killed_in_checkpoint_or_evaluation_resumes_to_the_same_result(start
         "import pipelines.files as files; "
         "files.os.replace = lambda a, b: (os.truncate(a, os.path.getsize(a) // 2), os.kill(os.getpid(), 9))"
     )
-    evaluation = "loop.evaluate = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
+    evaluation = "loop.Evaluator.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     fault = {"checkpoint": half, "evaluation": evaluation}[moment]
     start(folder, step=6, fault=fault, expect=-signal.SIGKILL)
     start(folder, resume=True, expect=0)
@@ -143,8 +195,8 @@ def test_signal_to_the_process_group_keeps_loader_workers_until_the_save(start, 
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     fault = (
-        "evaluate = loop.evaluate; "
-        "loop.evaluate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a, **k))[1]"
+        "evaluate = loop.Evaluator.__call__; "
+        "loop.Evaluator.__call__ = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a))[1]"
     )
     start(folder, step=9, fault=fault, expect=143)
     assert load_tensors(folder / "last.ckpt")[1]["progress"] | {"rows": [], "train_seconds": 0, "total_seconds": 0} == {
@@ -189,6 +241,23 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_the_last_one_stays(
     assert done.stderr.strip() == f"fastresnet: cannot read or write {folder / 'last.ckpt'}: {message}."
     assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 6
     start(folder, resume=True, expect=0)
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_background_save_that_fails_is_named_and_the_one_before_stays(start, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    fault = (
+        "import errno, pipelines.files as files\n"
+        "        def fail(*_): raise OSError(errno.EIO, os.strerror(errno.EIO))\n"
+        f"        while not os.path.exists({str(folder / 'metrics.csv')!r}): time.sleep(0.01)\n"
+        "        files.os.fsync = fail"
+    )
+    done = start(folder, step=6, fault=fault, save_every_s=0, arguments=IN_THE_BACKGROUND, expect=1)
+    message = os.strerror(errno.EIO)
+    names = [folder / name for name in ("best.ckpt", "last.ckpt")]
+    assert done.stderr.strip() in [f"fastresnet: cannot read or write {name}: {message}." for name in names]
+    assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 5
+    start(folder, resume=True, arguments=IN_THE_BACKGROUND, expect=0)
     assert_same_run(folder, uninterrupted)
 
 

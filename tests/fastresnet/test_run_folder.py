@@ -1,13 +1,20 @@
-"""Lock of a run folder: one training at a time, however it ends."""
+"""Lock of a run folder: one training at a time, however it ends. Saves in the background."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
+from torch import nn
 
-from fastresnet.run_folder import RunFolder
+from fastresnet import run_folder
+from fastresnet.checkpoint import load_tensors, save_tensors
+from fastresnet.run_folder import Progress, RunFolder
+from pipelines import files
 from pipelines.errors import UsageError
 
 HOLDER = """
@@ -108,6 +115,21 @@ def test_concurrent_locks_of_a_short_lived_folder_are_exclusive(tmp_path):
     assert not (tmp_path / "a" / "run" / ".lock").exists()
 
 
+def test_folder_that_vanishes_just_after_it_was_found_is_created_again(tmp_path, monkeypatch):
+    """`Path.mkdir` then reports that the folder exists."""
+    mkdir, vanished = os.mkdir, []
+
+    def vanish(path, mode):
+        if not vanished:
+            vanished.append(path)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(run_folder.os, "mkdir", vanish)
+    with RunFolder(tmp_path / "run").locked():
+        assert (tmp_path / "run" / ".lock").exists()
+
+
 def test_folders_that_stay_empty_are_removed_and_others_kept(tmp_path):
     with RunFolder(tmp_path / "a" / "b" / "run").locked():
         assert (tmp_path / "a" / "b" / "run" / ".lock").exists()
@@ -122,3 +144,133 @@ def test_ranks_that_do_not_write_create_no_folder(tmp_path):
         run.write_metrics([{"epoch": 1}])
         run.write_summary({})
     assert not (tmp_path / "run").exists()
+
+
+# --- saves -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless its only element, the time in seconds, is changed."""
+    now = [1000.0]
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
+    return now
+
+
+def save(run, step, *, wait=False, value=None):
+    """Save a tensor of `value`, and as many epochs as steps."""
+    rows = [{"epoch": epoch + 1} for epoch in range(step)]
+    tensor = torch.tensor(float(step) if value is None else value)
+    run.save({"x": tensor}, Progress(step=step, rows=rows), {}, wait=wait)
+
+
+def saved(folder, name="last.ckpt"):
+    """The step and the tensor of a checkpoint."""
+    tensors, description = load_tensors(folder / name)
+    return description["progress"]["step"], float(tensors["x"])
+
+
+def test_save_is_of_the_moment_of_its_call_and_does_not_wait_for_the_disk(tmp_path, monkeypatch, clock):
+    released = threading.Event()
+
+    def slow(*arguments, **settings):
+        assert released.wait(60)
+        save_tensors(*arguments, **settings)
+
+    monkeypatch.setattr(run_folder, "save_tensors", slow)
+    tensor, rows = torch.tensor(1.0), [{"epoch": 1}]
+    with RunFolder(tmp_path / "run").locked() as run:
+        run.save({"x": tensor}, Progress(step=1, rows=rows), {}, wait=False)
+        tensor.fill_(2)
+        rows.append({"epoch": 2})
+        released.set()
+    assert saved(tmp_path / "run") == (1, 1.0)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "epoch\n1\n"
+
+
+def test_saves_are_at_least_ten_seconds_apart_unless_the_training_waits(tmp_path, clock):
+    folder = tmp_path / "run"
+    with RunFolder(folder).locked() as run:
+        for step, after in enumerate((0.0, 9.9, 0.1, 9.9), start=1):
+            clock[0] += after
+            save(run, step)
+        run.saved_state()  # waits
+        assert saved(folder) == (3, 3.0)
+        assert saved(folder, "previous.ckpt") == (1, 1.0)
+        assert (folder / "metrics.csv").read_text() == "epoch\n1\n2\n3\n"
+        save(run, 5, wait=True)
+        assert saved(folder) == (5, 5.0)
+        assert saved(folder, "previous.ckpt") == (3, 3.0)
+
+
+def test_best_weights_are_those_of_their_epoch_even_if_they_are_written_later(tmp_path, clock):
+    model = nn.Linear(2, 1)
+    with RunFolder(tmp_path / "run").locked() as run:
+        save(run, 1)
+        best = model.weight.detach().clone()
+        run.keep_best(model)
+        save(run, 2)
+        with torch.no_grad():
+            model.weight.add_(1)
+        run.saved_state()  # waits
+        assert not (tmp_path / "run" / "best.ckpt").exists()
+        save(run, 3, wait=True)
+        assert torch.equal(load_tensors(tmp_path / "run" / "best.ckpt")[0]["weight"], best)
+
+
+def fail(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def end(run, clock):
+    pass
+
+
+def next_save(run, clock):
+    clock[0] += 10
+    save(run, 3)
+
+
+def failure(run, clock):
+    raise MemoryError
+
+
+def question(run, clock):
+    run.saved_state()
+    raise AssertionError("not reported")
+
+
+def fail_and_continue(run, monkeypatch, clock, then):
+    """Make the second save fail."""
+    with run.locked():
+        save(run, 1)
+        run.saved_state()  # waits
+        monkeypatch.setattr(files.os, "fsync", fail)
+        clock[0] += 10
+        save(run, 2)
+        then(run, clock)
+
+
+@pytest.mark.parametrize("then", [end, next_save, failure, question])
+def test_failed_save_is_reported_later_with_the_name_of_the_file(tmp_path, monkeypatch, clock, then):
+    with pytest.raises(OSError, match="No space left") as caught:
+        fail_and_continue(RunFolder(tmp_path / "run"), monkeypatch, clock, then)
+    assert caught.value.filename == str(tmp_path / "run" / "last.ckpt")
+    assert saved(tmp_path / "run") == (1, 1.0)
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
+def test_lock_is_held_until_the_last_save_is_complete(tmp_path, monkeypatch):
+    held = []
+
+    def slow(path, *arguments, **settings):
+        held.append((path.parent / ".lock").exists())
+        save_tensors(path, *arguments, **settings)
+        held.append((path.parent / ".lock").exists())
+
+    monkeypatch.setattr(run_folder, "save_tensors", slow)
+    with RunFolder(tmp_path / "run").locked() as run:
+        save(run, 1)
+    assert held == [True, True]
+    assert saved(tmp_path / "run") == (1, 1.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from fastresnet import seeds
 from fastresnet.seeds import parse_seeds
@@ -73,21 +75,68 @@ def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_ro
     assert not (tmp_path / "seed2" / "train.log").exists()
 
 
-def test_one_training_at_a_time_runs_on_each_gpu(tmp_path, monkeypatch):
-    """A stand-in for the training records its visible GPU and waits until a second one runs."""
+@pytest.mark.parametrize("per_gpu", [1, 2, 3])
+def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, per_gpu):
+    """A stand-in for the training waits until all places are taken, and records its GPU and how many run."""
     program = tmp_path / "python"
     program.write_text(
         "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument
-        'echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; echo "{}" > "$1/summary.json"\n'
-        f'until [ "$(ls {tmp_path}/*/seen | wc -l)" -ge 2 ]; do sleep 0.05; done\n'
+        'touch "$1/running"; echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; echo "{}" > "$1/summary.json"\n'
+        f'until [ "$(ls {tmp_path}/*/seen | wc -l)" -ge {2 * per_gpu} ]; do sleep 0.05; done\n'
+        f'ls {tmp_path}/*/running | wc -l > "$1/together"; rm "$1/running"\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr(seeds.sys, "executable", str(program))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    folders = {seed: tmp_path / str(seed) for seed in range(4)}
-    assert seeds.train_seeds([], folders, gpus=2) == [{}] * 4
-    seen = [(folder / "seen").read_text().strip() for folder in folders.values()]
-    assert set(seen) == {"4", "6"}
+    folders = {seed: tmp_path / str(seed) for seed in range(2 * per_gpu + 2)}
+    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu) == [{}] * len(folders)
+    first = [(folders[seed] / "seen").read_text().strip() for seed in range(2 * per_gpu)]
+    assert sorted(first) == ["4"] * per_gpu + ["6"] * per_gpu
+    assert max(int((folder / "together").read_text()) for folder in folders.values()) <= 2 * per_gpu
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "3 trainings, 2 in parallel, one on each GPU; each logs"),
+        (("--per-gpu", 4), "3 trainings, 8 in parallel, 4 on each GPU; each logs"),
+        (("--per_gpu=4",), "3 trainings, 8 in parallel, 4 on each GPU; each logs"),
+    ],
+)
+def test_trainings_on_each_gpu_are_announced_and_not_an_option_of_theirs(run, tmp_path, monkeypatch, options, message):
+    started = []
+
+    def train_seeds(arguments, folders, gpus, per_gpu):
+        started.append((arguments, gpus * per_gpu))
+        figures = {"test_accuracy": 90.0, "test_accuracy_mirror": 91.0, "train_seconds": 1.0}
+        return [{"seed": seed, **figures} for seed in folders]
+
+    monkeypatch.setattr(seeds, "train_seeds", train_seeds)
+    monkeypatch.setattr("fastresnet.device.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    code, out, _ = run("train", *SMALL, "--device", "cuda", "--seeds", "0-2", *options, "--out", tmp_path)
+    assert code == 0
+    assert message in out
+    assert started == [([*SMALL, "--device", "cuda"], 8 if options else 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--seeds", "0-1", "--per-gpu", "2", "--device", "cpu"),
+            "one after the other.*Leave --per-gpu out",
+        ),
+        (("--per-gpu", "2"), "Give --seeds"),
+        (("--seeds", "0-1", "--per-gpu", "0"), "--per-gpu 0 is not in 1"),
+    ],
+    ids=["on a CPU", "without seeds", "too low"],
+)
+def test_invalid_number_of_trainings_on_a_gpu_is_refused(run, tmp_path, arguments, message):
+    code, _, err = run("train", *SMALL, *arguments, "--out", tmp_path / "runs")
+    assert code == 2
+    assert re.search(message, err)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--seed", "1"], ["--seeds", "x"]], ids=["with --seed", "no numbers"])

@@ -460,11 +460,11 @@ def test_run_with_many_settings_matches_a_reference_loop(run, tmp_path, dataset)
 
 def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tmp_path, monkeypatch, dataset):
     sizes = []
-    original = loop.evaluate
+    original = loop.Evaluator.__call__
 
-    def counting(model, pipeline, *arguments, **settings):
-        sizes.append(sum(batch.valid for batch in pipeline.epoch(0)))
-        return original(model, pipeline, *arguments, **settings)
+    def counting(self, *arguments):
+        sizes.append(sum(batch.valid for batch in self._pipeline.epoch(0)))
+        return original(self, *arguments)
 
     trained_on = []
     open_original = loop.open_pipeline
@@ -473,7 +473,7 @@ def test_a_held_out_split_chooses_the_best_and_the_test_set_is_seen_once(run, tm
         trained_on.append(dataset.train.ids)
         return open_original(name, dataset, **settings)
 
-    monkeypatch.setattr(loop, "evaluate", counting)
+    monkeypatch.setattr(loop.Evaluator, "__call__", counting)
     monkeypatch.setattr(loop, "open_pipeline", opened)
     code, out, _ = run("train", *SMALL, "--epochs", 3, "--val-split", 30, "--out", tmp_path / "run")
     assert code == 0
