@@ -15,7 +15,7 @@ from fastresnet.training.optimizer import Muon, create_optimizers
 from fastresnet.training.step import TrainStep
 
 SHAPES = ((16, 3, 3, 3), (32, 16, 1, 1), (70, 13, 5, 2), (130, 70, 1, 1), (2, 200, 1, 1), (64, 24, 3, 3))
-"""Wide and tall weights of one and several tiles, which most do not fill."""
+"""Wide and tall weights of one and several tiles, which all but the last do not fill."""
 LR, MOMENTUM = 0.05, 0.6
 SCALES = {"normal": (1.0, 1.0), "tiny": (1e-9,), "zero": (0.0,)}
 """Factor of the gradients in each step. Tiny gradients have norms like the epsilon in the update."""
