@@ -35,19 +35,15 @@ _TIMED_STEPS = 20
 def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Kernels, str]:
     """Use the faster kernels in `step`, this program's only if they agree with PyTorch's; return them and the reason.
 
-    `captured`: the steps to be timed are CUDA graphs. Raises what a step with PyTorch's kernels raises.
+    `captured`: the steps to be timed are CUDA graphs.
     """
-    recorded_step = record_step(step, batch)
     try:
-        for call in recorded_step.batch_norms:
-            check_batch_norm(call)
-        with step.restored():
-            for muon, gradients in recorded_step.gradients if step.count.is_cuda else ():
-                check_muon(muon, gradients)
+        _check_kernels(step, batch)
         theirs, ours = (_measure(step, batch, own=own, captured=captured) for own in (False, True))
         _check("the loss", [ours.loss], [theirs.loss], LOSS_AGREEMENT)
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError:  # the comparison needs more than a step
+        step.use_kernels(False)
+        return "torch", "not enough memory to compare them with this program's"
     except Exception as error:  # noqa: BLE001  # a compiler or a driver may raise anything
         step.use_kernels(False)
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
@@ -62,6 +58,16 @@ def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Ke
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------
+
+
+def _check_kernels(step: TrainStep, batch: Batch) -> None:
+    """Compare the kernels in a step. Raises `ValueError` if one disagrees."""
+    found = record_step(step, batch)
+    for call in found.batch_norms:
+        check_batch_norm(call)
+    with step.restored():
+        for muon, gradients in found.gradients if step.count.is_cuda else ():
+            check_muon(muon, gradients)
 
 
 class BatchNormCall(NamedTuple):
@@ -86,7 +92,8 @@ def record_step(step: TrainStep, batch: Batch) -> RecordedStep:
     found = RecordedStep([], [])
 
     def record(module: BatchNorm2d, operands: tuple[Tensor | None, ...], out: Tensor) -> None:
-        x, shortcut = (None if tensor is None else tensor.detach().clone() for tensor in (*operands, None)[:2])
+        # The backward pass needs them too, so they are not overwritten.
+        x, shortcut = (None if tensor is None else tensor.detach() for tensor in (*operands, None)[:2])
         assert x is not None  # noqa: S101
         out.register_hook(lambda grad: found.batch_norms.append(BatchNormCall(module, x, shortcut, grad.clone())))
 
