@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.report import row_of, spread
 from benchmarks.roofline import ByteCounter, memory_per_image, roof, seconds_between, stamp
 from fastresnet.config import TrainConfig
-from fastresnet.device import DTYPES, autocast
+from fastresnet.device import DTYPES, autocast, recorded
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.summary import flops_per_image
-from fastresnet.training.execution import CAPTURED, Execution, recorded
+from fastresnet.training.execution import CAPTURED, Execution
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep

@@ -32,13 +32,13 @@ from torch.profiler import profile
 from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, step_row, steps_in
 from benchmarks.report import SCHEMA, Result, ratio, short, write_result
 from benchmarks.roofline import Limits, seconds_between, stamp
-from fastresnet.device import DTYPES, resolve_device
+from fastresnet.device import DTYPES, recorded, resolve_device
 from fastresnet.distributed import SINGLE
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.provenance import environment
 from fastresnet.recipes import create_config
 from fastresnet.terminal import guarded
-from fastresnet.training.execution import Execution, recorded
+from fastresnet.training.execution import Execution
 from fastresnet.training.loop import create_step, open_pipelines, resolve
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep

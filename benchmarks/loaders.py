@@ -65,7 +65,7 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
     """Record the gathering of a batch as a CUDA graph, like the start of a training step; replay it for each batch."""
     import torch
 
-    from fastresnet.training.execution import recorded
+    from fastresnet.device import recorded
 
     gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
     step = torch.zeros(1, dtype=torch.int64, device="cuda")

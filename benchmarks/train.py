@@ -66,7 +66,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
     from benchmarks.cases import create_step
     from fastresnet.device import explained_failures, resolve_compile
     from fastresnet.threads import settled_threads
-    from fastresnet.training.execution import PAYS_AFTER_STEPS, faster_backend
+    from fastresnet.training.execution import PAYS_AFTER_STEPS, choose_backend
 
     compile_ = resolve_compile(options.compile, device)
     if device.type != "cpu":
@@ -83,7 +83,7 @@ def _settle(options: TrainingOptions, work: Work, device: torch.device) -> tuple
             work = dataclasses.replace(work, threads=torch.get_num_threads())
             if compile_ != "auto":
                 return work, COMPILE[compile_]
-            return work, "eager" if options.quick else faster_backend(step, batch, PAYS_AFTER_STEPS[device.type])[0]
+            return work, "eager" if options.quick else choose_backend(step, batch, PAYS_AFTER_STEPS[device.type])[0]
 
 
 def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: bool) -> Epochs:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
@@ -116,6 +116,26 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
 
 
+def recorded(
+    work: Callable[[], None], trial: Callable[[], AbstractContextManager] = contextlib.nullcontext
+) -> Callable[[], None]:
+    """Record `work` as a CUDA graph and return its replay.
+
+    Three warm-up runs precede it, each in a `trial`, on a side stream, as PyTorch's notes on CUDA graphs require.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    for _ in range(3):
+        with trial():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                work()
+            torch.cuda.current_stream().wait_stream(stream)
+    # Other threads, such as those of DALI and FFCV, continue to use the GPU.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
 @contextlib.contextmanager
 def explained_failures(out_of_memory: str) -> Iterator[None]:
     """Convert a lack of memory (`out_of_memory` is the advice), a failed compilation or kernel to `RunError`.
@@ -132,8 +152,8 @@ def explained_failures(out_of_memory: str) -> Iterator[None]:
             pass
         elif "CUDA error" in text:
             raise RunError(
-                f"{text.splitlines()[0]}. Repeat the command with --kernels torch. If that helps, please report this "
-                "line and the output of fastresnet doctor."
+                f"{text.splitlines()[0]}. If this is a training, repeat it with --kernels torch; if that helps, please "
+                "report this line and the output of fastresnet doctor."
             ) from error
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastresnet.device import DTYPES, autocast, resolve_device, supports
+from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
 from fastresnet.threads import Threads, settled_threads
-from fastresnet.training.execution import recorded
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import GatheringPipeline, Pipeline

@@ -158,8 +158,13 @@ class RunFolder:
                 f"{self.path} was trained on another data set {checkpoint.data!r} than the one in {dataset.folder}. "
                 "Point --data or --root to that one, or give another folder with --out."
             )
-        # Older versions, without a setting, behaved like its default; threads were PyTorch's number.
-        settings = {"threads": torch.get_num_threads() if threads_matter else "auto", **checkpoint.config}
+        # Older versions, without a setting, behaved like its default, but with PyTorch's number of threads and, on a
+        # GPU, its kernels.
+        older = {
+            "threads": torch.get_num_threads() if threads_matter else "auto",
+            "kernels": "torch" if checkpoint.config.get("device") == "cuda" else "auto",
+        }
+        settings = {**older, **checkpoint.config}
         saved = from_dict(settings, f"the checkpoint in {self.path}")
         for name in ("compile", "kernels") if config.device == saved.device else ():
             if getattr(config, name) == "auto":

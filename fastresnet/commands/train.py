@@ -192,8 +192,9 @@ def _train_seeds(config: TrainConfig, text: str, per_gpu: int, arguments: list[s
         for seed in seeds
     }
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    each = f"{'one' if per_gpu == 1 else per_gpu} on each GPU"
-    where = f"{gpus * per_gpu} in parallel, {each}" if gpus else "one after the other, on the CPU"
+    each = "one" if per_gpu == 1 else f"up to {per_gpu}"
+    at_once = min(len(seeds), gpus * per_gpu)
+    where = f"{at_once} in parallel, {each} on each GPU" if gpus else "one after the other, on the CPU"
     print(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",

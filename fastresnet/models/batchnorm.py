@@ -43,7 +43,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Map `x` and `shortcut` [N, C, H, W] to [N, C, H, W]."""
         if self.synchronized and self.training:
             out = self._over_all_ranks(x)
-        elif self.fused and self.training and self._fits(x, shortcut):
+        elif self.fused and self.training and self.fits(x, shortcut):
             return self._on_gpu(x, shortcut) if x.is_cuda else self._on_cpu(x, shortcut)
         else:
             out = super().forward(x)
@@ -52,7 +52,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             out += shortcut
         return F.relu(out, inplace=True) if self.relu else out
 
-    def _fits(self, x: Tensor, shortcut: Tensor | None) -> bool:
+    def fits(self, x: Tensor, shortcut: Tensor | None) -> bool:
         """Return True if the kernels support these tensors. PyTorch's operators process all others."""
         if x.device.type == "cpu":
             supported = x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % _LANES == 0
@@ -72,12 +72,24 @@ class BatchNorm2d(nn.BatchNorm2d):
         return _Fused.apply(x, shortcut, self.weight, self.bias, self)
 
     def _on_gpu(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
-        from .batchnorm_triton import BatchNorm  # not installed everywhere
+        from .batchnorm_triton import BatchNorm  # Triton is missing where PyTorch has no CUDA
 
+        return BatchNorm.apply(*self._operands(x, shortcut))
+
+    def _operands(self, x: Tensor, shortcut: Tensor | None) -> tuple[Any, ...]:
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         statistics = (self.running_mean, self.running_var, self.num_batches_tracked, self.semaphores)
-        return BatchNorm.apply(x, shortcut, self.weight, self.bias, *statistics, self.momentum, self.eps, self.relu)
+        return x, shortcut, self.weight, self.bias, *statistics, self.momentum, self.eps, self.relu
+
+    @torch.no_grad()
+    def gradients_of_sum(self, x: Tensor, shortcut: Tensor | None, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Return what the backward kernel for GPUs does for the sum of two gradients of the output, as if compiled."""
+        from .batchnorm_triton import batch_norm, batch_norm_backward
+
+        operands = self._operands(x, shortcut)
+        _, mask, *saved = batch_norm(*operands)
+        return batch_norm_backward(*grads, x, mask, self.weight, self.bias, *saved, self.semaphores, self.relu)
 
     def _over_all_ranks(self, x: Tensor) -> Tensor:
         out, mean, var, count = _Synchronized.apply(x, self.weight, self.bias, self.eps)

@@ -38,7 +38,6 @@ class CastWeights:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Move the gradients of the cast weights to the network's own, in its type and always at the same addresses."""
-        gradients = [cast.grad for _, cast in self._trained if cast.grad is not None]
-        torch._foreach_copy_(self._gradients, gradients)
+        torch._foreach_copy_(self._gradients, [cast.grad for _, cast in self._trained])  # type: ignore[misc]
         for (own, cast), gradient in zip(self._trained, self._gradients, strict=True):
             own.grad, cast.grad = gradient, None

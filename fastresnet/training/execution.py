@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 
 import torch
 
-from fastresnet.device import explained_failures
+from fastresnet.device import explained_failures, recorded
 from fastresnet.training.step import TrainStep
 from pipelines.base import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
@@ -85,27 +83,7 @@ class Execution:
         return lambda: self._step(*gather(self._step.count % len(pipeline)))
 
 
-def recorded(
-    work: Callable[[], None], trial: Callable[[], AbstractContextManager] = contextlib.nullcontext
-) -> Callable[[], None]:
-    """Record `work` as a CUDA graph and return its replay.
-
-    Three warm-up runs precede it, each in a `trial`, on a side stream, as PyTorch's notes on CUDA graphs require.
-    """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    for _ in range(3):
-        with trial():
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                work()
-            torch.cuda.current_stream().wait_stream(stream)
-    # Other threads, such as those of DALI and FFCV, continue to use the GPU.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        work()
-    return graph.replay
-
-
-def faster_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
+def choose_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
     """Return the backend that finishes `steps` more steps earlier, and the reason.
 
     On a CPU it is `eager` or `compile`, measured in trial steps, which restore the state. On a GPU it is `capture` or

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastresnet.config import Kernels
+from fastresnet.device import recorded
 from fastresnet.models.batchnorm import BatchNorm2d, fuse_batch_norms
-from fastresnet.training.execution import recorded
 from fastresnet.training.optimizer import Muon
 from fastresnet.training.step import TrainStep
-from pipelines.base import Batch
+from pipelines.base import Batch, is_installed
 from pipelines.errors import Note
 
 AGREEMENT = 2**-8
@@ -35,39 +35,59 @@ _TIMED_STEPS = 20
 def choose_kernels(step: TrainStep, batch: Batch, *, captured: bool) -> tuple[Kernels, str]:
     """Use the faster kernels in `step`, this program's only if they agree with PyTorch's; return them and the reason.
 
-    `captured`: the steps to be timed are CUDA graphs.
+    Uncompiled steps are timed, with `captured` as CUDA graphs. A failure or a disagreement is reported by a `Note`.
     """
+    if step.count.is_cuda and not is_installed("triton"):
+        return "torch", "Triton is not installed"
     try:
-        _check_kernels(step, batch)
-        theirs, ours = (_measure(step, batch, own=own, captured=captured) for own in (False, True))
-        _check("the loss", [ours.loss], [theirs.loss], LOSS_AGREEMENT)
+        check_kernels(step, batch)
+        # In an order in which both gain as much from a clock that changes.
+        turns = [(own, _measure(step, batch, own=own, captured=captured)) for own in (False, True, True, False)]
     except torch.OutOfMemoryError:  # the comparison needs more than a step
-        step.use_kernels(False)
-        return "torch", "not enough memory to compare them with this program's"
+        choice, reason = False, "not enough memory to compare them with this program's"
     except Exception as error:  # noqa: BLE001  # a compiler or a driver may raise anything
-        step.use_kernels(False)
-        reason = textwrap.shorten(str(error), 300) or type(error).__name__
-        message = (
-            f"this program's kernels do not work here, so PyTorch's are used: {reason.rstrip('.')}. Please report "
-        )
+        choice, reason = False, "this program's do not work here"
+        message = f"this program's kernels do not work here, so PyTorch's are used: {explained(error)}. Please report "
         warnings.warn(message + "this line and the output of fastresnet doctor.", Note, stacklevel=2)
-        return "torch", "this program's do not work here"
-    step.use_kernels(own := ours.seconds <= theirs.seconds)
-    milliseconds = f"{1000 * ours.seconds:.2f} ms with this program's, {1000 * theirs.seconds:.2f} with PyTorch's"
-    return "own" if own else "torch", f"a step takes {milliseconds}"
+    else:
+        theirs, ours = (min(seconds for own, seconds in turns if own == kind) for kind in (False, True))
+        choice = ours <= theirs
+        reason = f"a step takes {1000 * ours:.2f} ms with this program's, {1000 * theirs:.2f} with PyTorch's"
+    step.use_kernels(choice)
+    if step.count.is_cuda:  # the trial's memory is neither kept nor reported as the run's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return "own" if choice else "torch", reason
+
+
+def explained(error: Exception) -> str:
+    """Return the message of `error` as the end of one line."""
+    return textwrap.shorten(str(error), 300).rstrip(".") or type(error).__name__
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------
 
 
-def _check_kernels(step: TrainStep, batch: Batch) -> None:
-    """Compare the kernels in a step. Raises `ValueError` if one disagrees."""
+def check_kernels(step: TrainStep, batch: Batch) -> None:
+    """Compare this program's kernels with PyTorch's in a step, which uses this program's from then on.
+
+    Raises `ValueError` if one disagrees.
+    """
     found = record_step(step, batch)
     for call in found.batch_norms:
         check_batch_norm(call)
-    with step.restored():
-        for muon, gradients in found.gradients if step.count.is_cuda else ():
-            check_muon(muon, gradients)
+    if step.count.is_cuda:
+        with step.restored():
+            for muon, gradients in found.gradients:
+                check_muon(muon, gradients)
+    losses = []
+    for own in (False, True):
+        step.use_kernels(own)
+        with step.restored():
+            step.reset()
+            step(batch.images, batch.labels)
+            losses.append(step.totals[0].clone())
+    _require_agreement("the loss", losses[1:], losses[:1], LOSS_AGREEMENT)
 
 
 class BatchNormCall(NamedTuple):
@@ -121,12 +141,15 @@ def check_batch_norm(call: BatchNormCall) -> None:
     ours, reference = copy.deepcopy(call.module), copy.deepcopy(call.module).double()
     fuse_batch_norms(ours)
     shortcut = None if call.shortcut is None else call.shortcut.double()
-    _check(
-        f"batch norm of {tuple(call.x.shape)}",
-        _both_passes(ours, call.x, call.shortcut, call.grad),
-        _both_passes(reference, call.x.double(), shortcut, call.grad.double()),
-        AGREEMENT,
-    )
+    name = f"batch norm of {tuple(call.x.shape)}"
+    mine = _both_passes(ours, call.x, call.shortcut, call.grad)
+    theirs = _both_passes(reference, call.x.double(), shortcut, call.grad.double())
+    _require_agreement(name, mine, theirs, AGREEMENT)
+    if call.x.is_cuda and ours.fits(
+        call.x, call.shortcut
+    ):  # compiled steps leave the sum of the gradients of two branches to the kernel
+        grad_x, *_ = ours.gradients_of_sum(call.x, call.shortcut, call.grad, call.grad)
+        _require_agreement(name, [grad_x], [2 * theirs[1]], AGREEMENT)
 
 
 def check_muon(muon: Muon, gradients: Sequence[Tensor]) -> None:
@@ -149,9 +172,11 @@ def check_muon(muon: Muon, gradients: Sequence[Tensor]) -> None:
 
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    theirs, ours = update(own=False), update(own=True)
-    torch.set_float32_matmul_precision(precision)
-    _check("an update by Muon", ours, theirs, AGREEMENT)
+    try:
+        theirs, ours = update(own=False), update(own=True)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    _require_agreement("an update by Muon", ours, theirs, AGREEMENT)
 
 
 def _both_passes(norm: BatchNorm2d, x: Tensor, shortcut: Tensor | None, grad: Tensor) -> list[Tensor]:
@@ -163,7 +188,8 @@ def _both_passes(norm: BatchNorm2d, x: Tensor, shortcut: Tensor | None, grad: Te
 
 
 @torch.no_grad()
-def _check(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], allowed: float) -> None:
+def _require_agreement(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], allowed: float) -> None:
+    """Raise `ValueError` if a tensor differs from its reference by more than `allowed`, as a ratio of norms."""
     for one, other in zip(ours, theirs, strict=True):
         error, size = (one.double() - other).norm(), other.double().norm()
         if not bool(error <= allowed * size):
@@ -173,14 +199,8 @@ def _check(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], allowed:
 # --- time --------------------------------------------------------------------------------------------------------
 
 
-class _Measured(NamedTuple):
-    loss: Tensor
-    seconds: float
-    """Time of a step."""
-
-
-def _measure(step: TrainStep, batch: Batch, *, own: bool, captured: bool) -> _Measured:
-    """Take some steps on `batch`, all from the first step's learning rate on."""
+def _measure(step: TrainStep, batch: Batch, *, own: bool, captured: bool) -> float:
+    """Return the seconds of a step, each with the first step's learning rate."""
 
     def take_step() -> None:
         step.count.zero_()
@@ -188,9 +208,6 @@ def _measure(step: TrainStep, batch: Batch, *, own: bool, captured: bool) -> _Me
 
     step.use_kernels(own)
     with step.restored():
-        step.reset()
-        take_step()
-        loss = step.totals[0].clone()
         work = recorded(take_step) if captured else take_step
         work()
         _synchronize(step.count.device)
@@ -198,7 +215,7 @@ def _measure(step: TrainStep, batch: Batch, *, own: bool, captured: bool) -> _Me
         for _ in range(_TIMED_STEPS):
             work()
         _synchronize(step.count.device)
-    return _Measured(loss, (time.perf_counter() - began) / _TIMED_STEPS)
+    return (time.perf_counter() - began) / _TIMED_STEPS
 
 
 def _synchronize(device: torch.device) -> None:

@@ -30,15 +30,15 @@ from fastresnet.provenance import environment
 from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
 from fastresnet.threads import fastest_threads, use_threads
-from fastresnet.training.execution import CAPTURED, Execution, faster_backend
-from fastresnet.training.kernels import choose_kernels
+from fastresnet.training.execution import CAPTURED, Execution, choose_backend
+from fastresnet.training.kernels import check_kernels, choose_kernels, explained
 from fastresnet.training.loggers import Logger, Status, create_loggers
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import create_optimizers, lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
-from pipelines.base import Pipeline
+from pipelines.base import Batch, Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
 
@@ -323,23 +323,45 @@ def create_execution(
             log(reason)
     clock.enter("compile")
     if config.compile == "auto":
-        backend, why = faster_backend(step, batch, steps)
+        backend, why = choose_backend(step, batch, steps)
         compile_ = {backend: value for value, backend in COMPILE.items()}[backend]
         config, reason = dataclasses.replace(config, compile=compile_), f": {why}"
     else:
         reason = ""
     backend = COMPILE[config.compile]
-    if steps and config.kernels == "auto" and config.device == "cuda" and world.is_single:
-        kernels, why = choose_kernels(step, batch, captured=backend in CAPTURED)
-        config = dataclasses.replace(config, kernels=kernels)
-        log(f"kernels {kernels}: {why}")
-    elif config.kernels != "auto":
-        step.use_kernels(config.kernels == "own")
-    execution = Execution(step, pipeline, backend)
     if steps:  # a run may have been stopped after its last step
+        config = _settle_kernels(config, step, batch, world, log)
+    execution = Execution(step, pipeline, backend)
+    if steps:
         execution.prepare(batch)
     log(f"backend {backend}{reason}")
     return config, execution
+
+
+def _settle_kernels(
+    config: TrainConfig, step: TrainStep, batch: Batch, world: World, log: Callable[[str], None]
+) -> TrainConfig:
+    """Make `step` use the kernels of `config`, for `auto` the faster ones. On a GPU they must agree with PyTorch's."""
+    on_gpu, reason = config.device == "cuda", ""
+    kernels = config.kernels
+    if kernels == "auto" and not on_gpu:
+        return config
+    if kernels == "auto" and world.is_single:
+        kernels, reason = choose_kernels(step, batch, captured=COMPILE[config.compile] in CAPTURED)
+    elif kernels == "auto":
+        kernels, reason = "torch", "several processes share the training"
+    elif kernels == "own" and on_gpu and world.is_single:
+        try:
+            check_kernels(step, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler or a driver may raise anything
+            raise RunError(
+                f"this program's kernels do not work here: {explained(error)}. Use --kernels torch."
+            ) from error
+    step.use_kernels(kernels == "own")
+    log(f"kernels {kernels}" + (f": {reason}" if reason else ""))
+    return dataclasses.replace(config, kernels=kernels)
 
 
 # --- time, signals, messages -------------------------------------------------------------------------------------

@@ -85,11 +85,10 @@ class MuonKernels:
         self._upper = _table(lines, [combinations_with_replacement(range(rows), 2) for rows, _ in sizes], device)
         self._all = _table(lines, [product(range(rows), range(columns)) for rows, columns in sizes], device)
         flat = torch.zeros(gradient, device=device)
-        self.gradients = [
+        self._gradients = [
             flat[line[GRADIENT.value] :].as_strided(weight.shape, weight.stride())
             for line, weight in zip(lines, weights, strict=True)
         ]
-        """Memory for gradients that `update` need not copy: views of one tensor."""
         self._flat = flat
         self._x = [torch.zeros(x * self._tile**2, dtype=torch.float16, device=device) for _ in range(2)]
         self._squares = [torch.zeros(square * self._tile**2, dtype=torch.float16, device=device) for _ in range(2)]
@@ -106,8 +105,7 @@ class MuonKernels:
         found_inf: Tensor | None,
     ) -> None:
         """Update the weights by `gradients`, unless `found_inf` is above 0."""
-        if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self.gradients, strict=True)):
-            torch._foreach_copy_(self.gradients, gradients)
+        torch._foreach_copy_(self._gradients, gradients)
         grad_scale = self._one if grad_scale is None else grad_scale
         found_inf = self._zero if found_inf is None else found_inf
         inputs = (self._flat, grad_scale, momentum, found_inf)

@@ -32,11 +32,11 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     vectors = [parameter for parameter in trained if parameter.ndim == 1]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     if config.optimizer == "muon":
-        kernels = [parameter for parameter in matrices if parameter.ndim == 4]
+        convolutions = [parameter for parameter in matrices if parameter.ndim == 4]
         rest = [parameter for parameter in matrices if parameter.ndim != 4]
-        if not kernels:
+        if not convolutions:
             raise UsageError("--optimizer muon orthogonalises the weights of convolutions, and this network has none.")
-        muon = Muon([_group(kernels, config.lr)], momentum=config.momentum)
+        muon = Muon([_group(convolutions, config.lr)], momentum=config.momentum)
         norm_lr = config.sgd_lr if config.norm_lr is None else config.norm_lr
         return [muon, _sgd(_groups(rest, config.sgd_lr, vectors, norm_lr, config), config)]
     groups = _groups(matrices, config.lr, vectors, config.lr, config)

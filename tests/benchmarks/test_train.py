@@ -85,7 +85,7 @@ def test_auto_backend_is_the_faster_one(data_root, monkeypatch):
         backends.extend(case.options.get("backend") for case in cases)
 
     backends = []
-    monkeypatch.setattr("fastresnet.training.execution.faster_backend", lambda *_: ("compile", "faster"))
+    monkeypatch.setattr("fastresnet.training.execution.choose_backend", lambda *_: ("compile", "faster"))
     monkeypatch.setattr(train, "measure_workers", measure_workers)
     train.measure_training(train.TrainingOptions(data="shapes10", root=data_root, batch_size=16, device="cpu"))
     assert backends == ["compile", "compile", None, None]

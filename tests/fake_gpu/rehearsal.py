@@ -24,14 +24,14 @@ from benchmarks.tables import RESULTS
 from fastresnet import terminal
 from fastresnet.checkpoint import copy_to_host
 from fastresnet.config import TrainConfig
-from fastresnet.device import DTYPES
+from fastresnet.device import DTYPES, recorded
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import Evaluator, open_evaluation
 from fastresnet.models import batchnorm_triton, create_model
 from fastresnet.models.batchnorm import BatchNorm2d
 from fastresnet.recipes import RECIPES, create_config
 from fastresnet.training import loop
-from fastresnet.training.execution import Execution, recorded
+from fastresnet.training.execution import Execution
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.loop import open_pipelines
 from fastresnet.training.optimizer import create_optimizers

@@ -11,7 +11,7 @@ import torch
 from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.models.resnet import create_resnet
 from fastresnet.training import execution
-from fastresnet.training.execution import Execution, faster_backend
+from fastresnet.training.execution import Execution, choose_backend
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
@@ -134,10 +134,10 @@ def test_steps_take_exactly_the_requested_batches(start, count):
         ({False: 1.0, True: 1.25}, 5000, "eager", "takes 1.25 of the time"),
     ],
 )
-def test_auto_on_a_cpu_picks_the_faster_backend_if_compilation_can_pay_off(monkeypatch, cost, steps, backend, reason):
+def test_auto_on_a_cpu_picks_the_choose_backend_if_compilation_can_pay_off(monkeypatch, cost, steps, backend, reason):
     step = FakeStep(cost)
     monkeypatch.setattr(execution.time, "perf_counter", lambda: step.now)
-    chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), steps)
+    chosen, why = choose_backend(step, next(FakePipeline().epoch(0)), steps)
     assert chosen == backend
     assert reason in why
 
@@ -146,13 +146,13 @@ def test_auto_on_a_cpu_picks_the_faster_backend_if_compilation_can_pay_off(monke
 def test_auto_on_a_gpu_compiles_long_runs(steps, backend):
     step = FakeStep()
     step.count = SimpleNamespace(device=torch.device("cuda"))
-    assert faster_backend(step, next(FakePipeline().epoch(0)), steps)[0] == backend
+    assert choose_backend(step, next(FakePipeline().epoch(0)), steps)[0] == backend
     assert step.taken == []
 
 
 def test_auto_on_a_cpu_falls_back_to_eager_without_a_compiler():
     step = FakeStep(error=RunError("torch.compile failed: no compiler"))
-    chosen, why = faster_backend(step, next(FakePipeline().epoch(0)), 10_000)
+    chosen, why = choose_backend(step, next(FakePipeline().epoch(0)), 10_000)
     assert (chosen, why) == ("eager", "torch.compile failed: no compiler")
 
 

@@ -4,16 +4,19 @@ import warnings
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastresnet.config import TrainConfig
+from fastresnet.distributed import SINGLE
 from fastresnet.models import batchnorm, create_model
 from fastresnet.models.batchnorm import BatchNorm2d
-from fastresnet.training import kernels
-from fastresnet.training.kernels import choose_kernels
-from fastresnet.training.optimizer import create_optimizers
+from fastresnet.training import kernels, loop
+from fastresnet.training.kernels import check_muon, choose_kernels
+from fastresnet.training.loop import train
+from fastresnet.training.optimizer import Muon, create_optimizers
 from fastresnet.training.step import TrainStep
 from pipelines.base import Batch
-from pipelines.errors import Note
+from pipelines.errors import Note, RunError
 
 CPU = torch.device("cpu")
 
@@ -59,7 +62,8 @@ def test_kernels_that_agree_are_chosen_by_their_time_and_leave_no_trace(step, ba
     for own_is_faster in (True, False):
 
         def measured(*arguments, own, own_is_faster=own_is_faster, **options):
-            return measure(*arguments, own=own, **options)._replace(seconds=0.001 if own == own_is_faster else 0.002)
+            measure(*arguments, own=own, **options)
+            return 0.001 if own == own_is_faster else 0.002
 
         monkeypatch.setattr(kernels, "_measure", measured)
         chosen, reason = choose_kernels(step, batch, captured=False)
@@ -124,3 +128,46 @@ def test_lack_of_memory_is_no_fault_of_the_kernels(step, batch, changed_kernels)
         chosen, reason = choose_kernels(step, batch, captured=False)
     assert (chosen, fused(step)) == ("torch", {False})
     assert "not enough memory" in reason
+
+
+class WrongMuonKernels:
+    """Kernels of `muon` that are PyTorch's operations, and 1 % more in the first weight."""
+
+    def __init__(self, muon):
+        self._muon = muon
+
+    def update(self, gradients, lr, momentum, **scaling):
+        self._muon.kernels = None
+        self._muon.step()
+        self._muon.kernels = [self]
+        self._muon.param_groups[0]["params"][0].data.mul_(1.01)
+
+
+def test_an_update_by_muon_that_is_wrong_is_found(step, monkeypatch):
+    def use_kernels(muon, own=True):
+        muon.kernels = [WrongMuonKernels(muon)] if own else None
+
+    muon, _ = step.optimizers
+    gradients = [torch.randn_like(weight) for weight in muon.param_groups[0]["params"]]
+    monkeypatch.setattr(Muon, "use_kernels", use_kernels)
+    torch.set_float32_matmul_precision("high")
+    with step.restored(), pytest.raises(ValueError, match=r"an update by Muon differs by 1\.00%"):
+        check_muon(muon, gradients)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("wanted", ["torch", "own"])
+def test_kernels_are_those_that_the_option_names(tmp_path, dataset, wanted, monkeypatch):
+    used, use_kernels = [], TrainStep.use_kernels
+    monkeypatch.setattr(TrainStep, "use_kernels", lambda self, own: (used.append(own), use_kernels(self, own)))
+    config = TrainConfig(kernels=wanted, iterations=1, batch_size=8, device="cpu", compile="off", out=tmp_path / "run")
+    train(config, dataset, Console(quiet=True))
+    assert used == [wanted == "own"]
+
+
+def test_own_kernels_that_are_wrong_are_refused_on_a_gpu(step, batch, changed_kernels):
+    """A CPU is in place of the GPU, whose settings the run resolves."""
+    changed_kernels("backward", one_percent_more("grad_x"))
+    config = TrainConfig(kernels="own", device="cuda")
+    with pytest.raises(RunError, match=r"do not work here: batch norm .* differs by .*\. Use --kernels torch\."):
+        loop._settle_kernels(config, step, batch, SINGLE, lambda _: None)

@@ -99,8 +99,8 @@ def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, p
     ("options", "message"),
     [
         ((), "3 trainings, 2 in parallel, one on each GPU; each logs"),
-        (("--per-gpu", 4), "3 trainings, 8 in parallel, 4 on each GPU; each logs"),
-        (("--per_gpu=4",), "3 trainings, 8 in parallel, 4 on each GPU; each logs"),
+        (("--per-gpu", 4), "3 trainings, 3 in parallel, up to 4 on each GPU; each logs"),
+        (("--per_gpu=4",), "3 trainings, 3 in parallel, up to 4 on each GPU; each logs"),
     ],
 )
 def test_trainings_on_each_gpu_are_announced_and_not_an_option_of_theirs(run, tmp_path, monkeypatch, options, message):
