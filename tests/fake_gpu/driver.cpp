@@ -7,6 +7,7 @@
 using Result = int;
 using Handle = void*;
 
+extern "C" void fake_cooperative();
 extern "C" void fake_launch_grid(const char* name, void* stream, unsigned long programs);
 
 namespace {
@@ -19,10 +20,19 @@ int attribute(int number) {
   return found == of_an_h100.end() ? 1 : found->second;
 }
 
+struct LaunchAttribute {
+  unsigned id;
+  char padding[4], value[64];
+};
 struct LaunchConfiguration {
   unsigned grid[3], block[3], shared;
   Handle stream;
+  const LaunchAttribute* attributes;
+  unsigned attribute_count;
 };
+
+const unsigned COOPERATIVE = 2;       // programs that wait for each other
+const Result COOPERATIVE_LAUNCH_TOO_LARGE = 720;
 
 template <typename Value>
 Result give(Value* place, Value value) {
@@ -86,7 +96,15 @@ Result cuLaunchKernel(
 }
 Result cuLaunchKernelEx(const LaunchConfiguration* configuration, Handle function, Handle*, Handle*) {
   const unsigned* grid = configuration->grid;
-  return launch(function, configuration->stream, 1ul * grid[0] * grid[1] * grid[2]);
+  const unsigned long programs = 1ul * grid[0] * grid[1] * grid[2];
+  for (unsigned i = 0; i < configuration->attribute_count; i++) {
+    const LaunchAttribute& attribute = configuration->attributes[i];
+    if (attribute.id == COOPERATIVE && *reinterpret_cast<const int*>(attribute.value)) {
+      if (programs > 132) return COOPERATIVE_LAUNCH_TOO_LARGE;  // on each multiprocessor of an H100 one
+      fake_cooperative();
+    }
+  }
+  return launch(function, configuration->stream, programs);
 }
 Result cuLaunchCooperativeKernel(
     Handle function, unsigned x, unsigned y, unsigned z, unsigned, unsigned, unsigned, unsigned, Handle stream, Handle*

@@ -1,6 +1,6 @@
 """Record of the simulated GPU. Import it first, in a process that run.sh has started.
 
-As a program: `fakegpu.py ARGUMENTS OF fastresnet...` runs a command and lists the kernels of the graph recorded last.
+As a program: `fakegpu.py ARGUMENTS OF fastresnet...` runs a command and lists the kernels of its training step.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def programs() -> list[int]:
 def violations() -> list[str]:
     """Return the calls that CUDA forbids while a graph is recorded, since this was asked last."""
     return _fake.fake_violations().decode().splitlines()
+
+
+def cooperative_launches() -> int:
+    """Count the launches so far of kernels whose programs wait for each other."""
+    return _fake.fake_cooperative_launches()
 
 
 def host_waits() -> int:
@@ -138,6 +143,8 @@ def kind(name: str) -> str:
     """Return the category of the kernel `name`."""
     if name.startswith("CUDNN"):
         return "convolution " + name.split()[1]
+    if re.match(r"_[a-z]", name):
+        return "Triton, this program's"
     if name.startswith("triton"):
         return "Triton, reduction" if re.match(r"triton_(red|per|spl)", name) else "Triton, pointwise"
     if name.startswith("cublas"):
@@ -146,14 +153,23 @@ def kind(name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command of fastresnet; print the kernels of the graph recorded last, and how many of which sort."""
+    """Run a command of fastresnet; print the kernels of its last recorded training step, else of its last graph."""
     from fastresnet.cli import main as run
 
+    shown: list[str] = []
+    end = torch.cuda.CUDAGraph.capture_end
+
+    def capture_end(graph: torch.cuda.CUDAGraph) -> None:
+        end(graph)
+        if any("wgrad" in name for name in nodes()) or not any("wgrad" in name for name in shown):
+            shown[:] = nodes()
+
+    torch.cuda.CUDAGraph.capture_end = capture_end  # type: ignore[method-assign]
     code = run(arguments)
-    print(*nodes(), sep="\n")
-    for sort, count in collections.Counter(map(kind, nodes())).most_common():
+    print(*shown, sep="\n")
+    for sort, count in collections.Counter(map(kind, shown)).most_common():
         print(f"{count:6d}  {sort}")
-    print(f"{len(nodes()):6d}  kernels in all; forbidden while recording: {violations() or 'nothing'}")
+    print(f"{len(shown):6d}  kernels in all; forbidden while recording: {violations() or 'nothing'}")
     return code
 
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ import re
 import fakegpu  # first: it changes PyTorch
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -28,7 +30,7 @@ from fastresnet.device import DTYPES, recorded
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import Evaluator, open_evaluation
 from fastresnet.models import batchnorm_triton, create_model
-from fastresnet.models.batchnorm import BatchNorm2d
+from fastresnet.models.batchnorm import BatchNorm2d, compiler_options, fuse_batch_norms
 from fastresnet.recipes import RECIPES, create_config
 from fastresnet.training import loop
 from fastresnet.training.execution import Execution
@@ -130,7 +132,10 @@ def test_sums_over_a_large_batch_fill_the_gpu():
     """Batch norm's kernels keep all 132 multiprocessors of an H100 busy, and the mean over pixels does."""
     images = torch.zeros(1024, 3, 32, 32, dtype=torch.bfloat16, device=CUDA)
     batch = Batch(images.contiguous(memory_format=torch.channels_last), torch.zeros(1024, device=CUDA).long(), 1024)
+    launches = fakegpu.cooperative_launches()
     captured_engine(SameBatch(batch, 20), batch, own=True, ema_decay=0.0)
+    # Their programs wait for each other: in the compiling step, three warm-up steps and the recorded one.
+    assert fakegpu.cooperative_launches() - launches == 5 * 42
     kernels = zip(fakegpu.nodes(), fakegpu.programs(), strict=True)
     sums = [(name, programs) for name, programs in kernels if re.match("_batch_norm|triton_(red|per)", name)]
     assert [programs for name, programs in sums if name.startswith("_batch_norm")] == 42 * [132]
@@ -166,6 +171,24 @@ def test_steps_of_all_recipes_and_options_are_captured(dataset, precision):
             assert_only_replays(engine.steps(0, 0, 6))
         fused = sum(1 for norm in step.model.modules() if isinstance(norm, BatchNorm2d))
         assert fakegpu.nodes().count("_batch_norm_forward") == fused, config.model
+
+
+def test_a_sum_of_gradients_with_another_use_stays_a_kernel():
+    norm = BatchNorm2d(16, relu=True).to(CUDA)
+    fuse_batch_norms(norm)
+    x, offset = (
+        torch.randn(4, 16, 8, 8, device=CUDA).contiguous(memory_format=torch.channels_last).requires_grad_()
+        for _ in range(2)
+    )
+
+    @functools.partial(torch.compile, fullgraph=True, options=compiler_options(CUDA))
+    def loss(x, offset):
+        y = norm(x) + offset
+        return F.max_pool2d(y, 2).sum() + F.max_pool2d(y, 4).sum()
+
+    with fakegpu.launches() as launched:
+        loss(x, offset).backward()
+    assert "_batch_norm_backward" in launched
 
 
 @triton.jit

@@ -46,7 +46,7 @@ struct Gpu {
   pthread_t capture_thread;
   Names nodes, programs, log, violations;
   bool logging = false;
-  std::atomic<int> waits{0}, answer{0};
+  std::atomic<int> waits{0}, answer{0}, cooperative{0};
 };
 
 // Made by the first call, which comes before this file's own static variables would be there; never unmade.
@@ -162,6 +162,10 @@ extern "C" const char* fake_violations() {
   violations.swap(gpu().violations);
   return lines(violations);
 }
+
+// Counts a launch whose programs wait for each other.
+extern "C" void fake_cooperative() { gpu().cooperative++; }
+extern "C" int fake_cooperative_launches() { return gpu().cooperative; }
 
 extern "C" int fake_waits() { return gpu().waits; }
 
