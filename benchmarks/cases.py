@@ -67,7 +67,7 @@ class TimedStep:
         self.case, self._device = case, device
         self.images_per_s: list[float] = []
         """Throughput of every turn."""
-        self._kernels: dict[str, float] = {}
+        self._kernels: dict[str, Any] = {}
         _check_memory(case, device)
         self.flops_per_image, self.bytes_per_image = _count(dataclasses.replace(case, backend="eager"), device)
         held = memory_held(device)
@@ -106,7 +106,7 @@ class TimedStep:
     def count_kernels(self) -> None:
         """Count the kernels of a step on a GPU, for `row`."""
         if self._device.type == "cuda":
-            self._kernels = {"kernels_per_step": sum(calls for *_, calls in self.profile())}
+            self._kernels = {"kernels_per_step": {"calls": sum(calls for *_, calls in self.profile())}}
 
     def _take(self, seconds: float) -> None:
         count = steps_in(seconds, self._seconds_per_step)
@@ -224,12 +224,12 @@ def _training(case: StepCase, device: torch.device) -> Steps:
 
 def _inference(case: StepCase, device: torch.device) -> Steps:
     model, images = _network(case, device).eval(), _random_batch(case, device).images
-    compiled = model if case.backend in ("eager", "capture") else torch.compile(model, fullgraph=True, dynamic=False)
+    network = model if case.backend in ("eager", "capture") else torch.compile(model, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
     def predict() -> None:
         with autocast(case.precision, device):
-            compiled(images)
+            network(images)
 
     predict()
     once = recorded(predict) if case.backend in CAPTURED else predict

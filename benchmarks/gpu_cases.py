@@ -114,7 +114,6 @@ COMBINED = {"combo_kernels": True}
 # of the GPU would be idle.
 COOPERATIVE = {"triton.cooperative_reductions": True, "triton.force_cooperative_reductions": True}
 
-# Changes without new kernels for the network come first: they compile quickly.
 CANDIDATES = (
     *(Candidate(name="PyTorch's kernels", case=case, own_kernels=False) for case in CASES),
     Candidate(name="PyTorch's Muon", case=MUON, own_kernels=False, change=use_own_batch_norm),

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu_cases import CASES, RecipeCase, TimedRecipe
+from benchmarks.gpu_cases import CASES, Candidate, RecipeCase, TimedRecipe
 from benchmarks.report import SCHEMA, Result, print_tables, table, write_result
 from benchmarks.report import markdown_table as format_markdown
 from benchmarks.roofline import bytes_moved, operand_bytes
@@ -50,7 +50,7 @@ CATEGORIES = {
     "batch norm, output": r"_batch_norm_forward|triton_\w*batch_norm_legit(?!\w*norm_backward)",
     "batch norm, gradient sums": r"_batch_norm_backward|triton_(red|per)\w*batch_norm_backward",
     "pointwise gradients": r"triton_poi\w*backward",
-    "casts of weights": r"triton_poi_fused__to_copy_\d",
+    "casts of weights": r"triton_poi_fused__to_copy_\d|aten\._foreach_copy_",
     "counts of batches": r"triton_poi_fused_add_copy__\d",
     "metrics, schedule, checks": r"aten\.(?!\w+\.out)",
 }
@@ -75,7 +75,9 @@ def count_kernels(path: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset, _ = prepare("shapes10", Path(folder), lambda *_: None, train_images=IMAGES, test_images=10)
         for case in CASES:
-            result["rows"].append(_row(case, kernels_of_step(case, dataset, nodes)))
+            uncompiled = kernels_of_step(Candidate(name="", case=case, compiled=False), dataset, nodes)
+            row = _row(case, kernels_of_step(Candidate(name="", case=case), dataset, nodes))
+            result["rows"].append(row | {"uncompiled_kernels_per_step": _sum(uncompiled)})
             write_result(result, path)
     print_tables(tables(result), [])
 
@@ -92,12 +94,12 @@ def _simulated_nodes() -> Callable[[], list[str]]:
     return fakegpu.nodes
 
 
-def kernels_of_step(case: RecipeCase, dataset: Dataset, nodes: Callable[[], list[str]]) -> list[dict[str, Any]]:
-    """List the kernels of the captured step of `case` by name: category, calls and bytes of a step."""
+def kernels_of_step(step: Candidate, dataset: Dataset, nodes: Callable[[], list[str]]) -> list[dict[str, Any]]:
+    """List the kernels of a captured `step` by name: category, calls and bytes."""
     # Each case compiles its own step from the same code; by default PyTorch allows 8 of these.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
     with limits, LaunchCounter(nodes) as counter:
-        TimedRecipe(case, dataset, torch.device("cuda")).close()
+        TimedRecipe(step.case, dataset, torch.device("cuda"), step).close()
     return counter.kernels()
 
 

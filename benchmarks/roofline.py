@@ -26,7 +26,7 @@ from fastresnet.models.summary import one_image
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 # Operators that do not read the tensor that they write.
-_OVERWRITING = {"copy_", "fill_", "zero_"}
+_OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_"}
 
 # Arguments that batch norm reads twice in training: first all of them for its statistics or, in the backward pass, its
 # sums, and then again to apply those.

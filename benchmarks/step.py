@@ -68,7 +68,7 @@ class StepOptions(BenchmarkOptions):
     precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()
     """fp32, bf16 or fp16. Without it: fp32 and bf16, and fp16 on a GPU."""
     backends: tuple[Literal["eager", "compile", "capture", "graph"], ...] = ()
-    """eager, compile or graph. Without it: all that the device supports (compiling takes a minute on 2 CPU cores)."""
+    """eager, compile, capture or graph. Without it: all that the device supports (compiling takes a minute on 2 CPU cores)."""
     seconds: float = 1.0
     """Length of a turn."""
     profile: Path | None = None
@@ -276,8 +276,8 @@ def _figures_table(result: report.Result, heading: str, mode: str) -> Table:
     ]
     rows = [row for row in result["rows"] if row["mode"] == mode]
     if any("kernels_per_step" in row for row in rows):
-        columns.append(("MB/step", lambda row: f"{row['bytes_per_image'] * row['batch_size'] / 1e6:,.0f}"))
-        columns.append(("kernels", lambda row: f"{row['kernels_per_step']:,.0f}"))
+        columns.append(("MB, eager", lambda row: f"{row['bytes_per_image'] * row['batch_size'] / 1e6:,.0f}"))
+        columns.append(("kernels", lambda row: f"{row['kernels_per_step']['calls']:,.0f}"))
     if any("gpu_memory_mb" in row for row in rows):
         columns.append(("GPU memory", lambda row: f"{row['gpu_memory_mb']:,.0f} MB"))
     return report.figures_table(rows, f"{heading}: {result['environment']['device']}", columns)
