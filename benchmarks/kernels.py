@@ -45,7 +45,7 @@ IMAGES = 4096
 OPTIMISER, OTHER = "optimiser", "everything else"
 
 CATEGORIES = {
-    "convolutions": r"(fprop|dgrad|wgrad) ",
+    "convolutions": r"(fprop|dgrad|wgrad|bias) ",
     "batch norm, statistics": r"triton_(red|per)\w*batch_norm_legit(?!\w*(relu|backward))",
     "batch norm, output": r"_batch_norm_forward|triton_\w*batch_norm_legit(?!\w*norm_backward)",
     "batch norm, gradient sums": r"_batch_norm_backward|triton_(red|per)\w*batch_norm_backward",
@@ -191,7 +191,7 @@ def category(name: str) -> str:
 
 
 def convolution_bytes(node: str) -> int:
-    """Return the bytes of the three operands of a convolution, from its record: `CUDNN fprop (x) (w) (y) type`."""
+    """Return the bytes of a convolution's operands, from its record: `CUDNN fprop (x) (w) (y) type`."""
     shapes = re.findall(r"\(([\d, ]+)\)", node)
     dtype = getattr(torch, node.rpartition("torch.")[2])
     return dtype.itemsize * sum(math.prod(map(int, shape.split(","))) for shape in shapes)

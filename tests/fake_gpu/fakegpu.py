@@ -84,7 +84,7 @@ def _convolution(x, w, bias, stride, padding, dilation, transposed, output_paddi
     shape = (x.shape[0], w.shape[0], *sizes)
     _note(f"CUDNN fprop {tuple(x.shape)} {tuple(w.shape)} {shape} {x.dtype}")
     if bias is not None:
-        _note("CUDNN bias")
+        _note(f"CUDNN bias {shape} {shape} {x.dtype}")  # reads and writes the result
     return torch.empty(shape, device=x.device, dtype=x.dtype, memory_format=_layout(x, w))
 
 
