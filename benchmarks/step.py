@@ -68,7 +68,8 @@ class StepOptions(BenchmarkOptions):
     precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()
     """fp32, bf16 or fp16. Without it: fp32 and bf16, and fp16 on a GPU."""
     backends: tuple[Literal["eager", "compile", "capture", "graph"], ...] = ()
-    """eager, compile, capture or graph. Without it: all that the device supports (compiling takes a minute on 2 CPU cores)."""
+    """eager, compile, capture or graph. Without it: all that the device supports (compiling takes a minute on 2 CPU
+    cores)."""
     seconds: float = 1.0
     """Length of a turn."""
     profile: Path | None = None

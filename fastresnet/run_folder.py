@@ -213,11 +213,13 @@ class RunFolder:
     def save(self, tensors: dict[str, Tensor], progress: Progress, scaler: dict[str, Any], *, wait: bool) -> None:
         """Save the state of the run in the background, unless the last save began less than `SAVE_EVERY_S` ago.
 
-        With `wait`, save it in any case, and return when it is complete. Raises the `OSError` of the save before.
+        With `wait`, save it in any case, and return when it is complete. Raises the `OSError` of this save, or without
+        `wait` of the one before.
         """
         if not self._writes or (time.monotonic() < self._next_save and not wait):
             return
-        self._finish_save()
+        with contextlib.suppress(*[OSError] * wait):  # this save replaces the one before
+            self._finish_save()
         self._next_save = time.monotonic() + SAVE_EVERY_S
         description = {**self._description, "progress": dataclasses.asdict(progress), "scaler": scaler}
         self._saving = self._writer.submit(self._save, self._best, copy_to_host(tensors), description)
@@ -238,8 +240,9 @@ class RunFolder:
 
     def _finish_save(self) -> None:
         """Wait for the save in progress, if any. Raises its `OSError`."""
-        if self._saving is not None:
-            self._saving.result()
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write the weights of `model` to file `name`."""

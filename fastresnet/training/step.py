@@ -82,7 +82,6 @@ class TrainStep:
         """Exponential moving average of parameters and buffers, if enabled."""
         self._average = get_ema_multi_avg_fn(ema_decay)
         self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
-        self._not_finite, self._one = torch.zeros((), device=device), torch.ones((), device=device)
         groups = self._joint_update.param_groups
         rates = [[group["peak_lr"] * factor for group in groups] for factor in lr_factors]
         self._schedule, self._rates = torch.tensor(rates, device=device), torch.empty(1, len(groups), device=device)
@@ -106,35 +105,34 @@ class TrainStep:
         self.scaler.scale(loss * self._weight if self._weight != 1 else loss).backward()
         if self._cast is not None:
             self._cast.collect_gradients()
-        self._clip()
+        norm = self._clip()
         account = self._compiled_account if self.compiled and self._device.type == "cuda" else self._account
-        account(loss.detach(), correct, len(labels))
+        account(loss.detach(), norm, correct, len(labels))
         self.scaler.step(self._joint_update)  # type: ignore[arg-type]
         self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self._update_average(self.averaged)
 
-    def _clip(self) -> None:
-        """Set `_not_finite` by the gradients, and clip them if enabled."""
+    def _clip(self) -> Tensor:
+        """Clip the gradients, if enabled; return their norm before."""
         if self._clip_norm:
             self.scaler.unscale_(self._joint_update)  # type: ignore[arg-type]
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._not_finite, self._one)
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         if self._clip_norm:
-            norm = nn.utils.get_total_norm(gradients, foreach=True)
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm, foreach=True)
+        return norm
 
-    def _account(self, loss: Tensor, correct: Tensor, size: int) -> None:
-        """Add the metrics of this step and count it; cancel its update if the gradients or the run are not finite."""
-        finite = self._not_finite == 0
+    def _account(self, loss: Tensor, norm: Tensor, correct: Tensor, size: int) -> None:
+        """Add the metrics of this step and count it; cancel its update if loss or gradients are not finite."""
+        finite = norm.isfinite()
         if self._precision == "fp16":
             self.overflows += (~finite).long()
             self.overflows[1] *= ~finite
             self._record_failure(self.overflows[1] >= MAX_OVERFLOWS)
         else:
             self._joint_update.found_inf.copy_(self._record_failure(~(finite & loss.isfinite())))
-        self._not_finite.zero_()
         self.totals += torch.stack([loss.double() * size, correct, torch.full_like(correct, size)])
         self.count += 1
 
@@ -166,7 +164,7 @@ class TrainStep:
         )
 
     @functools.cached_property
-    def _compiled_account(self) -> Callable[[Tensor, Tensor, int], None]:
+    def _compiled_account(self) -> Callable[[Tensor, Tensor, Tensor, int], None]:
         return torch.compile(self._account, fullgraph=True, dynamic=False)
 
     def _update_average(self, averaged: nn.Module) -> None:
@@ -230,7 +228,9 @@ class TrainStep:
                 tensor.copy_(value)
             if scaler:
                 self.scaler.load_state_dict(scaler)
-            self.model.zero_grad(set_to_none=True)
+                self.scaler._per_optimizer_states.clear()  # of a step that has failed
+            for network in (self.model, self._network):
+                network.zero_grad(set_to_none=True)
 
     def use_kernels(self, own: bool) -> None:
         """Use this program's kernels or PyTorch's, in all steps from now on but those of a captured graph."""

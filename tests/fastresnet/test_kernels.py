@@ -1,5 +1,6 @@
 """Choice between this program's kernels and PyTorch's, with the CPU's kernels in place of a GPU's."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -128,6 +129,18 @@ def test_lack_of_memory_is_no_fault_of_the_kernels(step, batch, changed_kernels)
         chosen, reason = choose_kernels(step, batch, captured=False)
     assert (chosen, fused(step)) == ("torch", {False})
     assert "not enough memory" in reason
+
+
+def test_an_overflow_in_fp16_is_no_fault_of_the_kernels(batch):
+    network = create_model("resnet20").to(memory_format=torch.channels_last)
+    optimizers = create_optimizers(network, TrainConfig(optimizer="muon"))
+    step = TrainStep(network, optimizers, [1.0], precision="fp16", device=CPU)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        choose_kernels(step, dataclasses.replace(batch, images=batch.images.half()), captured=False)
+    step(batch.images.half(), batch.labels)
+    assert step.overflows.tolist() == [1, 1]
 
 
 class WrongMuonKernels:

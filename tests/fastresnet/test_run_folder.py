@@ -274,3 +274,18 @@ def test_lock_is_held_until_the_last_save_is_complete(tmp_path, monkeypatch):
         save(run, 1)
     assert held == [True, True]
     assert saved(tmp_path / "run") == (1, 1.0)
+
+
+def test_a_save_that_is_waited_for_replaces_one_that_has_failed(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder, "SAVE_EVERY_S", 0)
+    with RunFolder(tmp_path / "run").locked() as run:
+        run.save({"x": torch.tensor(1.0)}, Progress(step=1), {}, wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", full)
+            run.save({"x": torch.tensor(2.0)}, Progress(step=2), {}, wait=False)
+            run._saving.exception()
+        run.save({"x": torch.tensor(3.0)}, Progress(step=3), {}, wait=True)  # there is space again
+    assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 3

@@ -15,7 +15,8 @@ from fastresnet.config import TrainConfig
 from fastresnet.device import resolve_device, resolve_precision
 from fastresnet.models import create_model
 from fastresnet.training import step as step_module
-from fastresnet.training.optimizer import create_optimizers, load_optimizer_state, optimizer_state
+from fastresnet.training.cast_weights import CastWeights
+from fastresnet.training.optimizer import Muon, create_optimizers, load_optimizer_state, optimizer_state
 from fastresnet.training.step import TrainStep
 from pipelines.errors import Note, UsageError
 
@@ -363,3 +364,51 @@ def test_overflow_in_one_optimizer_skips_the_update_of_all(layer, clip_norm, val
     assert (step.overflows.tolist(), step.scaler.get_scale(), step.failed_at()) == ([1, 1], 2.0**15, None)
     step(*batches[2])
     assert not any(torch.equal(before[name], parameter) for name, parameter in network.named_parameters())
+
+
+def fail(*_):
+    raise RuntimeError("a kernel fails")
+
+
+def test_a_failed_backward_pass_leaves_no_gradients_in_cast_weights():
+    """On a GPU the network of a step has weights in half precision."""
+    ((images, labels),) = small_batches(1)
+    steps = []
+    for _ in range(2):
+        network, step = make_step("bf16", rates=[1.0] * 3)
+        step._cast = CastWeights(network, torch.bfloat16)
+        step._network = step._cast.model
+        steps.append(step)
+    failing, undisturbed = steps
+    norm = next(module for module in failing.model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    hook = norm.register_forward_hook(lambda module, given, out: out.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="a kernel fails"):
+        failing.trial(images, labels)
+    hook.remove()
+    for each in steps:
+        each(images, labels)
+    pairs = zip(failing.model.parameters(), undisturbed.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_steps_go_on_after_an_update_that_failed_in_fp16_with_clipping(monkeypatch):
+    """The gradient scaler keeps how far the failed one came."""
+    _, step = make_step("fp16", rates=[1.0] * 3, optimizer="muon", step_settings={"clip_norm": 1.0})
+    ((images, labels),) = small_batches(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Muon, "step", fail)
+        with pytest.raises(RuntimeError, match="a kernel fails"):
+            step.trial(images, labels)
+    step(images, labels)
+    assert step.failed_at() is None
+
+
+def test_gradients_whose_norm_overflows_cancel_the_update():
+    network, step = make_step(rates=[1.0])
+    with torch.no_grad():
+        network.fc.weight.mul_(1e19)
+    before = network.fc.weight.clone()
+    ((images, labels),) = small_batches(1)
+    step(images, labels)
+    assert step.failed_at() == 0
+    assert torch.equal(network.fc.weight, before)
