@@ -39,6 +39,7 @@ from fastresnet.provenance import environment
 from fastresnet.recipes import create_config
 from fastresnet.terminal import guarded
 from fastresnet.training.execution import Execution
+from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.loop import create_step, open_pipelines, resolve
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
@@ -96,8 +97,8 @@ class Candidate:
     case: RecipeCase
     compiled: bool = True
     """Use of Inductor for both passes; else the eager step is captured."""
-    own_kernels: bool = True
-    """Use of this program's kernels; else PyTorch's."""
+    own_kernels: bool | None = True
+    """Use of this program's kernels; else PyTorch's. None: those that a run would choose."""
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of Inductor that differ from its defaults."""
     change: Callable[[TrainStep], None] | None = None
@@ -131,10 +132,7 @@ CANDIDATES = (
 class TimedRecipe:
     """Steps of a training, ready to be measured: captured on a GPU, not captured on a CPU."""
 
-    def __init__(
-        self, case: RecipeCase, dataset: Dataset, device: torch.device, candidate: Candidate | None = None
-    ) -> None:
-        candidate = candidate or Candidate(name="", case=case, compiled=device.type == "cuda")
+    def __init__(self, case: RecipeCase, dataset: Dataset, device: torch.device, candidate: Candidate) -> None:
         self.case, self._device = case, device
         config = dataclasses.replace(
             create_config(case.recipe, case.model), batch_size=case.batch_size, pipeline="resident"
@@ -147,7 +145,11 @@ class TimedRecipe:
         pipeline, _ = self._resources.enter_context(open_pipelines(config, dataset, SINGLE))
         self._total_steps = config.total_steps(len(pipeline))
         self._step = step = create_step(config, dataset, lr_factors(config, self._total_steps), SINGLE)
-        step.use_kernels(candidate.own_kernels)
+        batch = next(pipeline.epoch(0))
+        if candidate.own_kernels is not None:
+            step.use_kernels(candidate.own_kernels)
+        elif device.type == "cuda":
+            print(f"{case.name}: kernels", *choose_kernels(step, batch, captured=True))
         if candidate.change is not None:
             candidate.change(step)
         if candidate.inductor or device.type != "cuda":
@@ -158,7 +160,7 @@ class TimedRecipe:
         captured, uncaptured = ("graph", "compile") if candidate.compiled else ("capture", "eager")
         self._execution = Execution(step, pipeline, captured if device.type == "cuda" else uncaptured)
         step.model.train()
-        self._execution.prepare(next(pipeline.epoch(0)))
+        self._execution.prepare(batch)
         self._seconds_per_step = math.inf
         self.measure(0)
         self.prepare_s = time.perf_counter() - began
@@ -271,7 +273,8 @@ def measure_cases(result: Result, path: Path, device: torch.device, extent: Exte
     compile_ahead([Candidate(name="", case=case) for case in CASES], dataset, device)
     for case in (_sized(case, device, extent) for case in CASES):
         with _recorded_failure(result, path, case.name):
-            _measure_case(result, path, TimedRecipe(case, dataset, device), extent)
+            chosen = Candidate(name="", case=case, compiled=device.type == "cuda", own_kernels=None)
+            _measure_case(result, path, TimedRecipe(case, dataset, device, chosen), extent)
 
 
 def _measure_case(result: Result, path: Path, steps: TimedRecipe, extent: Extent) -> None:
