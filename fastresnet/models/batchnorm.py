@@ -117,8 +117,9 @@ def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
             on_cpu = module.weight.device.type == "cpu"
             module.fused = fused and not (on_cpu and _kernels() is None)
             if module.fused and not on_cpu:
-                zeros = torch.zeros(-(-module.num_features // 64), dtype=torch.int32, device=module.weight.device)
-                module.register_buffer("semaphores", zeros, persistent=False)
+                from .batchnorm_triton import create_semaphores
+
+                module.register_buffer("semaphores", create_semaphores(module.weight), persistent=False)
 
 
 def compiler_options(device: torch.device) -> dict[str, Any]:

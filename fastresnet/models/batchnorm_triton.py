@@ -23,8 +23,12 @@ from torch.autograd.function import once_differentiable
 CHANNELS = 64
 """Most channels of a tile."""
 
-SUMS, RESULT = tl.constexpr(1), tl.constexpr(2)
-"""Parts of a pass; 0 stands for both."""
+_LARGEST_TILE = 16384
+_PER_WARP = 512
+"""Elements of a tile for each warp: 16 for a thread, which stay in registers for several operands."""
+
+BOTH, SUMS, RESULT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Parts of a pass that a launch executes."""
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -98,17 +102,17 @@ def _batch_norm_forward(
     RELU: tl.constexpr, SHORTCUT: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    first, programs = tl.program_id(0), tl.num_programs(0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    known, tiles = channel < channels, tl.cdiv(rows, ROWS)
+    exists, tiles = channel < channels, tl.cdiv(rows, ROWS)
     if SINGLE:
-        start, place, inside = _place(first, rows, channels, channel, ROWS)
+        start, place, inside = _place(program, rows, channels, channel, ROWS)
         values = _load(x, start, place, inside)
 
     if PART != RESULT:
         count, center = 0.0, tl.zeros([1, CHANNELS], tl.float32)
         squares = tl.zeros([1, CHANNELS], tl.float32)
-        for tile in range(first, tiles, programs):
+        for tile in range(program, tiles, programs):
             if not SINGLE:
                 start, place, inside = _place(tile, rows, channels, channel, ROWS)
                 values = _load(x, start, place, inside)
@@ -121,36 +125,36 @@ def _batch_norm_forward(
             squares += tl.sum(deviations * deviations, 0, keep_dims=True)
             squares += distance * distance * (count * added / total)
             count = total
-        tl.store(partials + 2 * first * channels + channel, center, known)
-        tl.store(partials + (2 * first + 1) * channels + channel, squares, known)
+        tl.store(partials + 2 * program * channels + channel, center, exists)
+        tl.store(partials + (2 * program + 1) * channels + channel, squares, exists)
 
-    if PART == 0:
+    if PART == BOTH:
         _wait_for_all(semaphores + tl.program_id(1))
 
     if PART != SUMS:
-        program = tl.arange(0, PROGRAMS)[:, None]
-        stored, own_rows = (program < programs) & known, _rows_of_each(rows, ROWS, PROGRAMS)
-        centers = tl.load(partials + 2 * program * channels + channel, stored, 0.0)
+        each = tl.arange(0, PROGRAMS)[:, None]
+        stored, own_rows = (each < programs) & exists, _rows_of_each(rows, ROWS, PROGRAMS)
+        centers = tl.load(partials + 2 * each * channels + channel, stored, 0.0)
         batch_mean = tl.sum(centers * own_rows, 0, keep_dims=True) / rows
         distances = centers - batch_mean
-        squares = tl.load(partials + (2 * program + 1) * channels + channel, stored, 0.0)
+        squares = tl.load(partials + (2 * each + 1) * channels + channel, stored, 0.0)
         squares = tl.sum(squares + own_rows * distances * distances, 0, keep_dims=True)
         batch_inverse_std = tl.rsqrt(squares / rows + epsilon)
-        if first == 0:
-            tl.store(mean + channel, batch_mean, known)
-            tl.store(inverse_std + channel, batch_inverse_std, known)
-            old = tl.load(running_mean + channel, known)
-            tl.store(running_mean + channel, old + momentum * (batch_mean - old), known)
-            old = tl.load(running_var + channel, known)
-            tl.store(running_var + channel, old + momentum * (squares / (rows - 1) - old), known)
+        if program == 0:
+            tl.store(mean + channel, batch_mean, exists)
+            tl.store(inverse_std + channel, batch_inverse_std, exists)
+            old = tl.load(running_mean + channel, exists)
+            tl.store(running_mean + channel, old + momentum * (batch_mean - old), exists)
+            old = tl.load(running_var + channel, exists)
+            tl.store(running_var + channel, old + momentum * (squares / (rows - 1) - old), exists)
             if tl.program_id(1) == 0:
                 tl.store(batches, tl.load(batches) + 1)
 
-        scale = tl.load(weight + channel, known, 0.0) * batch_inverse_std
-        shift = tl.load(bias + channel, known, 0.0)
-        own_tiles = tl.cdiv(tiles - first, programs)
+        scale = tl.load(weight + channel, exists, 0.0) * batch_inverse_std
+        shift = tl.load(bias + channel, exists, 0.0)
+        own_tiles = tl.cdiv(tiles - program, programs)
         for step in range(own_tiles):
-            tile = first + (own_tiles - 1 - step) * programs
+            tile = program + (own_tiles - 1 - step) * programs
             if not SINGLE:
                 start, place, inside = _place(tile, rows, channels, channel, ROWS)
                 values = _load(x, start, place, inside)
@@ -192,21 +196,21 @@ def _batch_norm_backward(
     RELU: tl.constexpr, SHORTCUT: tl.constexpr, MORE: tl.constexpr, PART: tl.constexpr, SINGLE: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    first, programs = tl.program_id(0), tl.num_programs(0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    known, tiles = channel < channels, tl.cdiv(rows, ROWS)
-    center, inverse = tl.load(mean + channel, known, 0.0), tl.load(inverse_std + channel, known, 0.0)
-    scale, shift = tl.load(weight + channel, known, 0.0) * inverse, tl.load(bias + channel, known, 0.0)
+    exists, tiles = channel < channels, tl.cdiv(rows, ROWS)
+    center, inverse = tl.load(mean + channel, exists, 0.0), tl.load(inverse_std + channel, exists, 0.0)
+    scale, shift = tl.load(weight + channel, exists, 0.0) * inverse, tl.load(bias + channel, exists, 0.0)
     if SINGLE:
-        start, place, inside = _place(first, rows, channels, channel, ROWS)
+        start, place, inside = _place(program, rows, channels, channel, ROWS)
         centered, gradient = _gradient(
-            grad_y, more_grad_y, x, mask, first, rows, channels, channel, center, scale, shift,
+            grad_y, more_grad_y, x, mask, program, rows, channels, channel, center, scale, shift,
             RELU, SHORTCUT, MORE, ROWS, CHANNELS,
         )  # fmt: skip
 
     if PART != RESULT:
         total, product = tl.zeros([1, CHANNELS], tl.float32), tl.zeros([1, CHANNELS], tl.float32)
-        for tile in range(first, tiles, programs):
+        for tile in range(program, tiles, programs):
             if not SINGLE:
                 start, place, inside = _place(tile, rows, channels, channel, ROWS)
                 centered, gradient = _gradient(
@@ -217,28 +221,28 @@ def _batch_norm_backward(
             product += tl.sum(gradient * centered, 0, keep_dims=True)
             if SHORTCUT:
                 _store(grad_shortcut, start, place, inside, gradient)
-        tl.store(partials + 2 * first * channels + channel, total, known)
-        tl.store(partials + (2 * first + 1) * channels + channel, product, known)
+        tl.store(partials + 2 * program * channels + channel, total, exists)
+        tl.store(partials + (2 * program + 1) * channels + channel, product, exists)
 
-    if PART == 0:
+    if PART == BOTH:
         _wait_for_all(semaphores + tl.program_id(1))
 
     if PART != SUMS:
-        program = tl.arange(0, PROGRAMS)[:, None]
-        stored = (program < programs) & known
-        total = tl.sum(tl.load(partials + 2 * program * channels + channel, stored, 0.0), 0, keep_dims=True)
-        product = tl.load(partials + (2 * program + 1) * channels + channel, stored, 0.0)
+        each = tl.arange(0, PROGRAMS)[:, None]
+        stored = (each < programs) & exists
+        total = tl.sum(tl.load(partials + 2 * each * channels + channel, stored, 0.0), 0, keep_dims=True)
+        product = tl.load(partials + (2 * each + 1) * channels + channel, stored, 0.0)
         product = tl.sum(product, 0, keep_dims=True)
-        if first == 0:
-            tl.store(grad_bias + channel, total, known)
-            tl.store(grad_weight + channel, product * inverse, known)
+        if program == 0:
+            tl.store(grad_bias + channel, total, exists)
+            tl.store(grad_weight + channel, product * inverse, exists)
         slope = product * inverse * inverse / rows
-        own_tiles = tl.cdiv(tiles - first, programs)
+        own_tiles = tl.cdiv(tiles - program, programs)
         for step in range(own_tiles):
             if not SINGLE:
-                tile = first + (own_tiles - 1 - step) * programs
+                tile = program + (own_tiles - 1 - step) * programs
                 start, place, inside = _place(tile, rows, channels, channel, ROWS)
-                if SHORTCUT:  # what this program stored before
+                if SHORTCUT:  # what this each stored before
                     centered = _load(x, start, place, inside) - center
                     gradient = _load(grad_shortcut, start, place, inside)
                 else:
@@ -269,8 +273,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output, mean and inverse standard deviation of a batch, and a mask; update the running statistics.
 
-    The mask has a bit for each positive output, and is empty without a shortcut. `semaphores` [channels / 64] int32
-    start at 0. They change, but only these kernels use them.
+    The mask has a bit for each positive output, and is empty without a shortcut. `semaphores` are those of
+    `create_semaphores`. They change, but only these kernels use them.
     """
     y, mask, mean, inverse_std = results = _create_results(x, shortcut, weight)
     operands = (x, shortcut, y, mask, weight, bias, mean, inverse_std, running_mean, running_var, batches)
@@ -323,6 +327,11 @@ def _(
     grad_y: Tensor, more_grad_y: Tensor | None, x: Tensor, mask: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _create_gradients(x, mask, weight)
+
+
+def create_semaphores(weight: Tensor) -> Tensor:
+    """Create the `semaphores` of a batch norm with `weight` [C]."""
+    return torch.zeros(triton.cdiv(len(weight), CHANNELS), dtype=torch.int32, device=weight.device)
 
 
 class BatchNorm(torch.autograd.Function):
@@ -380,23 +389,23 @@ def _launch(
     rows, columns = x.numel() // channels, triton.cdiv(channels, CHANNELS)
     width = min(triton.next_power_of_2(channels), CHANNELS)
     most = max(programs_at_once(x.device) // columns, 1)
-    largest = 16384 // width
+    largest = _LARGEST_TILE // width
     tile = max(min(triton.next_power_of_2(triton.cdiv(rows, most)), largest), 1)
     programs = min(triton.cdiv(rows, tile), most)
     partials = torch.empty(programs, 2, channels, device=x.device)
     sizes = {"ROWS": tile, "CHANNELS": width, "PROGRAMS": triton.next_power_of_2(programs)}
 
     def launch(part: int, **options: Any) -> None:
-        single = part == 0 and programs * tile >= rows
+        single = part == BOTH.value and programs * tile >= rows
         kernel[(programs, columns)](
             *operands, partials, semaphores, rows, channels, *numbers, **constants, **sizes, PART=part, SINGLE=single,
             **options,
         )  # fmt: skip
 
     if x.is_cuda:
-        launch(0, launch_cooperative_grid=True, num_warps=max(min(tile * width // 512, 16), 4))
+        launch(BOTH.value, launch_cooperative_grid=True, num_warps=max(min(tile * width // _PER_WARP, 16), 4))
     else:
-        for part in [0] if programs == 1 else [SUMS.value, RESULT.value]:
+        for part in [BOTH.value] if programs == 1 else [SUMS.value, RESULT.value]:
             launch(part)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastresnet.models import batchnorm_triton
-from fastresnet.models.batchnorm_triton import BatchNorm, batch_norm, batch_norm_backward
+from fastresnet.models.batchnorm_triton import BatchNorm, batch_norm, batch_norm_backward, create_semaphores
 from tests.fastresnet.test_batchnorm import activation
 
 CUDA = torch.cuda.is_available()
@@ -34,7 +34,7 @@ class Operands:
         self.weight, self.bias = (torch.randn(shape[1], generator=generator).to(DEVICE) for _ in range(2))
         self.running = torch.zeros(shape[1], device=DEVICE), torch.ones(shape[1], device=DEVICE)
         self.batches = torch.zeros((), dtype=torch.int64, device=DEVICE)
-        self.semaphores = torch.zeros(-(-shape[1] // batchnorm_triton.CHANNELS), dtype=torch.int32, device=DEVICE)
+        self.semaphores = create_semaphores(self.weight)
 
     @property
     def statistics(self):
