@@ -111,11 +111,13 @@ def test_a_step_with_another_loss_is_not_used(step, batch, monkeypatch):
     """Each layer may be right, and its place in the step wrong."""
     call = TrainStep.__call__
 
-    def shuffled(self, images, labels):
-        call(self, images, labels.flip(0) if fused(self) == {True} else labels)
+    def larger(self, images, labels):
+        call(self, images, labels)
+        if fused(self) == {True}:
+            self.totals[0] *= 1.02
 
-    monkeypatch.setattr(TrainStep, "__call__", shuffled)
-    with pytest.warns(Note, match=r"the loss differs by"):
+    monkeypatch.setattr(TrainStep, "__call__", larger)
+    with pytest.warns(Note, match=r"the loss differs by [12]\.\d\d%"):
         assert choose_kernels(step, batch, captured=False)[0] == "torch"
 
 
