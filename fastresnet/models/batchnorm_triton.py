@@ -96,6 +96,23 @@ def _rows_of_each(rows, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
+def _store_sums(partials, one, other, channels, channel):
+    """Store the two sums of this program."""
+    place = partials + 2 * tl.program_id(0) * channels + channel
+    tl.store(place, one, channel < channels)
+    tl.store(place + channels, other, channel < channels)
+
+
+@triton.jit
+def _sums_of_each(partials, channels, channel, PROGRAMS: tl.constexpr):
+    """Return the two sums that each program has stored [PROGRAMS, CHANNELS]."""
+    program = tl.arange(0, PROGRAMS)[:, None]
+    stored = (program < tl.num_programs(0)) & (channel < channels)
+    place = partials + 2 * program * channels + channel
+    return tl.load(place, stored, 0.0), tl.load(place + channels, stored, 0.0)
+
+
+@triton.jit
 def _batch_norm_forward(
     x, shortcut, y, mask, weight, bias, mean, inverse_std, running_mean, running_var, batches, partials, semaphores,
     rows, channels, momentum, epsilon,
@@ -125,19 +142,16 @@ def _batch_norm_forward(
             squares += tl.sum(deviations * deviations, 0, keep_dims=True)
             squares += distance * distance * (count * added / total)
             count = total
-        tl.store(partials + 2 * program * channels + channel, center, exists)
-        tl.store(partials + (2 * program + 1) * channels + channel, squares, exists)
+        _store_sums(partials, center, squares, channels, channel)
 
     if PART == BOTH:
         _wait_for_all(semaphores + tl.program_id(1))
 
     if PART != SUMS:
-        each = tl.arange(0, PROGRAMS)[:, None]
-        stored, own_rows = (each < programs) & exists, _rows_of_each(rows, ROWS, PROGRAMS)
-        centers = tl.load(partials + 2 * each * channels + channel, stored, 0.0)
+        centers, squares = _sums_of_each(partials, channels, channel, PROGRAMS)
+        own_rows = _rows_of_each(rows, ROWS, PROGRAMS)
         batch_mean = tl.sum(centers * own_rows, 0, keep_dims=True) / rows
         distances = centers - batch_mean
-        squares = tl.load(partials + (2 * each + 1) * channels + channel, stored, 0.0)
         squares = tl.sum(squares + own_rows * distances * distances, 0, keep_dims=True)
         batch_inverse_std = tl.rsqrt(squares / rows + epsilon)
         if program == 0:
@@ -221,18 +235,14 @@ def _batch_norm_backward(
             product += tl.sum(gradient * centered, 0, keep_dims=True)
             if SHORTCUT:
                 _store(grad_shortcut, start, place, inside, gradient)
-        tl.store(partials + 2 * program * channels + channel, total, exists)
-        tl.store(partials + (2 * program + 1) * channels + channel, product, exists)
+        _store_sums(partials, total, product, channels, channel)
 
     if PART == BOTH:
         _wait_for_all(semaphores + tl.program_id(1))
 
     if PART != SUMS:
-        each = tl.arange(0, PROGRAMS)[:, None]
-        stored = (each < programs) & exists
-        total = tl.sum(tl.load(partials + 2 * each * channels + channel, stored, 0.0), 0, keep_dims=True)
-        product = tl.load(partials + (2 * each + 1) * channels + channel, stored, 0.0)
-        product = tl.sum(product, 0, keep_dims=True)
+        totals, products = _sums_of_each(partials, channels, channel, PROGRAMS)
+        total, product = tl.sum(totals, 0, keep_dims=True), tl.sum(products, 0, keep_dims=True)
         if program == 0:
             tl.store(grad_bias + channel, total, exists)
             tl.store(grad_weight + channel, product * inverse, exists)
