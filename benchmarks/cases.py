@@ -9,10 +9,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -20,12 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import row_of, spread
 from benchmarks.roofline import ByteCounter, memory_per_image, roof, seconds_between, stamp
-from fastresnet.config import TrainConfig
-from fastresnet.device import DTYPES, autocast, recorded
+from fastresnet.config import CAPTURED, TrainConfig
+from fastresnet.device import DTYPES, autocast, recorded, synchronize
 from fastresnet.models import create_model
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.models.summary import flops_per_image
-from fastresnet.training.execution import CAPTURED, Execution
+from fastresnet.training.execution import Execution
 from fastresnet.training.kernels import choose_kernels
 from fastresnet.training.optimizer import create_optimizers
 from fastresnet.training.step import TrainStep
@@ -97,7 +99,7 @@ class TimedStep:
         """Profile `steps` steps; write a Chrome trace to `path`, if given. Return `kernels_of` it."""
         with profile(activities=activities(self._device)) as profiler:
             self._steps(steps)
-            _synchronize(self._device)
+            synchronize(self._device)
         if path is not None:
             with replacing(path) as temporary:
                 profiler.export_chrome_trace(str(temporary))
@@ -110,7 +112,7 @@ class TimedStep:
 
     def _take(self, seconds: float) -> None:
         count = steps_in(seconds, self._seconds_per_step)
-        _synchronize(self._device)
+        synchronize(self._device)
         begin = stamp(self._device)
         self._steps(count)
         self._seconds_per_step = seconds_between(begin, stamp(self._device)) / count
@@ -157,9 +159,9 @@ class TimedParts:
     def _take(self, seconds: float) -> list[float]:
         """Take steps for `seconds`; return the milliseconds of their parts."""
         count = steps_in(seconds, self._seconds_per_step)
-        _synchronize(self._device)
+        synchronize(self._device)
         stamps = [self._stamped_step() for _ in range(count)]
-        _synchronize(self._device)
+        synchronize(self._device)
         totals = [
             sum(seconds_between(*pair) for pair in pairs)
             for pairs in zip(*(itertools.pairwise(step) for step in stamps), strict=True)
@@ -178,6 +180,11 @@ class TimedParts:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return [*stamps, stamp(self._device)]
+
+
+def unlimited_compilation() -> AbstractContextManager:
+    """Return a context in which each case compiles its own step from the same code; by default PyTorch allows 8."""
+    return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
 
 
 def steps_in(seconds: float, seconds_per_step: float, most: int = MOST_STEPS) -> int:
@@ -305,11 +312,6 @@ def _count(case: StepCase, device: torch.device) -> tuple[int, float]:
             model(batch.images)
         flops = flops_per_image(model, training=False)
     return flops, counter.bytes / case.batch_size
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 class SameBatch(GatheringPipeline):

@@ -26,13 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch.profiler import profile
 
-from benchmarks.cases import activities, kernels_of, memory_held, memory_taken, step_row, steps_in
+from benchmarks.cases import (
+    activities,
+    kernels_of,
+    memory_held,
+    memory_taken,
+    step_row,
+    steps_in,
+    unlimited_compilation,
+)
 from benchmarks.report import SCHEMA, Result, ratio, short, write_result
 from benchmarks.roofline import Limits, seconds_between, stamp
-from fastresnet.device import DTYPES, recorded, resolve_device
+from fastresnet.device import DTYPES, recorded, resolve_device, synchronize
 from fastresnet.distributed import SINGLE
 from fastresnet.models.batchnorm import fuse_batch_norms
 from fastresnet.provenance import environment
@@ -181,8 +188,7 @@ class TimedRecipe:
         self._step.count.zero_()
         steps = self._execution.steps(0, 0, count + 1)
         next(steps)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self._device)
         return steps
 
     def row(self, name: str, images_per_s: list[float]) -> dict[str, Any]:
@@ -194,8 +200,7 @@ class TimedRecipe:
         steps = self._begin(count)
         with profile(activities=activities(self._device)) as profiler:
             taken = sum(1 for _ in steps)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(self._device)
         kernels = kernels_of(profiler, self._device, taken)
         return {
             "kernels_per_step": {"ms": sum(ms for _, ms, _ in kernels), "calls": sum(calls for *_, calls in kernels)},
@@ -358,8 +363,7 @@ def main(arguments: list[str]) -> int:
         "ratios": [],
         "failed": {},
     }
-    # Each case compiles its own step from the same code; by default PyTorch allows 8 of these.
-    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+    with unlimited_compilation():
         COMMANDS[command](result, Path(file), device, extent)
     return 1 if result["failed"] else 0
 

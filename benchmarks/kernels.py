@@ -26,11 +26,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo
 from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.cases import unlimited_compilation
 from benchmarks.gpu_cases import CASES, Candidate, RecipeCase, TimedRecipe
 from benchmarks.report import SCHEMA, Result, print_tables, table, write_result
 from benchmarks.report import markdown_table as format_markdown
@@ -96,9 +96,7 @@ def _simulated_nodes() -> Callable[[], list[str]]:
 
 def kernels_of_step(step: Candidate, dataset: Dataset, nodes: Callable[[], list[str]]) -> list[dict[str, Any]]:
     """List the kernels of a captured `step` by name: category, calls and bytes."""
-    # Each case compiles its own step from the same code; by default PyTorch allows 8 of these.
-    limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with limits, LaunchCounter(nodes) as counter:
+    with unlimited_compilation(), LaunchCounter(nodes) as counter:
         TimedRecipe(step.case, dataset, torch.device("cuda"), step).close()
     return counter.kernels()
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.runner import BenchmarkOptions, Failures, OtherLoad
 from fastresnet import terminal
+from fastresnet.config import CAPTURED
 from fastresnet.models import list_models
 from fastresnet.threads import settled_threads
 from pipelines.errors import RunError, UsageError, check_choice
@@ -99,9 +100,9 @@ def measure_steps(options: StepOptions) -> None:
 
 
 def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torch.device) -> None:
-    import torch._dynamo
+    import torch
 
-    from benchmarks.cases import TimedParts, TimedStep
+    from benchmarks.cases import TimedParts, TimedStep, unlimited_compilation
     from benchmarks.roofline import Limits
     from fastresnet.device import explained_failures
     from fastresnet.provenance import environment
@@ -115,9 +116,7 @@ def _measure_cases(options: StepOptions, cases: Sequence[StepCase], device: torc
     planned: dict[str, tuple[type[TimedStep | TimedParts], StepCase]] = {case.name: (TimedStep, case) for case in cases}
     planned |= {f"parts of {case.name}": (TimedParts, case) for case in split}
     ready: dict[str, TimedStep | TimedParts] = {}
-    # Every case compiles its own step from the same code; by default PyTorch allows 8 of these.
-    unlimited = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with unlimited, _progress((1 + rounds) * len(planned)) as show:
+    with unlimited_compilation(), _progress((1 + rounds) * len(planned)) as show:
         for number in range(rounds):
             limits.measure()
             for name, (kind, case) in planned.items():
@@ -162,7 +161,7 @@ def _sweep(options: StepOptions, device: torch.device) -> list[StepCase]:
     models = options.models or (QUICK_MODELS if quick else MODELS)
     batch_sizes = options.batch_sizes or (QUICK_BATCH_SIZES if quick else BATCH_SIZES)[kind]
     backends = options.backends or (QUICK_BACKENDS if quick else BACKENDS)[kind]
-    if kind != "cuda" and (recorded := {"capture", "graph"} & set(backends)):
+    if kind != "cuda" and (recorded := set(CAPTURED) & set(backends)):
         raise UsageError(f"--backends {min(recorded)} records a CUDA graph, which needs a GPU. Use --backends compile.")
     usual = ("fp32", "bf16", "fp16") if kind == "cuda" else ("fp32", "bf16")
     precisions = options.precisions or [precision for precision in usual if supports(precision, device)]

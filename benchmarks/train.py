@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.runner import Case, Epochs, WaitTimer, Work, Worker, WorkerOptions, describe_work, measure_workers
-from fastresnet.config import COMPILE, Compile
+from fastresnet.config import CAPTURED, COMPILE, Compile
 from fastresnet.models import list_models
 from pipelines.base import usable_processors
 from pipelines.errors import check_choice
@@ -90,7 +90,7 @@ def open_ours(work: Work, timer: WaitTimer, *, model: str, backend: str, data: b
     """Open this program's loop, as `fastresnet train` runs it; without `data`, on one batch repeatedly."""
     from benchmarks.cases import SameBatch, create_step
     from fastresnet.device import resolve_device
-    from fastresnet.training.execution import CAPTURED, Execution
+    from fastresnet.training.execution import Execution
     from fastresnet.training.kernels import choose_kernels
     from fastresnet.training.loop import STATUS_EVERY
 

@@ -27,6 +27,8 @@ DEVICES = get_args(Device)
 Compile = Literal["auto", "off", "on", "capture", "graph"]
 COMPILE: dict[Compile, str] = {"off": "eager", "on": "compile", "capture": "capture", "graph": "graph"}
 """Values of --compile, and their backends."""
+CAPTURED = ("capture", "graph")
+"""Backends, and values of --compile, that replay a step as a CUDA graph."""
 Kernels = Literal["auto", "torch", "own"]
 
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies

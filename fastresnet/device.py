@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from fastresnet.config import DEVICES, Compile, Precision
+from fastresnet.config import CAPTURED, DEVICES, Compile, Precision
 from pipelines.errors import Note, RunError, UsageError, check_choice
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
@@ -100,7 +100,7 @@ def resolve_compile(name: str, device: torch.device, *, single: bool = True) -> 
 
     With several ranks, which exchange gradients within a step, it is `on` on a GPU and `off` on a CPU.
     """
-    if name in ("capture", "graph"):
+    if name in CAPTURED:
         if device.type != "cuda":
             raise UsageError(f"--compile {name} records a CUDA graph, which needs a GPU. Use --compile on.")
         if not single:
@@ -134,6 +134,12 @@ def recorded(
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work given to `device`; a CPU has always done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ class Evaluator:
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
         """Return the evaluation of the next batch, which needs nothing from the host."""
         pipeline.load(0)
-        valid = torch.tensor([batch.valid for batch in pipeline.epoch(0)], device=self._device)
+        valid = torch.tensor([pipeline.valid(step) for step in range(len(pipeline))], device=self._device)
 
         def add_next() -> None:
             step = self._step % len(pipeline)

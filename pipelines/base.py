@@ -35,8 +35,7 @@ class Batch:
 class Pipeline(abc.ABC):
     """Batches of one split, a pure function of (seed, epoch, step).
 
-    A subclass opens its files in `_open` and executes plans in `_execute`: `plan.rows` index `self._split.images`, and
-    `self._sampler.valid(step)` counts the real rows of a batch.
+    A subclass opens its files in `_open` and executes plans in `_execute`: `plan.rows` index `self._split.images`.
     """
 
     def __init__(
@@ -57,6 +56,10 @@ class Pipeline(abc.ABC):
     def __len__(self) -> int:
         """Return the batches per epoch, the same on every rank."""
         return len(self._sampler)
+
+    def valid(self, step: int) -> int:
+        """Count the real rows of batch `step`."""
+        return self._sampler.valid(step)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of `epoch` from step `start` on."""

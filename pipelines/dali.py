@@ -65,7 +65,7 @@ class DaliPipeline(Pipeline):
             images = self._take()
             self._graph.schedule_run()
             labels = all_labels[step].to(self._device, non_blocking=True)
-            yield Batch(images, labels, self._sampler.valid(step))
+            yield Batch(images, labels, self.valid(step))
 
     def _take(self) -> Tensor:
         """Take the next finished batch, with a copy only for a 16-bit type."""

@@ -120,7 +120,7 @@ class FfcvPipeline(Pipeline):
                 source = images.numpy() if self._device.type == "cpu" else images
                 # FFCV will overwrite the memory of `images` and `labels`: only copies may be used after this line.
                 augmented, labels = self._augment(source, all_rows, draws.of(step)), labels.flatten().clone()
-                yield Batch(augmented, labels, self._sampler.valid(step))
+                yield Batch(augmented, labels, self.valid(step))
         finally:
             batches.stop()
 

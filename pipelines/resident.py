@@ -40,7 +40,7 @@ class HostPipeline(Pipeline):
 
     def _batch(self, plan: EpochPlan, labels: Tensor, step: int) -> Batch:
         images = self._augment(self._images, plan.rows[step], plan.draws.of(step))
-        return Batch(images, labels, self._sampler.valid(step))
+        return Batch(images, labels, self.valid(step))
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -76,7 +76,7 @@ class DevicePipeline(GatheringPipeline):
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
         for step in range(start, len(self)):
             images = self._augment(self._images, plan.rows[step], plan.draws.of(step))
-            yield Batch(images, plan.labels[step], self._sampler.valid(step))
+            yield Batch(images, plan.labels[step], self.valid(step))
 
     def load(self, epoch: int) -> None:
         """Copy the plan of `epoch` to the memory that `gather` reads."""

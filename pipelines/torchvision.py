@@ -94,7 +94,7 @@ class TorchvisionPipeline(Pipeline):
         for step, (images, labels) in enumerate(self._loader, start):
             images = images.to(self._device, non_blocking=True).permute(0, 2, 3, 1).contiguous()
             labels = labels.to(self._device, non_blocking=True)
-            yield Batch(normalize(images, self._normalization, self._dtype), labels, self._sampler.valid(step))
+            yield Batch(normalize(images, self._normalization, self._dtype), labels, self.valid(step))
 
     @staticmethod
     def _samples(rows: np.ndarray, draws: Draws) -> list[_Sample]:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fastresnet.config import CAPTURED
 from fastresnet.device import explained_failures, recorded
 from fastresnet.training.step import TrainStep
 from pipelines.base import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
 
-CAPTURED = ("capture", "graph")
-"""Backends that replay a step as a CUDA graph."""
 PAYS_AFTER_STEPS = {"cpu": 5000, "cuda": 60_000}
 """Number of steps from which `auto` compiles a run on a GPU, and tries to on a CPU. For ResNet-20 compiling takes as
 long as 300 eager steps on a CPU (50 s on 2 cores). On an H100 it takes 27 s, and saves 0.45 ms of a captured step with

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastresnet.config import Kernels
-from fastresnet.device import recorded
+from fastresnet.device import recorded, synchronize
 from fastresnet.models.batchnorm import BatchNorm2d, fuse_batch_norms
 from fastresnet.training.optimizer import Muon
 from fastresnet.training.step import TrainStep
@@ -211,14 +211,9 @@ def _measure(step: TrainStep, batch: Batch, *, own: bool, captured: bool) -> flo
     with step.restored():
         work = recorded(take_step) if captured else take_step
         work()
-        _synchronize(step.count.device)
+        synchronize(step.count.device)
         began = time.perf_counter()
         for _ in range(_TIMED_STEPS):
             work()
-        _synchronize(step.count.device)
+        synchronize(step.count.device)
     return (time.perf_counter() - began) / _TIMED_STEPS
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

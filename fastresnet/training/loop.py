@@ -17,8 +17,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastresnet.config import COMPILE, TrainConfig
-from fastresnet.device import DTYPES, explained_failures, resolve_compile, resolve_device, resolve_precision
+from fastresnet.config import CAPTURED, COMPILE, TrainConfig
+from fastresnet.device import (
+    DTYPES,
+    explained_failures,
+    resolve_compile,
+    resolve_device,
+    resolve_precision,
+    synchronize,
+)
 from fastresnet.distributed import World, connected, world_of_torchrun
 from fastresnet.evaluation import Evaluation, Evaluator, open_evaluation
 from fastresnet.models import MODELS, create_model
@@ -30,7 +37,7 @@ from fastresnet.provenance import environment
 from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
 from fastresnet.threads import fastest_threads, use_threads
-from fastresnet.training.execution import CAPTURED, Execution, choose_backend
+from fastresnet.training.execution import Execution, choose_backend
 from fastresnet.training.kernels import check_kernels, choose_kernels, explained
 from fastresnet.training.loggers import Logger, Status, create_loggers
 from fastresnet.training.mixing import Mixer
@@ -454,8 +461,7 @@ def announcement(
 
 def _cold_start(clock: Stopwatch, device: torch.device) -> str:
     """Read the time of the first step, which has just been taken, and describe the start."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     clock.read()
     clock.first_step = clock.seconds["training"]
     parts = (f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in clock.cold_start().items())

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from fastresnet.config import TrainConfig
-from fastresnet.device import explained_failures, resolve_device
+from fastresnet.device import explained_failures, resolve_device, synchronize
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import evaluate
 from fastresnet.training.execution import Execution
@@ -65,8 +65,7 @@ def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str
         def seconds(work: Callable[[], object]) -> float:
             began = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             return time.perf_counter() - began
 
         def evaluation() -> None:
