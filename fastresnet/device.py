@@ -161,6 +161,11 @@ def explained_failures(out_of_memory: str) -> Iterator[None]:
                 f"{text.splitlines()[0]}. If this is a training, repeat it with --kernels torch; if that helps, please "
                 "report this line and the output of fastresnet doctor."
             ) from error
+        elif "DataLoader worker" in text:  # raised by PyTorch's handler of SIGCHLD, at any place
+            raise RunError(
+                f"a worker process of the torchvision pipeline ended: {text.splitlines()[0]} Or a file of the data set "
+                "was truncated while it was in use; another command with the same --data tells."
+            ) from error
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
             raise RunError(

@@ -63,11 +63,17 @@ class Pipeline(abc.ABC):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of `epoch` from step `start` on."""
-        return self._execute(self._plan(epoch), start)
+        for batch in self._execute(self._plan(epoch), start):
+            yield batch
+            self._check_files()
 
     def _plan(self, epoch: int) -> EpochPlan:
         ids, labels = np.asarray(self._split.ids), np.asarray(self._split.labels)
         return self._sampler.plan(epoch, ids, labels, self._augmentation)
+
+    def _check_files(self) -> None:
+        """Raise `DataError` if a mapped file was truncated: to read the missing part would end the process."""
+        self._split.check_whole()
 
     @abc.abstractmethod
     def _open(self) -> None:

@@ -92,6 +92,7 @@ class FfcvPipeline(Pipeline):
 
     def _open(self) -> None:
         (path,) = open_derived(self._dataset, "beton", self._split.name)
+        self._file, self._bytes = path, path.stat().st_size
         self._order = _Order(self._plan(0).rows)  # FFCV reads an order at construction
         move = [ToTensor(), ToDevice(self._device)] if self._device.type == "cuda" else [ToTensor()]
         self._loader = _Loader(
@@ -105,6 +106,10 @@ class FfcvPipeline(Pipeline):
         )
         self._augment = create_augment(self._dataset, self._augmentation, self._device, self._dtype)
         self._batches: _EpochIterator | None = None
+
+    def _check_files(self) -> None:
+        if self._file.stat().st_size < self._bytes:
+            open_derived(self._dataset, "beton", self._split.name)  # which raises, with the remedy
 
     def _execute(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
         self._order.rows = plan.rows[start:]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shlex
 import shutil
@@ -80,6 +81,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def check_whole(self) -> None:
+        """Raise `DataError` if the mapped file of the images was truncated."""
+        mapped: object = self.images.base
+        if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+            file = Path(getattr(self.images, "filename", self.name))
+            raise DataError(f"{file} was truncated while it was in use. {_remedy(file.parent)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import multiprocessing
 import re
 import shutil
 import sys
@@ -605,6 +606,19 @@ def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, mo
     assert code == 1
     assert "--batch-size 32" in err
     assert "--batch-size 16" in err
+
+
+def test_a_killed_worker_process_of_the_pipeline_is_reported(run, tmp_path, monkeypatch):
+    def kill_workers(*_, **__):
+        for process in multiprocessing.active_children():
+            process.kill()
+        time.sleep(60)  # PyTorch's handler of SIGCHLD ends the wait
+
+    monkeypatch.setattr(TrainStep, "__call__", kill_workers)
+    code, _, err = run("train", *SMALL, "--pipeline", "torchvision", "--out", tmp_path / "run")
+    assert code == 1
+    assert "a worker process of the torchvision pipeline ended: DataLoader worker" in err
+    assert "killed by signal: Killed" in err
 
 
 @pytest.fixture

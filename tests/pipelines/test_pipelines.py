@@ -1,5 +1,6 @@
 """The contract that all pipelines share, checked against images augmented one by one in NumPy."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -15,7 +16,8 @@ import torch
 import pipelines
 from pipelines import PIPELINES, Augmentation, choose_pipeline
 from pipelines.base import free_memory, is_installed, usable_processors
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
+from pipelines.prepare import prepare
 
 CPU = torch.device("cpu")
 EVERYTHING = Augmentation(padding_mode="reflect", flip="alternating", cutout=8, normalization="channel")
@@ -127,6 +129,19 @@ def test_batches_stay_valid_after_the_pipeline_moves_on(name, opened):
     for batch, (images, labels) in zip(kept, copies, strict=True):
         assert torch.equal(batch.images, images)
         assert torch.equal(batch.labels, labels)
+
+
+def test_a_file_truncated_while_in_use_is_named(name, tmp_path, helpers):
+    formats = ("raw", "beton") if name == "ffcv" else ("raw",)
+    small, _ = prepare("shapes10", tmp_path, helpers.ignore, train_images=171, test_images=20, formats=formats)
+    file = small.folder / ("train.beton" if name == "ffcv" else "train_images.npy")
+    with contextlib.closing(helpers.open_small(name, small)) as pipeline:
+        batches = pipeline.epoch(0)
+        next(batches)
+        os.truncate(file, file.stat().st_size - 1)  # its last page stays readable
+        with pytest.raises(DataError, match=f"{file}.*fastresnet prepare"):
+            next(batches)
+        batches.close()
 
 
 def test_impossible_arguments_are_refused(dataset, helpers):
