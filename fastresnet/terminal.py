@@ -27,7 +27,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     prefix = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
     with _notes_on_stderr(), _exit_on_sigterm():
         try:
-            return command(arguments)
+            return command([_with_home(argument) for argument in arguments])
         except UserError as error:
             print(f"{prefix}: {error}", file=sys.stderr)
             return error.exit_code
@@ -38,6 +38,14 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         except KeyboardInterrupt:
             print(f"{prefix}: interrupted.", file=sys.stderr)
             return 130
+
+
+def _with_home(argument: str) -> str:
+    """Expand `~` at the start of a value: shells do not in `--root=~/x`, and a container's command has no shell."""
+    option, assigned, value = argument.partition("=")
+    if option.startswith("--") and assigned:
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument)
 
 
 @contextlib.contextmanager

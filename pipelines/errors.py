@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -38,10 +39,19 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     names = list(choices)
     if value in names:
         return
-    similarity = {name: difflib.SequenceMatcher(None, str(value), name).ratio() for name in names}
-    nearest = max(similarity, key=similarity.__getitem__)
-    hint = f"did you mean {nearest!r}? " if similarity[nearest] >= 0.5 else ""
+    hint = f"did you mean {near!r}? " if (near := nearest(str(value), names)) else ""
     raise UsageError(f"unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")
+
+
+def nearest(value: str, names: Iterable[str], similarity: float = 0.5) -> str | None:
+    """Return the name most similar to `value`, if at least by `similarity` in 0..1; case and punctuation are equal."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[\W_]", "", text.casefold()) or text
+
+    found = {name: difflib.SequenceMatcher(None, plain(value), plain(name)).ratio() for name in names}
+    best = max(found, key=found.__getitem__)
+    return best if found[best] >= similarity else None
 
 
 def literals(options: type) -> dict[str, tuple[str, ...]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import __version__
-from .errors import DataError, Note, UsageError, check_choice
+from .errors import DataError, Note, UsageError, check_choice, nearest
 from .formats import JpegSettings, open_derived, read_manifest, write_shard, writing_derived
 from .shapes10 import draw_shapes10
-from .sources import CIFAR10_CLASSES, Report, download_cifar10, read_source, verify_cifar10
+from .sources import CIFAR10_CLASSES, Report, check_exists, download_cifar10, read_source, verify_cifar10
 from .store import (
     CIFAR10,
     DERIVED_FILES,
@@ -33,8 +33,8 @@ DEFAULT_JPEG = JpegSettings()
 
 
 def data_root(root: Path | None) -> Path:
-    """Return the folder of all stores: `root`, else $FASTRESNET_DATA, else ./data."""
-    return Path(root or os.environ.get("FASTRESNET_DATA") or "data")
+    """Return the folder of all stores: `root`, else $FASTRESNET_DATA, else ./data. `~` is the home folder."""
+    return Path(os.path.expanduser(root or os.environ.get("FASTRESNET_DATA") or "data"))
 
 
 def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
@@ -42,12 +42,14 @@ def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None)
 
     If missing, `cifar10` is downloaded and `shapes10` is drawn. Raises the same errors as `prepare`.
     """
-    if Path(data).name != data or (Path(data) / "meta.json").exists():
-        return open_store(Path(data))
-    folder = data_root(root) / data
-    if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
-        return open_store(folder)
-    return prepare(data, data_root(root), report)[0]
+    folder = Path(os.path.expanduser(data))
+    if folder.name == data and not (folder / "meta.json").exists():
+        folder = data_root(root) / data
+    if not (folder / "meta.json").exists():
+        if data in (CIFAR10, SHAPES10):
+            return prepare(data, data_root(root), report)[0]
+        _check_name_known(data, data_root(root))
+    return open_store(folder)
 
 
 def prepare(
@@ -74,10 +76,17 @@ def prepare(
         from . import ffcv  # noqa: F401  fails before the work, not after it, if missing
     if not is_name(name):
         raise UsageError(f"{name!r} is not a name for a data set: use letters, digits and dashes.")
+    if source is not None and name == SHAPES10:
+        raise UsageError("shapes10 is drawn and takes no --source; give your data another name: --data NAME")
+    if source is not None:
+        check_exists(source)
     folder = root / name
     derived = [kind for kind in formats if kind != "raw"]
     if (existing := _existing(folder)) is not None and not derived:
         return existing, False
+    if existing is None and source is None and name not in (CIFAR10, SHAPES10):
+        _check_name_known(name, root)
+        raise DataError(f"there is no data set {name!r} in {root}; prepare it from its files: --source PATH")
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{name}.lock"):
         dataset = _existing(folder)  # another process may have created it meanwhile
@@ -87,9 +96,32 @@ def prepare(
             write_store(folder, data, source=origin, version=__version__)
             report("writing", 1, 1)
             dataset = open_store(folder)
+            _note_constant_channels(data)
         for kind in derived:
             made |= _derive(dataset, kind, jpeg, report)
         return dataset, made
+
+
+def _check_name_known(data: str, root: Path) -> None:
+    """Raise `DataError` if `data`, which is not a store, resembles the name of one."""
+    names = {CIFAR10, SHAPES10, *(meta.parent.name for meta in root.glob("*/meta.json"))}
+    if Path(data).parent == Path() and (near := nearest(data, names, similarity=0.8)):
+        raise DataError(
+            f"there is no data set {data!r} in {root}: did you mean {near!r}? If not, prepare it from its files: "
+            f"fastresnet prepare --data {Path(data).name} --source PATH"
+        )
+
+
+def _note_constant_channels(data: RawData) -> None:
+    """Warn with a `Note` if a colour channel of the training images has the same value everywhere."""
+    for channel, name in enumerate(("red", "green", "blue")):
+        values = data.train_images[..., channel]
+        if (value := values.flat[0]) == values.min() == values.max():
+            warnings.warn(
+                f"the {name} channel is {value} in every pixel of every training image; normalisation only centres it.",
+                Note,
+                stacklevel=3,
+            )
 
 
 def _derive(dataset: Dataset, kind: str, jpeg: JpegSettings, report: Report) -> bool:
@@ -141,8 +173,6 @@ def _read(
 ) -> tuple[RawData, str]:
     """Read the images; return them and their origin."""
     if name == SHAPES10:
-        if source is not None:
-            raise UsageError("shapes10 is drawn and takes no --source; give your data another name: --data NAME")
         return draw_shapes10(train_images, test_images, report), "drawn"
     if source is not None:
         data = read_source(source, report)
@@ -151,8 +181,6 @@ def _read(
                 raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
             verify_cifar10(data, source)
         return data, source.name
-    if name != CIFAR10:
-        raise DataError(f"there is no data set {name!r} in {root}; prepare it from its files: --source PATH")
     archive = download_cifar10(root / "downloads")
     data = read_source(archive, report)
     verify_cifar10(data, archive)

@@ -73,8 +73,7 @@ def read_source(path: Path, report: Report) -> RawData:
     Archives contain the python or the binary version, as tar, tar.gz, tar.xz or zip. A folder of images has
     `train/<class>/*.png|jpg` and `test/<class>/*.png|jpg`. Raises `DataError` that names the file and the problem.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist. --source takes a CIFAR-10 archive or folder, or a folder of images.")
+    check_exists(path)
     if (path / "train").is_dir():
         return _read_image_folder(path, report)
     try:
@@ -88,6 +87,12 @@ def read_source(path: Path, report: Report) -> RawData:
         if error.errno not in (None, errno.EINVAL):
             raise
         raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from None
+
+
+def check_exists(path: Path) -> None:
+    """Raise `DataError` unless the source `path` exists."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist. --source takes a CIFAR-10 archive or folder, or a folder of images.")
 
 
 def verify_cifar10(data: RawData, path: Path) -> None:

@@ -101,7 +101,8 @@ class Dataset:
     mean: tuple[float, ...]
     """Mean of the training pixels of each channel, in 0..1."""
     std: tuple[float, ...]
-    """Standard deviation of the training pixels of each channel, in 0..1."""
+    """Standard deviation of the training pixels of each channel, in 0..1; 1 for a constant channel, which
+    normalisation then only centres."""
     pixel_mean: np.ndarray
     """Mean of the training images, float32 [32, 32, 3], in 0..1."""
     digest: str
@@ -216,7 +217,7 @@ def open_store(folder: Path) -> Dataset:
         train=_whole_split("train", arrays),
         test=_whole_split("test", arrays),
         mean=tuple(meta["mean"]),
-        std=tuple(meta["std"]),
+        std=tuple(std or 1.0 for std in meta["std"]),
         pixel_mean=arrays["pixel_mean"],
         digest=_content_digest(meta),
         folder=folder,
@@ -225,7 +226,7 @@ def open_store(folder: Path) -> Dataset:
 
 def is_name(name: str) -> bool:
     """Return True if `name` is valid for a data set: it becomes a folder name, and part of other folders' names."""
-    return bool(name) and name == Path(name).name and not name.startswith(".")
+    return bool(name) and name.isprintable() and name == Path(name).name and not name.startswith(".")
 
 
 def prepare_command(folder: Path) -> str:

@@ -248,6 +248,13 @@ def test_a_damaged_store_exits_with_3_and_names_file_and_remedy(run, data_root, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tilde_that_no_shell_expands_is_the_home_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("prepare", "--data", "shapes10", "--root=~/a", "--train-images", 20, "--test-images", 10)[0] == 0
+    assert run("doctor", "--json", "~/doctor.json")[0] in (0, 1)
+    assert {path.name for path in tmp_path.iterdir()} >= {"a", "doctor.json"}
+
+
 @pytest.mark.parametrize("command", ["train", "prepare"])
 def test_a_folder_that_cannot_be_written_is_named(run, command, tmp_path):
     """A file stands where a folder would have to be: unlike permissions, that stops root, too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ import pytest
 from PIL import Image
 
 from pipelines import prepare as preparation
-from pipelines.errors import DataError, UsageError
-from pipelines.prepare import data_root, prepare
+from pipelines.errors import DataError, Note, UsageError
+from pipelines.prepare import data_root, find_dataset, prepare
 from pipelines.shapes10 import CLASSES, draw_shapes10
 from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import Dataset, open_store
@@ -127,6 +128,33 @@ def test_data_root_is_the_argument_or_the_variable_or_data(monkeypatch, argument
     assert data_root(argument and Path(argument)) == Path(expected)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, make):
+    home = make()[0].folder.parents[1]
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("FASTRESNET_DATA", "~/data")
+    assert data_root(None) == data_root(Path("~/data")) == home / "data"
+    assert find_dataset("~/data/shapes10", None).digest == find_dataset("shapes10", None).digest
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "Cifar-10", "cifar-10", "cifar10/", "cifra10", "cifar_10"])
+def test_a_mistyped_name_gets_a_suggestion_and_leaves_nothing(root, helpers, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"no data set '{name}' .*did you mean 'cifar10'"):
+        find_dataset(name, root)
+    if "/" not in name:
+        with pytest.raises(DataError, match=r"did you mean 'cifar10'.*--source PATH"):
+            prepare(name, root, helpers.ignore)
+    assert not root.exists()
+
+
+def test_a_prepared_name_is_suggested_too(make, root, archive):
+    make("insects", archive)
+    with pytest.raises(DataError, match="did you mean 'insects'"):
+        find_dataset("Insect", root)
+    with pytest.raises(DataError, match=r"no prepared data set in .*birds"):
+        find_dataset("birds", root)
+
+
 # --- what lies in the place of the store -------------------------------------------------------------------------
 
 
@@ -192,7 +220,7 @@ def test_empty_folder_is_filled(make, root):
 # --- what cannot be prepared -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a/b", "/a", "a/", "../a", "", ".", "..", ".x"])
+@pytest.mark.parametrize("name", ["a/b", "/a", "a/", "../a", "", ".", "..", ".x", "a\x1b", "a\n"])
 def test_invalid_name_is_refused(make, tmp_path, archive, name):
     before = names(tmp_path)
     with pytest.raises(UsageError) as caught:
@@ -207,7 +235,23 @@ def test_unknown_name_without_source_is_refused(make, root):
         make("insects")
     assert "insects" in str(caught.value)
     assert str(root) in str(caught.value)
-    assert not (root / "insects").exists()
+    assert not root.exists()
+
+
+def test_a_missing_source_is_refused_though_the_store_exists(make, root, archive):
+    make("insects", archive)
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        make("insects", root / "nowhere")
+
+
+def test_a_constant_channel_is_named(make, tmp_path):
+    for split, label in itertools.product(("train", "test"), ("ant", "bee")):
+        (tmp_path / "images" / split / label).mkdir(parents=True)
+        pixels = np.random.default_rng(len(label)).integers(0, 256, (32, 32, 3), np.uint8)
+        pixels[..., 1] = 7
+        Image.fromarray(pixels).save(tmp_path / "images" / split / label / "1.png")
+    with pytest.warns(Note, match="the green channel is 7 in every pixel"):
+        make("insects", tmp_path / "images")
 
 
 def test_shapes10_takes_no_source(make, root, archive):
