@@ -15,15 +15,21 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-Wanted = Literal["images", "weights"]
-"""Kind of file that a reader needs: a data set of images, or the weights of a network."""
+from .archives import is_image
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files: those of torchvision's ImageFolder, and .gif (its first frame)."""
+Wanted = Literal["images", "image", "weights"]
+"""Kind of file that a reader needs: a data set of images, one image, or the weights of a network."""
 
-_WINDOW = 64 << 10
-_GIVE_DATA = "give the folder or archive of a data set (fastresnet predict takes single images)"
+WINDOW = 64 << 10
+"""Bytes of the beginning and of the end of a file that tell its kind."""
+
+_GIVE = {
+    "image": "give an image, or a folder of images",
+    "images": "give the folder or archive of a data set",
+    "weights": "give a checkpoint, or a file of weights (.safetensors)",
+}
 _SAVE = {
+    "image": "save it as PNG or JPEG",
     "images": "save its images as PNG files in folders train/CLASS and test/CLASS",
     "weights": "save the network's state dict with torch.save, or as .safetensors",
 }
@@ -59,6 +65,8 @@ _OTHERS = {
     rb"\x93NUMPY": "a NumPy array (.npy)",
     rb"\x00\x00[\x08-\x0e][\x01-\x04]\x00": "an IDX file (as MNIST's)",
     rb"%PDF-": "a PDF document",
+    rb"%!PS": "a PostScript document",
+    rb".{4}ftyp(?:hei|hev|mif|msf|avi)": "a picture in HEIF or AVIF format",
 }
 _CHECKPOINT_ENTRIES = ("data.pkl", "constants.pkl", "serialization_id")
 
@@ -71,18 +79,22 @@ def recognise(path: Path, wanted: Wanted) -> str | None:
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        packed = file.read(_WINDOW)
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _WINDOW))
-        tail = file.read(_WINDOW)
-    if not packed:
+        head = file.read(WINDOW)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - WINDOW))
+        return describe(head, file.read(WINDOW), wanted)
+
+
+def describe(head: bytes, tail: bytes, wanted: Wanted) -> str | None:
+    """Do as `recognise` does for a file by its first and last `WINDOW` bytes."""
+    if not head:
         return "is empty: copy or fetch it again"
-    head = _unpack(packed)
+    head = _unpack(head)
     if names := _zip_names(head, tail) if head.startswith(b"PK") else _tar_names(head):
         phrase = _describe_archive(names, wanted)
     elif kind := _find(_WEIGHTS, head):
-        phrase = f"{kind}: {_GIVE_DATA}" if wanted == "images" else None
+        phrase = None if wanted == "weights" else f"{kind}: {_GIVE[wanted]}"
     elif kind := _find(_IMAGES, head):
-        phrase = f"{kind}: {_GIVE_DATA if wanted == 'images' else _SAVE[wanted]}"
+        phrase = None if wanted == "image" else f"{kind}: {_GIVE[wanted]}"
     elif kind := _find(_OTHERS, head):
         phrase = f"{kind}: {_SAVE[wanted]}"
     else:
@@ -113,12 +125,12 @@ def _describe_text(head: bytes) -> str | None:
 def _describe_archive(names: list[str], wanted: Wanted) -> str | None:
     files = [PurePosixPath(name) for name in names if not name.endswith("/")]
     if any(file.name in _CHECKPOINT_ENTRIES for file in files):
-        return f"a checkpoint of PyTorch: {_GIVE_DATA}" if wanted == "images" else None
+        return None if wanted == "weights" else f"a checkpoint of PyTorch: {_GIVE[wanted]}"
     if files and all(file.suffix == ".npy" for file in files):
         return f"an archive of NumPy arrays (.npz): {_SAVE[wanted]}"
     if wanted == "images" or not files:
         return None
-    if any(file.suffix.lower() in IMAGE_SUFFIXES or file.name.startswith("data_batch_") for file in files):
+    if any(is_image(file.name) or file.name.startswith("data_batch_") for file in files):
         return "an archive of images: give it to fastresnet prepare --source"
     return f"an archive of files such as {str(files[0])!r}: {_UNPACK}"
 
@@ -153,7 +165,7 @@ def _unpack(head: bytes) -> bytes:
     for magic, create in decompressors.items():
         if head.startswith(magic):
             try:
-                return create().decompress(head, _WINDOW)
+                return create().decompress(head, WINDOW)
             except (zlib.error, lzma.LZMAError, OSError, EOFError):
                 return b""
     return head
