@@ -117,9 +117,10 @@ def _list_zip(path: Path) -> Iterator[File]:
 def _open_zip_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> IO[bytes]:
     _check_size(name, entry.file_size)
     if entry.compress_type not in _ZIP_METHODS:
-        raise DataError(f"{name} is packed by a method other than deflate (number {entry.compress_type}).")
+        raise DataError(f"{name} is packed by method {entry.compress_type}. Pack it again with deflate, method 8.")
     try:
-        return io.BytesIO(archive.read(entry))
+        with archive.open(entry) as stream:
+            return io.BytesIO(stream.read(entry.file_size + 1))  # with a size: it may unpack to more than it claims
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: encrypted
         raise DataError(f"{name} is damaged or encrypted ({error}).") from None
 
@@ -128,30 +129,34 @@ def _list_tar(path: Path) -> Iterator[File]:
     with open(path, "rb") as file:
         magic = file.read(6)
     unpack = next((unpack for start, unpack in _UNPACK.items() if magic.startswith(start)), _open_path)
-    with unpack(path) as stream, tarfile.open(fileobj=_Bounded(stream), mode="r:") as tar:
-        while (member := _next_member(tar)) is not None:
-            if member.size < 0:  # CPython before 3.11.14 would read the same header forever (CVE-2025-8194)
-                raise DataError(f"{path}: {member.name} claims {member.size} bytes.")
+    with unpack(path) as stream, _Tar(fileobj=_Bounded(stream)) as tar:
+        while (member := tar.next()) is not None:
             name = f"{path}: {member.name}"
             if member.isdir() or member.isreg():
                 content = functools.partial(_open_tar_member, tar, member, name)
                 yield File(_parts(member.name), name, content, is_folder=member.isdir())
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep the headers of all
         while stream.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
             pass
-
-
-def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except (ValueError, IndexError, OverflowError) as error:  # of numbers in the headers of sparse files
-        raise tarfile.ReadError(f"invalid header: {error}") from None
 
 
 def _open_tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> IO[bytes]:
     _check_size(name, member.size)
     content = tar.extractfile(member)
     return io.BytesIO(content.read() if content else b"")
+
+
+class _Tar(tarfile.TarFile):
+    """Tar that keeps no headers, and whose headers can be damaged in any way."""
+
+    def next(self) -> tarfile.TarInfo | None:
+        try:
+            member = super().next()
+        except (ValueError, IndexError, OverflowError) as error:  # of the numbers in headers of sparse files
+            raise tarfile.ReadError(f"invalid header: {error}") from None
+        if member is not None and member.size < 0:  # CPython before 3.11.14 would read it forever (CVE-2025-8194)
+            raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
+        self.members.clear()  # type: ignore[attr-defined]
+        return member
 
 
 class _Bounded(io.RawIOBase):

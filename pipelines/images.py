@@ -48,7 +48,8 @@ def read_images(
         report("reading images", done, count)
     if unreadable and not skip_unreadable:
         others = f" {len(unreadable) - 1:,} others cannot be read either." if len(unreadable) > 1 else ""
-        raise DataError(f"{unreadable[0][1]}{others} --skip-unreadable leaves such images out.")
+        remedy = " --skip-unreadable leaves such images out." if count > 1 else ""
+        raise DataError(f"{unreadable[0][1]}{others}{remedy}")
     if unreadable:
         names = list_some([name for name, _ in unreadable])
         _note(f"{len(unreadable):,} of {count:,} images cannot be read and were skipped: {names}.")
