@@ -131,7 +131,7 @@ def _find_classes(path: Path, listing: Listing, folders: list[Parts]) -> tuple[s
     if unknown := sorted(found - known):
         raise DataError(f"{path}: {_join(folders[1])} has classes that {_join(train)} lacks: {list_some(unknown)}.")
     if empty := sorted(known - found):
-        _note(f"{len(empty)} folders without an image are no classes: {list_some(empty)}.")
+        _note(f"left out class folders without an image: {list_some(empty)}.")
     return tuple(sorted(found))
 
 
@@ -164,17 +164,17 @@ def _note_left_out(listing: Listing, layout: _Layout, folders: list[Parts], used
     rest = [file for file in listing.files if file not in used]
     if layout.left_out is not None:
         held = [file for file in rest if _is_below(layout.left_out, file) and is_image(file[-1])]
-        _note(f"{_join(layout.left_out)} ({len(held):,} images) beside the test images was left out.")
+        _note(f"left out {_join(layout.left_out)}, which is beside the test images (images: {len(held):,}).")
         rest = [file for file in rest if not _is_below(layout.left_out, file)]
     in_splits = [file for file in rest if is_image(file[-1]) or any(_is_below(folder, file) for folder in folders)]
-    note_left_out([_join(file) for file in sorted(in_splits)])
+    note_left_out([_join(file) for file in sorted(in_splits)], "images of a class")
 
 
 def _note_empty_classes(classes: tuple[str, ...], splits: dict[str, np.ndarray]) -> None:
     for split, labels in splits.items():
         counts = np.bincount(labels, minlength=len(classes))
         if len(labels) and (empty := [name for name, count in zip(classes, counts, strict=True) if not count]):
-            _note(f"{len(empty)} of {len(classes)} classes have no {split} images: {list_some(empty)}.")
+            _note(f"no {split} images of {len(empty)} of {len(classes)} classes: {list_some(empty)}.")
 
 
 def _join(parts: Parts) -> str:

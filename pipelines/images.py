@@ -47,7 +47,7 @@ def read_images(
             unreadable.append((file.name, error))
         report("reading images", done, count)
     if unreadable and not skip_unreadable:
-        others = f" {len(unreadable) - 1:,} others cannot be read either." if len(unreadable) > 1 else ""
+        others = f" Others that cannot be read: {len(unreadable) - 1:,}." if len(unreadable) > 1 else ""
         remedy = " --skip-unreadable leaves such images out." if count > 1 else ""
         raise DataError(f"{unreadable[0][1]}{others}{remedy}")
     if unreadable:
@@ -127,13 +127,13 @@ def list_some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def note_left_out(names: Sequence[str]) -> None:
-    """Warn with a `Note`, if there are any, of files that are not read as images."""
+def note_left_out(names: Sequence[str], kind: str) -> None:
+    """Warn with a `Note`, if there are any, of files that are not of a `kind`."""
     if names:
         kinds = collections.Counter(PurePath(name).suffix.lower() or "without suffix" for name in names)
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(_SHOWN))
         counts += ", ..." if len(kinds) > _SHOWN else ""
-        _note(f"left out {len(names):,} files that are no images in their place ({counts}): {list_some(names)}.")
+        _note(f"left out {len(names):,} files that are not {kind} ({counts}): {list_some(names)}.")
 
 
 def _note(text: str) -> None:

@@ -124,7 +124,7 @@ def _image_files(given: tuple[Path, ...]) -> list[Path]:
             raise DataError(f"{path} contains no images ({', '.join(IMAGE_SUFFIXES)}).")
         files += images
         left_out += [file for file in found if not is_image(file.name)]
-    note_left_out([str(file) for file in left_out])
+    note_left_out([str(file) for file in left_out], "images")
     return files
 
 

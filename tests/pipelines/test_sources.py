@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -231,13 +232,13 @@ def test_class_names_that_are_not_utf8_are_refused(tmp_path, helpers, fake, refu
     refused(helpers.make_folder(tmp_path / "batches", members), "batches.meta.txt")
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_class_names_are_lines(tmp_path, helpers, fake, read, end):
-    names = ("traffic light", "chouette à lunettes", "猫")
-    members = {**fake.binary(), "batches.meta.txt": end.join([*(name.encode() for name in names), b"", b""])}
-    assert read(helpers.make_folder(tmp_path / "binary", members)).classes == names
-    members = {**fake.python(), "batches.meta": pickle.dumps({b"label_names": [name.encode() for name in names]}, 2)}
-    assert read(helpers.make_folder(tmp_path / "python", members)).classes == names
+@pytest.mark.parametrize("version", ["python", "binary", "binary of Windows"])
+def test_class_names_may_have_blanks_and_any_letters(tmp_path, helpers, read, version):
+    fake = helpers.FakeCifar(("traffic light", "chouette à lunettes", "猫"))
+    members = fake.python() if version == "python" else fake.binary()
+    if version == "binary of Windows":
+        members["batches.meta.txt"] = b"\xef\xbb\xbf" + members["batches.meta.txt"].replace(b"\n", b"\r\n")
+    helpers.assert_equal(read(helpers.make_folder(tmp_path / "batches", members)), fake)
 
 
 def test_two_copies_of_a_batch_are_refused(tmp_path, helpers, fake, refused):
@@ -360,6 +361,62 @@ def test_tar_member_of_negative_size_causes_no_endless_loop(tmp_path):
     path = tmp_path / "loop.tar"
     path.write_bytes(tarfile.TarInfo("first").tobuf() + header + bytes(10240))
     assert read_in_child(path)[0] == "DataError"
+
+
+def test_zip_member_that_unpacks_to_much_more_than_it_claims_takes_no_memory(tmp_path, helpers):
+    path = helpers.make_zip(tmp_path / "bomb.zip", {"data_batch_1": bytes(300 << 20)})
+    change_first_zip_entry(path, 22, 24, struct.pack("<I", 1000))
+    error, memory = read_in_child(path)
+    assert error == "DataError"
+    assert memory < 100
+
+
+@pytest.mark.parametrize(("method", "number"), [(zipfile.ZIP_BZIP2, "12"), (zipfile.ZIP_LZMA, "14")])
+def test_zip_of_a_method_whose_memory_has_no_bound_is_refused(tmp_path, refused, method, number):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("data_batch_1", b"x")
+    refused(path, f"data_batch_1 is packed by method {number}. Pack it again with deflate")
+
+
+def tar_header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = size, kind
+    return entry.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME], ids=["pax", "all", "gnu"]
+)
+@pytest.mark.parametrize("first", [b"", tar_header("first", 0)], ids=["first", "second"])
+def test_tar_header_that_claims_a_huge_size_takes_no_memory(tmp_path, kind, first):
+    path = tmp_path / "huge.tar"
+    path.write_bytes(first + tar_header("x", 1 << 30, kind))
+    os.truncate(path, (1 << 30) + 10240)  # sparse: it takes no space
+    error, memory = read_in_child(path)
+    assert error == "DataError"
+    assert memory < 100
+
+
+@pytest.mark.parametrize("first", [b"", tar_header("first", 0)], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("records", "content"),
+    [
+        ({"GNU.sparse.map": "a,b", "GNU.sparse.size": "1"}, b""),
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}, b"no map".ljust(512, b"\0")),
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "z"}, b"0\n".ljust(512, b"\0")),
+    ],
+    ids=["0.1", "1.0 without a map", "1.0 without a size"],
+)
+def test_tar_with_a_damaged_map_of_a_sparse_file_is_refused(tmp_path, refused, first, records, content):
+    lines = [f" {key}={value}\n" for key, value in records.items()]
+    body = "".join(f"{len(line) + 2}{line}" for line in lines).encode()  # each is below 100 bytes long
+    path = tmp_path / "sparse.tar"
+    member = tar_header("data_batch_1", len(content)) + content
+    path.write_bytes(
+        first + tar_header("x", len(body), tarfile.XHDTYPE) + body.ljust(512, b"\0") + member + bytes(1024)
+    )
+    refused(path, "truncated or damaged")
 
 
 @pytest.mark.parametrize(
