@@ -122,7 +122,7 @@ def _flatten(image: Any) -> Any:
 
 
 def list_some(names: Sequence[str]) -> str:
-    """List the first of `names`, and the number of the others."""
+    """List the first of `names`, and the number of those that follow."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
@@ -131,9 +131,8 @@ def note_left_out(names: Sequence[str], kind: str) -> None:
     """Warn with a `Note`, if there are any, of files that are not of a `kind`."""
     if names:
         kinds = collections.Counter(PurePath(name).suffix.lower() or "without suffix" for name in names)
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(_SHOWN))
-        counts += ", ..." if len(kinds) > _SHOWN else ""
-        _note(f"left out {len(names):,} files that are not {kind} ({counts}): {list_some(names)}.")
+        counts = [f"{count:,} {suffix}" for suffix, count in kinds.most_common()]
+        _note(f"left out files that are not {kind}: {list_some(counts)} ({list_some(names)}).")
 
 
 def _note(text: str) -> None:

@@ -183,8 +183,8 @@ def test_other_files_are_left_out_with_one_note(pack, read):
     assert len(data.train_images) == 3
     (note,) = notes
     assert note == (
-        "left out 5 files that are not images of a class (2 .png, 2 .heic, 1 .csv): "
-        "extra/cat/1.png, train/cat/1.heic, train/dog/2.HEIC and 2 more."
+        "left out files that are not images of a class: 2 .png, 2 .heic, 1 .csv "
+        "(extra/cat/1.png, train/cat/1.heic, train/dog/2.HEIC and 2 more)."
     )
 
 
