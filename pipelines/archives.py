@@ -33,7 +33,9 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 _DEBRIS = {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile bounds the memory of these two only
-_UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_XZ = b"\xfd7zXZ"
+_XZ_MEMORY = 256 << 20  # xz -9 needs 65 MiB
+_UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, _XZ: lzma.open}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +129,11 @@ def _open_zip_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str)
 
 def _list_tar(path: Path) -> Iterator[File]:
     with open(path, "rb") as file:
-        magic = file.read(6)
-    unpack = next((unpack for start, unpack in _UNPACK.items() if magic.startswith(start)), _open_path)
-    with unpack(path) as stream, _Tar(fileobj=_Bounded(stream)) as tar:
+        head = file.read(4096)
+    if head.startswith(_XZ):  # which declares the memory that it needs
+        lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(head, 1)
+    opener = next((opener for start, opener in _UNPACK.items() if head.startswith(start)), _open_path)
+    with opener(path) as stream, _Tar(fileobj=_Bounded(stream)) as tar:
         while (member := tar.next()) is not None:
             name = f"{path}: {member.name}"
             if member.isdir() or member.isreg():

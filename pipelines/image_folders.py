@@ -132,6 +132,8 @@ def _find_classes(path: Path, listing: Listing, folders: list[Parts]) -> tuple[s
         raise DataError(f"{path}: {_join(folders[1])} has classes that {_join(train)} lacks: {list_some(unknown)}.")
     if empty := sorted(known - found):
         _note(f"left out class folders without an image: {list_some(empty)}.")
+    if len(found) == 1:
+        _note(f"there is one class only, {list_some([*found])}: classes are the folders in {_join(train) or path}.")
     return tuple(sorted(found))
 
 

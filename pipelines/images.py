@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
@@ -36,7 +37,7 @@ def read_images(
     out with a `Note`.
     """
     pixels, is_read = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.zeros(count, bool)
-    unreadable: list[tuple[str, DataError]] = []
+    unreadable: dict[int, tuple[str, DataError]] = {}
     resized = 0
     for done, (row, file) in enumerate(files, start=1):
         try:
@@ -44,18 +45,19 @@ def read_images(
             is_read[row] = True
             resized += was_resized
         except DataError as error:
-            unreadable.append((file.name, error))
+            unreadable[row] = file.name, error
         report("reading images", done, count)
-    if unreadable and not skip_unreadable:
-        others = f" Others that cannot be read: {len(unreadable) - 1:,}." if len(unreadable) > 1 else ""
+    failed = [unreadable[row] for row in sorted(unreadable)]
+    if failed and not skip_unreadable:
+        others = f" Others that cannot be read: {len(failed) - 1:,}." if len(failed) > 1 else ""
         remedy = " --skip-unreadable leaves such images out." if count > 1 else ""
-        raise DataError(f"{unreadable[0][1]}{others}{remedy}")
-    if unreadable:
-        names = list_some([name for name, _ in unreadable])
-        _note(f"{len(unreadable):,} of {count:,} images cannot be read and were skipped: {names}.")
+        raise DataError(f"{failed[0][1]}{others}{remedy}")
+    if failed:
+        names = list_some([name for name, _ in failed])
+        _note(f"{len(failed):,} of {count:,} images cannot be read and were skipped: {names}.")
     if resized:
         _note(
-            f"{resized} of {count - len(unreadable)} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped "
+            f"{resized} of {count - len(failed)} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped "
             "to a square and resized."
         )
     return pixels, is_read
@@ -69,9 +71,10 @@ def read_image(file: File) -> tuple[np.ndarray, bool]:
     """
     from PIL import Image, ImageOps
 
-    with file.open() as stream, warnings.catch_warnings():
+    with file.open() as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        stream = opened if opened.seekable() else io.BytesIO(opened.read())  # a pipe
         head = stream.read(WINDOW)
         stream.seek(0)
         try:
@@ -83,13 +86,9 @@ def read_image(file: File) -> tuple[np.ndarray, bool]:
         except Image.UnidentifiedImageError:
             reason = describe(head, head, "image") or "cannot be read as an image: unknown format"
             raise DataError(f"{file.name} {reason}.") from None
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombWarning,
-            Image.DecompressionBombError,
-        ) as error:
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001  a damaged image can raise nearly anything
             raise DataError(f"{file.name} cannot be read as an image: {error}.") from None
     size = (IMAGE_SIZE, IMAGE_SIZE)
     resized = rgb.size != size
@@ -115,7 +114,7 @@ def _flatten(image: Any) -> Any:
     """Convert to RGB, over `BACKGROUND` where pixels are transparent."""
     from PIL import Image
 
-    if image.mode not in ("RGBA", "RGBa", "LA", "La", "PA") and "transparency" not in image.info:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, BACKGROUND), layer).convert("RGB")

@@ -205,6 +205,11 @@ def test_class_without_images_in_a_split_is_named(pack, read):
     ]
 
 
+def test_single_class_is_noted(pack, read):
+    _, notes = read(pack(("training_set/training_set/1.png", "test_set/training_set/2.png")))
+    assert notes == ["there is one class only, training_set: classes are the folders in training_set."]
+
+
 def test_class_that_is_not_trained_is_refused(pack, refused):
     path = pack((*CATS_AND_DOGS, "test/yak/1.png"))
     refused(path, "test has classes that train lacks: yak")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import subprocess
+import threading
 import warnings
 import zlib
 
@@ -117,6 +119,21 @@ def test_first_frame_of_an_animation_is_read(read, drawn):
     np.testing.assert_array_equal(read(file.getvalue()), drawn)
 
 
+def test_photo_of_a_phone_with_several_pictures_is_read(read):
+    colours = [Image.new("RGB", (32, 32), (level, level, level)) for level in (120, 30)]
+    file = io.BytesIO()
+    colours[0].save(file, "mpo", save_all=True, append_images=colours[1:])
+    assert (read(file.getvalue()) == 120).all()
+
+
+def test_pipe_is_read(tmp_path, drawn):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[saved(drawn)])
+    writer.start()
+    np.testing.assert_array_equal(read_image(file_at(tmp_path / "pipe"))[0], drawn)
+    writer.join()
+
+
 def test_images_of_another_size_are_cropped_to_a_square_and_resized(tmp_path, drawn):
     stripes = np.zeros((32, 96, 3), np.uint8)
     stripes[:, 32:64] = drawn
@@ -152,7 +169,7 @@ def exif(orientation: int) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize(("kind", "options"), [("png", {}), ("webp", {"lossless": True})])
+@pytest.mark.parametrize(("kind", "options"), [("png", {}), ("tiff", {}), ("webp", {"lossless": True})])
 def test_images_are_turned_upright(read, drawn, orientation, kind, options):
     content = saved(drawn, kind, exif=exif(orientation), **options)
     np.testing.assert_array_equal(read(content), UPRIGHT[orientation](drawn))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import lzma
 import os
 import pickle
 import random
@@ -16,6 +17,7 @@ import tarfile
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -396,6 +398,25 @@ def test_tar_header_that_claims_a_huge_size_takes_no_memory(tmp_path, kind, firs
     error, memory = read_in_child(path)
     assert error == "DataError"
     assert memory < 100
+
+
+def test_xz_that_declares_a_huge_memory_is_refused(tmp_path, helpers, fake, refused):
+    path = helpers.pack(tmp_path, "tar.xz", fake.python())
+    content = bytearray(path.read_bytes())
+    end = 12 + 4 * content[12]  # of the first block's header, without its checksum
+    assert content[14:16] == b"\x21\x01"  # LZMA2, with one byte: the size of its dictionary
+    content[16] = 38  # 2 GiB
+    content[end : end + 4] = struct.pack("<I", zlib.crc32(content[12:end]))
+    path.write_bytes(content)
+    with pytest.raises(lzma.LZMAError, match="Memory usage limit"):
+        lzma.LZMADecompressor(memlimit=1 << 30).decompress(content)
+    refused(path, "Memory usage limit")
+
+
+def test_number_of_files_is_limited(tmp_path, helpers, fake, refused, monkeypatch):
+    monkeypatch.setattr("pipelines.archives._FILES_LIMIT", 3)
+    for packing in ("zip", "tar.gz"):
+        refused(helpers.pack(tmp_path, packing, fake.python()), "more than 3 files")
 
 
 @pytest.mark.parametrize("first", [b"", tar_header("first", 0)], ids=["first", "second"])
