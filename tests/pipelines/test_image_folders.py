@@ -99,6 +99,13 @@ def test_images_are_read_in_order_of_their_classes_and_names(pack, read, packing
     check_images(data.test_images, CATS_AND_DOGS[3:])
 
 
+@pytest.mark.parametrize("packing", ["folder", "tar"])
+def test_images_by_class_come_before_batches_of_cifar10(pack, read, fake, packing):
+    batches = {f"cifar-10-batches-bin/{name}": content for name, content in fake.binary().items()}
+    data, notes = read(pack(CATS_AND_DOGS, packing, batches))
+    assert (data.classes, notes) == (("cat", "dog"), [])
+
+
 @pytest.mark.parametrize(
     ("train", "test"),
     [("Train", "Test"), ("TRAINING", "testing"), ("training_set", "test_set"), ("train-images", "test")],
