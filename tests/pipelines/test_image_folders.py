@@ -278,6 +278,11 @@ def test_added_images_move_no_others_and_duplicates_stay_together(pack, read):
     assert len(after.train_images) + len(after.test_images) == 80
 
 
+def test_folders_inside_a_class_are_no_splits(pack, read):
+    data, _ = read(pack([*CATS_AND_DOGS, "train/dog/test/big/1.png", "train/dog/train/big/1.png"]))
+    assert data.train_labels.tolist() == [0, 0, 1, 1, 1]
+
+
 def test_a_class_may_be_called_train(pack, read):
     data, _ = read(pack([f"{vehicle}/{number}.png" for vehicle in ("car", "train") for number in range(9)]), split=0.5)
     assert data.classes == ("car", "train")
