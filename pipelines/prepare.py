@@ -58,6 +58,8 @@ def prepare(
     report: Report,
     *,
     source: Path | None = None,
+    split: float | None = None,
+    skip_unreadable: bool = False,
     train_images: int = 50_000,
     test_images: int = 10_000,
     formats: Sequence[str] = ("raw",),
@@ -66,6 +68,8 @@ def prepare(
     """Create the store `root`/`name` unless it exists and is intact; return it, and True if anything was created.
 
     Without `source`, `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images.
+    Images in `source` that come without test images are divided by `split`, the fraction to test on. `skip_unreadable`
+    leaves out images that cannot be read, with a `Note`.
     `formats` other than `raw`, the store itself, are derived from it if missing or damaged. A second process that
     prepares the same store waits for the first. Raises `DataError` on an invalid source, or other files in place of
     the store. Raises `UsageError` on an invalid name or a missing library of a format.
@@ -74,6 +78,10 @@ def prepare(
         check_choice("format", kind, FORMATS)
     if "beton" in formats:
         from . import ffcv  # noqa: F401  fails before the work, not after it, if missing
+    if split is not None and not 0 < split < 1:
+        raise UsageError(f"--split {split} is not between 0 and 1.")
+    if split is not None and source is None:
+        raise UsageError("--split divides the images of a --source.")
     if not is_name(name):
         raise UsageError(f"{name!r} is not a name for a data set: use letters, digits and dashes.")
     if source is not None and name == SHAPES10:
@@ -91,7 +99,7 @@ def prepare(
     with FileLock(root / f".{name}.lock"):
         dataset = _existing(folder)  # another process may have created it meanwhile
         if made := dataset is None:
-            data, origin = _read(name, root, source, report, train_images, test_images)
+            data, origin = _read(name, root, source, report, train_images, test_images, split, skip_unreadable)
             report("writing", 0, 1)
             write_store(folder, data, source=origin, version=__version__)
             report("writing", 1, 1)
@@ -169,18 +177,25 @@ def _existing(folder: Path) -> Dataset | None:
 
 
 def _read(
-    name: str, root: Path, source: Path | None, report: Report, train_images: int, test_images: int
+    name: str,
+    root: Path,
+    source: Path | None,
+    report: Report,
+    train_images: int,
+    test_images: int,
+    split: float | None,
+    skip_unreadable: bool,
 ) -> tuple[RawData, str]:
     """Read the images; return them and their origin."""
     if name == SHAPES10:
         return draw_shapes10(train_images, test_images, report), "drawn"
     if source is not None:
-        data = read_source(source, report)
+        data = read_source(source, report, split=split, skip_unreadable=skip_unreadable)
         if name == CIFAR10:
             if data.classes != CIFAR10_CLASSES:
                 raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
             verify_cifar10(data, source)
-        return data, source.name
+        return data, source.name if split is None else f"{source.name}, split {split}"
     archive = download_cifar10(root / "downloads")
     data = read_source(archive, report)
     verify_cifar10(data, archive)

@@ -1,11 +1,11 @@
 """Sources of images: the official CIFAR-10 in any of its archive formats, or a folder of images by class.
 
-Nothing is unpacked to disk: archive members are read into memory by name, so paths in an archive have no effect.
+Nothing is unpacked to disk: `archives.py` reads members into memory.
 """
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import errno
 import hashlib
 import http.client
@@ -19,18 +19,18 @@ import urllib.error
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import DataError, Note
+from .archives import MEMBER_LIMIT, File, Parts, is_image, list_files
+from .contents import recognise
+from .errors import DataError, UsageError
+from .image_folders import Listing, find_splits, read_image_folders
+from .images import Report
 from .sampling import IMAGE_SIZE
 from .store import RawData
-
-Report = Callable[[str, int, int], None]
-"""Report of progress, called with (current task, amount done, total amount)."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -45,9 +45,6 @@ _PIXELS = IMAGE_SIZE * IMAGE_SIZE * 3
 _TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _PYTHON_MEMBERS = (*_TRAIN_BATCHES, "test_batch", "batches.meta")
 _BINARY_MEMBERS = (*(f"{name}.bin" for name in (*_TRAIN_BATCHES, "test_batch")), "batches.meta.txt")
-_MEMBER_LIMIT = 64 << 20  # the largest official member has 31,035,999 bytes
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
-"""Suffixes of the image files in a folder."""
 _DAMAGE_ERRORS = (
     EOFError,
     tarfile.TarError,
@@ -67,26 +64,59 @@ _NETWORK_ERRORS = (
 )
 
 
-def read_source(path: Path, report: Report) -> RawData:
-    """Read the data set at `path`: an official archive, its unpacked folder, or a folder of images.
+def read_source(path: Path, report: Report, *, split: float | None = None, skip_unreadable: bool = False) -> RawData:
+    """Read the data set at `path`: a folder, a zip or a tar (also gz, xz or bz2) of CIFAR-10's files, or of images.
 
-    Archives contain the python or the binary version, as tar, tar.gz, tar.xz or zip. A folder of images has
-    `train/<class>/*.png|jpg` and `test/<class>/*.png|jpg`. Raises `DataError` that names the file and the problem.
+    CIFAR-10's files are the python or the binary version. Images are in train/CLASS/ and test/CLASS/ or, to `split`,
+    in CLASS/; other folders may be around these. Raises `DataError` that names the file and the problem.
     """
     check_exists(path)
-    if (path / "train").is_dir():
-        return _read_image_folder(path, report)
     try:
-        return _read_official(path, report)
+        members, listing = _survey(path, report)
+        if members and not find_splits(listing):
+            if split is not None:
+                raise UsageError(f"--split {split}: {path} has test images already.")
+            return _checked(_assemble(members, path), path)
+        if any(is_image(file[-1]) for file in listing.files):
+            data = read_image_folders(path, listing, report, split=split, skip_unreadable=skip_unreadable)
+            return _checked(data, path)
     except _DAMAGE_ERRORS as error:
-        reason = str(error).split("\n", 1)[0].rstrip(":") or type(error).__name__  # tarfile writes a line per method
-        raise DataError(f"{path} is truncated or damaged ({reason}). Fetch it again.") from None
+        reason = str(error).split("\n", 1)[0].rstrip(":") or type(error).__name__
+        raise _damaged(path, reason) from None
     except OSError as error:
         # Damage is an OSError without an errno from gzip and tarfile, and EINVAL from a zipfile that seeks outside the
         # file. Real I/O errors have another errno.
         if error.errno not in (None, errno.EINVAL):
             raise
-        raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from None
+        raise _damaged(path, str(error)) from None
+    kind = recognise(path, "images") or "is not a known data set: it has neither the batches of CIFAR-10 nor images"
+    raise DataError(f"{path} {kind}.")
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    kind = recognise(path, "images")
+    return DataError(f"{path} {kind}." if kind else f"{path} is truncated or damaged ({reason}). Fetch it again.")
+
+
+def _survey(path: Path, report: Report) -> tuple[dict[str, Any], Listing]:
+    """Parse the files of CIFAR-10 in `path`, by name, and list all others."""
+    known = {*_PYTHON_MEMBERS, *_BINARY_MEMBERS}
+    members: dict[str, Any] = {}
+    places: dict[str, Parts] = {}
+    files, folders = dict[Parts, None](), []
+    for file in list_files(path):
+        name = file.parts[-1] if file.parts else ""
+        if file.is_folder:
+            folders.append(file.parts)
+        elif name not in known:
+            files[file.parts] = None
+        elif places.setdefault(name, file.parts) != file.parts:
+            places_text = " and ".join("/".join(place) for place in (places[name], file.parts))
+            raise DataError(f"{path} has two files {name}: {places_text}. Keep one.")
+        else:
+            members[name] = _parse_member(file, path)
+            report("reading", len(members), len(_PYTHON_MEMBERS))
+    return members, Listing(list(files), folders)
 
 
 def check_exists(path: Path) -> None:
@@ -145,21 +175,12 @@ def download_cifar10(folder: Path) -> Path:
 # --- the official archives ---------------------------------------------------------------------------------------
 
 
-def _read_official(path: Path, report: Report) -> RawData:
-    members: dict[str, Any] = {}
-    for name, data in _members(path):
-        members[name] = _parse_member(name, data, path)
-        report("reading", len(members), len(_PYTHON_MEMBERS))
-    for names in (_PYTHON_MEMBERS, _BINARY_MEMBERS):
-        if members.keys() & set(names):
-            missing = [name for name in names if name not in members]
-            if missing:
-                raise DataError(f"{path} is not a complete CIFAR-10: {', '.join(missing)} missing. Fetch it again.")
-            *train, test, classes = (members[name] for name in names)
-            return _checked(_join(classes, train, test), path)
-    raise DataError(
-        f"{path} is not a known data set: it has neither the batches of CIFAR-10 nor train/<class>/*.png folders."
-    )
+def _assemble(members: dict[str, Any], path: Path) -> RawData:
+    names = _PYTHON_MEMBERS if members.keys() & set(_PYTHON_MEMBERS) else _BINARY_MEMBERS
+    if missing := [name for name in names if name not in members]:
+        raise DataError(f"{path} is not a complete CIFAR-10: {', '.join(missing)} missing. Fetch it again.")
+    *train, test, classes = (members[name] for name in names)
+    return _join(classes, train, test)
 
 
 def _join(classes: tuple[str, ...], train: list[tuple], test: tuple) -> RawData:
@@ -177,51 +198,23 @@ def _checked(data: RawData, path: Path) -> RawData:
     return data
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each known member of a folder, tar or zip archive, in its order."""
-    known = {*_PYTHON_MEMBERS, *_BINARY_MEMBERS}
-    if path.is_dir():
-        for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
-            for file in sorted(folder.glob("*")):
-                if file.name in known and file.is_file():
-                    _check_size(file.name, file.stat().st_size, path)
-                    yield file.name, file.read_bytes()
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                name = PurePosixPath(entry.filename).name
-                if name in known and not entry.is_dir():
-                    _check_size(name, entry.file_size, path)
-                    yield name, archive.read(entry)
-    else:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.size < 0:  # CPython before 3.11.14 would read the same header forever (CVE-2025-8194)
-                    raise DataError(f"{path}: {member.name} claims {member.size} bytes.")
-                name = PurePosixPath(member.name).name
-                if name in known and member.isreg() and (content := tar.extractfile(member)):
-                    _check_size(name, member.size, path)
-                    yield name, content.read()
-            while tar.fileobj.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
-                pass
-
-
-def _check_size(name: str, size: int, path: Path) -> None:
-    if size > _MEMBER_LIMIT:
-        raise DataError(f"{path}: {name} claims {size} bytes; no CIFAR-10 file is that large.")
-
-
-def _parse_member(name: str, data: bytes, path: Path) -> Any:
+def _parse_member(file: File, path: Path) -> Any:
     """Parse the (images, labels) of a batch, or the class names."""
+    name = file.parts[-1]
+    with file.open() as stream:
+        data = stream.read(MEMBER_LIMIT + 1)
+    if len(data) > MEMBER_LIMIT:
+        raise DataError(f"{path}: {name} is too large for a file of CIFAR-10.")
     try:
         if name == "batches.meta.txt":
-            return tuple(data.decode("ascii").split())
+            lines = (line.decode().strip() for line in data.removeprefix(codecs.BOM_UTF8).splitlines())
+            return tuple(line for line in lines if line)
         if name.endswith(".bin"):
             return _parse_binary_batch(data)
         _check_program(data)
         content = _CifarUnpickler(io.BytesIO(data)).load()
         if name == "batches.meta":
-            return tuple(label.decode("ascii") for label in content[b"label_names"])
+            return tuple(label.decode() for label in content[b"label_names"])
         return _parse_python_batch(content)
     except DataError as error:
         raise DataError(f"{path}: {name} {error}") from None
@@ -311,74 +304,3 @@ class _CifarUnpickler(pickle.Unpickler):
             return self._ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR batch needs") from None
-
-
-# --- folders of images -------------------------------------------------------------------------------------------
-
-
-def _read_image_folder(path: Path, report: Report) -> RawData:
-    classes = tuple(sorted(_class_folders(path / "train")))
-    files = {split: _labelled_files(path / split, classes) for split in ("train", "test")}
-    total = sum(len(of_split) for of_split in files.values())
-    arrays: list[np.ndarray] = []
-    done = resized = 0
-    for of_split in files.values():
-        images = np.empty((len(of_split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        for row, (file, _) in enumerate(of_split):
-            images[row], was_resized = read_image(file)
-            done, resized = done + 1, resized + was_resized
-            report("reading images", done, total)
-        arrays += [images, np.array([label for _, label in of_split], np.int64)]
-    note_resized(resized, total)
-    return _checked(RawData(classes, *arrays), path)
-
-
-def note_resized(resized: int, total: int) -> None:
-    """Warn with a `Note` if some of `total` images were resized."""
-    if resized:
-        warnings.warn(
-            f"{resized} of {total} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped to a square "
-            "and resized.",
-            Note,
-            stacklevel=3,
-        )
-
-
-def _class_folders(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-
-
-def _labelled_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is missing: a folder of images has train/<class>/ and test/<class>/.")
-    found = _class_folders(folder)
-    if found != set(classes):
-        different = ", ".join(sorted(found ^ set(classes)))
-        raise DataError(f"{folder} does not have the same classes as the other split: {different}.")
-    return [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-
-
-def read_image(file: Path) -> tuple[np.ndarray, bool]:
-    """Read RGB pixels, uint8 [32, 32, 3]; return them, and True if the image was cropped to a square and resized.
-
-    Raises `DataError` if the file is not an image, is too large to decode safely, or has over 8 bits per channel.
-    """
-    from PIL import Image, ImageOps
-
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    try:
-        with contextlib.ExitStack() as stack, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = stack.enter_context(Image.open(file))
-            if image.mode[0] in "IF":  # integers of 16 or 32 bits, and floats: Pillow would clip them at 255
-                raise DataError(f"{file} has more than 8 bits per channel (mode {image.mode}). Save it with 8.")
-            resized = image.size != size
-            rgb = image.convert("RGB")
-            return np.asarray(ImageOps.fit(rgb, size) if resized else rgb), resized
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as an image: {error}.") from None

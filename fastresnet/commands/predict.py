@@ -27,13 +27,15 @@ class Options:
     """Classify images: the most likely classes of each file, with their probabilities."""
 
     images: Positional[tuple[Path, ...]]
-    """Image files (.png, .jpg), or folders of image files."""
+    """Image files (PNG, JPEG, BMP, GIF, PPM, TIFF or WebP), or folders of image files."""
     weights: str = "pretrained:resnet20"
     """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes."""
     top: int = 3
     """Number of classes to print for each image."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and list them."""
     device: Device = "auto"
     """Device to compute on."""
     threads: Threads = "auto"
@@ -63,7 +65,7 @@ def run(arguments: list[str]) -> int:
 
     device = resolve_device(options.device)
     weights = load_weights(find_weights(options.weights), options.model)
-    pixels = _read(files)
+    files, pixels = _read(files, options.skip_unreadable)
     network = Normalized(weights).to(device)
     batches = pixels.split(BATCH_SIZE)
 
@@ -103,31 +105,41 @@ def run(arguments: list[str]) -> int:
 
 def _image_files(given: tuple[Path, ...]) -> list[Path]:
     """List all image files, those of a folder sorted by name. Raises `DataError` if there are none."""
-    from pipelines.sources import IMAGE_SUFFIXES
+    from pipelines.archives import IMAGE_SUFFIXES, is_image, list_files
+    from pipelines.images import note_left_out
 
     if not given:
         raise UsageError("predict needs images: fastresnet predict FILE OR FOLDER ...")
     files: list[Path] = []
+    left_out: list[Path] = []
     for path in given:
         if not path.exists():
             raise DataError(f"{path} does not exist.")
-        inside = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        if not inside:
-            raise DataError(f"{path} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        files += inside
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(path.joinpath(*file.parts) for file in list_files(path) if not file.is_folder)
+        images = [file for file in found if is_image(file.name)]
+        if not images:
+            raise DataError(f"{path} contains no images ({', '.join(IMAGE_SUFFIXES)}).")
+        files += images
+        left_out += [file for file in found if not is_image(file.name)]
+    note_left_out([str(file) for file in left_out], "images")
     return files
 
 
-def _read(files: list[Path]) -> Tensor:
-    """Read images in 0..1, [N, 3, 32, 32]."""
-    import numpy as np
+def _read(files: list[Path], skip_unreadable: bool) -> tuple[list[Path], Tensor]:
+    """Read images in 0..1, [N, 3, 32, 32]; return the files that could be read, and the images."""
     import torch
 
-    from pipelines.sources import note_resized, read_image
+    from pipelines.archives import file_at
+    from pipelines.images import read_images
 
-    images, resized = zip(*map(read_image, files), strict=True)
-    note_resized(sum(resized), len(files))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    pixels, is_read = read_images(enumerate(map(file_at, files)), len(files), skip_unreadable=skip_unreadable)
+    if not is_read.any():
+        raise DataError("none of the images can be read.")
+    readable = [file for file, good in zip(files, is_read, strict=True) if good]
+    return readable, torch.from_numpy(pixels[is_read]).permute(0, 3, 1, 2).float() / 255
 
 
 def _saliency(network: nn.Module, images: Tensor) -> Tensor:

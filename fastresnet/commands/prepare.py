@@ -18,8 +18,13 @@ class Options:
     data: str = "cifar10"
     """Name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or your own for --source."""
     source: Path | None = None
-    """CIFAR-10 archive (python or binary version; .tar, .tar.gz, .tar.xz or .zip), its unpacked folder, or a folder
-    of images: train/CLASS/*.png and test/CLASS/*.png (or .jpg)."""
+    """Folder or archive (.tar, .tar.gz, .tar.xz, .tar.bz2 or .zip) of CIFAR-10's files, python or binary version, or
+    of images (PNG, JPEG, BMP, GIF, PPM, TIFF or WebP) in train/CLASS/ and test/CLASS/."""
+    split: float | None = None
+    """Fraction of the images of --source to test on, if it has no test folder, such as 0.2. Only its own pixels decide
+    where an image goes."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and list them."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     train_images: int = 50_000
@@ -51,6 +56,8 @@ def run(arguments: list[str]) -> int:
             data_root(options.root),
             report,
             source=options.source,
+            split=options.split,
+            skip_unreadable=options.skip_unreadable,
             train_images=options.train_images,
             test_images=options.test_images,
             formats=formats,

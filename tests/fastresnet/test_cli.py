@@ -133,6 +133,7 @@ def test_the_help_of_bench_names_every_benchmark(run):
         (["train", "--config", "nowhere.toml"], ["cannot read the config nowhere.toml"]),
         (["prepare", "--data", "shapes10", "--train-images", "0"], ["--train-images 0"]),
         (["prepare", "--data", "a/b"], ["'a/b' is not a name"]),
+        (["prepare", "--data", "a", "--source", "b", "--split", "20"], ["--split 20.0 is not between 0 and 1"]),
         (["eval", "--weights", "x", "--precision", "fp61"], ["did you mean 'fp16'?"]),
         (["eval", "--weights", "x", "--mean", "0.5", "0.5", "0.5"], ["--mean and --std must be given together"]),
         (["eval", "--weights", "x", "--mean", "0", "0", "0", "--std", "0", "1", "1"], ["above 0"]),

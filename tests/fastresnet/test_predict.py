@@ -51,14 +51,26 @@ def test_top_classes_and_probabilities_match_the_network(run, images, tmp_path):
         assert f"{row['class_1']} {100 * float(row['probability_1']):.1f} %" in out
 
 
-def test_folder_is_searched_for_images_and_resizing_is_noted(run, images, tmp_path):
+def predicted_files(path):
+    """List the first column of a CSV."""
+    with open(path, newline="") as file:
+        return [row["image"] for row in csv.DictReader(file)]
+
+
+def test_folder_is_searched_for_images_with_notes(run, images, tmp_path):
+    (images / "._a.JPG").write_text("debris")
+    (images / ".ipynb_checkpoints").mkdir()
+    (images / ".ipynb_checkpoints" / "0.png").write_text("debris")
     code, _, err = run("predict", images, "--csv", tmp_path / "p.csv")
     assert code == 0
-    assert err.strip() == (
-        "fastresnet: note: 1 of 5 images were not 32x32 and have been cropped to a square and resized."
-    )
-    names = [line.split(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
-    assert names == [str(images / "a.JPG"), *(str(images / "more" / f"{row}.png") for row in range(4))]
+    assert err.splitlines() == [
+        f"fastresnet: note: left out files that are not images: 1 .txt ({images}/notes.txt).",
+        "fastresnet: note: 1 of 5 images were not 32x32 and have been cropped to a square and resized.",
+    ]
+    assert predicted_files(tmp_path / "p.csv") == [
+        str(images / "a.JPG"),
+        *(str(images / "more" / f"{row}.png") for row in range(4)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +78,7 @@ def test_folder_is_searched_for_images_and_resizing_is_noted(run, images, tmp_pa
     [
         ([], 2, "predict needs images"),
         (["nowhere.png"], 3, "nowhere.png does not exist"),
-        (["{images}/notes.txt"], 3, "notes.txt cannot be read as an image"),
+        (["{images}/notes.txt"], 3, "notes.txt is text that begins 'no image'"),
         (["{images}/.."], 3, "notes.txt"),
         (["{images}", "--weights", "pretrained:resnet21"], 2, "did you mean 'resnet20'"),
         (["{images}", "--weights", "nothing.pt"], 3, "nothing.pt is not a readable file"),
@@ -89,6 +101,37 @@ def test_folder_without_images_is_refused(run, tmp_path):
     code, _, err = run("predict", tmp_path)
     assert code == 3
     assert f"{tmp_path} contains no images" in err
+
+
+def test_unreadable_images_are_named_or_skipped(run, images, tmp_path):
+    for name in ("b.png", "c.png", "more/0.png"):
+        (images / name).write_text("no image")
+    code, _, err = run("predict", images, "--csv", tmp_path / "p.csv")
+    assert code == 3
+    assert f"{images}/b.png is text" in err
+    assert "Others that cannot be read: 2. --skip-unreadable leaves such images out." in err
+    code, _, err = run("predict", images, "--skip-unreadable", "--csv", tmp_path / "p.csv")
+    assert code == 0
+    names = ", ".join(f"{images}/{name}" for name in ("b.png", "c.png", "more/0.png"))
+    assert f"3 of 7 images cannot be read and were skipped: {names}." in err
+    files = [images / "a.JPG", *(images / "more" / f"{row}.png" for row in (1, 2, 3))]
+    assert predicted_files(tmp_path / "p.csv") == [str(file) for file in files]
+    code, _, err = run("predict", images / "b.png", images / "c.png", "--skip-unreadable")
+    assert code == 3
+    assert "none of the images can be read" in err
+
+
+def test_photos_are_turned_upright(run, tmp_path, dataset):
+    upright = np.asarray(dataset.test.images[0])
+    sideways = Image.fromarray(np.rot90(upright))  # counterclockwise: its 0th row is the right edge
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.fromarray(upright).save(tmp_path / "upright.png")
+    sideways.save(tmp_path / "turned.png", exif=orientation)
+    assert run("predict", tmp_path, "--csv", tmp_path / "p.csv")[0] == 0
+    with open(tmp_path / "p.csv", newline="") as file:
+        turned, plain = ([*row.values()][1:] for row in csv.DictReader(file))
+    assert turned == plain
 
 
 @pytest.mark.parametrize("normalization", ["half", "channel", "pixel"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,9 @@ TRAIN, TEST = 40, 20
 def make(tmp_path, helpers):
     """`prepare` in the root `tmp_path / "data"`, with a small shapes10 and without progress."""
 
-    def call(name: str = "shapes10", source: Path | None = None) -> tuple[Dataset, bool]:
+    def call(name: str = "shapes10", source: Path | None = None, **options: Any) -> tuple[Dataset, bool]:
         root = tmp_path / "data"
-        return prepare(name, root, helpers.ignore, source=source, train_images=TRAIN, test_images=TEST)
+        return prepare(name, root, helpers.ignore, source=source, train_images=TRAIN, test_images=TEST, **options)
 
     return call
 
@@ -228,6 +229,43 @@ def test_invalid_name_is_refused(make, tmp_path, archive, name):
     assert caught.value.exit_code == 2
     assert repr(name) in str(caught.value)
     assert names(tmp_path) == before
+
+
+@pytest.fixture
+def flowers(tmp_path) -> Path:
+    """A folder of two classes of 20 images each and, in one of them, a file that is no image."""
+    rng = np.random.default_rng(1)
+    for flower in ("iris", "rose"):
+        (tmp_path / "flowers" / flower).mkdir(parents=True)
+        for number in range(20):
+            image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+            image.save(tmp_path / "flowers" / flower / f"{number}.png")
+    (tmp_path / "flowers" / "rose" / "none.png").write_text("no image")
+    return tmp_path / "flowers"
+
+
+def test_folder_of_classes_is_split_and_unreadable_images_are_skipped(make, root, flowers):
+    with pytest.raises(DataError, match=r"none\.png is text .* --skip-unreadable"):
+        make("flowers", flowers, split=0.25)
+    assert not (root / "flowers").exists()
+    with pytest.warns(Note, match=r"1 of 41 images cannot be read and were skipped: .*none\.png"):
+        dataset, _ = make("flowers", flowers, split=0.25, skip_unreadable=True)
+    assert len(dataset.train) + len(dataset.test) == 40
+    assert 3 <= len(dataset.test) <= 17  # 10 are expected, 2.7 is the standard deviation
+    assert json.loads((root / "flowers" / "meta.json").read_text())["source"] == "flowers, split 0.25"
+
+
+@pytest.mark.parametrize("split", [0.0, 1.0, -0.1, 20.0, float("nan")])
+def test_split_outside_0_to_1_is_refused(make, flowers, split):
+    with pytest.raises(UsageError, match=rf"--split {split} is not between 0 and 1"):
+        make("flowers", flowers, split=split)
+
+
+@pytest.mark.parametrize("name", ["shapes10", "cifar10"])
+def test_split_without_source_is_refused(make, root, name):
+    with pytest.raises(UsageError, match="--split divides the images of a --source"):
+        make(name, split=0.2)
+    assert not root.exists()
 
 
 def test_unknown_name_without_source_is_refused(make, root):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import lzma
 import os
 import pickle
 import random
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import threading
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UsageError
 from pipelines.sources import CIFAR10_CLASSES, download_cifar10, read_source, verify_cifar10
 from pipelines.store import RawData, channel_statistics
 
@@ -228,9 +229,30 @@ def test_batches_meta_without_class_names_is_refused(batches, refused, content):
     refused(batches(**{"batches.meta": pickle.dumps(content, 4)}))
 
 
-def test_class_names_that_are_not_ascii_are_refused(tmp_path, helpers, fake, refused):
-    members = {**fake.binary(), "batches.meta.txt": b"ant\xff bee cat"}
+def test_class_names_that_are_not_utf8_are_refused(tmp_path, helpers, fake, refused):
+    members = {**fake.binary(), "batches.meta.txt": b"ant\xff\nbee\ncat"}
     refused(helpers.make_folder(tmp_path / "batches", members), "batches.meta.txt")
+
+
+@pytest.mark.parametrize("version", ["python", "binary", "binary of Windows"])
+def test_class_names_may_have_blanks_and_any_letters(tmp_path, helpers, read, version):
+    fake = helpers.FakeCifar(("traffic light", "chouette à lunettes", "猫"))
+    members = fake.python() if version == "python" else fake.binary()
+    if version == "binary of Windows":
+        members["batches.meta.txt"] = b"\xef\xbb\xbf" + members["batches.meta.txt"].replace(b"\n", b"\r\n")
+    helpers.assert_equal(read(helpers.make_folder(tmp_path / "batches", members)), fake)
+
+
+def test_two_copies_of_a_batch_are_refused(tmp_path, helpers, fake, refused):
+    members = {**fake.binary(), "backup/data_batch_1.bin": fake.binary()["data_batch_2.bin"]}
+    refused(helpers.make_zip(tmp_path / "two.zip", members), "two files data_batch_1.bin", "backup/data_batch_1.bin")
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_official_files_are_not_split(tmp_path, helpers, fake, version):
+    path = helpers.pack(tmp_path, "zip", getattr(fake, version)())
+    with pytest.raises(UsageError, match=r"--split 0\.2: .* has test images already"):
+        read_source(path, helpers.ignore, split=0.2)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -255,7 +277,14 @@ def test_member_that_is_no_file_is_refused(batches, refused, kind):
 def test_file_that_is_no_archive_is_refused(tmp_path, refused, name):
     path = tmp_path / name
     path.write_text("" if name.startswith("empty") else "This is not an archive.\n" * 100)
-    refused(path)
+    refused(path, "is empty" if name.startswith("empty") else "is text that begins 'This is not an archive.'")
+
+
+def test_file_of_another_kind_is_described(tmp_path, helpers, refused):
+    path = tmp_path / "cifar10.tar.gz"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    refused(path, "is a Git LFS pointer", "git lfs pull")
+    refused(helpers.make_zip(path, {"model/data.pkl": b"", "model/data/0": b""}), "is a checkpoint of PyTorch")
 
 
 def test_archive_without_a_data_set_is_refused(tmp_path, helpers, refused):
@@ -334,6 +363,81 @@ def test_tar_member_of_negative_size_causes_no_endless_loop(tmp_path):
     path = tmp_path / "loop.tar"
     path.write_bytes(tarfile.TarInfo("first").tobuf() + header + bytes(10240))
     assert read_in_child(path)[0] == "DataError"
+
+
+def test_zip_member_that_unpacks_to_much_more_than_it_claims_takes_no_memory(tmp_path, helpers):
+    path = helpers.make_zip(tmp_path / "bomb.zip", {"data_batch_1": bytes(300 << 20)})
+    change_first_zip_entry(path, 22, 24, struct.pack("<I", 1000))
+    error, memory = read_in_child(path)
+    assert error == "DataError"
+    assert memory < 100
+
+
+@pytest.mark.parametrize(("method", "number"), [(zipfile.ZIP_BZIP2, "12"), (zipfile.ZIP_LZMA, "14")])
+def test_zip_of_a_method_whose_memory_has_no_bound_is_refused(tmp_path, refused, method, number):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("data_batch_1", b"x")
+    refused(path, f"data_batch_1 is packed by method {number}. Pack it again with deflate")
+
+
+def tar_header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = size, kind
+    return entry.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME], ids=["pax", "all", "gnu"]
+)
+@pytest.mark.parametrize("first", [b"", tar_header("first", 0)], ids=["first", "second"])
+def test_tar_header_that_claims_a_huge_size_takes_no_memory(tmp_path, kind, first):
+    path = tmp_path / "huge.tar"
+    path.write_bytes(first + tar_header("x", 1 << 30, kind))
+    os.truncate(path, (1 << 30) + 10240)  # sparse: it takes no space
+    error, memory = read_in_child(path)
+    assert error == "DataError"
+    assert memory < 100
+
+
+def test_xz_that_declares_a_huge_memory_is_refused(tmp_path, helpers, fake, refused):
+    path = helpers.pack(tmp_path, "tar.xz", fake.python())
+    content = bytearray(path.read_bytes())
+    end = 12 + 4 * content[12]  # of the first block's header, without its checksum
+    assert content[14:16] == b"\x21\x01"  # LZMA2, with one byte: the size of its dictionary
+    content[16] = 38  # 2 GiB
+    content[end : end + 4] = struct.pack("<I", zlib.crc32(content[12:end]))
+    path.write_bytes(content)
+    with pytest.raises(lzma.LZMAError, match="Memory usage limit"):
+        lzma.LZMADecompressor(memlimit=1 << 30).decompress(content)
+    refused(path, "Memory usage limit")
+
+
+def test_number_of_files_is_limited(tmp_path, helpers, fake, refused, monkeypatch):
+    monkeypatch.setattr("pipelines.archives._FILES_LIMIT", 3)
+    for packing in ("zip", "tar.gz"):
+        refused(helpers.pack(tmp_path, packing, fake.python()), "more than 3 files")
+
+
+@pytest.mark.parametrize("first", [b"", tar_header("first", 0)], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("records", "content"),
+    [
+        ({"GNU.sparse.map": "a,b", "GNU.sparse.size": "1"}, b""),
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}, b"no map".ljust(512, b"\0")),
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "z"}, b"0\n".ljust(512, b"\0")),
+    ],
+    ids=["0.1", "1.0 without a map", "1.0 without a size"],
+)
+def test_tar_with_a_damaged_map_of_a_sparse_file_is_refused(tmp_path, refused, first, records, content):
+    lines = [f" {key}={value}\n" for key, value in records.items()]
+    body = "".join(f"{len(line) + 2}{line}" for line in lines).encode()  # each is below 100 bytes long
+    path = tmp_path / "sparse.tar"
+    member = tar_header("data_batch_1", len(content)) + content
+    path.write_bytes(
+        first + tar_header("x", len(body), tarfile.XHDTYPE) + body.ljust(512, b"\0") + member + bytes(1024)
+    )
+    refused(path, "truncated or damaged")
 
 
 @pytest.mark.parametrize(
@@ -476,159 +580,6 @@ def test_tar_entry_that_is_no_file_is_not_followed(tmp_path, helpers, fake, refu
     before = helpers.tree(tmp_path)
     refused(path, "test_batch missing")
     assert helpers.tree(tmp_path) == before
-
-
-# --- folders of images -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    """A folder of 32x32 random PNGs of two classes, and its pixels by file name."""
-    rng, pixels = np.random.default_rng(2), {}
-    for name in ("train/zebra/1.png", "train/ape/2.PNG", "train/ape/10.jpg", "test/ape/x.JPEG", "test/zebra/y.png"):
-        pixels[name] = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        write_image(tmp_path / "images" / name, Image.fromarray(pixels[name]))
-    return tmp_path / "images", pixels
-
-
-def write_image(path: Path, image: Image.Image, kind: str = "png") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, kind)
-
-
-def test_image_folder_is_read_pixel_by_pixel_in_order_of_names(image_folder, read):
-    path, pixels = image_folder
-    (path / "train" / "ape" / "notes.txt").write_text("not an image")
-    (path / "train" / "readme.md").write_text("not a class")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data = read(path)
-    train = ["train/ape/10.jpg", "train/ape/2.PNG", "train/zebra/1.png"]
-    assert data.classes == ("ape", "zebra")
-    assert (data.train_labels.tolist(), data.test_labels.tolist()) == ([0, 0, 1], [0, 1])
-    assert data.train_labels.dtype == data.test_labels.dtype == np.int64
-    np.testing.assert_array_equal(data.train_images, [pixels[name] for name in train])
-    np.testing.assert_array_equal(data.test_images, [pixels["test/ape/x.JPEG"], pixels["test/zebra/y.png"]])
-
-
-def test_hidden_folders_are_no_classes(image_folder, read):
-    path, _ = image_folder
-    before = read(path)
-    (path / "train" / ".ipynb_checkpoints").mkdir()
-    assert read(path).classes == before.classes
-
-
-def test_jpeg_is_read(image_folder, read):
-    path, _ = image_folder
-    write_image(path / "train" / "ape" / "0.jpg", Image.new("RGB", (32, 32), (120, 120, 120)), "jpeg")
-    assert (read(path).train_images[0] == 120).all()
-
-
-def test_images_of_another_size_are_cropped_to_a_square_and_resized_with_a_warning(image_folder, read):
-    path, pixels = image_folder
-    stripes = np.zeros((32, 96, 3), np.uint8)
-    stripes[:, 32:64] = pixels["train/ape/2.PNG"]
-    quarters = np.kron([[10, 80], [150, 220]], np.ones((50, 50)))[..., None].repeat(3, 2).astype(np.uint8)
-    write_image(path / "train" / "ape" / "0.png", Image.fromarray(stripes))
-    write_image(path / "train" / "ape" / "1.png", Image.fromarray(quarters))
-    with pytest.warns(UserWarning, match="2 of 7 images"):
-        images = read(path).train_images
-    np.testing.assert_array_equal(images[0], pixels["train/ape/2.PNG"])
-    assert images[1][[0, 0, 31, 31], [0, 31, 0, 31], 1].tolist() == [10, 80, 150, 220]
-
-
-def test_images_of_other_modes_become_rgb(image_folder, read):
-    path, _ = image_folder
-    rng = np.random.default_rng(3)
-    gray, colour = rng.integers(0, 256, (32, 32), np.uint8), rng.integers(0, 256, (32, 32, 4), np.uint8)
-    indexed = Image.fromarray(gray % 4).convert("P")
-    palette = rng.integers(0, 256, (256, 3), np.uint8)
-    indexed.putpalette(palette.tobytes())
-    modes = (gray, np.dstack([gray, colour[..., 3]]), colour, gray > 127)
-    for number, image in enumerate([*map(Image.fromarray, modes), indexed]):
-        write_image(path / "train" / "ape" / f"0{number}.png", image)
-    expected = [gray, gray, colour[..., :3], (gray > 127) * np.uint8(255), palette[gray % 4]]
-    for image, pixels in zip(read(path).train_images, expected, strict=False):
-        np.testing.assert_array_equal(image, pixels if pixels.ndim == 3 else pixels[..., None].repeat(3, 2))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [(np.uint16, "png"), (">u2", "tiff"), (np.int32, "tiff"), (np.float32, "tiff")],
-    ids=["16 bits", "16 bits, big-endian", "32 bits", "float"],
-)
-def test_image_of_more_than_8_bits_a_channel_is_refused(image_folder, refused, dtype, kind):
-    path, _ = image_folder
-    file = path / "train" / "ape" / "5.png"
-    gradient = np.linspace(0, 60_000, 1024).reshape(32, 32).astype(dtype)
-    write_image(file, Image.fromarray(gradient), kind)
-    refused(path, str(file), "more than 8 bits per channel", "Save it with 8")
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_class_of_one_split_only_is_refused(image_folder, refused, split):
-    path, _ = image_folder
-    write_image(path / split / "yak" / "1.png", Image.new("RGB", (32, 32)))
-    refused(path, str(path / "test"), "yak")
-
-
-@pytest.mark.parametrize("kind", ["missing", "file"])
-def test_image_folder_without_test_folder_is_refused(image_folder, refused, kind):
-    path, _ = image_folder
-    (path / "test").rename(path / "validation")
-    if kind == "file":
-        (path / "test").write_text("text")
-    refused(path, str(path / "test"))
-
-
-@pytest.mark.parametrize("content", [b"", b"text", "truncated"], ids=str)
-@pytest.mark.parametrize("name", ["train/zebra/1.png", "test/ape/x.JPEG"])
-def test_image_that_cannot_be_read_is_named(image_folder, refused, name, content):
-    path, _ = image_folder
-    whole = (path / name).read_bytes()
-    (path / name).write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
-    refused(path, str(path / name))
-
-
-@pytest.mark.parametrize("side", [10_000, 60_000])
-def test_image_that_claims_a_huge_size_is_refused_before_it_is_decoded(image_folder, refused, side):
-    path, _ = image_folder
-    file = path / "train" / "zebra" / "1.png"
-    whole = file.read_bytes()
-    header = b"IHDR" + struct.pack(">II", side, side) + whole[24:29]
-    file.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
-    refused(path, str(file), "exceeds limit")
-
-
-def test_folder_in_the_place_of_an_image_is_named(image_folder, refused):
-    path, _ = image_folder
-    (path / "train" / "ape" / "5.png").mkdir()
-    refused(path, str(path / "train" / "ape" / "5.png"))
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_mutated_image_gives_data_or_data_error(image_folder, read, kind):
-    path, pixels = image_folder
-    file = path / "train" / "ape" / f"5.{kind}"
-    write_image(file, Image.fromarray(pixels["train/ape/2.PNG"]), kind)
-    whole, rng = file.read_bytes(), random.Random(6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        assert refusals(read, file, (mutated(whole, rng) for _ in range(60)), path) > 10
-
-
-@pytest.mark.parametrize("folders", [["train", "test"], ["train/ape", "test/ape"]], ids=["no class", "no image"])
-def test_image_folder_without_images_is_refused(tmp_path, refused, folders):
-    for name in folders:
-        (tmp_path / "images" / name).mkdir(parents=True)
-    refused(tmp_path / "images", "no train images")
-
-
-def test_image_folder_without_test_images_is_refused(image_folder, refused):
-    path, _ = image_folder
-    for name in ("test/ape/x.JPEG", "test/zebra/y.png"):
-        (path / name).unlink()
-    refused(path, "no test images")
 
 
 # --- downloads ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,349 @@
+"""Reading of image files, against pixels that the tests draw and files that they write byte by byte."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import struct
+import subprocess
+import threading
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.archives import file_at
+from pipelines.errors import DataError, Note
+from pipelines.images import read_image, read_images
+
+LOSSLESS = {
+    "png": {},
+    "bmp": {},
+    "ppm": {},
+    "tiff": {"compression": "tiff_lzw"},
+    "webp": {"lossless": True},
+    "gif": {},
+}
+
+
+@pytest.fixture
+def drawn() -> np.ndarray:
+    """Random pixels, uint8 [32, 32, 3], in 64 colours."""
+    return np.random.default_rng(2).integers(0, 4, (32, 32, 3), np.uint8) * 85
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Read an image with the content given."""
+
+    def read_content(content: bytes) -> np.ndarray:
+        (tmp_path / "image").write_bytes(content)
+        return read_image(file_at(tmp_path / "image"))[0]
+
+    return read_content
+
+
+@pytest.fixture
+def refused(tmp_path, read):
+    """Reading the content given raises a `DataError` of one line that names the file and says each of `words`."""
+
+    def check(content: bytes, *words: str) -> None:
+        with pytest.raises(DataError) as caught:
+            read(content)
+        message = str(caught.value)
+        assert str(tmp_path / "image") in message
+        assert all(word in message for word in words), message
+        assert len(message.splitlines()) == 1
+
+    return check
+
+
+def saved(pixels: np.ndarray | Image.Image, kind: str = "png", **options: object) -> bytes:
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(samples: np.ndarray, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Write a PNG of [height, width, channels] samples, uint8 or uint16, by the format's specification."""
+    height, width = samples.shape[:2]
+    rows = samples.astype(samples.dtype.newbyteorder(">")).reshape(height, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, 8 * samples.itemsize, colour, 0, 0, 0)
+    every = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    body = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in every
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def tiff(samples: np.ndarray) -> bytes:
+    """Write a TIFF of [height, width, 3] samples of 16 bits, by the format's specification."""
+    height, width, channels = samples.shape
+    data = samples.astype("<u2").tobytes()
+    tags = [  # (tag, type: 3 is 16 bits, 4 is 32 bits, count, value or place)
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, 8), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, 14), (277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, len(data)),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 14 + len(data)) + struct.pack("<3H", 16, 16, 16) + data + directory
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_every_lossless_format_gives_the_pixels(read, drawn, kind):
+    image = Image.fromarray(drawn)
+    if kind == "gif":
+        image = image.quantize(64)
+    np.testing.assert_array_equal(read(saved(image, kind, **LOSSLESS[kind])), drawn)
+
+
+def test_grey_becomes_rgb(read, drawn):
+    grey = drawn[..., 0]
+    for content in (saved(grey), saved(grey, "ppm"), saved(grey, "jpeg", quality=100)):
+        assert read(content).shape == (32, 32, 3)
+    np.testing.assert_array_equal(read(saved(grey)), grey[..., None].repeat(3, 2))
+    np.testing.assert_array_equal(read(saved(grey > 127)), ((grey > 127) * np.uint8(255))[..., None].repeat(3, 2))
+
+
+def test_first_frame_of_an_animation_is_read(read, drawn):
+    frames = [Image.fromarray(pixels).quantize(64) for pixels in (drawn, 255 - drawn)]
+    file = io.BytesIO()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(read(file.getvalue()), drawn)
+
+
+def test_photo_of_a_phone_with_several_pictures_is_read(read):
+    colours = [Image.new("RGB", (32, 32), (level, level, level)) for level in (120, 30)]
+    file = io.BytesIO()
+    colours[0].save(file, "mpo", save_all=True, append_images=colours[1:])
+    assert (read(file.getvalue()) == 120).all()
+
+
+def test_pipe_is_read(tmp_path, drawn):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[saved(drawn)])
+    writer.start()
+    np.testing.assert_array_equal(read_image(file_at(tmp_path / "pipe"))[0], drawn)
+    writer.join()
+
+
+def test_images_of_another_size_are_cropped_to_a_square_and_resized(tmp_path, drawn):
+    stripes = np.zeros((32, 96, 3), np.uint8)
+    stripes[:, 32:64] = drawn
+    (tmp_path / "0").write_bytes(saved(stripes))
+    quarters = np.kron([[10, 80], [150, 220]], np.ones((50, 50)))[..., None].repeat(3, 2).astype(np.uint8)
+    (tmp_path / "1").write_bytes(saved(quarters))
+    (tmp_path / "2").write_bytes(saved(drawn))
+    with pytest.warns(Note, match="2 of 3 images were not 32x32"):
+        images, _ = read_images(enumerate(file_at(tmp_path / str(row)) for row in range(3)), 3)
+    np.testing.assert_array_equal(images[0], drawn)
+    np.testing.assert_array_equal(images[2], drawn)
+    assert images[1][[0, 0, 31, 31], [0, 31, 0, 31], 1].tolist() == [10, 80, 150, 220]
+
+
+# --- orientation -------------------------------------------------------------------------------------------------
+
+# Of stored pixels to upright ones, by the Exif standard: the place of the 0th row and of the 0th column.
+UPRIGHT = {
+    1: lambda stored: stored,  # top, left
+    2: lambda stored: stored[:, ::-1],  # top, right
+    3: lambda stored: stored[::-1, ::-1],  # bottom, right
+    4: lambda stored: stored[::-1],  # bottom, left
+    5: lambda stored: stored.swapaxes(0, 1),  # left, top
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda stored: stored.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+def exif(orientation: int) -> bytes:
+    """Metadata with one entry, the orientation, by the Exif standard."""
+    return b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(("kind", "options"), [("png", {}), ("tiff", {}), ("webp", {"lossless": True})])
+def test_images_are_turned_upright(read, drawn, orientation, kind, options):
+    content = saved(drawn, kind, exif=exif(orientation), **options)
+    np.testing.assert_array_equal(read(content), UPRIGHT[orientation](drawn))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_photos_are_turned_before_they_are_cropped(read, orientation):
+    photo = np.zeros((96, 64, 3), np.uint8)
+    photo[:48, :, 0], photo[:, :32, 1] = 200, 200  # red above, green at the left
+    stored = next(turn(photo) for turn in UPRIGHT.values() if np.array_equal(UPRIGHT[orientation](turn(photo)), photo))
+    shown = read(saved(np.ascontiguousarray(stored), "jpeg", quality=100, subsampling=0, exif=exif(orientation)))
+    corners = shown[[2, 2, 29, 29], [2, 29, 2, 29]] > 100
+    assert corners.tolist() == [[True, True, False], [True, False, False], [False, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0", b"Exif\0\0" + b"\xff" * 40, exif(9), exif(6)[:-8]]
+)
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_damaged_metadata_does_not_make_an_image_unreadable(read, drawn, damage, kind):
+    plain = saved(drawn, kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(read(saved(drawn, kind, exif=damage)), read(plain))
+    assert not caught
+
+
+# --- transparency ------------------------------------------------------------------------------------------------
+
+
+def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return np.round(colour * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def test_transparent_pixels_are_composited_over_white(read, drawn):
+    rng = np.random.default_rng(3)
+    alpha = rng.integers(0, 256, (32, 32), np.uint8)
+    alpha[0], alpha[1] = 0, 255
+    for content in (
+        saved(np.dstack([drawn, alpha])),
+        saved(np.dstack([drawn, alpha]), "webp", lossless=True, exact=True),
+    ):
+        np.testing.assert_array_equal(read(content), over_white(drawn, alpha))
+    grey = drawn[..., :1].repeat(3, 2)
+    np.testing.assert_array_equal(read(saved(np.dstack([drawn[..., 0], alpha]))), over_white(grey, alpha))
+
+
+def test_transparent_colours_of_a_palette_are_composited_over_white(read):
+    rng = np.random.default_rng(4)
+    indices, palette = rng.integers(0, 16, (32, 32), np.uint8), rng.integers(0, 255, (16, 3), np.uint8)
+    alpha = rng.integers(0, 256, 16, np.uint8)
+    content = png(indices[..., None], 3, (b"PLTE", palette.tobytes()), (b"tRNS", alpha.tobytes()))
+    np.testing.assert_array_equal(read(content), over_white(palette[indices], alpha[indices]))
+
+
+def test_transparent_colour_is_composited_over_white(read, drawn):
+    key = drawn[5, 5]
+    expected = np.where((drawn == key).all(2, keepdims=True), np.uint8(255), drawn)
+    np.testing.assert_array_equal(read(png(drawn, 2, (b"tRNS", struct.pack(">3H", *key.tolist())))), expected)
+    grey, value = drawn[..., :1], int(drawn[5, 5, 0])
+    expected = np.where(grey == value, np.uint8(255), grey).repeat(3, 2)
+    np.testing.assert_array_equal(read(png(grey, 0, (b"tRNS", struct.pack(">H", value)))), expected)
+
+
+def test_transparent_colour_of_a_gif_is_composited_over_white(read, drawn):
+    image = Image.fromarray(drawn).quantize(64)
+    indices = np.asarray(image)
+    expected = np.where((indices == indices[7, 7])[..., None], np.uint8(255), drawn)
+    np.testing.assert_array_equal(read(saved(image, "gif", transparency=int(indices[7, 7]))), expected)
+
+
+# --- refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_grey_image_of_more_than_8_bits_a_channel_is_refused(refused, dtype):
+    gradient = np.linspace(0, 60_000, 1024).reshape(32, 32).astype(dtype)
+    refused(saved(gradient, "tiff"), "more than 8 bits per channel", "Save it with 8")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_png_of_16_bits_a_channel_is_refused(refused, read, channels):
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    samples = np.random.default_rng(5).integers(0, 1 << 16, (32, 32, channels), np.uint16)
+    refused(png(samples, colour), "more than 8 bits per channel", "Save it with 8")
+    assert read(png((samples >> 8).astype(np.uint8), colour)).shape == (32, 32, 3)
+
+
+def test_tiff_of_16_bits_a_channel_is_refused(refused):
+    samples = np.random.default_rng(6).integers(0, 1 << 16, (32, 32, 3), np.uint16)
+    with Image.open(io.BytesIO(tiff(samples))) as image:  # Pillow reads it, and keeps the high bytes
+        np.testing.assert_array_equal(np.asarray(image), samples >> 8)
+    refused(tiff(samples), "more than 8 bits per channel")
+
+
+def test_postscript_is_refused_and_no_program_is_started(refused, monkeypatch):
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "EPS"  # Pillow itself would run Ghostscript to load it
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    refused(content, "is a PostScript document")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"text", "is text that begins 'text'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "is an HTML page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a picture in HEIF or AVIF format: save it as PNG or JPEG"),
+        (b"\0\1\2\3" * 9, "unknown format"),
+        (saved(np.zeros((32, 32, 3), np.uint8))[:60], "cannot be read as an image"),
+    ],
+)
+def test_file_that_is_no_image_is_described(refused, content, words):
+    refused(content, words)
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_image_that_claims_a_huge_size_is_refused_before_it_is_decoded(refused, drawn, side):
+    whole = saved(drawn)
+    header = b"IHDR" + struct.pack(">II", side, side) + whole[24:29]
+    refused(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:], "exceeds limit")
+
+
+@pytest.mark.parametrize("kind", [*LOSSLESS, "jpeg"])
+def test_mutated_image_gives_pixels_or_data_error(read, drawn, kind):
+    image = Image.fromarray(drawn) if kind != "gif" else Image.fromarray(drawn).quantize(64)
+    whole, rng, refusals = (
+        saved(image, kind, exif=exif(6)) if kind != "bmp" else saved(image, kind),
+        random.Random(6),
+        0,
+    )
+    for _ in range(150):
+        place = rng.randrange(min(len(whole), 400))
+        changed = whole[:place] if rng.random() < 0.3 else whole[:place] + rng.randbytes(1) + whole[place + 1 :]
+        try:
+            assert read(changed).shape == (32, 32, 3)
+        except DataError:
+            refusals += 1
+    assert refusals > 20
+
+
+# --- many images -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_unreadable(tmp_path, drawn):
+    """Ten images of which rows 3, 5, 6, 8 and 9 cannot be read."""
+    for row in range(10):
+        (tmp_path / f"{row}.png").write_bytes(b"text" if row in (3, 5, 6, 8, 9) else saved(drawn ^ np.uint8(row)))
+    return [(row, file_at(tmp_path / f"{row}.png")) for row in range(10)]
+
+
+def test_first_unreadable_image_is_named_and_others_are_counted(tmp_path, some_unreadable):
+    with pytest.raises(DataError) as caught:
+        read_images(some_unreadable, 10)
+    assert str(caught.value).startswith(f"{tmp_path}/3.png is text that begins 'text'")
+    assert str(caught.value).endswith(" Others that cannot be read: 4. --skip-unreadable leaves such images out.")
+
+
+def test_unreadable_images_are_skipped_and_listed(tmp_path, some_unreadable, drawn):
+    with pytest.warns(Note) as notes:
+        images, is_read = read_images(some_unreadable, 10, skip_unreadable=True)
+    (note,) = map(str, (note.message for note in notes))
+    names = ", ".join(f"{tmp_path}/{row}.png" for row in (3, 5, 6))
+    assert note == f"5 of 10 images cannot be read and were skipped: {names} and 2 more."
+    assert np.flatnonzero(is_read).tolist() == [0, 1, 2, 4, 7]
+    np.testing.assert_array_equal(images[is_read], [drawn ^ np.uint8(row) for row in (0, 1, 2, 4, 7)])
+
+
+def test_missing_file_is_unreadable(tmp_path):
+    (tmp_path / "link.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"link\.png cannot be read: No such file or directory\.$"):
+        read_images([(0, file_at(tmp_path / "link.png"))], 1)
