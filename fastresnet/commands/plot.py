@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, parse
+from fastresnet.terminal import check_output, parse, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     path = options.out or folder / f"{options.kind}.png"
     save_figure(_figure(options), path)
-    print(path)
+    say(path)
     return 0
 
 
