@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from fastresnet.config import TrainConfig
 from fastresnet.console import PlainConsole
 from fastresnet.run_folder import Row
-from fastresnet.text import for_terminal
+from fastresnet.text import as_utf8, for_terminal
 from pipelines.errors import UsageError
 
 
@@ -59,7 +59,7 @@ def create_loggers(
 
     Raises `UsageError` if a library is missing or has no destination. The caller must close the loggers yielded before.
     """
-    _check_libraries(config)
+    _check_libraries(config, folder)
     if config.mlflow:
         yield MlflowLogger(config, folder)
     if config.wandb:
@@ -69,11 +69,16 @@ def create_loggers(
     yield TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps)
 
 
-def _check_libraries(config: TrainConfig) -> None:
+def _check_libraries(config: TrainConfig, folder: Path) -> None:
     for option, library in _LIBRARIES.items():
+        if not getattr(config, option):
+            continue
+        if as_utf8(name := str(folder.absolute())) != name:
+            raise UsageError(
+                f"--{option} takes no run folder whose name is not UTF-8: {name}. Give another with --out."
+            )
         try:
-            if getattr(config, option):
-                importlib.import_module(library)
+            importlib.import_module(library)
         except ImportError:
             raise UsageError(f"--{option} needs an extra: pip install 'fastresnet[{option}]'") from None
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import warnings
@@ -86,8 +87,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(root, tmp_path_factory):
-    """A run of one step on it, in a folder whose name is to be escaped."""
-    folder = tmp_path_factory.mktemp("runs") / "[x]\x1b[31m"
+    """A run of one step on it, in a folder whose name is not UTF-8."""
+    folder = tmp_path_factory.mktemp("runs") / "[x]caf\udce9\x1b[31m"
     arguments = ["train", "smoke", "--data", "[x] $y$", "--root", str(root), "--iterations", "1", "--batch-size", "16"]
     assert cli.main([*arguments, "--precision", "fp32", "--out", str(folder)]) == 0
     return folder
@@ -335,7 +336,7 @@ def test_report_of_the_run_is_printable(run, trained, root):
     page = Page(html)
     assert "script" not in page.tags
     assert "on [x] $y$, recipe smoke" in page.text
-    assert "<!-- [x]\\x1b[31m -->" in html  # matplotlib writes each text of a figure into a comment
+    assert "<!-- [x]caf\\udce9\\x1b[31m -->" in html  # matplotlib writes each text of a figure into a comment
 
 
 @pytest.mark.parametrize("kind", ["curves", "confusion", "mistakes"])
@@ -345,3 +346,31 @@ def test_every_plot_of_the_run_is_drawn(run, trained, root, kind):
     assert_printable(out)
     with Image.open((trained / f"{kind}.png").open("rb")) as picture:
         assert picture.width < 4000
+
+
+# --- files of a run ----------------------------------------------------------------------------------------------
+
+
+def test_run_in_a_folder_that_is_not_utf8_resumes(run, trained, root):
+    config = ("--data", "[x] $y$", "--root", root, "--iterations", 1, "--batch-size", 16, "--precision", "fp32")
+    code, _, err = run("train", "smoke", *config, "--out", trained, "--resume")
+    assert (code, err) == (0, "")
+
+
+def test_root_that_is_not_utf8_is_refused_in_words(run, root, tmp_path):
+    shutil.copytree(root, tmp_path / "caf\udce9")
+    config = ("--data", "[x] $y$", "--root", tmp_path / "caf\udce9", "--iterations", 1, "--batch-size", 16)
+    code, _, err = run("train", "smoke", *config, "--out", tmp_path / "run")
+    assert code == 2
+    assert r"cannot hold a path that is not UTF-8" in err
+    assert r"caf\udce9" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--tensorboard", "--wandb", "--mlflow"])
+def test_loggers_refuse_a_folder_that_is_not_utf8(run, root, tmp_path, option):
+    config = ("--data", "[x] $y$", "--root", root, "--iterations", 1, "--batch-size", 16)
+    code, _, err = run("train", "smoke", *config, option, "--out", tmp_path / "caf\udce9")
+    assert code == 2
+    assert f"{option} takes no run folder whose name is not UTF-8" in err
+    assert not list(tmp_path.iterdir())
