@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from fastresnet.text import font_family, for_figure
 from pipelines.files import write_bytes
 
+_SHOWN_CLASSES, _NUMBERED_CLASSES = 40, 20  # of a confusion matrix; the picture of 1,000 classes would take 38 GB
 _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
@@ -64,23 +66,36 @@ def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Draw `counts` [classes, classes] of images by true class (rows) and predicted class (columns)."""
-    size = max(4.0, 0.6 * len(classes) + 2)
+    """Draw `counts` [classes, classes] of images by true class (rows) and predicted class (columns).
+
+    Of more than 40 classes, it shows those with the most mistakes. Colours are shares of all images of the true class.
+    """
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shown = _most_confused(counts)
+    size = max(4.0, 0.6 * min(len(shown), _NUMBERED_CLASSES) + 2)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    names = [for_figure(name) for name in classes]
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*counts.shape):
-        if counts[row, column] and len(classes) <= 20:
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(len(classes)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), names)
+    axes.imshow(shares[np.ix_(shown, shown)], cmap="Blues", vmin=0, vmax=1)
+    for (row, true), (column, predicted) in itertools.product(enumerate(shown), repeat=2):
+        if counts[true, predicted] and len(shown) <= _NUMBERED_CLASSES:
+            color = "white" if shares[true, predicted] > 0.5 else "black"
+            axes.text(column, row, str(counts[true, predicted]), ha="center", va="center", color=color, fontsize=8)
+    names = [for_figure(classes[number]) for number in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(shown)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(for_figure(title, max(60, int(9 * size))), fontsize=10)
+    title = for_figure(title, max(60, int(9 * size)))
+    if len(shown) < len(classes):
+        title += f"\nthe {len(shown)} of {len(classes):,} classes with the most mistakes (as true or predicted class)"
+    axes.set_title(title, fontsize=10)
     return figure
+
+
+def _most_confused(counts: np.ndarray) -> np.ndarray:
+    """Return the numbers, in order, of the classes with the most mistakes as true or predicted class, 40 at most."""
+    mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    return np.sort(np.argsort(-mistakes, kind="stable")[:_SHOWN_CLASSES])
 
 
 def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:

@@ -374,3 +374,34 @@ def test_loggers_refuse_a_folder_that_is_not_utf8(run, root, tmp_path, option):
     assert code == 2
     assert f"{option} takes no run folder whose name is not UTF-8" in err
     assert not list(tmp_path.iterdir())
+
+
+# --- many classes ------------------------------------------------------------------------------------------------
+
+
+def test_matrix_of_a_thousand_classes_shows_the_most_confused():
+    counts = 500 * np.eye(1000, dtype=int)
+    pairs = [(7 * number, 999 - number) for number in range(20)]  # 40 classes, each once
+    for number, (true, predicted) in enumerate(pairs):
+        counts[true, true], counts[predicted, predicted], counts[true, predicted] = 10, 10, 5 + number
+    names = [f"class {number}" for number in range(1000)]
+    figure = confusion(counts, names, "resnet20 on x: 99.94 % of 480,690 images")
+    (axes,) = figure.axes
+    shown = sorted(number for pair in pairs for number in pair)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [names[number] for number in shown]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [names[number] for number in shown]
+    shares = axes.images[0].get_array()
+    for true, predicted in pairs:
+        row, column = shown.index(true), shown.index(predicted)
+        assert shares[row, column] == pytest.approx(counts[true, predicted] / (10 + counts[true, predicted]))
+    assert axes.get_title() == (
+        "resnet20 on x: 99.94 % of 480,690 images\n"
+        "the 40 of 1,000 classes with the most mistakes (as true or predicted class)"
+    )
+    assert max(figure.get_size_inches()) <= 15
+
+
+def test_matrix_of_forty_classes_shows_all():
+    figure = confusion(np.eye(40, dtype=int), [str(number) for number in range(40)], "title")
+    assert figure.axes[0].images[0].get_array().shape == (40, 40)
+    assert figure.axes[0].get_title() == "title"
