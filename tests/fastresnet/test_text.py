@@ -1,5 +1,6 @@
 """Names of classes, files, runs and data sets that an outlet could take for something else, at every outlet."""
 
+import csv
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from fastresnet.commands.train import print_table
 from fastresnet.console import PlainConsole
 from fastresnet.evaluation import Predictions
 from fastresnet.plotting import confusion, curves, rendered
-from fastresnet.text import for_figure, for_terminal
+from fastresnet.text import for_csv, for_figure, for_terminal
 from pipelines.errors import DataError
 from pipelines.store import RawData, write_store
 
@@ -311,7 +312,7 @@ def test_missing_characters_come_from_another_font(tmp_path, monkeypatch):
     assert svg.count('xlink:href="#OnlyCat-') == 3
 
 
-# --- HTML ------------------------------------------------------------------------------------------
+# --- HTML, CSV and JSON ------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -346,6 +347,47 @@ def test_every_plot_of_the_run_is_drawn(run, trained, root, kind):
     assert_printable(out)
     with Image.open((trained / f"{kind}.png").open("rb")) as picture:
         assert picture.width < 4000
+
+
+def test_predictions_in_csv_and_json_name_every_file_and_class(run, trained, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    files = sorted(os.listdir())
+    weights = str(trained / "model.safetensors")
+    outputs = ("--csv", tmp_path / "p.csv", "--json", tmp_path / "p.json", "--saliency", tmp_path / "p.png")
+    code, _, err = run("predict", *outputs, f"--weights={weights}", "--top", len(CLASSES), "--", *files)
+    assert (code, err) == (0, "")
+    utf8 = {name: name.replace("\udce9", r"\udce9") for name in (*CLASSES, *files)}
+    controls = {"\x1b": r"\x1b", "\r": r"\r", "\x07": r"\x07", "\x9b": r"\x9b", "\t": r"\t", "\n": r"\n"}
+    cells = {
+        name: ("'" if name[0] in "=+-@" else "") + text.translate(str.maketrans(controls))
+        for name, text in utf8.items()
+    }
+    with open(tmp_path / "p.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    contents = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert contents["schema"] == 1
+    assert contents["model"] == "resnet20"
+    assert [row["image"] for row in contents["images"]] == [utf8[name] for name in files]
+    assert [row[0] for row in rows] == [cells[name] for name in files]
+    for row, image in zip(rows, contents["images"], strict=True):
+        classes = [each["class"] for each in image["classes"]]
+        assert sorted(classes) == sorted(utf8[name] for name in CLASSES)
+        assert row[1::2] == [cells[next(name for name in CLASSES if utf8[name] == text)] for text in classes]
+        likely = [each["probability"] for each in image["classes"]]
+        assert sum(likely) == pytest.approx(1, abs=1e-5)
+        assert likely == sorted(likely, reverse=True)
+        assert [float(cell) for cell in row[2::2]] == pytest.approx(likely, abs=1e-6)
+    assert len(header) == 1 + 2 * len(CLASSES)
+
+
+@pytest.mark.parametrize("name", ["=1", "+1", "-1", "@a", "＝1", "＋1", "－1", "＠a"])
+def test_csv_cells_that_begin_a_formula_are_defused(name):
+    assert for_csv(name) == f"'{name}"
+
+
+@pytest.mark.parametrize("name", ["a=1", "1-2", "", "'=1", "ship", "#x", "猫", "a\u3000b", "a\xa0b", "\u200fab"])
+def test_other_csv_cells_are_unchanged(name):
+    assert for_csv(name) == name
 
 
 # --- files of a run ----------------------------------------------------------------------------------------------
