@@ -58,7 +58,10 @@ def _figure(options: Options) -> Figure:
 
     if options.kind == "curves":
         runs = [read_run(folder) for folder in options.runs]
-        return curves({run.name: (run.rows, run.evaluated_on) for run in runs})
+        names = [run.name for run in runs]
+        return curves(
+            {run.name if names.count(run.name) == 1 else str(run.folder): (run.rows, run.evaluated_on) for run in runs}
+        )
 
     from fastresnet.evaluation import predict_test_set
 

@@ -286,6 +286,15 @@ def test_curves_of_one_run_have_its_name_as_title():
     assert r"$\foo{$ 猫\x1b".replace("猫", r"\u732b") in drawn(curves({"$\\foo{$ 猫\x1b": ([row], "test")}))
 
 
+def test_two_runs_of_one_name_are_both_drawn(run, trained, tmp_path):
+    for folder in ("a", "b"):
+        shutil.copytree(trained, tmp_path / folder / "run")
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        code, *_ = run("plot", tmp_path / "a/run", tmp_path / "b/run", "--out", tmp_path / "curves.svg")
+    assert code == 0
+    assert "".join(ElementTree.parse(tmp_path / "curves.svg").getroot().itertext()).count(", train (") == 2
+
+
 def test_missing_characters_come_from_another_font(tmp_path, monkeypatch):
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
