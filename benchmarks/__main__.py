@@ -102,7 +102,7 @@ def show(options: ShowOptions) -> None:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # entries of this benchmark only
         raise no_result(options.result) from None
     if options.markdown:
-        print(markdown, end="")
+        terminal.say(markdown.removesuffix("\n"))
     else:
         print_tables(tables, notes)
 

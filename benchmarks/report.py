@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from fastresnet.console import PlainConsole
 from pipelines.errors import UsageError
 from pipelines.files import write_json
 
@@ -109,11 +109,12 @@ def show_result(result: Result, chart: Path | None, *more: Table) -> None:
 
 def print_tables(tables: Sequence[Table], notes: Sequence[str]) -> None:
     """Print tables, and lines under them."""
-    console = Console()
+    console = PlainConsole()
     for table in tables:
-        console.print(table, "")
+        console.print_table(table)
+        console.print()
     for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 def title(result: Result) -> str:
@@ -221,6 +222,7 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
     from matplotlib.figure import Figure
 
     from fastresnet.plotting import save_figure
+    from fastresnet.text import for_figure
 
     rows = sorted(result["rows"], key=lambda row: row["images_per_s"])
     medians = [row["images_per_s"] for row in rows]
@@ -239,6 +241,6 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
         axes.set_xscale("log")
         axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
     axes.set_xlabel("images/s (median of the rounds; whiskers: lowest and highest)")
-    figure.suptitle(f"{heading}: {title(result)}", fontsize=10)
+    figure.suptitle(for_figure(f"{heading}: {title(result)}", 110), fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)

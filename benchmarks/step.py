@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from benchmarks import report
 from benchmarks.runner import BenchmarkOptions, Failures, OtherLoad
 from fastresnet import terminal
 from fastresnet.config import CAPTURED
+from fastresnet.console import PlainConsole
 from fastresnet.models import list_models
 from fastresnet.threads import settled_threads
 from pipelines.errors import RunError, UsageError, check_choice
@@ -194,7 +194,7 @@ def _preferred(value: Value, among: Sequence[Value]) -> Value:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """Show a bar on a terminal, drawn only between turns: a thread that draws would disturb them."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         yield lambda text: progress.update(task, description=text, advance=1, refresh=True)

@@ -23,9 +23,8 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     if `out` contains a run (unless `resume=True`). Raises `DataError` if the data set is missing or damaged. Raises
     `RunError` if loss or gradients are not finite or memory runs out.
     """
-    from rich.console import Console
-
     from fastresnet.config import from_dict
+    from fastresnet.console import PlainConsole
     from fastresnet.recipes import create_config
     from fastresnet.run_folder import read_run, run_path
     from fastresnet.training.loop import train as train_run
@@ -34,7 +33,7 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     base = create_config(recipe, settings.get("model"))
     config = from_dict(base.to_dict() | settings, "fastresnet.train")
     dataset = find_dataset(config.data, config.root)
-    train_run(config, dataset, Console(quiet=quiet))
+    train_run(config, dataset, PlainConsole(quiet=quiet))
     return read_run(run_path(config, dataset))
 
 

@@ -5,9 +5,10 @@ No pickle is involved, so opening a file can never run code from it. Any safeten
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastresnet.text import as_utf8
 from pipelines.errors import DataError
 from pipelines.files import write_bytes
 
@@ -64,7 +66,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     Raises `DataError` if the file is missing, damaged or not a safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except OSError as error:
@@ -80,6 +82,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if description.get("schema") != SCHEMA:
         raise DataError(f"{path} was written by another version (schema {description.get('schema')}).")
     return tensors, description
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[str]:
+    """Yield a name by which safetensors, which takes only UTF-8, can open `path`."""
+    if as_utf8(str(path)) == str(path):
+        yield str(path)
+        return
+    with open(path, "rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
+from fastresnet.text import for_figure
 from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
@@ -286,7 +287,8 @@ class Predictions:
     def _title(self, row: int) -> str:
         predicted = int(self.probabilities[row].argmax())
         share = 100 * self.probabilities[row, predicted]
-        return f"{self.classes[self.labels[row]]}\n{self.classes[predicted]} {share:.0f} %"
+        true, taken_for = (for_figure(self.classes[number], 20) for number in (self.labels[row], predicted))
+        return f"{true}\n{taken_for} {share:.0f} %"
 
 
 def predict_test_set(path: Path, data: str | None, root: Path | None, device: str) -> Predictions:

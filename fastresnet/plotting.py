@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fastresnet.text import font_family, for_figure
 from pipelines.files import write_bytes
 
+_SHOWN_CLASSES, _NUMBERED_CLASSES = 40, 20  # of a confusion matrix; the picture of 1,000 classes would take 38 GB
 _COLORS = {"train": "#4477aa", "test": "#ee6677", "val": "#228833"}
 
 
@@ -33,7 +37,7 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
         for split in ("train", evaluated_on):
             style = {**own, "linestyle": "--" if split == "train" else "-"} if several else {"color": _COLORS[split]}
             values = [row[f"{split}_accuracy"] for row in rows]
-            caption = f"{name}, {split}" if several else split
+            caption = f"{for_figure(name, 60)}, {split}" if several else split
             loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style, **markers)
             accuracy.plot(epochs, values, label=f"{caption} ({values[-1]:.2f} %)", **style, **markers)
         style = own if several else {"color": "#555555"}
@@ -52,7 +56,7 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
     else:
         loss.legend(frameon=False)
         accuracy.legend(frameon=False)
-        figure.suptitle(next(iter(runs)))
+        figure.suptitle(for_figure(next(iter(runs)), 100))
     return figure
 
 
@@ -62,22 +66,36 @@ def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Draw `counts` [classes, classes] of images by true class (rows) and predicted class (columns)."""
-    size = max(4.0, 0.6 * len(classes) + 2)
+    """Draw `counts` [classes, classes] of images by true class (rows) and predicted class (columns).
+
+    Of more than 40 classes, it shows those with the most mistakes. Colours are shares of all images of the true class.
+    """
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shown = _most_confused(counts)
+    size = max(4.0, 0.6 * min(len(shown), _NUMBERED_CLASSES) + 2)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*counts.shape):
-        if counts[row, column] and len(classes) <= 20:
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    axes.imshow(shares[np.ix_(shown, shown)], cmap="Blues", vmin=0, vmax=1)
+    for (row, true), (column, predicted) in itertools.product(enumerate(shown), repeat=2):
+        if counts[true, predicted] and len(shown) <= _NUMBERED_CLASSES:
+            color = "white" if shares[true, predicted] > 0.5 else "black"
+            axes.text(column, row, str(counts[true, predicted]), ha="center", va="center", color=color, fontsize=8)
+    names = [for_figure(classes[number]) for number in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(shown)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
+    title = for_figure(title, max(60, int(9 * size)))
+    if len(shown) < len(classes):
+        title += f"\nthe {len(shown)} of {len(classes):,} classes with the most mistakes (as true or predicted class)"
     axes.set_title(title, fontsize=10)
     return figure
+
+
+def _most_confused(counts: np.ndarray) -> np.ndarray:
+    """Return the numbers, in order, of the classes with the most mistakes as true or predicted class, 40 at most."""
+    mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    return np.sort(np.argsort(-mistakes, kind="stable")[:_SHOWN_CLASSES])
 
 
 def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
@@ -90,7 +108,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], title: str) -> Figure:
     for axes, image, text in zip(figure.axes, images, titles, strict=False):
         axes.imshow(image)
         axes.set_title(text, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(for_figure(title, 120), fontsize=10)
     return figure
 
 
@@ -117,9 +135,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def rendered(figure: Figure, kind: str) -> bytes:
     """Return the contents of a `png`, `svg` or `pdf` file."""
+    _use_other_fonts(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120)
     return buffer.getvalue()
+
+
+def _use_other_fonts(figure: Figure) -> None:
+    """Draw characters that the default font lacks with other installed fonts, which matplotlib does not look for."""
+    for text in figure.findobj(Text):
+        if others := sorted({family for character in text.get_text() if (family := font_family(character))}):
+            text.set_fontfamily([*text.get_fontfamily(), *others])
 
 
 def sweep(

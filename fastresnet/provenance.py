@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastresnet.text import as_utf8
 from pipelines import PACKAGES, __version__
 
 
@@ -47,7 +48,7 @@ def versions_of(*libraries: str) -> dict[str, str]:
 def _command() -> str:
     program = Path(sys.argv[0])
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
-    return f"{name} {shlex.join(sys.argv[1:])}"
+    return as_utf8(f"{name} {shlex.join(sys.argv[1:])}")
 
 
 def _cpu_name() -> str:

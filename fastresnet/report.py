@@ -15,6 +15,7 @@ from fastresnet.evaluation import Predictions
 from fastresnet.plotting import curves, rendered
 from fastresnet.recipes import changed_settings
 from fastresnet.run_folder import Run
+from fastresnet.text import for_terminal
 from fastresnet.training.loggers import format_duration
 
 _STYLE = """
@@ -56,12 +57,12 @@ def page(run: Run, predictions: Predictions) -> str:
         (f"{summary['images_per_s']:,.0f}", "images/s in training"),
         (format_duration(summary["train_seconds"]), "training"),
     ]
-    shown = "".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(text)}</span></div>' for b, text in tiles)
+    shown = "".join(f'<div class="tile"><b>{_html(b)}</b><span>{_html(text)}</span></div>' for b, text in tiles)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-<p class="muted">{escape(summary["environment"]["device"])}; started {escape(summary["environment"]["started"])}</p>
+<title>{_html(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{_html(title)}</h1>
+<p class="muted">{_html(summary["environment"]["device"])}; started {_html(summary["environment"]["started"])}</p>
 <div class="tiles">{shown}</div>
 <h2>Curves</h2>{_figure(curves({run.name: (run.rows, run.evaluated_on)}))}
 <h2>Confusion matrix</h2>{_figure(predictions.confusion(), "square")}
@@ -71,6 +72,10 @@ def page(run: Run, predictions: Predictions) -> str:
 <h2>Environment</h2>{_table(_environment(summary))}
 </body></html>
 """
+
+
+def _html(text: object) -> str:
+    return escape(for_terminal(str(text)))
 
 
 def _figure(figure: Figure, kind: str = "") -> str:
@@ -117,7 +122,7 @@ def _times(summary: dict[str, Any]) -> str:
 def _settings(config: TrainConfig) -> str:
     changed = changed_settings(config)
     note = "All as in the recipe." if not changed else f"Changed from the recipe: {', '.join(sorted(changed))}."
-    return f"<p>{escape(note)}</p>{_table(config.to_dict().items())}"
+    return f"<p>{_html(note)}</p>{_table(config.to_dict().items())}"
 
 
 def _environment(summary: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -127,5 +132,5 @@ def _environment(summary: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _table(lines: Iterable[tuple[str, Any]]) -> str:
-    cells = "".join(f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>" for name, value in lines)
+    cells = "".join(f"<tr><td>{_html(name)}</td><td>{_html(value)}</td></tr>" for name, value in lines)
     return f"<table>{cells}</table>"

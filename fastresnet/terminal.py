@@ -6,6 +6,7 @@ Slow imports are deferred until needed, so that `--help` is instant.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastresnet.text import for_terminal
 from pipelines.errors import Note, UsageError, UserError, check_word, literals
 
 if TYPE_CHECKING:
@@ -25,15 +27,16 @@ if TYPE_CHECKING:
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `command`; report an error that a user can fix as one line on stderr and the documented exit code."""
     prefix = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
+    _escape_what_stdout_cannot_encode()
     with _notes_on_stderr(), _exit_on_sigterm():
         try:
             return command([_with_home(argument) for argument in arguments])
         except UserError as error:
-            print(f"{prefix}: {error}", file=sys.stderr)
+            print(for_terminal(f"{prefix}: {error}"), file=sys.stderr)
             return error.exit_code
         except OSError as error:
             name = f" {error.filename}" if error.filename else ""
-            print(f"{prefix}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
+            print(for_terminal(f"{prefix}: cannot read or write{name}: {error.strerror or error}."), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"{prefix}: interrupted.", file=sys.stderr)
@@ -46,6 +49,12 @@ def _with_home(argument: str) -> str:
     if option.startswith("--") and assigned:
         return f"{option}={os.path.expanduser(value)}"
     return os.path.expanduser(argument)
+
+
+def _escape_what_stdout_cannot_encode() -> None:
+    """Print characters that the encoding of stdout lacks as escapes, as stderr does: others would be an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -89,7 +98,7 @@ def _notes_on_stderr() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
             if issubclass(category, Note):
-                print(f"fastresnet: note: {message}", file=sys.stderr)
+                print(for_terminal(f"fastresnet: note: {message}"), file=sys.stderr)
             else:
                 show_other(message, category, *rest, **named)
 
@@ -102,7 +111,20 @@ def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> 
     import tyro
 
     _check_words(options, arguments)
-    return tyro.cli(options, prog=f"fastresnet {command}", args=arguments, **settings)
+    with contextlib.nullcontext() if all(map(str.isprintable, arguments)) else _printable_output():
+        return tyro.cli(options, prog=f"fastresnet {command}", args=arguments, **settings)
+
+
+@contextlib.contextmanager
+def _printable_output() -> Iterator[None]:
+    """Print what the block writes at its end, as `for_terminal` returns it; tyro uses no colours then."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        print(for_terminal(out.getvalue()), end="")
+        print(for_terminal(err.getvalue()), end="", file=sys.stderr)
 
 
 def _check_words(options: type, arguments: list[str]) -> None:
@@ -130,10 +152,11 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
 @contextlib.contextmanager
 def progress_line() -> Iterator[Report]:
     """Show a progress bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    from fastresnet.console import PlainConsole
+
+    console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield lambda *_: None
         return
@@ -149,12 +172,19 @@ def progress_line() -> Iterator[Report]:
 
 
 def print_table(title: str, lines: Sequence[tuple[str, ...]], header: Sequence[str] = ("", "")) -> None:
-    from rich.console import Console
+    """Print a table of one line for each of `lines`, names to the left and figures to the right."""
     from rich.table import Table
+
+    from fastresnet.console import PlainConsole
 
     table = Table(title=title, show_header=any(header), title_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left")
     for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+        table.add_row(*(cell.replace("\n", r"\n") for cell in line))
+    PlainConsole().print_table(table)
+
+
+def say(text: object) -> None:
+    """Print `text`, which may contain names from outside, on stdout."""
+    print(for_terminal(str(text)))

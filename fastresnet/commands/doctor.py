@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastresnet.terminal import check_output, parse
 
-_MARKS = {"works": "[green]ok[/]", "missing": "[yellow]--[/]", "broken": "[red]!![/]"}
+_MARKS = {"works": ("ok", "green"), "missing": ("--", "yellow"), "broken": ("!!", "red")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,19 +26,21 @@ class Options:
 def run(arguments: list[str]) -> int:
     """Return 1 if something is broken; missing optional parts do not count."""
     options: Options = parse(Options, "doctor", arguments)
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
+    from fastresnet.console import PlainConsole
     from fastresnet.doctor import examine
+    from fastresnet.text import for_terminal
     from pipelines.files import write_json
 
     findings = examine(options.root)
     table = Table.grid(padding=(0, 1))
     for finding in findings:
-        remedy = f"\n[bold]{escape(finding.remedy)}[/]" if finding.remedy else ""
-        table.add_row(_MARKS[finding.state], finding.what, escape(finding.detail) + remedy)
-    Console(highlight=False).print(table)
+        remedy = f"\n{for_terminal(finding.remedy)}" if finding.remedy else ""
+        detail = Text.assemble(for_terminal(finding.detail), (remedy, "bold"))
+        table.add_row(Text(*_MARKS[finding.state]), finding.what, detail)
+    PlainConsole().print_table(table)
     if options.json is not None:
         contents = {"schema": 1, "findings": [dataclasses.asdict(finding) for finding in findings]}
         write_json(options.json, contents)

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 
 from fastresnet.config import Device, Precision
-from fastresnet.terminal import check_output, parse, print_table, progress_line
+from fastresnet.terminal import check_output, parse, print_table, progress_line, say
+from fastresnet.text import as_utf8
 from fastresnet.threads import Threads, check_threads
 from pipelines.errors import Note, UsageError
 
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
         normalization = "channel"
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
-        print(f"normalising with {dataset.name}'s own mean and std; --mean and --std override them")
+        say(f"normalising with {dataset.name}'s own mean and std; --mean and --std override them")
     trained_in = "fp32" if is_pretrained(options.weights) else training.get("precision", "fp32")
     if options.precision != "auto":
         precision: str = resolve_precision(options.precision, device)
@@ -111,7 +112,7 @@ def run(arguments: list[str]) -> int:
             "test_accuracy": result.accuracy,
             **({"test_accuracy_mirror": result.mirror_accuracy} if options.mirror else {}),
             "loss": result.loss,
-            "per_class": result.per_class,
+            "per_class": {as_utf8(name): accuracy for name, accuracy in result.per_class.items()},
             "images_per_s": result.images_per_s,
             "environment": measured_on,
         }

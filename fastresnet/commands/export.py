@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastresnet.terminal import check_output, parse
+from fastresnet.terminal import check_output, parse, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def run(arguments: list[str]) -> int:
     weights = load_weights(find_weights(options.weights), options.model)
     path = options.out or Path(f"{weights.name}{_SUFFIXES[options.format]}")
     difference = export(weights, path, options.format, normalize=options.normalize)
-    print(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")
-    print(f"images  [N, 3, 32, 32] in 0..1{'' if options.normalize else f', {_normalization(weights)}'}")
-    print(f"logits  [N, {weights.num_classes}]: {', '.join(weights.classes)}")
+    say(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")
+    say(f"images  [N, 3, 32, 32] in 0..1{'' if options.normalize else f', {_normalization(weights)}'}")
+    say(f"logits  [N, {weights.num_classes}]: {', '.join(weights.classes)}")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, parse
+from fastresnet.terminal import check_output, parse, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     path = options.out or folder / f"{options.kind}.png"
     save_figure(_figure(options), path)
-    print(path)
+    say(path)
     return 0
 
 
@@ -58,7 +58,10 @@ def _figure(options: Options) -> Figure:
 
     if options.kind == "curves":
         runs = [read_run(folder) for folder in options.runs]
-        return curves({run.name: (run.rows, run.evaluated_on) for run in runs})
+        names = [run.name for run in runs]
+        return curves(
+            {run.name if names.count(run.name) == 1 else str(run.folder): (run.rows, run.evaluated_on) for run in runs}
+        )
 
     from fastresnet.evaluation import predict_test_set
 

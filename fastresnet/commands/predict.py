@@ -6,20 +6,25 @@ import csv
 import dataclasses
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from fastresnet.config import Device
 from fastresnet.terminal import check_output, parse, print_table
+from fastresnet.text import as_utf8, for_csv, for_figure
 from fastresnet.threads import Threads, check_threads, settled_threads
 from pipelines.errors import DataError, UsageError
+from pipelines.files import write_bytes, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Prediction = tuple[str, list[tuple[str, float]]]
+"""Image file, and its most likely classes with their probabilities, the most likely first."""
+
 BATCH_SIZE = 256
-_SHOWN_LINES = 40  # lines of the table on a terminal; --csv writes all
+_SHOWN_LINES = 40  # of the table; --csv and --json write all
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,14 @@ class Options:
     """Number of CPU threads, or auto: the fastest in a few trial steps."""
     csv: Path | None = None
     """CSV file to write all predictions to."""
+    json: Path | None = None
+    """JSON file to write all predictions to."""
     saliency: Path | None = None
     """Figure to write (.png or .svg): the images, and the pixels on which the most likely class depends."""
 
     def __post_init__(self) -> None:
         check_output("--csv", self.csv)
+        check_output("--json", self.json)
         check_output("--saliency", self.saliency, (".png", ".svg"))
         check_threads(self.threads)
         if self.top < 1:
@@ -61,6 +69,7 @@ def run(arguments: list[str]) -> int:
 
     from fastresnet.device import resolve_device
     from fastresnet.pretrained import find_weights
+    from fastresnet.provenance import environment
     from fastresnet.weights import Normalized, load_weights
 
     device = resolve_device(options.device)
@@ -80,26 +89,30 @@ def run(arguments: list[str]) -> int:
             print(reason)
         parts = [network(batch.to(device)).softmax(1).cpu() for batch in batches]
     probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
-    lines = [
-        (str(file), *(f"{weights.classes[c]} {100 * p:.1f} %" for c, p in zip(indices, likely, strict=True)))
+    predictions: list[Prediction] = [
+        (str(file), [(weights.classes[c], p) for c, p in zip(indices, likely, strict=True)])
         for file, indices, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
     ]
+    lines = [(file, *(f"{name} {100 * p:.1f} %" for name, p in likely)) for file, likely in predictions]
     print_table(
         f"{weights.name} ({options.weights})",
         lines[:_SHOWN_LINES],
         header=("image", *(f"{n}." for n in range(1, len(lines[0])))),
     )
     if len(lines) > _SHOWN_LINES:
-        print(f"and {len(lines) - _SHOWN_LINES} more; --csv FILE writes all")
+        print(f"and {len(lines) - _SHOWN_LINES} more; --csv FILE or --json FILE writes all")
     if options.csv is not None:
-        _write_csv(options.csv, files, [[weights.classes[c] for c in row] for row in classes.tolist()], probabilities)
+        _write_csv(options.csv, predictions)
+    if options.json is not None:
+        described = {"model": weights.name, "weights": options.weights, "environment": environment(device)}
+        _write_json(options.json, described, predictions)
     if options.saliency is not None:
         from fastresnet.plotting import saliency_grid, save_figure
 
         shown = pixels[:16]
-        titles = [f"{Path(line[0]).name}\n{line[1]}" for line in lines]
+        titles = [f"{for_figure(Path(name).name)}\n{for_figure(line)}" for name, line, *_ in lines[: len(shown)]]
         saliency = _saliency(network, shown.to(device)).cpu()
-        save_figure(saliency_grid(shown, saliency, titles[:16]), options.saliency)
+        save_figure(saliency_grid(shown, saliency, titles), options.saliency)
     return 0
 
 
@@ -156,14 +169,19 @@ def _saliency(network: nn.Module, images: Tensor) -> Tensor:
     return gradient / gradient.amax((1, 2), keepdim=True).clamp_min(1e-12)
 
 
-def _write_csv(path: Path, files: list[Path], classes: list[list[str]], probabilities: Tensor) -> None:
-    from pipelines.files import write_bytes
-
+def _write_csv(path: Path, predictions: list[Prediction]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    ranks = range(1, probabilities.shape[1] + 1)
+    ranks = range(1, len(predictions[0][1]) + 1)
     writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
-    for file, names, values in zip(files, classes, probabilities.tolist(), strict=True):
-        pairs = zip(names, values, strict=True)
-        writer.writerow([file, *(cell for name, value in pairs for cell in (name, f"{value:.6f}"))])
+    for file, likely in predictions:
+        writer.writerow([for_csv(file), *(cell for name, p in likely for cell in (for_csv(name), f"{p:.6f}"))])
     write_bytes(path, text.getvalue().encode())
+
+
+def _write_json(path: Path, described: dict[str, Any], predictions: list[Prediction]) -> None:
+    images = [
+        {"image": as_utf8(file), "classes": [{"class": as_utf8(name), "probability": p} for name, p in likely]}
+        for file, likely in predictions
+    ]
+    write_json(path, {"schema": 1, **described, "images": images})

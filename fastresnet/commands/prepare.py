@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from fastresnet.terminal import parse, progress_line
+from fastresnet.terminal import parse, progress_line, say
 from pipelines.errors import Note, UsageError
 from pipelines.formats import Subsampling
 
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
             jpeg=JpegSettings(quality=options.jpeg_quality, subsampling=options.jpeg_subsampling),
         )
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images, {len(dataset.classes)} classes"
-    print(f"{dataset.name}: {counts}, {'prepared' if made else 'already prepared,'} and verified in {dataset.folder}")
+    say(f"{dataset.name}: {counts}, {'prepared' if made else 'already prepared,'} and verified in {dataset.folder}")
     if "jpeg" in formats:
         print(
             f"JPEG against the original training images: {facts_text(read_manifest(dataset, 'jpeg')['facts']['train'])}"

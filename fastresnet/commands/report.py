@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, parse
+from fastresnet.terminal import check_output, parse, say
 from pipelines.errors import DataError
 
 
@@ -44,5 +44,5 @@ def run(arguments: list[str]) -> int:
     predictions = predict_test_set(options.run / "model.safetensors", options.data, options.root, options.device)
     path = options.out or options.run / "report.html"
     write_bytes(path, page(finished, predictions).encode())
-    print(path)
+    say(path)
     return 0

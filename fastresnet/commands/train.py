@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastresnet.config import TrainConfig
-from fastresnet.terminal import check_output, parse, print_table, progress_line
+from fastresnet.terminal import check_output, parse, print_table, progress_line, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
     options = _parse(arguments)
     config = TrainConfig(**_settings(options))
     if options.print_config:
-        print(config.to_toml(), end="")
+        say(config.to_toml().removesuffix("\n"))
         return 0
     if options.dry_run:
         return _dry_run(config)
@@ -70,8 +70,7 @@ def run(arguments: list[str]) -> int:
     if options.seeds is not None:
         return _train_seeds(config, options.seeds, options.per_gpu, arguments)
 
-    from rich.console import Console
-
+    from fastresnet.console import PlainConsole
     from fastresnet.distributed import world_of_torchrun
     from fastresnet.training.loop import train
 
@@ -79,7 +78,7 @@ def run(arguments: list[str]) -> int:
     dataset = _find_dataset(config)
     spent = {"import": imported - began, "data": time.perf_counter() - imported}
     main = world_of_torchrun().is_main
-    summary = train(config, dataset, Console(quiet=not main), spent)
+    summary = train(config, dataset, PlainConsole(quiet=not main), spent)
     if main:
         print_table("result", _summary_lines(summary))
     return 0
@@ -118,15 +117,14 @@ def _parse(arguments: list[str]) -> Options:
 
 
 def _dry_run(config: TrainConfig) -> int:
-    from rich.console import Console
-
+    from fastresnet.console import PlainConsole
     from fastresnet.models import create_model
     from fastresnet.models.summary import layers
     from fastresnet.training.loggers import format_duration
     from fastresnet.training.trials import dry_run
 
     dataset = _find_dataset(config)
-    expected = dry_run(config, dataset, Console())
+    expected = dry_run(config, dataset, PlainConsole())
     found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
     train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
     print_table(
@@ -164,7 +162,7 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
             ("recipe default", f"{create_config(config.recipe, config.model).lr:g}"),
         ],
     )
-    print(picture)
+    say(picture)
     return 0
 
 
@@ -195,7 +193,7 @@ def _train_seeds(config: TrainConfig, text: str, per_gpu: int, arguments: list[s
     each = "one" if per_gpu == 1 else f"up to {per_gpu}"
     at_once = min(len(seeds), gpus * per_gpu)
     where = f"{at_once} in parallel, {each} on each GPU" if gpus else "one after the other, on the CPU"
-    print(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
+    say(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
         _seed_lines(train_seeds(arguments, folders, gpus, per_gpu)),

@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from fastresnet.config import TrainConfig
+from fastresnet.console import PlainConsole
 from fastresnet.run_folder import Row
+from fastresnet.text import as_utf8, for_terminal
 from pipelines.errors import UsageError
 
 
@@ -52,13 +53,13 @@ _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflo
 
 
 def create_loggers(
-    config: TrainConfig, folder: Path, console: Console, total_steps: int, start_step: int
+    config: TrainConfig, folder: Path, console: PlainConsole, total_steps: int, start_step: int
 ) -> Iterator[Logger]:
     """Create the loggers that `config` requests, and a progress bar on a terminal, or else plain lines.
 
     Raises `UsageError` if a library is missing or has no destination. The caller must close the loggers yielded before.
     """
-    _check_libraries(config)
+    _check_libraries(config, folder)
     if config.mlflow:
         yield MlflowLogger(config, folder)
     if config.wandb:
@@ -68,11 +69,16 @@ def create_loggers(
     yield TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps)
 
 
-def _check_libraries(config: TrainConfig) -> None:
+def _check_libraries(config: TrainConfig, folder: Path) -> None:
     for option, library in _LIBRARIES.items():
+        if not getattr(config, option):
+            continue
+        if as_utf8(name := str(folder.absolute())) != name:
+            raise UsageError(
+                f"--{option} takes no run folder whose name is not UTF-8: {name}. Give another with --out."
+            )
         try:
-            if getattr(config, option):
-                importlib.import_module(library)
+            importlib.import_module(library)
         except ImportError:
             raise UsageError(f"--{option} needs an extra: pip install 'fastresnet[{option}]'") from None
 
@@ -80,7 +86,7 @@ def _check_libraries(config: TrainConfig) -> None:
 class TerminalLogger(Logger):
     """Live bar over the whole run, and a line for every epoch above it."""
 
-    def __init__(self, console: Console, total_steps: int) -> None:
+    def __init__(self, console: PlainConsole, total_steps: int) -> None:
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -100,7 +106,7 @@ class TerminalLogger(Logger):
 
     def epoch(self, row: Row, status: Status) -> None:
         self.status(status)
-        self._progress.console.print(epoch_line(row, status), highlight=False)
+        self._progress.console.print(epoch_line(row, status))
 
     def close(self) -> None:
         self._progress.stop()
@@ -111,7 +117,7 @@ class PlainLogger(Logger):
 
     interval_s = 30.0
 
-    def __init__(self, console: Console, total_steps: int) -> None:
+    def __init__(self, console: PlainConsole, total_steps: int) -> None:
         self._console, self._total_steps = console, total_steps
         self._last = time.monotonic()
 
@@ -128,7 +134,7 @@ class PlainLogger(Logger):
 
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 class TensorBoardLogger(Logger):
@@ -159,7 +165,7 @@ class WandbLogger(Logger):
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fastresnet"),
-                name=folder.absolute().name,
+                name=for_terminal(folder.absolute().name),
                 id=_identity(folder),
                 resume="allow",
                 dir=str(folder),
@@ -202,7 +208,7 @@ class MlflowLogger(Logger):
         if existing:
             mlflow.start_run(run_id=existing[0].info.run_id)
         else:
-            mlflow.start_run(run_name=folder.absolute().name, tags={"fastresnet": identity})
+            mlflow.start_run(run_name=for_terminal(folder.absolute().name), tags={"fastresnet": identity})
             mlflow.log_params(config.to_dict())
 
     def epoch(self, row: Row, status: Status) -> None:

@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from fastresnet.config import CAPTURED, COMPILE, TrainConfig
+from fastresnet.console import PlainConsole
 from fastresnet.device import (
     DTYPES,
     explained_failures,
@@ -66,7 +66,7 @@ class StoppedError(UserError):
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, console: Console, spent: dict[str, float] | None = None
+    config: TrainConfig, dataset: Dataset, console: PlainConsole, spent: dict[str, float] | None = None
 ) -> dict[str, Any]:
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
@@ -74,7 +74,7 @@ def train(
     `RunError` if loss or gradients are not finite or memory runs out. Raises `UsageError` if the config does not match
     the machine or the run folder.
     """
-    clock, log = Stopwatch(spent), functools.partial(console.print, highlight=False, soft_wrap=True)
+    clock, log = Stopwatch(spent), functools.partial(console.print, soft_wrap=True)
     device, main = resolve_device(config.device), world_of_torchrun().is_main
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from fastresnet.config import TrainConfig
+from fastresnet.console import PlainConsole
 from fastresnet.device import explained_failures, resolve_device, synchronize
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import evaluate
@@ -52,13 +52,13 @@ def _prepared(
         yield config, execution, step, pipeline, evaluated
 
 
-def dry_run(config: TrainConfig, dataset: Dataset, console: Console) -> dict[str, float]:
+def dry_run(config: TrainConfig, dataset: Dataset, console: PlainConsole) -> dict[str, float]:
     """Take some steps of the run that `config` describes, write nothing, and return its expected cost.
 
     It has `train_seconds`, `evaluation_seconds` and `memory_bytes` (of the GPU, or of this process). Raises the same
     errors as `loop.train`.
     """
-    log = functools.partial(console.print, highlight=False, soft_wrap=True)
+    log = functools.partial(console.print, soft_wrap=True)
     with _prepared(config, dataset, log) as (config, execution, step, pipeline, evaluated):
         device = torch.device(config.device)
 

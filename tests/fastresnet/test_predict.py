@@ -84,6 +84,7 @@ def test_folder_is_searched_for_images_with_notes(run, images, tmp_path):
         (["{images}", "--weights", "nothing.pt"], 3, "nothing.pt is not a readable file"),
         (["{images}", "--top", "0"], 2, "--top 0"),
         (["{images}", "--csv", "no/folder.csv"], 2, "there is no folder no"),
+        (["{images}", "--json", "no/folder.json"], 2, "there is no folder no"),
         (["{images}", "--saliency", "picture"], 2, "ends in .png or .svg"),
         (["{images}", "--device", "tpu"], 2, "unknown device"),
     ],
