@@ -13,7 +13,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,8 +42,8 @@ _DTYPES = {
 _DATA = re.compile(
     r"(numpy|datetime|pathlib|collections|decimal|fractions|uuid|omegaconf|addict|easydict|yacs|mmcv|mmengine"
     r"|lightning|lightning_fabric|pytorch_lightning)\..*"
-    r"|argparse\.Namespace|types\.SimpleNamespace|_codecs\.encode|copy_?reg\._reconstructor"
-    r"|(builtins|__builtin__)\.(object|dict|list|tuple|set|frozenset|bytearray|complex|slice|range|getattr)"
+    r"|argparse\.Namespace|types\.SimpleNamespace|_codecs\.encode|copyreg\._reconstructor"
+    r"|builtins\.(object|dict|list|tuple|set|frozenset|bytearray|complex|slice|range|getattr)"
     r"|torch\.(Size|device|Generator|\w*Tensor|\w+_format|channels_last\w*|((cuda|storage)\.)?\w*Storage"
     r"|_utils\._rebuild_\w+|_tensor\._rebuild_\w+|serialization\._get_layout|torch_version\.TorchVersion)"
 )
@@ -131,7 +132,7 @@ class _Unpickler(_Python):
         if bytes([code])
         not in (
             *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.DICT),
-            *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.NEWOBJ_EX),
+            *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.NEWOBJ_EX),
         )
     }
 
@@ -140,6 +141,8 @@ class _Unpickler(_Python):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if self.proto < 3:  # with Python 2's names
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if full in _TORCH:
             return _TORCH[full]
@@ -201,6 +204,7 @@ class _Unpickler(_Python):
 
     dispatch.update(
         {
+            pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
             pickle.REDUCE[0]: load_reduce,
             pickle.NEWOBJ[0]: load_newobj,
             pickle.BUILD[0]: load_build,
@@ -311,8 +315,9 @@ def _values(described: _Described | Tensor, read: Callable[[_Storage], Tensor]) 
 _STEM, _CLASSIFIERS = "conv1.weight", ("fc.weight", "linear.weight")
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _RENAMED = ((re.compile(r"^linear\."), "fc."), (re.compile(r"\.shortcut\."), ".downsample."))
-_AVERAGED = re.compile(r"(?<![a-z])ema|ema(?![a-z])|averag|swa|shadow", re.IGNORECASE)
+_AVERAGED = re.compile(r"(?<![a-z])ema|averag|swa|shadow", re.IGNORECASE)
 _MOST_NETWORKS = 16
+_CONTAINERS = (dict, list, tuple, _Inert)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -376,14 +381,20 @@ def _mappings(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     waiting = [("", content)]
     while waiting:
         place, value = waiting.pop()
-        if id(value) in seen or not isinstance(value, dict | list | tuple | _Inert):
+        if id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, dict):
-            tensors = {_WRAPPED.sub("", key): item for key, item in value.items() if _is_tensor(key, item)}
-            if tensors:
-                yield place, tensors
-        waiting += reversed([(f"{place}.{key}".strip(".")[:200], item) for key, item in _parts(value)])
+        if isinstance(value, dict) and (tensors := _tensors(value)):
+            yield place, tensors
+        waiting += [(_within(place, key), item) for key, item in _parts(value) if isinstance(item, _CONTAINERS)]
+
+
+def _within(place: str, key: Any) -> str:
+    return f"{place}.{key[:60]}".strip(".")[-200:] if isinstance(key, str) else place
+
+
+def _tensors(mapping: dict[Any, Any]) -> dict[str, Any]:
+    return {_WRAPPED.sub("", key): value for key, value in mapping.items() if _is_tensor(key, value)}
 
 
 def _is_tensor(key: Any, value: Any) -> bool:
@@ -393,14 +404,15 @@ def _is_tensor(key: Any, value: Any) -> bool:
     return len(size) > 0 or key.endswith(("num_batches_tracked", "n_averaged"))
 
 
-def _parts(value: Any) -> list[tuple[Any, Any]]:
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the parts of a container and their keys, in the reverse order: the last on a stack is taken first."""
     if isinstance(value, dict):
-        return list(value.items())
+        return reversed(value.items())
     if isinstance(value, _Inert):
-        return [("", part) for part in (value.entries, *value.parts)]
+        return [(None, part) for part in (*reversed(value.parts), value.entries)]
     if value and all(map(_is_pair, value)):  # Python 2 wrote an OrderedDict as a list of pairs
-        return [("", dict(value))]
-    return list(enumerate(value))
+        return [(None, dict(value))]
+    return [(None, part) for part in reversed(value)]
 
 
 def _is_pair(value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -154,16 +154,11 @@ def _names(facts: dict[str, Any], num_classes: int) -> tuple[tuple[str, ...], bo
     """Return the names of the classes, and True if they are known."""
     given, config = facts.get("classes"), facts.get("config")
     if isinstance(given, list) and len(given) == num_classes and all(isinstance(name, str) for name in given):
-        return tuple(given), has_names(given)
+        return tuple(given), True
     is_cifar10 = num_classes == len(CIFAR10_CLASSES)
     if is_cifar10 and (config is None or config["data"] == CIFAR10):
         return CIFAR10_CLASSES, config is not None
     return tuple(map(str, range(num_classes))), False
-
-
-def has_names(classes: Iterable[str]) -> bool:
-    """Return False if all of `classes` are numbers, which name nothing."""
-    return not all(name.strip().isdecimal() for name in classes)
 
 
 def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
