@@ -129,6 +129,13 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
     )
 
 
+def note_missing_names(weights: Weights, given: object) -> None:
+    """Say in a `Note` which names are shown for the classes of `weights`, loaded from `given`, if it has none."""
+    if not weights.named:
+        shown = "CIFAR-10's are assumed" if weights.classes == CIFAR10_CLASSES else "their numbers are shown"
+        warnings.warn(f"{given} does not name its classes: {shown}", Note, stacklevel=2)
+
+
 # --- descriptions of this program ---------------------------------------------------------------------------------
 
 
