@@ -105,7 +105,8 @@ def _describe_text(head: bytes) -> str | None:
         return None
     if '"weight_map"' in text:
         return "only the index of weights in several files: load these, and save all tensors in one file"
-    kind = "a JSON file" if text.lstrip().startswith(("{", "[")) else f"text that begins {text.strip()[:30]!r}"
+    line = text.strip().partition("\n")[0]
+    kind = "a JSON file" if line.startswith(("{", "[")) else f"text that begins {line[:30]!r}"
     return f"{kind}: fetch it again, or give another file"
 
 

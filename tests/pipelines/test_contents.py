@@ -1,4 +1,4 @@
-"""Recognition of files by content: files written byte by byte in their formats, and by the libraries that write them."""
+"""Recognition of files by content: files written byte by byte, or by the libraries that write them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def field(number: int, content: bytes) -> bytes:
 GRAPH = field(7, field(1, field(4, b"Relu")) + field(2, b"main"))
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 INDEX = json.dumps({"metadata": {"total_size": 9}, "weight_map": {"fc.weight": "model-00001-of-00002.safetensors"}})
-SAFETENSORS = struct.pack("<Q", 60) + b'{"fc.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(60) + bytes(4)
+SAFETENSORS = struct.pack("<Q", 62) + b'{"fc.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4)
 CHECKPOINT = saved(lambda file: torch.save({f"layer{i}.weight": torch.zeros(1) for i in range(700)}, file))
 MATLAB = b"MATLAB %s MAT-file, Platform: GLNXA64, Created on: Mon Jan  1 00:00:00 2024".ljust(130)
 
@@ -56,11 +56,12 @@ FOR_BOTH = {
     "LFS pointer": (POINTER, "is a Git LFS pointer, not the file itself: run git lfs pull"),
     "HTML": (b"\n<!DOCTYPE html>\n<html lang='en'><title>Sign in</title></html>", "is an HTML page"),
     "HTML with a byte order mark": (b"\xef\xbb\xbf<HTML><body>No</body></HTML>", "is an HTML page"),
-    "XML of a storage service": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is an XML document"),
+    "XML of a storage service": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is an XML document"),
     "index": (INDEX.encode(), "is only the index of weights in several files"),
     "JSON": (b' {"error": "gated"}', "is a JSON file"),
     "JSON, cut within a character": (b'["' + "é".encode() * 40_000 + b'"]', "is a JSON file"),
-    "text": (b"404: Not Found", "is text that begins '404: Not Found'"),
+    "text": (b"404: Not Found\n\nLine 2", "is text that begins '404: Not Found': fetch"),
+    "blank text": (b" \n\t\n", "is text that begins '': fetch"),
     "7z": (b"7z\xbc\xaf'\x1c\x00\x04" + bytes(30), "is a 7z archive: unpack it"),
     "RAR": (b"Rar!\x1a\x07\x01\x00" + bytes(30), "is a RAR archive: unpack it"),
     "Zstandard": (b"\x28\xb5\x2f\xfd\x04\x00\x09\x00\x00a", "is compressed with Zstandard: unpack it"),
