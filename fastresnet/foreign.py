@@ -235,7 +235,7 @@ def read_network(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             content, read = _open_zip(file, path) if file.read(2) == b"PK" else _open_legacy(path.read_bytes())
             return {name: _values(tensor, read) for name, tensor in select_network(content, path).items()}
-    except DataError:
+    except (DataError, Note):
         raise
     except _Refused as error:
         raise DataError(
@@ -337,7 +337,7 @@ class _Network:
 
     @property
     def averaged(self) -> bool:
-        return _AVERAGED.search(self.place) is not None or "n_averaged" in self.others
+        return _AVERAGED.search(self.place) is not None or any(name.endswith("n_averaged") for name in self.others)
 
     @property
     def complete(self) -> bool:
@@ -362,7 +362,7 @@ def select_network(content: Any, path: Path) -> dict[str, Any]:
         same = [network for network in networks if network.complete and network.size == chosen.size]
         reason = "the largest" if len(same) == 1 else "averaged weights" if chosen.averaged else "the first"
         warnings.warn(f"{path} has several networks ({_some(places)}): {chosen.place!r} is taken, {reason}", Note, 4)
-    if others := [name for name in chosen.others if name != "n_averaged"]:
+    if others := [name for name in chosen.others if not name.endswith("n_averaged")]:
         warnings.warn(f"{path}: tensors beside the network are ignored: {_some(others)}", Note, 4)
     return chosen.state
 
@@ -431,9 +431,9 @@ def _networks(place: str, state: dict[str, Any], path: Path) -> Iterator[_Networ
     for prefix in prefixes:
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         others = tuple(name for name in state if not any(map(name.startswith, prefixes)))
-        yield _Network(
-            f"{place}.{prefix}".strip("."), {_renamed(name): value for name, value in inside.items()}, others
-        )
+        renamed = {_renamed(name): value for name, value in inside.items()}
+        distinct = len(renamed) == len(inside)  # else another network, with both names
+        yield _Network(f"{place}.{prefix}".strip("."), renamed if distinct else inside, others)
 
 
 def _renamed(name: str) -> str:

@@ -188,6 +188,20 @@ def test_moments_kept_by_name_are_not_taken_for_a_network(tmp_path):
     assert notes(path) == []
 
 
+def test_names_that_would_become_the_same_are_kept(tmp_path):
+    state = {**network().state_dict(), "linear.weight": torch.zeros(10, 64), "linear.bias": torch.zeros(10)}
+    torch.save(state, tmp_path / "w.pt")
+    assert_refused(tmp_path / "w.pt", "linear.weight is unknown; linear.bias is unknown")
+
+
+def test_notes_stay_notes_where_warnings_are_errors(tmp_path):
+    torch.save({"a": network().state_dict(), "b": network().state_dict()}, tmp_path / "w.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Note, match="several networks"):
+            load_weights(tmp_path / "w.pt")
+
+
 def test_very_many_networks_are_refused(tmp_path):
     state = {f"{n}.{key}.weight": torch.zeros(1) for n in range(2000) for key in ("conv1", "fc")}
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
