@@ -357,7 +357,7 @@ def select_network(content: Any, path: Path) -> dict[str, Any]:
         if not mappings:
             raise DataError(f"{path} contains no state dict: expected a mapping of names to tensors, in any wrapper.")
         return max((state for _, state in mappings), key=len)
-    chosen = max(networks, key=lambda network: (network.complete, network.size, network.averaged))
+    chosen = max(networks, key=lambda network: (network.size, network.averaged))
     if len(places := [network.place for network in networks if network.complete]) > 1:
         same = [network for network in networks if network.complete and network.size == chosen.size]
         reason = "the largest" if len(same) == 1 else "averaged weights" if chosen.averaged else "the first"

@@ -51,6 +51,7 @@ def assert_refused(path, message=""):
     with pytest.raises(DataError) as caught:
         load_weights(path)
     assert str(path) in str(caught.value)
+    assert "MemoryError" not in str(caught.value)
     assert re.search(message, str(caught.value))
     assert len(str(caught.value)) < 700
 
@@ -429,6 +430,14 @@ def test_hostile_programs_are_valid_pickles():
     """Those that should be, are: a typing error would be refused too."""
     for name in (name for name in HOSTILE if not re.search("claim|bytearray opcode", name)):
         list(pickletools.genops(b"\x80\x02" + HOSTILE[name] + b"."))
+
+
+def test_a_tensor_of_one_value_that_claims_many_classes_is_refused(tmp_path):
+    state = {**network().state_dict(), "fc.weight": torch.zeros(1, 1).expand(1 << 22, 64)}
+    state["fc.bias"] = torch.zeros(1).expand(1 << 22)
+    torch.save(state, tmp_path / "w.pt")
+    assert (tmp_path / "w.pt").stat().st_size < 2 << 20
+    assert_refused(tmp_path / "w.pt", r"\(4194304, 64\) claims more values than it has")
 
 
 @pytest.mark.parametrize("claim", [-1, 1 << 40, (1 << 63) - 1])
