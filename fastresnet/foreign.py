@@ -41,13 +41,13 @@ _DTYPES = {
 
 _DATA = re.compile(
     r"(numpy|datetime|pathlib|collections|decimal|fractions|uuid|omegaconf|addict|easydict|yacs|mmcv|mmengine"
-    r"|lightning|lightning_fabric|pytorch_lightning)\..*"
+    r"|lightning|lightning_fabric|pytorch_lightning|typing)\..*"
     r"|argparse\.Namespace|types\.SimpleNamespace|_codecs\.encode|copyreg\._reconstructor"
-    r"|builtins\.(object|dict|list|tuple|set|frozenset|bytearray|complex|slice|range|getattr)"
+    r"|builtins\.(object|bool|int|float|complex|str|bytes|bytearray|dict|list|tuple|set|frozenset|slice|range|getattr)"
     r"|torch\.(Size|device|Generator|\w*Tensor|\w+_format|channels_last\w*|((cuda|storage)\.)?\w*Storage"
     r"|_utils\._rebuild_\w+|_tensor\._rebuild_\w+|serialization\._get_layout|torch_version\.TorchVersion)"
 )
-"""Names of data, which checkpoints have beside tensors."""
+"""Names of data, which checkpoints have beside tensors: those of Python, NumPy, and libraries of configurations."""
 
 _MOST_ARGUMENTS = 16
 

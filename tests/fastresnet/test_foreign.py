@@ -16,6 +16,7 @@ import types
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,6 +238,8 @@ OBJECTS = {
     "parameter": nn.Parameter(torch.zeros(2)),
     "sparse": torch.eye(3).to_sparse(),
     "large int": 10**40,
+    "types": [int, str, dict, Any],
+    "method": collections.Counter.most_common,
 }
 
 
