@@ -152,7 +152,7 @@ class _Unpickler(_Python):
             return dtype
         if _DATA.fullmatch(full):
             return _Inert
-        raise _Refused(full)
+        raise _Refused(full[:100])
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, _, _, *view = pid
@@ -243,7 +243,7 @@ def read_network(path: Path) -> dict[str, Tensor]:
             "and load that."
         ) from None
     except Exception as error:  # noqa: BLE001  a damaged pickle can raise nearly anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
         raise DataError(f"{path} is damaged or not a file of torch.save: {reason}.") from None
 
 

@@ -95,8 +95,8 @@ class Normalized(nn.Module):
 def load_weights(path: Path, model: str | None = None) -> Weights:
     """Load a network from `path`; `model` overrides the name read from the file or inferred from names and shapes.
 
-    Nothing in a file runs. Raises `DataError` if the file is missing, damaged or of another kind, fits no network or
-    several, or has values with which no network can compute; `UsageError` on an unknown `model`.
+    Nothing in a file runs. Raises `DataError` if the file is missing, damaged or of another kind, fits no network, or
+    has values with which no network can compute; `UsageError` on an unknown `model`.
     """
     if model is not None:
         check_choice("model", model, list_models())
@@ -248,7 +248,7 @@ def _infer(
         which = f"{name} with shortcut {shortcut}" if MODELS[name].uses_shortcut else name
         several = len({model for model, _ in candidates}) > 1
         match = f"matches no known network; the nearest is {which}, but" if several else f"does not match {which}:"
-        raise DataError(f"{path} {match} {'; '.join(some[:3])}{more}.")
+        raise DataError(f"{path} {match} {'; '.join(text[:120] for text in some[:3])}{more}.")
     if len(fitting) > 1:
         (name, _), *others = fitting
         also = ", ".join(f"--model {other}" for other, _ in others)

@@ -501,6 +501,7 @@ def test_networks_of_the_same_shapes_are_named(tmp_path):
     ("change", "message"),
     [
         ({"fc.bias": None}, "nearest is resnet20 with shortcut B, but fc.bias is missing"),
+        ({10_000 * "x": torch.zeros(1)}, "nearest is resnet20 with shortcut B, but xxx"),
         ({"head.x": torch.zeros(1)}, "nearest is resnet20 with shortcut B, but head.x is unknown"),
         ({"conv1.weight": torch.zeros(16, 3, 7, 7)}, r"conv1.weight is \(16, 3, 7, 7\), not \(16, 3, 3, 3\)"),
     ],
