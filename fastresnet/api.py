@@ -51,17 +51,18 @@ def evaluate(
     """Measure accuracy and loss on the test set of `data`: top-1 in percent, cross-entropy in nats.
 
     `weights` is a network, a file as for `fastresnet eval`, or `pretrained:NAME`. A network maps images [N, 3, 32, 32]
-    to logits [N, classes]; `normalization` is that of its images: `half`, `channel` or `pixel` (see
-    `pipelines.Augmentation`). Files contain theirs. `data` is by default that of their training, else cifar10.
-    `threads` is the number of CPU threads; for a file, `auto` is the fastest in trial steps. `mirror` adds the accuracy
-    with horizontal-flip TTA. Raises `UsageError` on invalid arguments, `DataError` if a file or the data set is
-    missing, damaged or does not match.
+    to logits [N, classes], in the order of the data set's classes; its modules keep their training mode.
+    `normalization` is that of its images: `half`, `channel` or `pixel` (see `pipelines.Augmentation`). Files contain
+    theirs, and their classes are matched by name. `data` is by default that of their training, else cifar10. `threads`
+    is the number of CPU threads; for a file, `auto` is the fastest in trial steps. `mirror` adds the accuracy with
+    horizontal-flip TTA. Raises `UsageError` on invalid arguments and on a network with other outputs, `DataError` if a
+    file or the data set is missing, damaged or does not match, `RunError` if logits are not finite.
     """
     import torch
 
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
-    from fastresnet.evaluation import evaluation_threads, find_dataset_for, open_evaluation
+    from fastresnet.evaluation import evaluation_threads, find_dataset_for, open_evaluation, unchanged_modes
     from fastresnet.pretrained import find_weights
     from fastresnet.threads import check_threads
     from fastresnet.weights import load_weights
@@ -69,8 +70,7 @@ def evaluate(
 
     check_threads(threads)
     if isinstance(weights, str | Path):
-        loaded = load_weights(find_weights(weights))
-        dataset = find_dataset_for(loaded, weights, data, root)
+        loaded, dataset = find_dataset_for(load_weights(find_weights(weights)), weights, data, root)
         network = loaded.model
         normalization = loaded.normalization if loaded.training else normalization
     else:
@@ -81,5 +81,9 @@ def evaluate(
     precision = resolve_precision(precision, on)
     pipeline = open_evaluation(dataset, normalization, precision, on)
     network = network.to(on)
-    with contextlib.closing(pipeline), evaluation_threads(threads, network, pipeline, precision=precision, device=on):
+    with (
+        contextlib.closing(pipeline),
+        unchanged_modes(network),
+        evaluation_threads(threads, network, pipeline, precision=precision, device=on),
+    ):
         return evaluate_network(network, pipeline, dataset.classes, precision=precision, device=on, mirror=mirror)

@@ -78,9 +78,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     text = metadata.get(_DESCRIPTION, "")
     if metadata.get(_DIGEST) != _digest(tensors, text):
         raise DataError(f"{path} is damaged: its contents do not match their SHA-256.")
-    description = json.loads(text)
-    if description.get("schema") != SCHEMA:
-        raise DataError(f"{path} was written by another version (schema {description.get('schema')}).")
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError):
+        description = None
+    schema = description.get("schema") if isinstance(description, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{path} was written by another version (schema {schema!r}).")
     return tensors, description
 
 

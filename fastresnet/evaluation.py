@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import re
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,7 @@ from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import GatheringPipeline, Pipeline
-from pipelines.errors import DataError
+from pipelines.errors import DataError, Note, RunError, UsageError
 from pipelines.prepare import find_dataset
 from pipelines.sampling import NormalizationMode
 from pipelines.sources import Report
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_MISTAKES = 24
+_LISTED_NAMES = 12  # in messages
 
 BATCH_SIZE = 1000
 """Images per evaluation batch, less where the split is smaller; the result does not depend on it."""
@@ -53,16 +57,100 @@ class Evaluation:
 
 def find_dataset_for(
     weights: Weights, given: object, data: str | None, root: Path | None, report: Report = lambda *_: None
-) -> Dataset:
-    """Find the data set on which to evaluate `weights`, loaded from `given`.
+) -> tuple[Weights, Dataset]:
+    """Find the data set on which to evaluate `weights`, loaded from `given`; return both, with the same classes.
 
     It is `data`, else the one of their training, else cifar10. It is normalised with the constants of their training
-    if these are known. Raises `DataError` if it has another number of classes.
+    if these are known. The network's outputs are in the order of its classes, matched by name. Raises `DataError` if
+    it has other classes.
     """
     dataset = find_dataset(data or (weights.training or {}).get("data", CIFAR10), root, report)
-    if weights.num_classes != len(dataset.classes):
-        raise DataError(f"{given} has {weights.num_classes} classes, but {dataset.name} has {len(dataset.classes)}.")
-    return weights.as_in_training(dataset)
+    return match_classes(weights, given, dataset), weights.as_in_training(dataset)
+
+
+def match_classes(weights: Weights, given: object, dataset: Dataset) -> Weights:
+    """Return `weights`, loaded from `given`, with outputs in the order of the classes of `dataset`.
+
+    Where one side has no names, or numbers for names, the order is taken to be the same, and a `Note` says so. Raises
+    `DataError` if the classes are others.
+    """
+    names = dataset.classes
+    order = _find_order(weights.classes, names) if weights.named else None
+    if order is not None:
+        if order != list(range(len(names))):
+            weights = dataclasses.replace(weights, model=Reordered(weights.model, order))
+        return dataclasses.replace(weights, classes=names)
+    weights_have_names = weights.named and _has_names(weights.classes)
+    if weights_have_names and _has_names(names):
+        theirs, ours = _listed(weights.classes, names), _listed(names, weights.classes)
+        raise DataError(f"{given} was trained on other classes ({theirs}) than those of {dataset.name} ({ours}).")
+    if weights.num_classes != len(names):
+        raise DataError(f"{given} has {weights.num_classes} classes, but {dataset.name} has {len(names)}.")
+    nameless, other = (dataset.name, given) if weights_have_names else (given, dataset.name)
+    warnings.warn(f"{nameless} does not name its classes: taken in the order of {other}'s", Note, stacklevel=3)
+    return dataclasses.replace(weights, classes=names)
+
+
+def _has_names(classes: Sequence[str]) -> bool:
+    return not all(name.strip().isdecimal() for name in classes)
+
+
+# Names that users of CIFAR-10 and STL-10 give to the same classes.
+_ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "auto": "automobile", "lorry": "truck"}
+
+
+def _find_order(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Find, for each name of `ours`, the number of the same one in `theirs`; None if the sets differ."""
+    for simplify in (str, _folded, _unaliased):
+        found = {simplify(name): number for number, name in enumerate(theirs)}
+        wanted = [simplify(name) for name in ours]
+        if len(found) == len(theirs) == len(ours) and found.keys() == set(wanted):
+            return [found[name] for name in wanted]
+    return None
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _unaliased(name: str) -> str:
+    singular = _folded(name).removesuffix("s")
+    return _ALIASES.get(singular, singular)
+
+
+def _listed(names: Sequence[str], others: Sequence[str]) -> str:
+    """List `names`; of many, only some of those that are not among `others`."""
+    if len(names) > _LISTED_NAMES:
+        names = [name for name in names if name not in others]
+        more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
+        return ", ".join(names[:_LISTED_NAMES]) + more
+    return ", ".join(names)
+
+
+class Reordered(nn.Module):
+    """Network whose outputs are in another order: output i is output `order[i]` of `network`."""
+
+    order: Tensor
+
+    def __init__(self, network: nn.Module, order: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, 3, 32, 32] to logits [N, classes]."""
+        return self.network(images).index_select(1, self.order)
+
+
+@contextlib.contextmanager
+def unchanged_modes(model: nn.Module) -> Iterator[None]:
+    """Restore training or evaluation mode of each module of `model` at the end of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def open_evaluation(
@@ -174,7 +262,14 @@ class Evaluator:
 
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self._precision, self._device):
-            return self._model(images).float()
+            logits = self._model(images)
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), len(self._classes)):
+            got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise UsageError(
+                f"the network maps {len(images)} images to {got}; expected are logits "
+                f"{[len(images), len(self._classes)]}, one for each class of the data set."
+            )
+        return logits.float()
 
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
         """Return the evaluation of the next batch, which needs nothing from the host."""
@@ -198,8 +293,12 @@ def evaluate(
     mirror: bool = False,
     world: World = SINGLE,
 ) -> Evaluation:
-    """Evaluate `model` once; see `Evaluator`."""
-    return Evaluator(model, pipeline, classes, precision, device, mirror=mirror, world=world)()
+    """Evaluate `model` once; see `Evaluator`. Raises `RunError` if its logits are not finite."""
+    result = Evaluator(model, pipeline, classes, precision, device, mirror=mirror, world=world)()
+    if not math.isfinite(result.loss):
+        remedy = "" if precision == "fp32" else "; try --precision fp32"
+        raise RunError(f"the network's logits are not finite in {precision}: its accuracy has no meaning{remedy}.")
+    return result
 
 
 @contextlib.contextmanager
@@ -296,8 +395,8 @@ def predict_test_set(path: Path, data: str | None, root: Path | None, device: st
 
     Raises `DataError` if the file or the data set is missing or damaged, or they do not match.
     """
-    weights = load_weights(path)
-    dataset, on = find_dataset_for(weights, path, data, root), resolve_device(device)
+    on = resolve_device(device)
+    weights, dataset = find_dataset_for(load_weights(path), path, data, root)
     precision = (weights.training or {}).get("precision", "fp32")
     precision = precision if supports(precision, on) else "fp32"
     pipeline = open_evaluation(dataset, weights.normalization, precision, on)

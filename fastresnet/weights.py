@@ -1,15 +1,13 @@
-"""Weights to evaluate: this program's own files, and state dicts of other repositories.
+"""Weights to evaluate: this program's own files, and state dicts of other programs.
 
-Supported are chenyaofo/pytorch-cifar-models, akamaster/pytorch_resnet_cifar10, the many derivatives of
-kuangliu/pytorch-cifar, and `torch.compile`d or data-parallel variants of them.
+The names are those of chenyaofo/pytorch-cifar-models, akamaster/pytorch_resnet_cifar10 and the many derivatives of
+kuangliu/pytorch-cifar, in any wrapper (`foreign.py`). The network is the one of this program's that they fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pickle
-import re
-import zipfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,13 +15,16 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastresnet.checkpoint import load_tensors, take_prefix
+from fastresnet.foreign import read_network, select_network
 from fastresnet.models import MODELS, create_model, list_models
-from pipelines.errors import DataError, check_choice
-from pipelines.sampling import NormalizationMode
+from pipelines.contents import recognise
+from pipelines.errors import DataError, Note, check_choice
+from pipelines.sampling import IMAGE_SIZE, NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES
-from pipelines.store import Dataset
+from pipelines.store import CIFAR10, Dataset
 
 # Of CIFAR-10's training images, from exact counts of their pixel values.
 CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
@@ -31,10 +32,6 @@ CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
 
 # Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not require.
 _PRECISIONS = ("fp32", "bf16", "fp16")
-
-_WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")
-_RENAMED = ((re.compile(r"^linear\."), "fc."), (re.compile(r"\.shortcut\."), ".downsample."))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +45,9 @@ class Weights:
     training: dict[str, Any] | None
     """Settings of the training by `TrainConfig.to_dict()`; None for foreign files."""
     classes: tuple[str, ...]
-    """Names of the classes; of foreign files CIFAR-10's if there are ten, numbers otherwise."""
+    """Names of the classes. Where the file has none: CIFAR-10's if there are ten and it is foreign, else numbers."""
+    named: bool
+    """Presence of the names in the file; of its own files of CIFAR-10, this program knows them."""
     mean: Tensor
     """Mean [3, 1, 1], or [3, 32, 32] for one of each pixel: the input is (image - mean) / std of images in 0..1. If the
     file has none, it is CIFAR-10's."""
@@ -94,55 +93,79 @@ class Normalized(nn.Module):
 
 
 def load_weights(path: Path, model: str | None = None) -> Weights:
-    """Load a network from `path`; `model` overrides the name read from the file or inferred from the shapes.
+    """Load a network from `path`; `model` overrides the name read from the file or inferred from names and shapes.
 
-    Foreign files are unpickled with `weights_only=True`. Raises `DataError` if the file is missing, damaged or
-    matches no network, `UsageError` on an unknown `model`.
+    Nothing in a file runs. Raises `DataError` if the file is missing, damaged or of another kind, fits no network, or
+    has values with which no network can compute; `UsageError` on an unknown `model`.
     """
     if model is not None:
         check_choice("model", model, list_models())
     state, description = _read(path)
+    facts = description or {}
+    config = facts.get("config")
     if description is not None:
-        config = description.get("config")
         state = take_prefix("averaged", state) or take_prefix("model", state) or state
-        name, shortcut = _described(config, path, model)
+        candidates = [_described(config, path, model)]
     else:
-        config = None
-        state = _canonical(state)
-        name, shortcut = _infer(state, path, model)
-    if "fc.weight" not in state:
-        raise DataError(f"{path} has no classifier (fc.weight or linear.weight): not the weights of a CIFAR ResNet.")
-    num_classes = state["fc.weight"].shape[0] if state["fc.weight"].ndim else 0
-    if num_classes == 0:
-        raise DataError(f"{path} has a classifier without classes: not the weights of a CIFAR ResNet.")
+        candidates = _candidates(state, [model] if model else list_models())
+    num_classes = _count_classes(state, path)
+    name, shortcut = _infer(state, candidates, num_classes, path)
     network = create_model(name, num_classes=num_classes, shortcut=shortcut)
     _load_state(network, state, path, name)
-    facts = description or {}
+    normalization = config["normalization"] if isinstance(config, dict) else "channel"
+    if description is not None and not facts.keys() >= {"mean", "std"}:
+        warnings.warn(f"{path} does not say its normalisation: CIFAR-10's is taken", Note, stacklevel=2)
+    classes, named = _names(facts, num_classes)
     return Weights(
         network.eval(),
         name,
         shortcut,
         num_classes,
         config,
-        classes=_names(facts.get("classes"), num_classes),
-        mean=_planes(facts.get("mean", CIFAR10_MEAN), path),
-        std=_planes(facts.get("std", CIFAR10_STD), path),
+        classes=classes,
+        named=named,
+        mean=_planes(facts.get("mean", CIFAR10_MEAN), 1 if normalization != "pixel" else IMAGE_SIZE, path),
+        std=_deviations(facts.get("std", CIFAR10_STD), path),
     )
 
 
-def _planes(values: Any, path: Path) -> Tensor:
-    """Rearrange constants of each channel [3] or of each pixel [32, 32, 3], channels first."""
+def note_missing_names(weights: Weights, given: object) -> None:
+    """Say in a `Note` which names are shown for the classes of `weights`, loaded from `given`, if it has none."""
+    if not weights.named:
+        shown = "CIFAR-10's are assumed" if weights.classes == CIFAR10_CLASSES else "their numbers are shown"
+        warnings.warn(f"{given} does not name its classes: {shown}", Note, stacklevel=2)
+
+
+# --- descriptions of this program ---------------------------------------------------------------------------------
+
+
+def _planes(values: Any, size: int, path: Path) -> Tensor:
+    """Rearrange constants of each channel [3], or of each pixel [size, size, 3], channels first."""
     try:
-        constants = torch.tensor(values, dtype=torch.float32).reshape(*([1, 1, 3] if len(values) == 3 else [32, 32, 3]))
-    except (TypeError, ValueError, RuntimeError):
+        constants = torch.tensor(values, dtype=torch.float32).reshape(size, size, 3)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise DataError(f"{path} describes a normalisation that matches no image.") from None
+    if not constants.isfinite().all():
+        raise DataError(f"{path} describes a normalisation by numbers that are not finite.")
     return constants.permute(2, 0, 1)
 
 
-def _names(given: Any, num_classes: int) -> tuple[str, ...]:
-    if isinstance(given, list) and len(given) == num_classes:
-        return tuple(map(str, given))
-    return CIFAR10_CLASSES if num_classes == len(CIFAR10_CLASSES) else tuple(map(str, range(num_classes)))
+def _deviations(values: Any, path: Path) -> Tensor:
+    std = _planes(values, 1, path)
+    if not (std > 0).all():
+        raise DataError(f"{path} describes standard deviations {std.flatten().tolist()}: they must be above 0.")
+    return std
+
+
+def _names(facts: dict[str, Any], num_classes: int) -> tuple[tuple[str, ...], bool]:
+    """Return the names of the classes, and True if they are known."""
+    given, config = facts.get("classes"), facts.get("config")
+    if isinstance(given, list) and len(given) == num_classes and all(isinstance(name, str) for name in given):
+        return tuple(given), True
+    is_cifar10 = num_classes == len(CIFAR10_CLASSES)
+    if is_cifar10 and (config is None or config["data"] == CIFAR10):
+        return CIFAR10_CLASSES, config is not None
+    return tuple(map(str, range(num_classes))), False
 
 
 def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
@@ -163,84 +186,115 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+        other = recognise(path, "weights")
     except OSError as error:
         raise DataError(
             f"{path} is not a readable file ({error.strerror}). --weights takes a checkpoint such as "
             "runs/NAME/best.ckpt."
         ) from None
+    if other is not None:
+        raise DataError(f"{path} {other}.")
     if start[8:] == b"{" or path.suffix == ".safetensors":  # eight bytes of length, then a JSON object
-        return load_tensors(path)
-    try:
-        if start.startswith(b"PK"):
-            _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DataError(
-            f"{path} is damaged, or contains more than tensors (a pickled module?), which is not loaded because it "
-            "could run code. Save its state_dict() and load that."
-        ) from None
-    except Exception as error:  # noqa: BLE001  a damaged file makes torch.load raise anything, OSError included
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path} is damaged or not a PyTorch file: {reason}.") from None
-    return _state_dict(content, path), None
+        tensors, description = load_tensors(path)
+        return (tensors if description is not None else select_network(tensors, path)), description
+    return read_network(path), None
 
 
-def _check_archive(path: Path) -> None:
-    """Raise unless every entry matches its CRC-32, which torch.load does not check."""
-    with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+# --- the network that fits ----------------------------------------------------------------------------------------
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """Find the mapping of names to tensors in `content`, in any wrapper."""
-    for _ in range(3):  # some files wrap twice; one that contains itself could loop forever
-        if isinstance(content, Mapping):
-            content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
-    tensors = dict(content) if isinstance(content, Mapping) else {}
-    if tensors and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()):
-        return tensors
-    raise DataError(f"{path} contains no state dict: expected names and tensors, bare or under {', '.join(_WRAPPERS)}.")
+def _count_classes(state: dict[str, Tensor], path: Path) -> int:
+    if "fc.weight" not in state:
+        raise DataError(f"{path} has no classifier (fc.weight or linear.weight): not the weights of a CIFAR ResNet.")
+    num_classes = state["fc.weight"].shape[0] if state["fc.weight"].ndim else 0
+    if num_classes == 0:
+        raise DataError(f"{path} has a classifier without classes: not the weights of a CIFAR ResNet.")
+    return num_classes
 
 
-def _canonical(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` under this program's parameter names."""
-    canonical = {}
-    for name, tensor in state.items():
-        while name.startswith(_PREFIXES):
-            name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        for pattern, replacement in _RENAMED:
-            name = pattern.sub(replacement, name)
-        canonical[name] = tensor
-    return canonical
+def _candidates(state: dict[str, Tensor], models: list[str]) -> list[tuple[str, str]]:
+    """List the `models`, with each shortcut option, that have about as many convolutions as `state`.
+
+    Building one for its shapes takes 6 ms, but half a second if it has 1202 layers.
+    """
+    layers = 1 + sum(value.ndim == 4 and ".downsample." not in name for name, value in state.items())
+    distance = {name: abs(MODELS[name].depth - layers) for name in models}  # papers count some 1x1 convolutions
+    nearest = min(distance.values()) + 3
+    return [
+        (name, shortcut)
+        for name in models
+        for shortcut in (MODELS[name].shortcuts if MODELS[name].uses_shortcut else "B")
+        if distance[name] <= nearest
+    ]
 
 
-def _infer(state: dict[str, Tensor], path: Path, model: str | None) -> tuple[str, str]:
-    """Infer model name and shortcut option that fit the names and shapes in `state`."""
-    blocks = len({match[1] for name in state if (match := re.match(r"layer1\.(\d+)\.conv1\.weight$", name))})
-    shortcut = "B" if any(".downsample." in name for name in state) else "A"
-    name = model or f"resnet{6 * blocks + 2}"
-    if name not in list_models():
-        known = ", ".join(list_models())
-        raise DataError(f"{path} matches no known network ({blocks} blocks in layer1). Known: {known}.")
-    return name, shortcut
+def _infer(
+    state: dict[str, Tensor], candidates: list[tuple[str, str]], num_classes: int, path: Path
+) -> tuple[str, str]:
+    """Infer model name and shortcut option from the names and shapes in `state`.
+
+    Raises `DataError` with the first differences from the nearest of `candidates` if none fits. A `Note` names those
+    that fit as well: a plain network has the tensors of the residual one, which is taken.
+    """
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    differences = {candidate: _differences(found, _shapes(*candidate, num_classes)) for candidate in candidates}
+    fitting = [candidate for candidate, different in differences.items() if not different]
+    if not fitting:
+        name, shortcut = nearest = min(candidates, key=lambda candidate: len(differences[candidate]))
+        some = differences[nearest]
+        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+        which = f"{name} with shortcut {shortcut}" if MODELS[name].uses_shortcut else name
+        several = len({model for model, _ in candidates}) > 1
+        match = f"matches no known network; the nearest is {which}, but" if several else f"does not match {which}:"
+        raise DataError(f"{path} {match} {'; '.join(text[:120] for text in some[:3])}{more}.")
+    if len(fitting) > 1:
+        (name, _), *others = fitting
+        also = ", ".join(f"--model {other}" for other, _ in others)
+        warnings.warn(f"{path} is taken for {name}; it has the same shapes as {also}", Note, stacklevel=3)
+    return fitting[0]
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Mode that leaves out all changes in place: networks get shapes, but no values.
+
+    Random numbers on device `meta` would import libraries for a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _shapes(name: str, shortcut: str, num_classes: int) -> Shapes:
+    """Find the shapes of all tensors of a network, without allocating them."""
+    with torch.device("meta"), _WithoutValues():
+        network = create_model(name, num_classes=num_classes, shortcut=shortcut)
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def _differences(found: Shapes, expected: Shapes) -> list[str]:
+    """Describe the differences of the tensors `found` from those `expected`."""
+    # Files from before PyTorch 0.4.1 have no such counters, and evaluation does not use them.
+    missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in found if key not in expected]
+    return [
+        *(f"{key} is {found[key]}, not {shape}" for key, shape in expected.items() if found.get(key, shape) != shape),
+        *(f"{key} is missing" for key in missing),
+        *(f"{key} is unknown" for key in unknown),
+    ]
 
 
 def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
-    expected = network.state_dict()
-    # Files from before PyTorch 0.4.1 have no such counters, and evaluation does not use them.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in state if key not in expected]
-    mismatches = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    for what, keys in (("mismatch", mismatches), ("missing", missing), ("unknown", unknown)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise DataError(f"{path} does not match {name}: {what}: {'; '.join(keys[:3])}{more}.")
+    """Load `state`, whose names and shapes match. Raises `DataError` if the network cannot compute with its values."""
     try:
         network.load_state_dict(state, strict=False)
     except RuntimeError as error:  # tensors without values, sparse or quantised ones
         raise DataError(f"{path} does not match {name}: {str(error).splitlines()[-1].strip()}") from None
+    for key, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise DataError(f"{path}: {key} has values that are NaN or infinite, as after a training that diverged.")
+        if key.endswith("running_var") and (value < 0).any():
+            raise DataError(f"{path}: {key} has variances below 0.")

@@ -21,7 +21,8 @@ class Options:
     """Checkpoint or model.safetensors of this program, or state dict saved by another (.pt, .th, .safetensors).
     pretrained:NAME, such as pretrained:resnet20, selects weights included in this program."""
     model: str | None = None
-    """Network. Without it: the one named in the file or inferred from its shapes. Plain networks must be named."""
+    """Network. Without it: the one named in the file or inferred from its shapes. Plain networks must be named: they
+    have the shapes of residual ones."""
     data: str | None = None
     """Name or folder of the data set. Without it: the one the weights were trained on, else cifar10."""
     root: Path | None = None
@@ -67,7 +68,7 @@ def run(arguments: list[str]) -> int:
     weights = load_weights(find_weights(options.weights), options.model)
     training = weights.training or {}
     with progress_line() as report:
-        dataset = find_dataset_for(weights, options.weights, options.data, options.root, report)
+        weights, dataset = find_dataset_for(weights, options.weights, options.data, options.root, report)
     normalization = weights.normalization
     if options.mean is not None and options.std is not None:
         normalization = "channel"

@@ -70,10 +70,11 @@ def run(arguments: list[str]) -> int:
     from fastresnet.device import resolve_device
     from fastresnet.pretrained import find_weights
     from fastresnet.provenance import environment
-    from fastresnet.weights import Normalized, load_weights
+    from fastresnet.weights import Normalized, load_weights, note_missing_names
 
     device = resolve_device(options.device)
     weights = load_weights(find_weights(options.weights), options.model)
+    note_missing_names(weights, options.weights)
     files, pixels = _read(files, options.skip_unreadable)
     network = Normalized(weights).to(device)
     batches = pixels.split(BATCH_SIZE)

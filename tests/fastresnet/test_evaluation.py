@@ -1,14 +1,35 @@
 import copy
 import dataclasses
+import json
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
-from fastresnet.evaluation import BATCH_SIZE, Evaluator, evaluate, open_evaluation
+import fastresnet
+from fastresnet.checkpoint import save_tensors
+from fastresnet.config import TrainConfig
+from fastresnet.evaluation import (
+    BATCH_SIZE,
+    Evaluator,
+    evaluate,
+    find_dataset_for,
+    match_classes,
+    open_evaluation,
+    predict_test_set,
+)
 from fastresnet.models import create_model
+from fastresnet.pretrained import pretrained_file
+from fastresnet.weights import Normalized, load_weights
+from pipelines.errors import DataError, RunError, UsageError
 from pipelines.resident import DevicePipeline
+from pipelines.sources import CIFAR10_CLASSES, read_source
+from pipelines.store import RawData, write_store
 
 CPU = torch.device("cpu")
 
@@ -136,3 +157,223 @@ def test_recorded_evaluation_gives_the_numbers_of_the_eager_one_on_the_gpu(netwo
         assert figures(captured()) == figures(eager())
         with torch.no_grad():
             network.fc.weight.normal_()
+
+
+# --- classes by name ---------------------------------------------------------------------------------------------
+
+PLANES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture
+def write(tmp_path, dataset):
+    """Write the test images of the drawn data set as one with other classes, `order[i]` of the old as number i."""
+
+    def write_data(name, classes, order=range(10)):
+        number = np.argsort(list(order))
+        labels = {split: number[getattr(dataset, split).labels] for split in ("train", "test")}
+        raw = RawData(
+            tuple(classes), dataset.train.images, labels["train"], np.asarray(dataset.test.images), labels["test"]
+        )
+        write_store(tmp_path / name, raw, source="a test", version="0")
+        return name
+
+    return write_data
+
+
+@pytest.fixture(scope="module")
+def varied(network, dataset):
+    """Give the network another bias, so that it predicts more than one class."""
+    network, images = copy.deepcopy(network), torch.from_numpy(np.array(dataset.test.images)).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        network.fc.bias -= network((images - 0.5) / 0.5).mean(0)
+    return network
+
+
+def own_file(network, path, classes, data="cifar10"):
+    config = TrainConfig(precision="fp32", data=data).to_dict()
+    description = {"config": config, "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_tensors(path, network.state_dict(), description | ({} if classes is None else {"classes": classes}))
+    return path
+
+
+def accuracies(file, data, root):
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        result = fastresnet.evaluate(file, data=data, root=root, device="cpu", threads=1)
+    return result, [str(note.message) for note in notes]
+
+
+RENAMED = {
+    "same": CIFAR10_CLASSES,
+    "short": PLANES,
+    "case and blanks": [name.title() + " " for name in CIFAR10_CLASSES],
+    "plural": [f"{name}s" for name in PLANES],
+    "aeroplane": ["aeroplane", "auto", *CIFAR10_CLASSES[2:]],
+}
+
+
+@pytest.mark.parametrize("classes", RENAMED.values(), ids=RENAMED)
+def test_classes_are_matched_by_name_whatever_their_order(varied, tmp_path, write, classes):
+    file = own_file(varied, tmp_path / "w.ckpt", CIFAR10_CLASSES)
+    expected, _ = accuracies(file, write("original", CIFAR10_CLASSES), tmp_path)
+    assert len({round(value) for value in expected.per_class.values()}) > 2  # another order would give others
+    order = sorted(range(10), key=lambda number: classes[number])  # as ImageFolder
+    data = write("renamed", [classes[number] for number in order], order)
+    found, notes = accuracies(file, data, tmp_path)
+    assert found.accuracy == expected.accuracy
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert found.per_class == {classes[number]: expected.per_class[CIFAR10_CLASSES[number]] for number in order}
+    assert notes == []
+
+
+def test_matched_logits_and_confusion_are_bit_equal(varied, tmp_path, write):
+    file = own_file(varied, tmp_path / "w.ckpt", CIFAR10_CLASSES)
+    expected = predict_test_set(file, write("original", CIFAR10_CLASSES), tmp_path, "cpu")
+    order = [2, 9, 0, 1, 8, 3, 4, 7, 6, 5]
+    data = write("renamed", [PLANES[number] for number in order], order)
+    found = predict_test_set(file, data, tmp_path, "cpu")
+    assert found.classes == tuple(PLANES[number] for number in order)
+    np.testing.assert_array_equal(found.counts, expected.counts[np.ix_(order, order)])
+    images = torch.randn(3, 3, 32, 32)
+    weights, _ = find_dataset_for(load_weights(file), file, data, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(weights.model(images), load_weights(file).model(images)[:, order])
+
+
+def test_other_classes_are_refused_with_both_lists(varied, tmp_path, write, dataset, data_root):
+    file = own_file(varied, tmp_path / "w.ckpt", dataset.classes)
+    with pytest.raises(DataError, match=r"other classes.*circle, ring.*airplane, automobile.*truck"):
+        accuracies(file, write("cifar-like", CIFAR10_CLASSES), tmp_path)
+    with pytest.raises(DataError, match=r"other classes.*airplane, automobile.*circle, ring"):
+        accuracies("pretrained:resnet20", "shapes10", data_root)
+    toads = [name.replace("frog", "toad") for name in CIFAR10_CLASSES]
+    with pytest.raises(DataError, match=r"other classes.*frog.*toad"):
+        accuracies("pretrained:resnet20", write("toads", toads), tmp_path)
+
+
+def test_lists_of_many_classes_are_cut_to_their_differences(varied, tmp_path, write):
+    many = [f"kind {number:03}" for number in range(1000)]
+    weights = dataclasses.replace(
+        load_weights(own_file(varied, tmp_path / "w.ckpt", CIFAR10_CLASSES)),
+        classes=(*many[:-20], *(f"other {number}" for number in range(20))),
+        num_classes=1000,
+    )
+    named = SimpleNamespace(name="many", classes=tuple(many))
+    with pytest.raises(DataError) as caught:
+        match_classes(weights, "w.ckpt", named)
+    assert "other 11 and 8 more" in str(caught.value)
+    assert "kind 980" in str(caught.value)
+    assert "kind 979" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "classes", "message"),
+    [
+        (None, CIFAR10_CLASSES, "w.ckpt does not name its classes: taken in the order of data's"),
+        ([str(number) for number in range(10)], PLANES, "w.ckpt does not name its classes"),
+        (CIFAR10_CLASSES, [str(number) for number in range(10)], "data does not name its classes"),
+        ([1, 2], PLANES, "w.ckpt does not name its classes"),
+    ],
+)
+def test_without_names_on_one_side_the_order_is_assumed_with_a_note(varied, tmp_path, write, given, classes, message):
+    file = own_file(varied, tmp_path / "w.ckpt", given, data="mine")
+    found, notes = accuracies(file, write("data", classes), tmp_path)
+    assert set(found.per_class) <= set(classes)
+    (note,) = notes
+    assert message in note
+
+
+def test_a_foreign_file_is_assumed_to_have_the_order_with_a_note(varied, tmp_path, write):
+    torch.save(varied.state_dict(), tmp_path / "w.pt")
+    _, notes = accuracies(tmp_path / "w.pt", write("data", CIFAR10_CLASSES), tmp_path)
+    assert len([note for note in notes if "does not name its classes" in note]) == 1
+
+
+def test_numbers_on_both_sides_are_matched_as_names(varied, tmp_path, write):
+    numbers = [str(number) for number in range(10)]
+    order = [0, 1, 9, 2, 3, 4, 5, 6, 7, 8]
+    file = own_file(varied, tmp_path / "w.ckpt", numbers)
+    expected, notes = accuracies(file, write("original", numbers), tmp_path)
+    found, more = accuracies(file, write("other", [numbers[n] for n in order], order), tmp_path)
+    assert (found.accuracy, notes, more) == (expected.accuracy, [], [])
+
+
+def test_names_that_only_differ_in_an_alias_stay_different(varied, tmp_path, write):
+    """A data set may have both words."""
+    both = ["car", "automobile", *CIFAR10_CLASSES[2:]]
+    file = own_file(varied, tmp_path / "w.ckpt", both)
+    order = [1, 0, *range(2, 10)]
+    expected, _ = accuracies(file, write("original", both), tmp_path)
+    found, _ = accuracies(file, write("other", [both[n] for n in order], order), tmp_path)
+    assert found.accuracy == expected.accuracy
+    with pytest.raises(DataError, match="other classes"):
+        accuracies(file, write("cifar-like", CIFAR10_CLASSES), tmp_path)
+
+
+def test_images_of_cifar10_in_folders_have_the_accuracy_of_the_original(run, tmp_path, cifar10_archive):
+    """200 test images, once in folders of CIFAR-10's names and once of those that PyTorch's tutorial uses."""
+    data = read_source(cifar10_archive, lambda *_: None)
+    rows = np.concatenate([np.flatnonzero(data.test_labels == number)[:20] for number in range(10)])
+    shown = {}
+    for name, classes in (("original", CIFAR10_CLASSES), ("renamed", PLANES)):
+        for split, row in ((split, row) for split in ("train", "test") for row in rows):
+            folder = tmp_path / name / split / classes[data.test_labels[row]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.test_images[row]).save(folder / f"{row}.png")
+        root = ("--root", tmp_path / "data", "--data", name)
+        assert run("prepare", "--source", tmp_path / name, *root)[0] == 0
+        assert run("eval", "--weights", "pretrained:resnet20", *root, "--json", tmp_path / f"{name}.json")[0] == 0
+        shown[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    images, labels = torch.from_numpy(data.test_images[rows]).permute(0, 3, 1, 2) / 255, data.test_labels[rows]
+    with torch.no_grad():
+        weights = load_weights(pretrained_file("resnet20"))
+        predicted = Normalized(weights)(images).argmax(1).numpy()
+    assert shown["original"]["test_accuracy"] == 100 * (predicted == labels).mean()
+    assert shown["renamed"]["test_accuracy"] == shown["original"]["test_accuracy"] > 90
+    names = dict(zip(CIFAR10_CLASSES, PLANES, strict=True))
+    per_class = {names[name]: value for name, value in shown["original"]["per_class"].items()}
+    assert shown["renamed"]["per_class"] == per_class
+
+
+# --- networks of a user ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda logits: logits[:, :5], r"maps 50 images to \[50, 5\]; expected are logits \[50, 10\]"),
+        (lambda logits: logits.repeat(1, 10), r"to \[50, 100\]"),
+        (lambda logits: logits[:, :, None], r"to \[50, 10, 1\]"),
+        (lambda logits: (logits, logits), "to a tuple"),
+    ],
+)
+def test_a_network_of_other_outputs_is_refused(network, data_root, outputs, message):
+    class Other(nn.Module):
+        def forward(self, images):
+            return outputs(network(images))
+
+    with pytest.raises(UsageError, match=message):
+        fastresnet.evaluate(Other(), data="shapes10", root=data_root, device="cpu")
+
+
+def test_the_training_mode_of_every_module_is_restored(network, data_root):
+    mine = copy.deepcopy(network).train()
+    mine.layer1.eval()
+    mine.fc.train()
+    before = [module.training for module in mine.modules()]
+    assert len(set(before)) == 2
+    fastresnet.evaluate(mine, data="shapes10", root=data_root, device="cpu")
+    assert [module.training for module in mine.modules()] == before
+    mine.fc = nn.Linear(64, 5)
+    with pytest.raises(UsageError):
+        fastresnet.evaluate(mine, data="shapes10", root=data_root, device="cpu")
+    assert mine.training
+    assert not mine.layer1.training
+
+
+def test_logits_that_are_not_finite_have_no_accuracy(network, data_root):
+    mine = copy.deepcopy(network)
+    nn.init.constant_(mine.fc.bias, 1e38)
+    nn.init.constant_(mine.fc.weight, 1e38)
+    with pytest.raises(RunError, match="not finite in fp32"):
+        fastresnet.evaluate(mine, data="shapes10", root=data_root, device="cpu")

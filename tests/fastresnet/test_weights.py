@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastresnet import checkpoint
 from fastresnet.checkpoint import save_tensors, with_prefix
 from fastresnet.config import TrainConfig
 from fastresnet.models import create_model
 from fastresnet.weights import load_weights
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, Note, UsageError
 
 torchvision = pytest.importorskip("torchvision")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::pipelines.errors.Note")]
 
 DEPTHS = (20, 32, 44, 56, 110)
 
@@ -298,6 +300,125 @@ def test_averaged_weights_are_loaded_if_the_run_has_them(tmp_path):
     assert_same_logits(load_weights(tmp_path / "last.ckpt"), network)
 
 
+CONFIG = TrainConfig(precision="fp32").to_dict()
+FULL = {"config": CONFIG, "data": "cifar10", "classes": list("abcdefghij"), "mean": [0.5] * 3, "std": [0.5] * 3}
+ODD = (
+    None,
+    True,
+    -1,
+    2.5,
+    "",
+    "x\0",
+    [],
+    {},
+    [[]],
+    [None] * 3,
+    ["a"] * 3,
+    {"a": 1, "b": 2, "c": 3},
+    [1e300] * 3,
+    10**400,
+)
+
+
+def loaded(path):
+    """Load weights, or return None where they are refused in words; other exceptions come through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)
+        try:
+            return load_weights(path)
+        except DataError as error:
+            assert str(path) in str(error)  # noqa: PT017  other errors fail the test
+            return None
+
+
+@pytest.mark.parametrize("field", [*FULL, *(f"config.{name}" for name in ("model", "shortcut", "data", "precision"))])
+def test_missing_and_odd_fields_of_a_description_are_refused_or_passed_over(tmp_path, field):
+    path, network, results = tmp_path / "w.ckpt", own_network(), []
+    name = field.partition(".")[2]
+    for value in (*ODD, "absent"):
+        changed = {**FULL, "config": {**CONFIG, name: value}} if name else {**FULL, field: value}
+        if value == "absent":
+            del (changed["config"] if name else changed)[name or field]
+        save_tensors(path, network.state_dict(), changed)
+        results.append(loaded(path))
+    for weights in filter(None, results):
+        assert len(weights.classes) == 10
+        assert weights.mean.isfinite().all()
+        assert (weights.std > 0).all()
+    if field in ("config", "config.model", "config.shortcut", "config.precision"):
+        assert results.count(None) == len(results)
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "3", "null", '"schema"', '{"schema": 2}', "{}", 100_000 * "["])
+def test_a_description_that_is_no_object_is_refused(tmp_path, text):
+    tensors = own_network().state_dict()
+    metadata = {"fastresnet": text, "fastresnet.sha256": checkpoint._digest(tensors, text)}
+    safetensors.torch.save_file(tensors, tmp_path / "w.ckpt", metadata)
+    assert_refused(tmp_path / "w.ckpt")
+
+
+def test_a_description_without_normalisation_gives_a_note(tmp_path):
+    save_tensors(tmp_path / "w.ckpt", own_network().state_dict(), {"config": CONFIG})
+    with pytest.warns(Note, match="does not say its normalisation: CIFAR-10's is taken"):
+        load_weights(tmp_path / "w.ckpt")
+
+
+# --- values with which nothing can be computed -------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mean": [NAN, 0.5, 0.5]},
+        {"mean": [0.5, INF, 0.5]},
+        {"std": [NAN] * 3},
+        {"std": [0.5, 0, 0.5]},
+        {"std": [-1] * 3},
+    ],
+    ids=str,
+)
+def test_constants_that_do_not_normalise_are_refused(tmp_path, run, wrong):
+    path = tmp_path / "w.ckpt"
+    save_tensors(path, own_network().state_dict(), {**FULL, **wrong})
+    assert_refused(path)
+    for command in (["eval", "--data", "shapes10"], ["predict", tmp_path / "a.png"], ["export"]):
+        (tmp_path / "a.png").write_bytes(b"")
+        code, _, err = run(*command, "--weights", path)
+        assert code == 3
+        assert f"{path} describes" in err
+
+
+@pytest.mark.parametrize("kind", ["own", "foreign", "half"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("conv1.weight", NAN),
+        ("fc.bias", -INF),
+        ("bn1.running_mean", NAN),
+        ("bn1.running_var", INF),
+        ("layer1.0.bn1.running_var", -0.5),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(tmp_path, kind, key, value):
+    state = {name: tensor.clone() for name, tensor in own_network().state_dict().items()}
+    state[key].view(-1)[1] = value
+    if kind == "own":
+        save_tensors(tmp_path / "w", state, FULL)
+    else:
+        torch.save({name: x.half() if kind == "half" and x.ndim else x for name, x in state.items()}, tmp_path / "w")
+    with pytest.raises(DataError, match=f"{key} has (values that are NaN or infinite|variances below 0)"):
+        load_weights(tmp_path / "w")
+
+
+def test_values_too_large_for_float32_are_refused(tmp_path):
+    state = {**own_network().state_dict(), "fc.bias": torch.full((10,), 1e300, dtype=torch.float64)}
+    torch.save(state, tmp_path / "w")
+    with pytest.raises(DataError, match=r"fc\.bias has values that are NaN or infinite"):
+        load_weights(tmp_path / "w")
+
+
 # --- files that are no weights -----------------------------------------------------------------------------------
 
 
@@ -346,10 +467,10 @@ def torchscript():
     return buffer.getvalue()
 
 
-def other_zip():
+def zip_of(name):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.txt", "b")
+        archive.writestr(name, "b")
     return buffer.getvalue()
 
 
@@ -359,12 +480,29 @@ NO_PYTORCH_FILES = {
     "json": lambda: b'{"state_dict": {}}',
     "a brace in the ninth place": lambda: b"12345678{ and so on",
     "zeros": lambda: bytes(100_000),
-    "zip of something else": other_zip,
+    "zip of something else": lambda: zip_of("a.txt"),
     "gzip": lambda: gzip.compress(saved_bytes()),
     "pickle of a number": lambda: pickle.dumps(3),
     "pickle of a path": lambda: pickle.dumps(Path("x")),
     "torchscript": torchscript,
 }
+
+RECOGNISED = {
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
+    "HTML": (b"<!DOCTYPE html><html></html>", "is an HTML page"),
+    "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "is only the index of weights"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file"),
+    "archive of images": (zip_of("train/cat/1.png"), "is an archive of images"),
+}
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize(("content", "message"), RECOGNISED.values(), ids=RECOGNISED)
+def test_another_kind_of_file_is_named(tmp_path, content, message, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_weights(tmp_path / name)
+
 
 NO_STATE_DICTS = {
     "module": lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)),

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastresnet import checkpoint, config, weights
+from fastresnet import checkpoint, config, foreign, weights
 from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.config import TrainConfig, from_toml
 from fastresnet.models import create_model
@@ -313,7 +313,15 @@ def with_atheris(name: str, options: list[str]) -> None:
 
     signal.signal(signal.SIGALRM, too_slow)
     warnings.simplefilter("ignore")
-    for module in (sources, store, formats, checkpoint, config, weights):  # instrumenting everything would take minutes
+    for module in (
+        sources,
+        store,
+        formats,
+        checkpoint,
+        config,
+        foreign,
+        weights,
+    ):  # instrumenting everything would take minutes
         for function in [value for value in vars(module).values() if inspect.isfunction(value)]:
             atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)
