@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
+from fastresnet.run_folder import find_run_data
 from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
@@ -59,9 +60,14 @@ def find_dataset_for(
     if these are known. Raises `DataError` if it has another number of classes.
     """
     dataset = find_dataset(data or (weights.training or {}).get("data", CIFAR10), root, report)
+    check_classes(weights, given, dataset)
+    return weights.as_in_training(dataset)
+
+
+def check_classes(weights: Weights, given: object, dataset: Dataset) -> None:
+    """Raise `DataError` if `weights`, loaded from `given`, have another number of classes than `dataset`."""
     if weights.num_classes != len(dataset.classes):
         raise DataError(f"{given} has {weights.num_classes} classes, but {dataset.name} has {len(dataset.classes)}.")
-    return weights.as_in_training(dataset)
 
 
 def open_evaluation(
@@ -289,13 +295,15 @@ class Predictions:
         return f"{self.classes[self.labels[row]]}\n{self.classes[predicted]} {share:.0f} %"
 
 
-def predict_test_set(path: Path, data: str | None, root: Path | None, device: str) -> Predictions:
-    """Run the network in file `path` on the test set of `data`, or of the data set of its training.
+def predict_test_set(run: Path, data: str | None, root: Path | None, device: str) -> Predictions:
+    """Run the network of a finished run on the test set of its data; `data` and `root` as in `find_run_data`.
 
-    Raises `DataError` if the file or the data set is missing or damaged, or they do not match.
+    Raises `DataError` if the weights or the data set are missing or damaged, or do not match.
     """
-    weights = load_weights(path)
-    dataset, on = find_dataset_for(weights, path, data, root), resolve_device(device)
+    weights, on = load_weights(run / "model.safetensors"), resolve_device(device)
+    dataset = find_run_data(run, weights.data_sha256, data, root)
+    check_classes(weights, run, dataset)  # the run may be too old for a digest
+    dataset = weights.as_in_training(dataset)
     precision = (weights.training or {}).get("precision", "fp32")
     precision = precision if supports(precision, on) else "fp32"
     pipeline = open_evaluation(dataset, weights.normalization, precision, on)

@@ -54,6 +54,8 @@ class Weights:
     file has none, it is CIFAR-10's."""
     std: Tensor
     """Standard deviation [3, 1, 1]."""
+    data_sha256: str | None = None
+    """Digest of the training's data set, if the file has it."""
 
     @property
     def normalization(self) -> NormalizationMode:
@@ -127,6 +129,7 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
         classes=_names(facts.get("classes"), num_classes),
         mean=_planes(facts.get("mean", CIFAR10_MEAN), path),
         std=_planes(facts.get("std", CIFAR10_STD), path),
+        data_sha256=facts.get("data_sha256"),
     )
 
 

@@ -37,14 +37,18 @@ def data_root(root: Path | None) -> Path:
     return Path(root or os.environ.get("FASTRESNET_DATA") or "data")
 
 
+def store_folder(data: str, root: Path | None) -> Path:
+    """Return the folder of the data set named `data` in `root` (see `data_root`), or `data` if that is a store."""
+    own = Path(data).name != data or (Path(data) / "meta.json").exists()
+    return Path(data) if own else data_root(root) / data
+
+
 def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
     """Open the data set named `data` in `root` (see `data_root`), or the store in folder `data`.
 
     If missing, `cifar10` is downloaded and `shapes10` is drawn. Raises the same errors as `prepare`.
     """
-    if Path(data).name != data or (Path(data) / "meta.json").exists():
-        return open_store(Path(data))
-    folder = data_root(root) / data
+    folder = store_folder(data, root)
     if data not in (CIFAR10, SHAPES10) or (folder / "meta.json").exists():
         return open_store(folder)
     return prepare(data, data_root(root), report)[0]
