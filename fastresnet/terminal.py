@@ -42,10 +42,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
             print(f"{prefix}: cannot read or write{name}: {error.strerror or error}.", file=sys.stderr)
             return 1
         except Warning as warning:  # of a library, not a `Note`
-            print(
-                f"{prefix}: -W or PYTHONWARNINGS made a warning an error: {type(warning).__name__}: {warning}.",
-                file=sys.stderr,
-            )
+            print(f"{prefix}: {type(warning).__name__}, an error by PYTHONWARNINGS or -W: {warning}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"{prefix}: interrupted.", file=sys.stderr)

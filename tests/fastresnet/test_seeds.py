@@ -12,9 +12,10 @@ import time
 import pytest
 import torch
 
+from benchmarks.accuracy import RESULTS
 from fastresnet import seeds
 from fastresnet.seeds import parse_seeds
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 
 SMALL = ["smoke", "--data", "shapes10", "--batch-size", "32", "--precision", "fp32", "--iterations", "2"]
 
@@ -79,10 +80,10 @@ def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_ro
 @pytest.mark.parametrize("per_gpu", [1, 2, 3])
 def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, per_gpu):
     """A stand-in for the training waits until all places are taken, and records its GPU and how many run."""
-    program = tmp_path / "python"
+    program, summary = tmp_path / "python", next(RESULTS.glob("*.json"))
     program.write_text(
         "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument
-        'touch "$1/running"; echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; echo "{}" > "$1/summary.json"\n'
+        f'touch "$1/running"; echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; cp {summary} "$1/summary.json"\n'
         f'until [ "$(ls {tmp_path}/*/seen | wc -l)" -ge {2 * per_gpu} ]; do sleep 0.05; done\n'
         f'ls {tmp_path}/*/running | wc -l > "$1/together"; rm "$1/running"\n'
     )
@@ -90,10 +91,19 @@ def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, p
     monkeypatch.setattr(seeds.sys, "executable", str(program))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     folders = {seed: tmp_path / str(seed) for seed in range(2 * per_gpu + 2)}
-    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu) == [{}] * len(folders)
+    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu) == [json.loads(summary.read_text())] * len(folders)
     first = [(folders[seed] / "seen").read_text().strip() for seed in range(2 * per_gpu)]
     assert sorted(first) == ["4"] * per_gpu + ["6"] * per_gpu
     assert max(int((folder / "together").read_text()) for folder in folders.values()) <= 2 * per_gpu
+
+
+def test_training_without_a_readable_summary_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds.sys, "executable", "true")
+    with pytest.raises(DataError, match="is not a finished run"):
+        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0)
+    (tmp_path / "seed1" / "summary.json").write_text('{"schema": 1}')
+    with pytest.raises(DataError, match="damaged: recipe is not a text: null"):
+        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0)
 
 
 @pytest.mark.parametrize(
