@@ -447,6 +447,8 @@ def read_summary(path: Path) -> dict[str, Any]:
             for name in names:
                 if not _is_a(summary.get(name), kind):
                     raise ValueError(f"{name} is not {expected}: {json.dumps(summary.get(name))[:50]}")
+        if not isinstance(summary.get("settings", {}), dict):  # older runs have none
+            raise ValueError("settings is not a table")
         if not all(_is_a(seconds, int | float) for seconds in summary["cold_start"].values()):
             raise ValueError("cold_start has more than numbers")
     except FileNotFoundError:
