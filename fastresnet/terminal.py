@@ -96,12 +96,12 @@ def _notes_on_stderr() -> Iterator[None]:
 
 
 class _Output:
-    """Output stream that calls `lose` when it cannot be written, and is written to the null device from then on."""
+    """Output stream that calls `lose` when it cannot be written, and drops the text from then on."""
 
     def __init__(self, stream: TextIO | None, lose: Callable[[OSError], None]) -> None:
         stream = stream._stream if isinstance(stream, _Output) else stream
         self._stream: TextIO = stream or io.StringIO()  # None if it was closed at the start
-        self.lose = lose
+        self.lose, self._lost = lose, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -114,11 +114,14 @@ class _Output:
         self._attempt(self._stream.flush)
 
     def _attempt(self, call: Callable[..., object], *arguments: str) -> None:
+        if self._lost:
+            return
         try:
             call(*arguments)
         except OSError as error:
+            self._lost = True
             with contextlib.suppress(OSError):  # no file
-                _redirect_to_null(self._stream.fileno())
+                _redirect_to_null(self._stream.fileno())  # for the rest in its buffer, and for other libraries
             self.lose(error)
 
 

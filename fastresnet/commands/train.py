@@ -26,8 +26,7 @@ class Options(TrainConfig):
     """Settings of a training, and other actions on them."""
 
     config: Path | None = None
-    """TOML file of settings, some or all, such as the config.toml of a run. They precede those of its recipe; flags
-    precede both."""
+    """TOML file of some or all settings, such as that of a run: they precede the recipe's, and flags precede them."""
     seeds: str | None = None
     """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and print a table of all runs."""
     per_gpu: int = 1
@@ -68,7 +67,7 @@ def run(arguments: list[str]) -> int:
         print(config.to_toml(), end="")
         return 0
     if options.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, "expected cost of each training" if options.seeds else "expected cost")
     if options.find_lr is not None:
         return _find_lr(config, options.find_lr)
     with outlived_output():
@@ -125,7 +124,7 @@ def _parse(arguments: list[str]) -> Options:
     return options
 
 
-def _dry_run(config: TrainConfig) -> int:
+def _dry_run(config: TrainConfig, title: str) -> int:
     from rich.console import Console
 
     from fastresnet.models import create_model
@@ -138,7 +137,7 @@ def _dry_run(config: TrainConfig) -> int:
     found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
     train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
     print_table(
-        "expected cost; nothing was written",
+        f"{title}; nothing was written",
         [
             ("network", config.model),
             ("parameters", f"{sum(layer.parameters for layer in found):,}"),
