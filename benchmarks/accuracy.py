@@ -123,7 +123,7 @@ def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
 
 
 def _on_gpu(run: Summary) -> bool:
-    return run["settings"]["device"] == "cuda"
+    return run["settings"].get("device") == "cuda"
 
 
 def _device(run: Summary) -> str:
@@ -280,13 +280,15 @@ def publish(run: Path) -> None:
 
 def _summary(run: Path) -> Summary:
     """Read `summary.json`, and remove the folder on this machine from its command."""
-    try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        environment = summary["environment"]
-        environment["command"] = re.sub(r" --out[ =]('[^']*'|\S+)", "", environment["command"])
-        return summary
-    except FileNotFoundError:
-        raise DataError(f"{run} is not a finished run: it has no summary.json.") from None
+    from fastresnet.run_folder import read_summary  # which loads torch
+
+    path = run / "summary.json"
+    summary = read_summary(path)
+    environment = summary["environment"]
+    if missing := [name for name in ("command", "commit", "device", "threads") if name not in environment]:
+        raise DataError(f"{path} is damaged: its environment has no {', '.join(missing)}.")
+    environment["command"] = re.sub(r" --out[ =]('[^']*'|\S+)", "", str(environment["command"]))
+    return summary
 
 
 if __name__ == "__main__":

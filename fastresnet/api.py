@@ -27,13 +27,15 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     from fastresnet.console import PlainConsole
     from fastresnet.recipes import create_config
     from fastresnet.run_folder import read_run, run_path
+    from fastresnet.terminal import outlived_output
     from fastresnet.training.loop import train as train_run
     from pipelines.prepare import find_dataset
 
     base = create_config(recipe, settings.get("model"))
     config = from_dict(base.to_dict() | settings, "fastresnet.train")
     dataset = find_dataset(config.data, config.root)
-    train_run(config, dataset, PlainConsole(quiet=quiet))
+    with outlived_output():
+        train_run(config, dataset, PlainConsole(quiet=quiet))
     return read_run(run_path(config, dataset))
 
 

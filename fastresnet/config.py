@@ -151,7 +151,11 @@ class TrainConfig:
     """Log to MLflow, configured by its environment variables."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         check_literals(self)
+        for name in ("data", "root", "out"):
+            _check_path(name, getattr(self, name))
         if self.decode == "jpeg" and self.pipeline not in ("auto", "dali"):
             raise UsageError(f"--decode jpeg needs --pipeline dali, not {self.pipeline}.")
         check_threads(self.threads)
@@ -225,22 +229,61 @@ class TrainConfig:
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
-    """Build a config from plain values that were read from `where`. Raises `UsageError` that names an invalid one."""
-    hints = get_type_hints(TrainConfig)
-    for name in values:
-        check_choice(f"setting in {where}", name, hints)
-    return TrainConfig(**{name: _coerce(name, value, hints[name], where) for name, value in values.items()})
+    """Build a config from plain values that were read from `where`; the others have their defaults.
+
+    Raises `UsageError` that names an invalid one.
+    """
+    return TrainConfig(**_typed(values, where))
 
 
 def from_toml(path: Path) -> TrainConfig:
-    """Read a `config.toml`. Raises `UsageError` if the file is missing, damaged or has invalid values."""
+    """Read the `config.toml` of a run: settings newer than the run have their defaults. Raises as `read_settings`."""
+    return TrainConfig(**read_settings(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a TOML file, some or all.
+
+    Raises `UsageError` if the file is missing, damaged or has unknown settings or values of another type.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a TOML file: {error}.") from None
-    return from_dict(values, str(path))
+    return _typed(values, str(path))
+
+
+def is_complete(values: dict[str, Any]) -> bool:
+    """Return True if `values` has every setting that affects the result, but for those that may be None."""
+    return TrainConfig().to_dict().keys() <= values.keys()
+
+
+def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    hints = get_type_hints(TrainConfig)
+    for name in values:
+        check_choice(f"setting in {where}", name, hints)
+    return {name: _coerce(name, _plain(value), hints[name], where) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return the numbers of NumPy and PyTorch as Python's."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _check_path(name: str, value: Path | str | None) -> None:
+    """Raise `UsageError` if no file can have this name, or config.toml cannot contain it."""
+    text = str(value)
+    if "\0" in text:
+        raise UsageError(f"--{name} {text!r} contains a NUL, which no file name can.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        if name != "out":
+            raise UsageError(f"--{name} {text!r} is not UTF-8, as config.toml is. Rename it, or use a link.") from None
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
+from fastresnet.run_folder import find_run_data
 from fastresnet.text import for_figure
 from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
@@ -390,13 +391,15 @@ class Predictions:
         return f"{true}\n{taken_for} {share:.0f} %"
 
 
-def predict_test_set(path: Path, data: str | None, root: Path | None, device: str) -> Predictions:
-    """Run the network in file `path` on the test set of `data`, or of the data set of its training.
+def predict_test_set(run: Path, data: str | None, root: Path | None, device: str) -> Predictions:
+    """Run the network of a finished run on the test set of its data; `data` and `root` as in `find_run_data`.
 
-    Raises `DataError` if the file or the data set is missing or damaged, or they do not match.
+    Raises `DataError` if the weights or the data set are missing or damaged, or do not match.
     """
-    on = resolve_device(device)
-    weights, dataset = find_dataset_for(load_weights(path), path, data, root)
+    weights, on = load_weights(run / "model.safetensors"), resolve_device(device)
+    dataset = find_run_data(run, weights.data_sha256, data, root)
+    weights = match_classes(weights, run, dataset)
+    dataset = weights.as_in_training(dataset)
     precision = (weights.training or {}).get("precision", "fp32")
     precision = precision if supports(precision, on) else "fp32"
     pipeline = open_evaluation(dataset, weights.normalization, precision, on)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fastresnet.config import TrainConfig, differences
+from fastresnet.config import TrainConfig, differences, is_complete, read_settings
 from fastresnet.models import find_model
-from pipelines.errors import check_choice
+from pipelines.errors import UsageError, check_choice
 
 
 def paper(model: str = "resnet20") -> TrainConfig:
@@ -130,6 +131,21 @@ def create_config(recipe: str, model: str | None = None) -> TrainConfig:
     """Create the settings of `recipe` for `model`, or its default one. Raises `UsageError` on unknown names."""
     check_choice("recipe", recipe, RECIPES)
     return RECIPES[recipe](model) if model else RECIPES[recipe]()
+
+
+def read_config(path: Path, recipe: str | None = None, model: str | None = None) -> TrainConfig:
+    """Read settings from a TOML file. The others are those of its recipe, else of `recipe`, else of the default one.
+
+    Recipes depend on the network: `model`, else the file's. A file with all settings, such as that of a run, depends on
+    no recipe. Raises `UsageError` as `read_settings` and `create_config` do, and if the two recipes differ.
+    """
+    values = read_settings(path)
+    named = values.setdefault("recipe", recipe or DEFAULT_RECIPE)
+    if recipe not in (None, named):
+        raise UsageError(f"{path} is for recipe {named}, not {recipe}. Leave out {recipe}, or change the file.")
+    if is_complete(values):
+        return TrainConfig(**values)
+    return dataclasses.replace(create_config(named, model or values.get("model")), **values)
 
 
 # Every run chooses these itself, independent of its recipe.

@@ -14,22 +14,25 @@ import io
 import json
 import os
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
-from fastresnet.config import TrainConfig, differences, from_dict
+from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.files import write_bytes, write_json
-from pipelines.store import Dataset
+from pipelines.prepare import store_folder
+from pipelines.store import Dataset, open_store
 
 Row = dict[str, Any]
 """Line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
@@ -182,7 +185,7 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None if it is missing or unreadable: then the end of the run is repeated."""
         with contextlib.suppress(DataError):
-            return _read_summary(self.path / "summary.json")
+            return read_summary(self.path / "summary.json")
         return None
 
     # --- writing -------------------------------------------------------------------------------------------------
@@ -290,16 +293,19 @@ class RunFolder:
 
 def _load_checkpoint(path: Path) -> Checkpoint:
     tensors, description = load_tensors(path)
-    if description is None or "progress" not in description:
-        raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.")
-    return Checkpoint(
-        tensors,
-        Progress(**description["progress"]),
-        description["scaler"],
-        description["config"],
-        description["data"],
-        description.get("data_sha256"),
-    )
+    try:
+        if description is None:
+            raise TypeError
+        return Checkpoint(
+            tensors,
+            Progress(**description["progress"]),
+            description["scaler"],
+            description["config"],
+            description["data"],
+            description.get("data_sha256"),
+        )
+    except (KeyError, TypeError):
+        raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.") from None
 
 
 @contextlib.contextmanager
@@ -398,24 +404,83 @@ def read_run(folder: Path) -> Run:
         raise DataError(f"{folder} has no metrics.csv: it is not a run folder, or no epoch of the run is finished.")
     try:
         with open(metrics, newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file, strict=True)]
+        if not rows:
+            raise ValueError("it has no rows")
         evaluated_on = {"val", "test"} & {name.partition("_")[0] for name in rows[0]}
         needed = {"epoch", "step", "lr", *(f"{split}_{what}" for split in ("train", *evaluated_on) for what in
                                            ("loss", "accuracy"))}  # fmt: skip
         if not evaluated_on or not needed <= rows[0].keys():
             raise ValueError("columns are missing")
-    except (ValueError, TypeError, AttributeError, IndexError, csv.Error) as error:
+        if any(not abs(row[name]) <= _LARGEST for row in rows for name in ("epoch", "step", "lr")):
+            raise ValueError("an epoch, step or lr is not a number")
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"{metrics} is damaged: {error}.") from None
-    return Run(folder, rows, _read_summary(folder / "summary.json"))
+    summary = folder / "summary.json"
+    return Run(folder, rows, read_summary(summary) if summary.exists() else None)
 
 
-def _read_summary(path: Path) -> dict[str, Any] | None:
+_LARGEST = 1e15
+"""Larger figures are damage, which plots cannot show."""
+
+_TEXTS = ("recipe", "model", "data", "best_chosen_on")
+_COUNTS = ("seed", "epochs", "steps", "flops")
+_FIGURES = (
+    *("test_accuracy", "test_accuracy_mirror", "best_accuracy"),
+    *("images_per_s", "train_seconds", "total_seconds"),
+)
+_TABLES = ("cold_start", "environment")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read summary.json. Raises `DataError` if it is missing or damaged, or lacks a field that this program shows."""
     try:
         summary = json.loads(path.read_bytes())
-        if summary["schema"] != 1:
-            raise ValueError(f"schema {summary['schema']}")
+        if not isinstance(summary, dict) or summary.get("schema") != 1:
+            raise ValueError("it is not a summary of schema 1")
+        for names, kind, expected in (
+            (_TEXTS, str, "a text"),
+            (_COUNTS, int, "a whole number"),
+            (_FIGURES, int | float, "a number"),
+            (_TABLES, dict, "a table"),
+        ):
+            for name in names:
+                if not _is_a(summary.get(name), kind):
+                    raise ValueError(f"{name} is not {expected}: {json.dumps(summary.get(name))[:50]}")
+        if not isinstance(summary.get("settings", {}), dict):  # older runs have none
+            raise ValueError("settings is not a table")
+        if not all(_is_a(seconds, int | float) for seconds in summary["cold_start"].values()):
+            raise ValueError("cold_start has more than numbers")
     except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path.parent} is not a finished run: it has no {path.name}.") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}.") from None
     return summary
+
+
+def _is_a(value: Any, kind: type | UnionType) -> bool:
+    """Return True if `value` has this type; numbers are finite, and no bool."""
+    if isinstance(value, int | float) and (isinstance(value, bool) or not abs(value) < sys.float_info.max):
+        return False
+    return isinstance(value, kind)
+
+
+def find_run_data(run: Path, digest: str | None, data: str | None, root: Path | None) -> Dataset:
+    """Open the data set of a run, whose `digest` is known unless the run is old: that of its config.toml.
+
+    `data` and `root` are given if it has moved. Nothing is prepared. Raises `DataError` if it is missing, damaged or
+    another one.
+    """
+    config = from_toml(run / "config.toml")
+    recorded = config.data if root is None else Path(config.data).name  # it may be a path, which precedes a root
+    folder = store_folder(data or recorded, root or config.root)
+    remedy = "If it has moved, give its place: --root or --data."
+    if not (folder / "meta.json").exists():
+        raise DataError(f"{folder}, the data set that {run} was trained on, does not exist. {remedy}")
+    dataset = open_store(folder)
+    if digest not in (None, dataset.digest):
+        raise DataError(
+            f"{run} was trained on another data set {config.data!r} (SHA-256 {str(digest)[:12]}...) than the one in "
+            f"{folder} ({dataset.digest[:12]}...). {remedy}"
+        )
+    return dataset

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -49,7 +48,7 @@ def train_seeds(
 
     Each logs to `train.log` in its folder. `per_gpu` run on each GPU at a time. With `gpus` 0 they run on the CPU, one
     after the other, as each uses all cores. If one fails, the others continue; then `RunError` names those that failed.
-    On exit, also by Ctrl-C or SIGTERM, the trainings still running are signalled to save and stop.
+    On exit, also by Ctrl-C or a stop signal, the trainings still running are signalled to save and stop.
     """
     free: SimpleQueue[int | None] = SimpleQueue()
     places = [*range(gpus)] * per_gpu or [None]
@@ -74,7 +73,9 @@ def train_seeds(
     if failed := [seed for seed, code in codes.items() if code]:
         logs = ", ".join(f"{folders[seed] / 'train.log'} (exit code {codes[seed]})" for seed in failed)
         raise RunError(f"{len(failed)} of {len(codes)} trainings failed; see {logs}. --resume continues them.")
-    return [json.loads((folder / "summary.json").read_bytes()) for folder in folders.values()]
+    from fastresnet.run_folder import read_summary  # which loads torch
+
+    return [read_summary(folder / "summary.json") for folder in folders.values()]
 
 
 def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, stopping: threading.Event) -> int:

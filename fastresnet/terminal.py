@@ -11,12 +11,12 @@ import itertools
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from fastresnet.signals import STOP_SIGNALS, handled
 from fastresnet.text import for_terminal
 from pipelines.errors import Note, UsageError, UserError, check_word, literals
 
@@ -25,18 +25,27 @@ if TYPE_CHECKING:
 
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run `command`; report an error that a user can fix as one line on stderr and the documented exit code."""
+    """Run `command`; report an error that a user can fix as one line on stderr and the documented exit code.
+
+    When the reader of its output ends, as `head` does, it exits silently with 141: 128 and SIGPIPE.
+    """
     prefix = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
     _escape_what_stdout_cannot_encode()
-    with _notes_on_stderr(), _exit_on_sigterm():
+    with _outputs(_end_without_output), _notes_on_stderr(), _exit_on_signals():
         try:
-            return command([_with_home(argument) for argument in arguments])
+            code = command([_with_home(argument) for argument in arguments])
+            sys.stdout.flush()  # at exit it would be too late for an error
+            return code
         except UserError as error:
             print(for_terminal(f"{prefix}: {error}"), file=sys.stderr)
             return error.exit_code
         except OSError as error:
             name = f" {error.filename}" if error.filename else ""
             print(for_terminal(f"{prefix}: cannot read or write{name}: {error.strerror or error}."), file=sys.stderr)
+            return 1
+        except Warning as warning:  # of a library, not a `Note`
+            text = f"{prefix}: {type(warning).__name__}, an error by PYTHONWARNINGS or -W: {warning}"
+            print(for_terminal(text), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"{prefix}: interrupted.", file=sys.stderr)
@@ -58,16 +67,12 @@ def _escape_what_stdout_cannot_encode() -> None:
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Exit on SIGTERM as after an error: partial files are removed. Trainings have their own handler.
+def _exit_on_signals() -> Iterator[None]:
+    """Exit on a stop signal as after an error: partial files are removed. Trainings have their own handlers.
 
     A command that is ending with a `UserError` still reports it: torchrun sends SIGTERM to all ranks once one has
-    failed. A second SIGTERM ends that too.
+    failed. A second signal ends that too.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
     ignored = False
 
     def stop(signum: int, _: Any) -> None:
@@ -76,11 +81,8 @@ def _exit_on_sigterm() -> Iterator[None]:
             sys.exit(128 + signum)
         ignored = True
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with handled(STOP_SIGNALS, stop):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _is_user_error(error: BaseException | None) -> bool:
@@ -92,8 +94,9 @@ def _is_user_error(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _notes_on_stderr() -> Iterator[None]:
-    """Show each note of this program as one line; leave other libraries' warnings unchanged."""
+    """Show each note of this program as one line, whatever -W says; leave other libraries' warnings unchanged."""
     with warnings.catch_warnings():
+        warnings.simplefilter("default", Note)
         show_other = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
@@ -104,6 +107,93 @@ def _notes_on_stderr() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+# --- output whose reader may end -----------------------------------------------------------------------------------
+
+
+class _Output:
+    """Output stream that calls `lose` when it cannot be written, and drops the text from then on."""
+
+    def __init__(self, stream: TextIO | None, lose: Callable[[OSError], None]) -> None:
+        stream = stream._stream if isinstance(stream, _Output) else stream
+        self._stream: TextIO = stream or io.StringIO()  # None if it was closed at the start
+        self.lose, self._lost = lose, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Callable[..., object], *arguments: str) -> None:
+        if self._lost:
+            return
+        try:
+            call(*arguments)
+        except OSError as error:
+            self._lost = True
+            with contextlib.suppress(OSError):  # no file
+                _redirect_to_null(self._stream.fileno())  # for the rest in its buffer, and for other libraries
+            self.lose(error)
+
+
+@contextlib.contextmanager
+def _outputs(lose: Callable[[OSError], None]) -> Iterator[None]:
+    """Call `lose` in the block if standard output cannot be written. What is written to a lost stderr is dropped."""
+    for number in (1, 2):  # a closed one would be the number of the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            _redirect_to_null(number)
+    before = sys.stdout, sys.stderr
+    out, err = _Output(sys.stdout, lose), _Output(sys.stderr, _drop)
+    sys.stdout, sys.stderr = cast("TextIO", out), cast("TextIO", err)
+    try:
+        yield
+    finally:
+        out.lose = _drop
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _redirect_to_null(number: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+
+
+def _drop(_: OSError) -> None:
+    """Go on silently."""
+
+
+def _end_without_output(error: OSError) -> None:
+    """End the command: silently if the reader of its output has ended."""
+    if isinstance(error, BrokenPipeError):
+        sys.exit(128 + signal.SIGPIPE)
+    error.filename = "standard output"
+    raise error
+
+
+@contextlib.contextmanager
+def outlived_output() -> Iterator[None]:
+    """Go on in the block, with a note, when standard output cannot be written: a training outlives its terminal."""
+
+    def go_on(error: OSError) -> None:
+        print(f"fastresnet: note: standard output is lost ({error.strerror}); the run goes on.", file=sys.stderr)
+
+    with _outputs(go_on):
+        yield
+        sys.stdout.flush()
+
+
+# --- arguments, tables, progress -----------------------------------------------------------------------------------
 
 
 def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:

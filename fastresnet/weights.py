@@ -53,6 +53,8 @@ class Weights:
     file has none, it is CIFAR-10's."""
     std: Tensor
     """Standard deviation [3, 1, 1]."""
+    data_sha256: str | None = None
+    """Digest of the training's data set, if the file has it."""
 
     @property
     def normalization(self) -> NormalizationMode:
@@ -126,6 +128,7 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
         named=named,
         mean=_planes(facts.get("mean", CIFAR10_MEAN), 1 if normalization != "pixel" else IMAGE_SIZE, path),
         std=_deviations(facts.get("std", CIFAR10_STD), path),
+        data_sha256=facts.get("data_sha256"),
     )
 
 

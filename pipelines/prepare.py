@@ -37,14 +37,19 @@ def data_root(root: Path | None) -> Path:
     return Path(os.path.expanduser(root or os.environ.get("FASTRESNET_DATA") or "data"))
 
 
+def store_folder(data: str, root: Path | None) -> Path:
+    """Return the folder of the data set named `data` in `root` (see `data_root`), or `data` if that is a store."""
+    folder = Path(os.path.expanduser(data))
+    is_place = folder.name != data or (folder / "meta.json").exists()
+    return folder if is_place else data_root(root) / data
+
+
 def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
     """Open the data set named `data` in `root` (see `data_root`), or the store in folder `data`.
 
     If missing, `cifar10` is downloaded and `shapes10` is drawn. Raises the same errors as `prepare`.
     """
-    folder = Path(os.path.expanduser(data))
-    if folder.name == data and not (folder / "meta.json").exists():
-        folder = data_root(root) / data
+    folder = store_folder(data, root)
     if not (folder / "meta.json").exists():
         if data in (CIFAR10, SHAPES10):
             return prepare(data, data_root(root), report)[0]

@@ -68,8 +68,12 @@ class _Batches(list[list[_Sample]]):
 
 
 def _survive_stop_signals(_: int) -> None:
-    """Ignore Ctrl-C, and delay a scheduler's SIGTERM: both reach the workers too, before the parent has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ignore the signals that reach the workers too, before the parent has saved; delay SIGTERM.
+
+    The parent ends its workers by SIGTERM, and a scheduler may send it to all.
+    """
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 # --- the program, which imports next to nothing ------------------------------------------------------------------
@@ -92,6 +92,8 @@ def serve(folder: Path) -> Callable[[], object]:
     for name in COMPILED:
         pkgutil.resolve_name(name)()
     gc.freeze()
+    for number in PASSED_ON:  # `nohup` and background jobs ignore some, and the forked processes would, too
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, reap)  # so that their processor time counts as ours
     program = folder / "python"
     with socket.create_server(f"{folder}/socket", family=socket.AF_UNIX) as listener:

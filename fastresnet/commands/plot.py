@@ -27,9 +27,9 @@ class Options:
     out: Path | None = None
     """File to write, .png or .svg. Without it: KIND.png in the run folder, or here if there are several runs."""
     data: str | None = None
-    """Name or folder of the data set. Without it: the one the run was trained on."""
+    """Name or folder of the data set that the run was trained on, if it has moved."""
     root: Path | None = None
-    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    """Folder of all data sets, if it has moved. Without it: that of the run, else $FASTRESNET_DATA, else ./data."""
     device: Device = "auto"
     """Device to compute on."""
 
@@ -65,5 +65,5 @@ def _figure(options: Options) -> Figure:
 
     from fastresnet.evaluation import predict_test_set
 
-    predictions = predict_test_set(options.runs[0] / "model.safetensors", options.data, options.root, options.device)
+    predictions = predict_test_set(options.runs[0], options.data, options.root, options.device)
     return predictions.confusion() if options.kind == "confusion" else predictions.mistakes()

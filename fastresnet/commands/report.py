@@ -21,9 +21,9 @@ class Options:
     out: Path | None = None
     """File to write. Without it: report.html in the run folder."""
     data: str | None = None
-    """Name or folder of the data set. Without it: the one the run was trained on."""
+    """Name or folder of the data set that the run was trained on, if it has moved."""
     root: Path | None = None
-    """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
+    """Folder of all data sets, if it has moved. Without it: that of the run, else $FASTRESNET_DATA, else ./data."""
     device: Device = "auto"
     """Device to compute on."""
 
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     finished = read_run(options.run)
     if finished.summary is None:
         raise DataError(f"{options.run} is not finished (no summary.json). Finish it with fastresnet train --resume.")
-    predictions = predict_test_set(options.run / "model.safetensors", options.data, options.root, options.device)
+    predictions = predict_test_set(options.run, options.data, options.root, options.device)
     path = options.out or options.run / "report.html"
     write_bytes(path, page(finished, predictions).encode())
     say(path)

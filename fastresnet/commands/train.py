@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastresnet.config import TrainConfig
-from fastresnet.terminal import check_output, parse, print_table, progress_line, say
-from pipelines.errors import UsageError
+from fastresnet.seeds import parse_seeds
+from fastresnet.terminal import check_output, outlived_output, parse, print_table, progress_line, say
+from pipelines.errors import UsageError, check_choice
 
 if TYPE_CHECKING:
     from pipelines.store import Dataset
@@ -25,7 +26,7 @@ class Options(TrainConfig):
     """Settings of a training, and other actions on them."""
 
     config: Path | None = None
-    """Take the defaults from the config.toml of a run, not from a recipe."""
+    """TOML file of some or all settings, such as that of a run: they precede the recipe's, and flags precede them."""
     seeds: str | None = None
     """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and print a table of all runs."""
     per_gpu: int = 1
@@ -45,6 +46,8 @@ class Options(TrainConfig):
             raise UsageError(
                 f"--per-gpu {self.per_gpu} is for the trainings of --seeds. Give --seeds, or leave it out."
             )
+        if self.seeds is not None:
+            parse_seeds(self.seeds)
         if self.find_lr is not None:
             check_output("--find-lr", self.find_lr, (".png", ".svg"))
             if self.dry_run or self.print_config or self.seeds is not None or "RANK" in os.environ:
@@ -64,12 +67,16 @@ def run(arguments: list[str]) -> int:
         say(config.to_toml().removesuffix("\n"))
         return 0
     if options.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, "expected cost of each training" if options.seeds else "expected cost")
     if options.find_lr is not None:
         return _find_lr(config, options.find_lr)
-    if options.seeds is not None:
-        return _train_seeds(config, options.seeds, options.per_gpu, arguments)
+    with outlived_output():
+        if options.seeds is not None:
+            return _train_seeds(config, parse_seeds(options.seeds), options.per_gpu, arguments)
+        return _train(config, began)
 
+
+def _train(config: TrainConfig, began: float) -> int:
     from fastresnet.console import PlainConsole
     from fastresnet.distributed import world_of_torchrun
     from fastresnet.training.loop import train
@@ -86,37 +93,37 @@ def run(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> Options:
     """Read the options, whose defaults a recipe or a config file decides."""
-    from fastresnet.config import from_toml
-    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config
+    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config, read_config
 
-    given, _ = _extract(arguments, "--config", "--model")
+    given, _ = _extract(arguments, "--config", "--model", "--seeds", "--seed")
+    if given.seeds is not None and (given.seed is not None or "RANK" in os.environ):
+        raise UsageError("--seeds cannot be combined with --seed or torchrun.")
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe, arguments = (arguments[0], arguments[1:]) if named else (None, arguments)
+    if recipe is not None:
+        check_choice("recipe", recipe, RECIPES)
     if given.config is not None:
-        base = from_toml(Path(given.config))
+        base = read_config(Path(given.config), recipe, given.model)
     else:
-        named = bool(arguments) and not arguments[0].startswith("-")
-        recipe, arguments = (arguments[0], arguments[1:]) if named else (DEFAULT_RECIPE, arguments)
-        base = create_config(recipe, given.model)
+        base = create_config(recipe or DEFAULT_RECIPE, given.model)
     read = functools.partial(
         parse,
         Options,
         "train [RECIPE]",
         arguments,
         default=Options(**_settings(base)),
-        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: {DEFAULT_RECIPE}) and sets "
-        "the defaults below.",
+        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: that of --config, else "
+        f"{DEFAULT_RECIPE}). A setting is that of its flag, else of the file --config, else of the recipe.",
     )
     options, unknown = read(return_unknown_args=True)
     if misplaced := [word for word in unknown if word in RECIPES]:
-        raise UsageError(
-            f"{misplaced[0]} is out of place: a recipe is the first word after train, and cannot be combined with "
-            "--config."
-        )
+        raise UsageError(f"{misplaced[0]} is out of place: a recipe is the first word after train.")
     if unknown:
         read()  # exits, with suggestions
     return options
 
 
-def _dry_run(config: TrainConfig) -> int:
+def _dry_run(config: TrainConfig, title: str) -> int:
     from fastresnet.console import PlainConsole
     from fastresnet.models import create_model
     from fastresnet.models.summary import layers
@@ -128,7 +135,7 @@ def _dry_run(config: TrainConfig) -> int:
     found = layers(create_model(config.model, num_classes=len(dataset.classes), shortcut=config.shortcut))
     train, evaluation = expected["train_seconds"], expected["evaluation_seconds"]
     print_table(
-        "expected cost; nothing was written",
+        f"{title}; nothing was written",
         [
             ("network", config.model),
             ("parameters", f"{sum(layer.parameters for layer in found):,}"),
@@ -166,17 +173,12 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     return 0
 
 
-def _train_seeds(config: TrainConfig, text: str, per_gpu: int, arguments: list[str]) -> int:
-    from fastresnet.seeds import parse_seeds, train_seeds
-
-    seeds = parse_seeds(text)
-    given, arguments = _extract(arguments, "--seeds", "--seed", "--out", "--per-gpu", "--per_gpu")
-    if given.seed is not None or "RANK" in os.environ:
-        raise UsageError("--seeds cannot be combined with --seed or torchrun.")
+def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments: list[str]) -> int:
     import torch
 
     from fastresnet.device import resolve_device
     from fastresnet.run_folder import run_path
+    from fastresnet.seeds import train_seeds
 
     device = resolve_device(config.device)
     if per_gpu > 1 and device.type == "cpu":
@@ -185,6 +187,7 @@ def _train_seeds(config: TrainConfig, text: str, per_gpu: int, arguments: list[s
             "--per-gpu out."
         )
     dataset = _find_dataset(config)
+    _, arguments = _extract(arguments, "--seeds", "--out", "--per-gpu", "--per_gpu")
     folders = {
         seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), dataset)
         for seed in seeds

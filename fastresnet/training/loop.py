@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from fastresnet.models.summary import flops_per_image
 from fastresnet.provenance import environment
 from fastresnet.recipes import RECIPES
 from fastresnet.run_folder import Progress, RunFolder, run_path
+from fastresnet.signals import recorded_stops
 from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, choose_backend
 from fastresnet.training.kernels import check_kernels, choose_kernels, explained
@@ -140,7 +139,7 @@ def train(
             return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
 
         evaluate = evaluator(step.eval_model, evaluated, captured=execution.backend in CAPTURED)
-        with StopSignals() as signals:
+        with recorded_stops() as signals:
             # A run may have been stopped between its last step and the evaluation.
             while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
                 clock.enter("training")
@@ -371,7 +370,7 @@ def _settle_kernels(
     return dataclasses.replace(config, kernels=kernels)
 
 
-# --- time, signals, messages -------------------------------------------------------------------------------------
+# --- time, messages ---------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -403,36 +402,9 @@ class Stopwatch:
         progress.train_seconds = self.earlier.train_seconds + self.seconds["training"]
 
     def cold_start(self) -> dict[str, float]:
-        """Return the seconds up to the end of the first step, by phase."""
+        """Return the seconds up to the end of the first step of this session, by phase; it may have taken no step."""
         phases = {name: self.seconds[name] for name in _COLD_START if name in self.seconds}
         return phases if self.first_step is None else {**phases, "first_step": self.first_step}
-
-
-class StopSignals:
-    """Record of SIGTERM and SIGINT, which do not end the process.
-
-    A second SIGINT has its usual effect. A second SIGTERM has none, since a scheduler and torchrun may each send one.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        """Last signal, 0 for none."""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._record)
-        return self
-
-    def _record(self, signum: int, _: FrameType | None) -> None:
-        self.received = signum
-        if signum == signal.SIGINT:
-            signal.signal(signum, self._previous[signum])
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
 
 
 def announcement(
@@ -491,6 +463,11 @@ def _summary(
     clock: Stopwatch,
     origin: dict[str, Any],
 ) -> dict[str, Any]:
+    """Describe the finished run.
+
+    After resuming, `steps`, `images_per_s` and the times cover all sessions. What a killed session did after its last
+    checkpoint counts in neither. `cold_start` and `environment` are those of the last session.
+    """
     flops = flops_per_image(_create_model(config, dataset), training=True) * config.batch_size * progress.step
     return {
         "schema": 1,

@@ -19,8 +19,9 @@ def summary(seed, percent, *, recipe="paper", model="resnet20", settings=None, *
     environment = {"device": "a CPU", "threads": 2, "commit": "abc", "command": "fastresnet train"}
     return {
         "schema": 1, "recipe": recipe, "model": model, "data": "cifar10", "seed": seed, "settings": settings,
-        "epochs": 165, "test_accuracy": percent, "test_accuracy_mirror": percent + 0.5, "flops": 2e15,
-        "train_seconds": 600.0, "environment": environment, **changes,
+        "epochs": 165, "steps": 64_000, "test_accuracy": percent, "test_accuracy_mirror": percent + 0.5,
+        "best_accuracy": percent, "best_chosen_on": "test", "flops": 2 * 10**15, "images_per_s": 1000.0,
+        "train_seconds": 600.0, "total_seconds": 700.0, "cold_start": {}, "environment": environment, **changes,
     }  # fmt: skip
 
 
@@ -154,6 +155,22 @@ def test_add_rejects_all_runs_if_one_would_not_count(results, run_folder, unfit,
         accuracy.add(runs)
     assert str(runs[1]) in str(caught.value)
     assert f"fastresnet train {unfit['recipe']} --model resnet20 --seed 5" in str(caught.value)
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"environment": {"device": "a CPU"}}, "its environment has no command, commit, threads"),
+        ({"environment": None}, "environment is not a table: null"),
+        ({"test_accuracy": "91"}, "test_accuracy is not a number"),
+    ],
+)
+def test_add_refuses_an_odd_summary_in_words(results, run_folder, changes, words):
+    odd = run_folder("odd", summary(5, 90.0, **changes))
+    with pytest.raises(DataError, match=words) as caught:
+        accuracy.add([run_folder("good", summary(4, 91.0)), odd])
+    assert str(odd / "summary.json") in str(caught.value)
     assert not results.exists()
 
 

@@ -1,8 +1,12 @@
 """Training and evaluation from Python give what the commands give; the notebook runs."""
 
 import dataclasses
+import errno
+import io
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastresnet
@@ -31,11 +35,25 @@ def test_quiet_training_prints_nothing(data_root, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_training_outlives_standard_output(data_root, tmp_path, monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    run = fastresnet.train("smoke", root=data_root, out=tmp_path / "run", **SMALL)
+    assert run.summary["steps"] == 3
+    note = "fastresnet: note: standard output is lost (Broken pipe); the run goes on.\n"
+    assert capsys.readouterr().err == note
+
+
 def test_settings_accept_command_line_and_python_types(data_root, tmp_path):
     settings = {**SMALL, "iterations": 1, "lr": 1, "milestones": (0.25, 0.5), "lr_batch_size": None}
+    settings |= {"seed": np.int64(2), "momentum": np.float32(0.5), "nesterov": np.bool_(True)}
     run = fastresnet.train("smoke", root=str(data_root), out=str(tmp_path / "run"), quiet=True, **settings)
     assert run.folder == tmp_path / "run"
     assert (run.summary["settings"]["lr"], run.summary["settings"]["milestones"]) == (1.0, [0.25, 0.5])
+    assert [run.summary["settings"][name] for name in ("seed", "momentum", "nesterov")] == [2, 0.5, True]
 
 
 def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trained, data_root):

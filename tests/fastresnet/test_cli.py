@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -425,7 +426,7 @@ def test_last_of_repeated_options_counts(run, tmp_path):
     [
         (["--data", "shapes10", "best"], "best is out of place: a recipe is the first word"),
         (["fast", "--resume", "best"], "best is out of place: a recipe is the first word"),
-        (["fast", "--config", "config.toml"], "fast is out of place: a recipe"),
+        (["fast", "--config", "config.toml", "best"], "best is out of place: a recipe is the first word"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -443,6 +444,126 @@ def test_a_folder_may_have_the_name_of_a_recipe(run):
     code, out, err = run("train", "smoke", "--data", "best", "--root", "paper", "--print-config")
     assert (code, err) == (0, "")
     assert 'data = "best"' in out
+
+
+SETTINGS = {
+    'recipe = "best"': ["best"],
+    "epochs = 3": ["fast", "--epochs", "3"],
+    "": ["fast"],
+    'model = "resnet56"': ["fast", "--model", "resnet56"],
+    'recipe = "paper"\nmodel = "resnet110"': ["paper", "--model", "resnet110"],
+    'recipe = "speedrun"\ncutout = 0': ["speedrun", "--cutout", "0"],
+    'model = "wrn16-2"\nnorm_lr = 2': ["fast", "--model", "wrn16-2", "--norm-lr", "2"],
+}
+
+
+@pytest.mark.parametrize(("text", "arguments"), SETTINGS.items(), ids=lambda value: " ".join(value).strip() or "empty")
+def test_file_of_some_settings_changes_those_of_its_recipe(run, tmp_path, text, arguments):
+    """The expected settings are those of the same changes as flags."""
+    (tmp_path / "config.toml").write_text(text)
+    _, expected, _ = run("train", *arguments, "--print-config")
+    assert run("train", "--config", tmp_path / "config.toml", "--print-config") == (0, expected, "")
+    assert run("train", arguments[0], "--config", tmp_path / "config.toml", "--print-config") == (0, expected, "")
+
+
+def test_flags_precede_a_file_and_a_file_precedes_its_recipe(run, tmp_path):
+    (tmp_path / "config.toml").write_text('model = "resnet20"\nepochs = 3\nlr = 0.5\n')
+    for recipe in RECIPES:
+        arguments = ["--config", tmp_path / "config.toml", "--lr", "0.7", "--model", "resnet32"]
+        _, out, _ = run("train", recipe, *arguments, "--print-config")
+        flags = ["--model", "resnet32", "--epochs", "3", "--lr", "0.7"]  # recipes depend on the network
+        assert out == run("train", recipe, *flags, "--print-config")[1]
+
+
+def test_file_for_another_recipe_than_the_given_one_is_refused(run, tmp_path):
+    (tmp_path / "config.toml").write_text('recipe = "best"')
+    code, _, err = run("train", "fast", "--config", tmp_path / "config.toml", "--print-config")
+    assert code == 2
+    assert one_or_two_lines(err)
+    assert f"{tmp_path / 'config.toml'} is for recipe best, not fast" in err
+    (tmp_path / "config.toml").write_text('recipe = "bets"')
+    code, _, err = run("train", "--config", tmp_path / "config.toml", "--print-config")
+    assert code == 2
+    assert "did you mean 'best'" in err
+
+
+def test_file_of_all_settings_keeps_its_values_that_are_none(run, tmp_path):
+    """TOML has no None, so such settings are not in it; the recipe has values for them."""
+    for recipe, option in (("best", "--norm-lr"), ("paper", "--iterations")):
+        _, out, _ = run("train", recipe, option, "None", "--print-config")
+        assert option[2:].replace("-", "_") not in out
+        (tmp_path / "config.toml").write_text(out)
+        assert run("train", "--config", tmp_path / "config.toml", "--print-config") == (0, out, "")
+
+
+@pytest.mark.parametrize("other", [["--dry-run"], ["--print-config"], []], ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0,a"], "--seeds 0,a: give numbers and ranges"),
+        (["--seeds", "1,1"], "--seeds 1,1 names a seed twice"),
+        (["--seeds", "0-1", "--seed", "1"], "--seeds cannot be combined with --seed"),
+        (["--per-gpu", "0", "--seeds", "1"], "--per-gpu 0 is not in 1.."),
+        (["--find-lr", "rates.bmp"], "ends in .png or .svg"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_options_are_checked_whatever_the_command_does_with_them(run, arguments, message, other):
+    code, _, err = run("train", "smoke", "--data", "shapes10", *arguments, *other)
+    assert code == 2
+    assert message in err
+
+
+# --- output whose reader has ended, and warnings --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_processes")
+@pytest.mark.parametrize("command", [["--help"], ["summary", "--model", "resnet20"]], ids=" ".join)
+def test_command_ends_silently_with_the_reader_of_its_output(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fastresnet", *command]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.usefixtures("quick_processes")
+@pytest.mark.parametrize("command", [["--help"], ["summary", "--model", "resnet20"]], ids=" ".join)
+def test_full_disk_of_the_output_is_named(command):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fastresnet", *command]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    message = "fastresnet: cannot read or write standard output: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.usefixtures("quick_processes")
+def test_error_has_its_exit_code_where_nobody_reads_it():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fastresnet", "trian"]
+    assert subprocess.run(command, stdout=writing, stderr=writing, check=False).returncode == 2
+    os.close(writing)
+
+
+def test_note_stays_a_note_where_warnings_are_errors(run, recwarn):
+    """As with PYTHONWARNINGS=error; preparing again has nothing to read, and says so in a note."""
+    warnings.simplefilter("error")
+    code, out, err = run("prepare", "--data", "shapes10")
+    assert code == 0
+    assert "already prepared" in out
+    assert err.startswith("fastresnet: note: nothing was read or drawn")
+
+
+def test_warning_of_a_library_that_is_an_error_ends_in_words(capsys):
+    def command(_):
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert terminal.guarded(command, []) == 1
+    assert capsys.readouterr().err == "fastresnet: DeprecationWarning, an error by PYTHONWARNINGS or -W: old\n"
 
 
 def test_command_named_for_a_custom_data_set_prepares_it(run, tmp_path):

@@ -2,11 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -460,6 +463,63 @@ def test_impossible_values_in_a_file_are_refused_like_those_of_flags(tmp_path):
         from_toml(written(tmp_path, 'flip = "randm"'))
 
 
+def test_numbers_of_numpy_and_pytorch_are_plain_ones(tmp_path):
+    """As fields, as values from Python, and in the files."""
+    values = {
+        "lr": np.float64(0.25),
+        "momentum": np.float32(0.5),
+        "epochs": np.int64(3),
+        "seed": np.uint8(7),
+        "batch_size": torch.tensor(64),
+        "warmup": torch.tensor(0.125),
+        "nesterov": np.bool_(True),
+        "milestones": np.array([0.25, 0.5]),
+        "model": np.str_("resnet32"),
+        "threads": np.int32(2),
+        "norm_lr": np.array(0.75),
+    }
+    plain = {
+        "lr": 0.25,
+        "momentum": 0.5,
+        "epochs": 3,
+        "seed": 7,
+        "batch_size": 64,
+        "warmup": 0.125,
+        "nesterov": True,
+        "milestones": (0.25, 0.5),
+        "model": "resnet32",
+        "threads": 2,
+        "norm_lr": 0.75,
+    }
+    for config in (from_dict(values, "a test"), TrainConfig(**values | {"milestones": tuple(values["milestones"])})):
+        assert config == TrainConfig(**plain)
+        for name, value in plain.items():
+            assert type(getattr(config, name)) is type(value)
+        assert all(type(share) is float for share in config.milestones)
+        assert json.loads(json.dumps(config.to_dict())) == config.to_dict() | {"milestones": [0.25, 0.5]}
+        assert from_toml(written(tmp_path, config.to_toml())) == config
+
+
+@pytest.mark.parametrize("value", [np.float64(1), np.array([1]), np.bool_(True), torch.tensor(1.0)], ids=repr)
+def test_number_of_numpy_or_pytorch_of_another_kind_is_refused(value):
+    with pytest.raises(UsageError, match="epochs"):
+        from_dict({"epochs": value}, "a test")
+
+
+@pytest.mark.parametrize("name", ["data", "root", "out"])
+def test_a_path_with_a_nul_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match=f"--{name} 'a.x00b' contains a NUL"):
+        from_toml(written(tmp_path, f'{name} = "a\\u0000b"'))
+
+
+@pytest.mark.parametrize("name", ["data", "root"])
+def test_a_path_that_config_toml_cannot_contain_is_refused(name):
+    path = os.fsdecode(b"caf\xe9")
+    with pytest.raises(UsageError, match=f"--{name} 'caf.udce9' is not UTF-8"):
+        from_dict({name: path}, "a test")
+    assert TrainConfig(out=Path(path)).out == Path(path)
+
+
 def test_differences_are_named_in_order():
     base = TrainConfig()
     other = dataclasses.replace(base, seed=1, iterations=5, lr=0.2, out=Path("x"))
@@ -483,7 +543,7 @@ VALID = {
     "recipe": st.sampled_from(sorted(RECIPES)),
     "model": st.sampled_from(list_models()),
     "shortcut": st.sampled_from(["A", "B"]),
-    "data": st.text(min_size=1),
+    "data": st.text(min_size=1).filter(lambda text: "\0" not in text),
     "root": paths(),
     "pipeline": st.sampled_from(["auto", *PIPELINES]),
     "decode": st.sampled_from(["raw", "jpeg"]),

@@ -198,6 +198,16 @@ def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, uninterrupt
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_signal_to_one_rank_saves_the_same_step_of_all_ranks(start, uninterrupted, tmp_path):
+    """As Slurm's `--signal=USR1@60` may reach them, after torchrun."""
+    code, _, err = finish(start(2, tmp_path / "run", step=8, rank=1, fault="os.kill(os.getpid(), signal.SIGUSR1)"))
+    assert code != 0
+    assert err.count("stopped by SIGUSR1 after step") == 1
+    code, _, err = finish(start(2, tmp_path / "run", "--resume"))
+    assert code == 0, err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_run_of_two_ranks_resumes_on_four_and_on_one(start, tmp_path, tiny_root):
     """The samples stay the same, so the losses do, up to roundings: batch norm is synchronised."""
     code, _, err = finish(start(2, tmp_path / "run", "--sync-bn", step=7, rank=0, fault=KILL))

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,10 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.fixture
 def start(python, tiny_root):
-    def start_process(folder, *, step=-1, fault="pass", save_every_s=10, resume=False, expect, arguments=()):
-        program = PROGRAM.format(step=step, fault=fault, save_every_s=save_every_s)
+    def start_process(
+        folder, *, step=-1, fault="pass", save_every_s=10, resume=False, expect, arguments=(), preamble=""
+    ):
+        program = preamble + PROGRAM.format(step=step, fault=fault, save_every_s=save_every_s)
         command = [python, "-c", program, *ARGUMENTS, "--out", str(folder)]
         command += arguments
         done = subprocess.run(
@@ -168,7 +171,7 @@ def test_run_killed_in_checkpoint_or_evaluation_resumes_to_the_same_result(start
     assert_same_run(folder, uninterrupted)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129), ("SIGUSR1", 138)])
 def test_signal_saves_after_the_step_and_names_the_resume_flag(start, uninterrupted, tmp_path, name, code):
     folder = tmp_path / "run"
     done = start(folder, step=8, fault=f"os.kill(os.getpid(), signal.{name})", expect=code)
@@ -181,15 +184,53 @@ def test_signal_saves_after_the_step_and_names_the_resume_flag(start, uninterrup
     assert_same_run(folder, uninterrupted)
 
 
-def test_signal_to_the_process_group_keeps_loader_workers_until_the_save(start, uninterrupted, tmp_path):
-    """Ctrl-C on a terminal and a scheduler's SIGTERM reach worker processes too."""
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+def test_signal_to_the_process_group_keeps_loader_workers_until_the_save(start, uninterrupted, tmp_path, name, code):
+    """A terminal that closes and schedulers signal worker processes too."""
     folder = tmp_path / "run"
-    fault = "os.killpg(0, signal.SIGTERM); time.sleep(0.5)"
-    done = start(folder, step=7, fault=fault, expect=143, arguments=["--pipeline", "torchvision"])
-    assert "stopped by SIGTERM after step 8" in done.stderr
+    fault = f"os.killpg(0, signal.{name}); time.sleep(0.5)"
+    done = start(folder, step=7, fault=fault, expect=code, arguments=["--pipeline", "torchvision"])
+    assert f"stopped by {name} after step 8" in done.stderr
     assert "Traceback" not in done.stderr
     start(folder, resume=True, expect=0)
     assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGUSR1"])
+def test_signal_that_is_ignored_at_the_start_does_not_stop_the_run(start, uninterrupted, tmp_path, name):
+    """`nohup` ignores SIGHUP, and a shell without job control ignores SIGINT of its jobs in the background."""
+    ignore = f"import signal\nsignal.signal(signal.{name}, signal.SIG_IGN)\n"
+    start(tmp_path / "run", step=8, fault=f"os.kill(os.getpid(), signal.{name})", preamble=ignore, expect=0)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+CLOSED = "import os\nreading, writing = os.pipe()\nos.dup2(writing, {number})\nos.close(reading)\nos.close(writing)\n"
+FULL = "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), {number})\n"
+
+
+@pytest.mark.parametrize(
+    ("lose", "reason"), [(CLOSED, "Broken pipe"), (FULL, "No space left on device")], ids=["closed pipe", "full disk"]
+)
+def test_run_outlives_its_standard_output(start, uninterrupted, tmp_path, lose, reason):
+    """As in `fastresnet train | head -1`."""
+    done = start(tmp_path / "run", preamble=lose.format(number=1), expect=0)
+    assert done.stderr == f"fastresnet: note: standard output is lost ({reason}); the run goes on.\n"
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("lose", [CLOSED, FULL], ids=["closed pipe", "full disk"])
+def test_run_outlives_both_of_its_outputs(start, uninterrupted, tmp_path, lose):
+    start(tmp_path / "run", preamble=lose.format(number=1) + lose.format(number=2), expect=0)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_run_whose_outputs_are_closed_at_the_start_writes_no_text_into_its_files(uninterrupted, tmp_path, tiny_root):
+    """The next files that it opens would have the numbers of standard output and standard error."""
+    program = PROGRAM.format(step=6, fault="os.write(1, b'text'); os.write(2, b'text')", save_every_s=10)
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", program]
+    environment = {**os.environ, "FASTRESNET_DATA": str(tiny_root)}
+    subprocess.run([*command, *ARGUMENTS, "--out", tmp_path / "run"], env=environment, check=True, timeout=120)
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, uninterrupted, tmp_path):
@@ -261,15 +302,16 @@ def test_a_background_save_that_fails_is_named_and_the_one_before_stays(start, u
     assert_same_run(folder, uninterrupted)
 
 
-def test_sigterm_while_writing_a_data_set_leaves_no_partial_files(python, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+def test_signal_while_writing_a_data_set_leaves_no_partial_files(python, tmp_path, name, code):
     program = (
         "import os, signal, sys, pipelines.store as store\nfrom fastresnet import cli\n"
         "write = store._write_files\n"
-        "def armed(*arguments): write(*arguments); os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"def armed(*arguments): write(*arguments); os.kill(os.getpid(), signal.{name})\n"
         "store._write_files = armed\nsys.exit(cli.main(sys.argv[1:]))"
     )
     command = [python, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
-    assert subprocess.run([*command, "--root", tmp_path], timeout=120, check=False).returncode == 143
+    assert subprocess.run([*command, "--root", tmp_path], timeout=120, check=False).returncode == code
     assert [entry.name for entry in tmp_path.iterdir()] == [".shapes10.lock"]
 
 

@@ -1,5 +1,6 @@
 """Plots and report pages of runs, parsed and, if a browser is installed, rendered."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.evaluation import Predictions, predict_test_set
 from fastresnet.plotting import curves
 from fastresnet.run_folder import read_run
 from fastresnet.weights import load_weights
+from pipelines.store import open_store
 
 SMALL = ["--data", "shapes10", "--batch-size", 32, "--precision", "fp32"]
 
@@ -62,7 +65,7 @@ def test_counts_and_mistakes_follow_from_the_probabilities():
 
 
 def test_predictions_and_eval_agree(run, finished, data_root):
-    predictions = predict_test_set(finished / "model.safetensors", None, data_root, "cpu")
+    predictions = predict_test_set(finished, None, data_root, "cpu")
     _, out, _ = run("eval", "--weights", finished / "model.safetensors")
     assert f"{predictions.accuracy:.2f} %" in out
     assert len(predictions.labels) == 50
@@ -129,7 +132,7 @@ def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
         (["{run}", "{run}", "--kind", "confusion"], 2, "takes only one run"),
         (["nowhere"], 3, "nowhere has no metrics.csv"),
         (["{damaged}"], 3, "metrics.csv is damaged"),
-        (["{run}", "--kind", "mistakes", "--data", "cifar"], 3, "no prepared data set"),
+        (["{run}", "--kind", "mistakes", "--data", "cifar"], 3, "cifar, the data set that"),
         (["{run}", "--kind", "confusion", "--device", "tpu"], 2, "unknown device 'tpu'"),
     ],
 )
@@ -218,3 +221,146 @@ def test_report_of_an_unfinished_run_is_refused(run, finished, tmp_path, remove,
     assert code == 3
     assert message in err
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+# --- the data set of a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(finished, data_root, tmp_path):
+    """A copy of the run, whose config.toml names a data root that does not exist."""
+    shutil.copytree(finished, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(data_root), str(tmp_path / "gone")))
+    return tmp_path / "run"
+
+
+COMMANDS = [("report",), ("plot", "--kind", "confusion"), ("plot", "--kind", "mistakes")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_data_set_is_that_of_the_run_whatever_the_current_root_is(run, finished, tmp_path, monkeypatch, command):
+    """Where it is not, nothing is drawn: shapes10 of another size is another data set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTRESNET_DATA", str(tmp_path / "empty"))
+    code, _, err = run(*command, finished, "--out", tmp_path / "picture.svg")
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_report_shows_one_accuracy(page, finished):
+    """That of the predictions, in the title of the matrix and in the list of classes, is that of the run."""
+    accuracy = read_run(finished).summary["test_accuracy"]
+    predictions = predict_test_set(finished, None, None, "cpu")
+    assert predictions.accuracy == pytest.approx(accuracy, abs=1e-9)
+    assert f"{predictions.accuracy:.2f} %" in Tags(page.read_text()).text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_missing_data_set_of_a_run_is_named_and_not_prepared(run, moved, data_root, tmp_path, command):
+    arguments = [*command, moved, "--out", tmp_path / "picture.svg"]
+    code, _, err = run(*arguments)
+    assert code == 3
+    assert f"{tmp_path / 'gone' / 'shapes10'}, the data set that {moved} was trained on, does not exist" in err
+    assert "--root or --data" in err
+    assert not (tmp_path / "gone").exists()
+    assert run(*arguments, "--root", data_root)[0] == 0
+    assert run(*arguments, "--data", data_root / "shapes10")[0] == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_another_data_set_than_that_of_the_run_is_refused(run, finished, tmp_path, command):
+    run("prepare", "--data", "shapes10", "--root", tmp_path, "--train-images", 171, "--test-images", 51)
+    other = open_store(tmp_path / "shapes10").digest
+    own = load_tensors(finished / "last.ckpt")[1]["data_sha256"]
+    for place in (["--root", tmp_path], ["--data", tmp_path / "shapes10"]):
+        code, _, err = run(*command, finished, *place, "--out", tmp_path / "picture.svg")
+        assert code == 3
+        assert "another data set" in err
+        assert all(part in err for part in (str(finished), own[:12], str(tmp_path / "shapes10"), other[:12]))
+        assert not (tmp_path / "picture.svg").exists()
+
+
+def test_run_from_before_digests_is_shown_if_the_classes_match(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    tensors, description = load_tensors(finished / "model.safetensors")
+    del description["data_sha256"]
+    save_tensors(tmp_path / "run" / "model.safetensors", tensors, description)
+    assert run("report", tmp_path / "run")[0] == 0
+
+
+def test_data_set_given_as_a_folder_is_found_under_another_root(run, dataset, data_root, tmp_path, monkeypatch):
+    """A path in config.toml would otherwise precede --root."""
+    shutil.copytree(dataset.folder, tmp_path / "here" / "shapes10")
+    arguments = ["smoke", "--data", tmp_path / "here" / "shapes10", *SMALL[2:], "--iterations", 1]
+    assert run("train", *arguments, "--out", tmp_path / "run")[0] == 0
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert run("report", tmp_path / "run")[0] == 3
+    assert run("report", tmp_path / "run", "--root", tmp_path / "there")[0] == 0
+
+
+# --- odd files of a run ------------------------------------------------------------------------------------------
+
+
+NO_NUMBERS = [None, True, [], {}, "1", float("nan"), float("inf"), 10**400]
+ODD_TEXTS, ODD_COUNTS, ODD_TABLES = [None, True, 1, [], {}], [*NO_NUMBERS, 1.5], [None, True, 1, [], "1"]
+ODD = {
+    **dict.fromkeys(("recipe", "model", "data", "best_chosen_on"), ODD_TEXTS),
+    **dict.fromkeys(("seed", "epochs", "steps", "flops"), ODD_COUNTS),
+    **dict.fromkeys(("test_accuracy", "test_accuracy_mirror", "best_accuracy", "images_per_s"), NO_NUMBERS),
+    **dict.fromkeys(("train_seconds", "total_seconds"), NO_NUMBERS),
+    "cold_start": [*ODD_TABLES, {"data": None}, {"data": "1"}, {"data": 10**400}],
+    "environment": ODD_TABLES,
+    "settings": ODD_TABLES,
+}
+MISSING = object()
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
+@pytest.mark.parametrize("field", ODD)
+def test_summary_with_a_missing_or_odd_field_is_refused_in_words(run, finished, tmp_path, command, field):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished / "metrics.csv", tmp_path / "run")
+    path, intact = tmp_path / "run" / "summary.json", json.loads((finished / "summary.json").read_text())
+    for value in [*[MISSING] * (field != "settings"), *ODD[field]]:  # older runs have no settings
+        changed = {**intact, field: value}
+        path.write_text(json.dumps({name: value for name, value in changed.items() if value is not MISSING}))
+        code, _, err = run(command, tmp_path / "run")
+        assert (code, err.count("\n")) == (3, 1)
+        assert f"{path} is damaged: {field} " in err
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"text"', "{}", '{"schema": 2}', "", "{", "[" * 100_000, "\0"])
+def test_file_that_is_no_summary_is_refused_in_words(run, finished, tmp_path, text):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    code, _, err = run("plot", tmp_path / "run")
+    assert code == 3
+    assert f"{tmp_path / 'run' / 'summary.json'} is damaged: " in err
+
+
+HEADER = "epoch,step,lr,train_loss,train_accuracy,test_loss,test_accuracy,overflows\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "\n", HEADER, "epoch,step\n1,5\n", HEADER + "1,5,0.1,2,10,2,10\n", HEADER + "1,5,0.1,2,10,2,10,0,0\n"),
+        *(HEADER + "1,5,0.1,2,,2,10,0\n", HEADER + "1,5,0.1,x,10,2,10,0\n", HEADER + "nan,5,0.1,2,10,2,10,0\n"),
+        *(HEADER + "1,5,inf,2,10,2,10,0\n", HEADER + "1e300,5,0.1,2,10,2,10,0\n", HEADER + '1,5,0.1,2,10,2,10,"0\n'),
+        HEADER + "1,5,0.1,2,10,2,10,0\0\n",
+        HEADER.replace("test_loss", "epoch") + "1,5,0.1,2,10,2,10,0\n",
+    ],
+)
+def test_damaged_metrics_are_refused_in_words(run, tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    code, _, err = run("plot", tmp_path)
+    assert (code, err.count("\n")) == (3, 1)
+    assert f"{tmp_path / 'metrics.csv'} is damaged: " in err
+
+
+def test_losses_that_are_not_finite_leave_a_gap_in_the_curves(run, tmp_path):
+    """The evaluation of weights that diverged in the last steps of an epoch may overflow."""
+    (tmp_path / "metrics.csv").write_text(HEADER + "1,5,0.1,2,10,inf,10,0\n2,10,0.1,1e30,10,nan,10,0\n")
+    code, _, err = run("plot", tmp_path)
+    assert (code, err) == (0, "")

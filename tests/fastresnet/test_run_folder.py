@@ -15,7 +15,7 @@ from fastresnet import run_folder
 from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.run_folder import Progress, RunFolder
 from pipelines import files
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 
 HOLDER = """
 import os, sys, time
@@ -94,7 +94,7 @@ REPEATED_LOCKS = """
 import sys, time
 from pathlib import Path
 from fastresnet.run_folder import RunFolder
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 folder, until, taken = Path(sys.argv[1]), time.time() + 2, 0
 while time.time() < until:
     try:
@@ -289,3 +289,18 @@ def test_a_save_that_is_waited_for_replaces_one_that_has_failed(tmp_path, monkey
             run._saving.exception()
         run.save({"x": torch.tensor(3.0)}, Progress(step=3), {}, wait=True)  # there is space again
     assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {},
+        {"progress": {}},
+        {"progress": {"step": 1, "odd": 2}, "scaler": {}, "config": {}, "data": "x"},
+        {"progress": []},
+    ],
+)
+def test_file_that_is_no_checkpoint_is_refused_in_words(tmp_path, description):
+    save_tensors(tmp_path / "last.ckpt", {"a": torch.zeros(1)}, description)
+    with pytest.raises(DataError, match=r"last.ckpt is no checkpoint of a run"):
+        RunFolder(tmp_path).read_checkpoint(resume=True)

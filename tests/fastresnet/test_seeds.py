@@ -12,9 +12,10 @@ import time
 import pytest
 import torch
 
+from benchmarks.accuracy import RESULTS
 from fastresnet import seeds
 from fastresnet.seeds import parse_seeds
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 
 SMALL = ["smoke", "--data", "shapes10", "--batch-size", "32", "--precision", "fp32", "--iterations", "2"]
 
@@ -61,7 +62,8 @@ def test_failed_training_is_reported_and_the_others_continue(run, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_processes")
-def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_root):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_root, name, code):
     command = [sys.executable, "-m", "fastresnet", "train", *SMALL[:-2], "--epochs", "500"]
     command += ["--seeds", "1-2", "--out", tmp_path]
     process = subprocess.Popen(command, env={**os.environ, "FASTRESNET_DATA": str(data_root)})
@@ -69,8 +71,8 @@ def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_ro
     while not log.exists() or "epoch   1" not in log.read_text():
         assert process.poll() is None
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    process.send_signal(getattr(signal, name))
+    assert process.wait(timeout=60) == code
     assert "stopped by SIGTERM after step" in log.read_text()
     assert not (tmp_path / "seed2" / "train.log").exists()
 
@@ -78,10 +80,10 @@ def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_ro
 @pytest.mark.parametrize("per_gpu", [1, 2, 3])
 def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, per_gpu):
     """A stand-in for the training waits until all places are taken, and records its GPU and how many run."""
-    program = tmp_path / "python"
+    program, summary = tmp_path / "python", next(RESULTS.glob("*.json"))
     program.write_text(
         "#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n"  # the folder is the last argument
-        'touch "$1/running"; echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; echo "{}" > "$1/summary.json"\n'
+        f'touch "$1/running"; echo "$CUDA_VISIBLE_DEVICES" > "$1/seen"; cp {summary} "$1/summary.json"\n'
         f'until [ "$(ls {tmp_path}/*/seen | wc -l)" -ge {2 * per_gpu} ]; do sleep 0.05; done\n'
         f'ls {tmp_path}/*/running | wc -l > "$1/together"; rm "$1/running"\n'
     )
@@ -89,10 +91,19 @@ def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, p
     monkeypatch.setattr(seeds.sys, "executable", str(program))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     folders = {seed: tmp_path / str(seed) for seed in range(2 * per_gpu + 2)}
-    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu) == [{}] * len(folders)
+    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu) == [json.loads(summary.read_text())] * len(folders)
     first = [(folders[seed] / "seen").read_text().strip() for seed in range(2 * per_gpu)]
     assert sorted(first) == ["4"] * per_gpu + ["6"] * per_gpu
     assert max(int((folder / "together").read_text()) for folder in folders.values()) <= 2 * per_gpu
+
+
+def test_training_without_a_readable_summary_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds.sys, "executable", "true")
+    with pytest.raises(DataError, match="is not a finished run"):
+        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0)
+    (tmp_path / "seed1" / "summary.json").write_text('{"schema": 1}')
+    with pytest.raises(DataError, match="damaged: recipe is not a text: null"):
+        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ import dataclasses
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,7 @@ from fastresnet.training.step import TrainStep
 from fastresnet.weights import Normalized, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import is_installed
+from pipelines.errors import UserError
 from pipelines.prepare import prepare
 from pipelines.store import RawData, write_store
 
@@ -377,6 +381,47 @@ def test_training_time_excludes_writing_checkpoints(run, tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(slept) > 10
     assert summary["total_seconds"] - summary["train_seconds"] >= sum(slept)
+
+
+@pytest.mark.parametrize(("end", "steps"), [("signal", 7), ("failure", 6)])
+def test_times_of_a_resumed_run(tmp_path, dataset, monkeypatch, end, steps):
+    """Only building the step (100 s, in the second session 7 s) and taking it (10 s and 1 s) advance the clock.
+
+    The first session ends in step 7. After a failure that step does not count: the last checkpoint has 6.
+    """
+    now, costs, taken = [0.0], {"create": 100.0, "step": 10.0}, []
+    create_original, step_original = loop.create_step, TrainStep.__call__
+
+    def create(*arguments):
+        now[0] += costs["create"]
+        return create_original(*arguments)
+
+    def step(self, *arguments):
+        step_original(self, *arguments)
+        now[0] += costs["step"]
+        taken.append(1)
+        if len(taken) == 7 and end == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif len(taken) == 7:
+            raise MemoryError
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "create_step", create)
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    config = dataclasses.replace(
+        RECIPES["smoke"](), data="shapes10", batch_size=32, epochs=2, checkpoint_steps=3, out=tmp_path, resume=True,
+    )  # fmt: skip
+    spent = {"import": 2.0, "data": 1.0}
+    with pytest.raises(UserError):
+        train(config, dataset, Console(quiet=True), spent)
+    costs |= {"create": 7.0, "step": 1.0}
+    summary = train(config, dataset, Console(quiet=True), spent)
+    assert len(taken) == 7 + 10 - steps
+    assert summary["train_seconds"] == 10 * steps + (10 - steps)
+    assert summary["images_per_s"] == 32 * 10 / summary["train_seconds"]
+    assert summary["total_seconds"] == 3 + 100 + 3 + 7 + summary["train_seconds"]
+    last = {"import": 2, "data": 1, "model": 7, "first_step": 1}
+    assert summary["cold_start"].items() >= last.items()
 
 
 def test_iterations_end_a_run_within_an_epoch_and_it_is_evaluated(run, tmp_path):
