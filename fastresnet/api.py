@@ -55,10 +55,11 @@ def evaluate(
     `weights` is a network, a file as for `fastresnet eval`, or `pretrained:NAME`. A network maps images [N, 3, 32, 32]
     to logits [N, classes], in the order of the data set's classes; its modules keep their training mode.
     `normalization` is that of its images: `half`, `channel` or `pixel` (see `pipelines.Augmentation`). Files contain
-    theirs, and their classes are matched by name. `data` is by default that of their training, else cifar10. `threads`
-    is the number of CPU threads; for a file, `auto` is the fastest in trial steps. `mirror` adds the accuracy with
-    horizontal-flip TTA. Raises `UsageError` on invalid arguments and on a network with other outputs, `DataError` if a
-    file or the data set is missing, damaged or does not match, `RunError` if logits are not finite.
+    theirs, and their classes are matched by name. `data` is a name, or a folder or archive of images by class; by
+    default that of their training, else cifar10. `threads` is the number of CPU threads; for a file, `auto` is the
+    fastest in trial steps. `mirror` adds the accuracy with horizontal-flip TTA. Raises `UsageError` on invalid
+    arguments and on a network with other outputs, `DataError` if a file or the data set is missing, damaged or does
+    not match, `RunError` if logits are not finite.
     """
     import torch
 
@@ -68,7 +69,7 @@ def evaluate(
     from fastresnet.pretrained import find_weights
     from fastresnet.threads import check_threads
     from fastresnet.weights import load_weights
-    from pipelines.prepare import find_dataset
+    from pipelines.prepare import find_test_data
 
     check_threads(threads)
     if isinstance(weights, str | Path):
@@ -76,7 +77,7 @@ def evaluate(
         network = loaded.model
         normalization = loaded.normalization if loaded.training else normalization
     else:
-        dataset, network = find_dataset(data or "cifar10", root), weights
+        dataset, network = find_test_data(data or "cifar10", root), weights
         if threads == "auto":  # no trial steps: a user's network only gets the batches of the test set
             threads = torch.get_num_threads()
     on = resolve_device(device)

@@ -26,7 +26,7 @@ from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import GatheringPipeline, Pipeline
 from pipelines.errors import DataError, Note, RunError, UsageError
-from pipelines.prepare import find_dataset
+from pipelines.prepare import find_test_data
 from pipelines.sampling import NormalizationMode
 from pipelines.sources import Report
 from pipelines.store import CIFAR10, Dataset
@@ -61,11 +61,13 @@ def find_dataset_for(
 ) -> tuple[Weights, Dataset]:
     """Find the data set on which to evaluate `weights`, loaded from `given`; return both, with the same classes.
 
-    It is `data`, else the one of their training, else cifar10. It is normalised with the constants of their training
-    if these are known. The network's outputs are in the order of its classes, matched by name. Raises `DataError` if
-    it has other classes.
+    It is `data` (see `find_test_data`), else the one of their training, else cifar10. It is normalised with the
+    constants of their training if these are known. The network's outputs are in the order of its classes, matched by
+    name. Raises `DataError` if it has other classes.
     """
-    dataset = find_dataset(data or (weights.training or {}).get("data", CIFAR10), root, report)
+    dataset = find_test_data(data or (weights.training or {}).get("data", CIFAR10), root, report)
+    if data is None and weights.data_sha256 not in (None, dataset.digest):
+        warnings.warn(f"{given} was trained on another data set {dataset.name}; --data and --root name it", Note, 3)
     return match_classes(weights, given, dataset), weights.as_in_training(dataset)
 
 

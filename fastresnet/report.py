@@ -105,7 +105,11 @@ def _times(summary: dict[str, Any]) -> str:
     }
     start = [(text, cold.get(phase, 0.0)) for phase, text in names.items()]  # older runs have fewer phases
     rest = summary["total_seconds"] - summary["train_seconds"] - sum(seconds for _, seconds in start)
-    parts = [*start, ("training steps", summary["train_seconds"]), ("evaluation and checkpoints", max(rest, 0.0))]
+    parts = [
+        *start,
+        ("training steps", summary["train_seconds"]),
+        ("evaluation, checkpoints, other", max(rest, 0.0)),
+    ]
     whole = sum(seconds for _, seconds in parts) or 1.0
     bars = "".join(
         f'<div style="width:{100 * seconds / whole:.2f}%;background:{color}" title="{what}"></div>'

@@ -75,6 +75,29 @@ def read_image_folders(
         raise DataError(f"{path} has no test images. --split 0.2 makes about a fifth of its images test images.")
     if layout.test is not None and split is not None:
         raise UsageError(f"--split {split}: {path} has test images already, in {_join(layout.test)}.")
+    return _read(path, listing, layout, report, split=split, skip_unreadable=skip_unreadable)
+
+
+def read_test_folders(path: Path, listing: Listing, report: Report) -> RawData:
+    """Read the images of `path` that are for testing, or all if no folder is called so.
+
+    The training split is empty. Raises `DataError` as `read_image_folders` does.
+    """
+    splits = _find_split_folders(path, listing)
+    folder = splits.get("test") or splits.get("validation") or splits.get("train") or _find_root(path, listing)
+    inside = Listing(*([file for file in all_ if _is_below(folder, file)] for all_ in (listing.files, listing.folders)))
+    return _read(path, inside, _Layout(folder, None, None), report, split=1.0)
+
+
+def _read(
+    path: Path,
+    listing: Listing,
+    layout: _Layout,
+    report: Report,
+    *,
+    split: float | None = None,
+    skip_unreadable: bool = False,
+) -> RawData:
     folders = [folder for folder in (layout.train, layout.test) if folder is not None]
     classes = _find_classes(path, listing, folders)
     images = [image for folder in folders for image in _label(listing, folder, classes)]
@@ -93,11 +116,16 @@ def read_image_folders(
     return RawData(classes, pixels[train], labels[train], pixels[test], labels[test])
 
 
-def _find_layout(path: Path, listing: Listing) -> _Layout:
+def _find_split_folders(path: Path, listing: Listing) -> dict[str | None, Parts]:
     splits: dict[str | None, Parts] = {}
     for folder in find_splits(listing):
         if (other := splits.setdefault(_split_of(folder[-1]), folder)) != folder:
             raise DataError(f"{path} has two folders for one split, {_join(other)} and {_join(folder)}. Keep one.")
+    return splits
+
+
+def _find_layout(path: Path, listing: Listing) -> _Layout:
+    splits = _find_split_folders(path, listing)
     if not splits:
         return _Layout(_find_root(path, listing), None, None)
     if "train" not in splits:

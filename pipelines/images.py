@@ -50,7 +50,7 @@ def read_images(
     failed = [unreadable[row] for row in sorted(unreadable)]
     if failed and not skip_unreadable:
         others = f" Others that cannot be read: {len(failed) - 1:,}." if len(failed) > 1 else ""
-        remedy = " --skip-unreadable leaves such images out." if count > 1 else ""
+        remedy = " prepare and predict --skip-unreadable leave such images out." if count > 1 else ""
         raise DataError(f"{failed[0][1]}{others}{remedy}")
     if failed:
         names = list_some([name for name, _ in failed])

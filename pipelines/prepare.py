@@ -115,6 +115,18 @@ def prepare(
         return dataset, made
 
 
+def find_test_data(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
+    """Open the data set to test on: as `find_dataset` does, or that of the files in the folder or archive `data`.
+
+    Of images in CLASS/ all are for testing. Raises `DataError` as `find_dataset` and `read_source` do.
+    """
+    path = Path(os.path.expanduser(data))
+    is_store = data in (CIFAR10, SHAPES10) or (store_folder(data, root) / "meta.json").exists()
+    if is_store or not path.exists() or any(path.glob("*/meta.json")):
+        return find_dataset(data, root, report)
+    return Dataset.of_test_images(path.resolve().name, read_source(path, report, only_test=True), path)
+
+
 def _check_name_known(data: str, root: Path) -> None:
     """Raise `DataError` if `data`, which is not a store, resembles the name of one."""
     names = {CIFAR10, SHAPES10, *(meta.parent.name for meta in root.glob("*/meta.json"))}

@@ -27,7 +27,7 @@ import numpy as np
 from .archives import MEMBER_LIMIT, File, Parts, is_image, list_files
 from .contents import recognise
 from .errors import DataError, UsageError
-from .image_folders import Listing, find_splits, read_image_folders
+from .image_folders import Listing, find_splits, read_image_folders, read_test_folders
 from .images import Report
 from .sampling import IMAGE_SIZE
 from .store import RawData
@@ -64,11 +64,19 @@ _NETWORK_ERRORS = (
 )
 
 
-def read_source(path: Path, report: Report, *, split: float | None = None, skip_unreadable: bool = False) -> RawData:
+def read_source(
+    path: Path,
+    report: Report,
+    *,
+    split: float | None = None,
+    skip_unreadable: bool = False,
+    only_test: bool = False,
+) -> RawData:
     """Read the data set at `path`: a folder, a zip or a tar (also gz, xz or bz2) of CIFAR-10's files, or of images.
 
     CIFAR-10's files are the python or the binary version. Images are in train/CLASS/ and test/CLASS/ or, to `split`,
-    in CLASS/; other folders may be around these. Raises `DataError` that names the file and the problem.
+    in CLASS/; other folders may be around these. With `only_test`, images in CLASS/ are all for testing, and others for
+    training may be left out. Raises `DataError` that names the file and the problem.
     """
     check_exists(path)
     try:
@@ -78,6 +86,8 @@ def read_source(path: Path, report: Report, *, split: float | None = None, skip_
                 raise UsageError(f"--split {split}: {path} has test images already.")
             return _checked(_assemble(members, path), path)
         if any(is_image(file[-1]) for file in listing.files):
+            if only_test:
+                return read_test_folders(path, listing, report)
             data = read_image_folders(path, listing, report, split=split, skip_unreadable=skip_unreadable)
             return _checked(data, path)
     except _DAMAGE_ERRORS as error:

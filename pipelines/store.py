@@ -109,6 +109,26 @@ class Dataset:
     """SHA-256 over classes, images and labels, independent of folder, source file and version of the program."""
     folder: Path
 
+    @classmethod
+    def of_test_images(cls, name: str, data: RawData, folder: Path) -> Dataset:
+        """Create a data set in memory, to test on the images of `data`; mean and deviation are theirs."""
+        images, labels = data.test_images, data.test_labels
+        rows = np.arange(len(labels), dtype=np.int64)
+        test = Split("test", images, labels, rows)
+        mean, std = channel_statistics(images)
+        pixel_mean = (images.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
+        return cls(
+            name=name,
+            classes=data.classes,
+            train=Split("train", images, labels, rows[:0]),
+            test=test,
+            mean=tuple(mean),
+            std=_divisors(std),
+            pixel_mean=pixel_mean,
+            digest=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+            folder=folder,
+        )
+
     def hold_out(self, count: int) -> tuple[Dataset, Dataset]:
         """Hold out `count` training images.
 
@@ -133,6 +153,11 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     mean = weights @ levels
     std = np.sqrt((weights * (levels - mean[:, None]) ** 2).sum(axis=1))
     return mean.tolist(), std.tolist()
+
+
+def _divisors(std: list[float]) -> tuple[float, ...]:
+    """Return what normalisation divides by: the standard deviations, and 1 for a constant channel."""
+    return tuple(value or 1.0 for value in std)
 
 
 def write_store(folder: Path, data: RawData, *, source: str, version: str) -> None:
@@ -217,7 +242,7 @@ def open_store(folder: Path) -> Dataset:
         train=_whole_split("train", arrays),
         test=_whole_split("test", arrays),
         mean=tuple(meta["mean"]),
-        std=tuple(std or 1.0 for std in meta["std"]),
+        std=_divisors(meta["std"]),
         pixel_mean=arrays["pixel_mean"],
         digest=_content_digest(meta),
         folder=folder,

@@ -24,7 +24,8 @@ class Options:
     """Network. Without it: the one named in the file or inferred from its shapes. Plain networks must be named: they
     have the shapes of residual ones."""
     data: str | None = None
-    """Name or folder of the data set. Without it: the one the weights were trained on, else cifar10."""
+    """Name or folder of the data set, or a folder or archive of images in CLASS/ or test/CLASS/. Without it: the one
+    the weights were trained on, else cifar10."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     mean: tuple[float, float, float] | None = None

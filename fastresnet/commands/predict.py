@@ -14,7 +14,7 @@ from fastresnet.config import Device
 from fastresnet.terminal import check_output, parse, print_table
 from fastresnet.text import as_utf8, for_csv, for_figure
 from fastresnet.threads import Threads, check_threads, settled_threads
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, RunError, UsageError
 from pipelines.files import write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def run(arguments: list[str]) -> int:
             print(reason)
         parts = [network(batch.to(device)).softmax(1).cpu() for batch in batches]
     probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
+    if not probabilities.isfinite().all():
+        raise RunError(f"the logits of {options.weights} are not finite for all images: its weights overflow.")
     predictions: list[Prediction] = [
         (str(file), [(weights.classes[c], p) for c, p in zip(indices, likely, strict=True)])
         for file, indices, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,11 +18,12 @@ from fastresnet.config import TrainConfig
 from fastresnet.evaluation import (
     BATCH_SIZE,
     Evaluator,
+    Predictions,
     evaluate,
     find_dataset_for,
     match_classes,
     open_evaluation,
-    predict_test_set,
+    probabilities,
 )
 from fastresnet.models import create_model
 from fastresnet.pretrained import pretrained_file
@@ -226,14 +228,56 @@ def test_classes_are_matched_by_name_whatever_their_order(varied, tmp_path, writ
     assert notes == []
 
 
+@pytest.mark.parametrize("layout", ["CLASS", "test/CLASS", "train/CLASS and test/CLASS"])
+def test_images_by_class_are_evaluated_without_a_store(varied, tmp_path, write, dataset, layout):
+    file = own_file(varied, tmp_path / "w.ckpt", CIFAR10_CLASSES)
+    expected, _ = accuracies(file, write("cifar-like", CIFAR10_CLASSES), tmp_path)
+    top = tmp_path / "images" / ("" if layout == "CLASS" else "test")
+    for row, (image, label) in enumerate(zip(dataset.test.images, dataset.test.labels, strict=True)):
+        folder = top / CIFAR10_CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{row}.png")
+    if "train" in layout:
+        (tmp_path / "images" / "train" / "truck").mkdir(parents=True)
+        Image.fromarray(dataset.train.images[0]).save(tmp_path / "images" / "train" / "truck" / "1.png")
+    found, notes = accuracies(file, str(tmp_path / "images"), tmp_path)
+    assert (found.accuracy, found.per_class, notes) == (expected.accuracy, expected.per_class, [])
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_a_constant_channel_is_evaluated_too(varied, tmp_path):
+    for name in CIFAR10_CLASSES:
+        (tmp_path / "grey" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "grey" / name / "1.png")
+    result = fastresnet.evaluate(varied, data=str(tmp_path / "grey"), device="cpu")
+    assert result.accuracy == 10  # one prediction for equal images
+
+
+def test_another_data_set_of_the_same_name_is_noted(varied, tmp_path, dataset, data_root):
+    file, config = tmp_path / "w.ckpt", TrainConfig(precision="fp32", data="shapes10").to_dict()
+    description = {"config": config, "mean": [0.5] * 3, "std": [0.5] * 3, "classes": list(dataset.classes)}
+    save_tensors(file, varied.state_dict(), {**description, "data_sha256": dataset.digest})
+    assert accuracies(file, None, data_root)[1] == []
+    save_tensors(file, varied.state_dict(), {**description, "data_sha256": "0" * 64})
+    (note,) = accuracies(file, None, data_root)[1]
+    assert "trained on another data set shapes10" in note
+    assert accuracies(file, "shapes10", data_root)[1] == []
+
+
+def counts(file, data, root):
+    """Confusion matrix of the network in `file` on the test set of `data`."""
+    weights, dataset = find_dataset_for(load_weights(file), file, data, root)
+    with contextlib.closing(open_evaluation(dataset, weights.normalization, "fp32", CPU)) as pipeline:
+        likely, labels = probabilities(weights.model, pipeline, precision="fp32", device=CPU)
+    return Predictions("", dataset.classes, np.asarray(dataset.test.images), labels, likely).counts
+
+
 def test_matched_logits_and_confusion_are_bit_equal(varied, tmp_path, write):
     file = own_file(varied, tmp_path / "w.ckpt", CIFAR10_CLASSES)
-    expected = predict_test_set(file, write("original", CIFAR10_CLASSES), tmp_path, "cpu")
+    expected = counts(file, write("original", CIFAR10_CLASSES), tmp_path)
     order = [2, 9, 0, 1, 8, 3, 4, 7, 6, 5]
     data = write("renamed", [PLANES[number] for number in order], order)
-    found = predict_test_set(file, data, tmp_path, "cpu")
-    assert found.classes == tuple(PLANES[number] for number in order)
-    np.testing.assert_array_equal(found.counts, expected.counts[np.ix_(order, order)])
+    np.testing.assert_array_equal(counts(file, data, tmp_path), expected[np.ix_(order, order)])
     images = torch.randn(3, 3, 32, 32)
     weights, _ = find_dataset_for(load_weights(file), file, data, tmp_path)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastresnet import load_pretrained
 from fastresnet.commands import predict
+from fastresnet.models import create_model
 from fastresnet.pretrained import pretrained_card, pretrained_file
 from fastresnet.weights import Normalized, load_weights
 from pipelines.sources import CIFAR10_CLASSES
@@ -110,7 +111,7 @@ def test_unreadable_images_are_named_or_skipped(run, images, tmp_path):
     code, _, err = run("predict", images, "--csv", tmp_path / "p.csv")
     assert code == 3
     assert f"{images}/b.png is text" in err
-    assert "Others that cannot be read: 2. --skip-unreadable leaves such images out." in err
+    assert "Others that cannot be read: 2. prepare and predict --skip-unreadable leave such images out." in err
     code, _, err = run("predict", images, "--skip-unreadable", "--csv", tmp_path / "p.csv")
     assert code == 0
     names = ", ".join(f"{images}/{name}" for name in ("b.png", "c.png", "more/0.png"))
@@ -120,6 +121,16 @@ def test_unreadable_images_are_named_or_skipped(run, images, tmp_path):
     code, _, err = run("predict", images / "b.png", images / "c.png", "--skip-unreadable")
     assert code == 3
     assert "none of the images can be read" in err
+
+
+def test_weights_that_overflow_are_refused(run, images, tmp_path):
+    network = create_model("resnet20")
+    with torch.no_grad():
+        network.fc.weight.fill_(3e38)  # finite, but sums of it are not
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    code, _, err = run("predict", images, "--weights", tmp_path / "w.pt")
+    assert code == 1
+    assert f"the logits of {tmp_path / 'w.pt'} are not finite" in err
 
 
 def test_photos_are_turned_upright(run, tmp_path, dataset):

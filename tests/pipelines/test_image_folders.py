@@ -299,7 +299,7 @@ def test_split_of_divided_images_is_refused(pack, refused):
 def test_unreadable_images_are_named_or_skipped(pack, read, refused, packing):
     damaged = {"train/cat/0.png": b"text", "train/dog/5.png": png(pixels_of("x"))[:200], "test/dog/0.png": b""}
     path = pack(CATS_AND_DOGS, packing, damaged)
-    refused(path, "Others that cannot be read: 2. --skip-unreadable leaves")
+    refused(path, "Others that cannot be read: 2. prepare and predict --skip-unreadable leave")
     data, (note,) = read(path, skip_unreadable=True)
     check_images(data.train_images, CATS_AND_DOGS[:3])
     check_images(data.test_images, CATS_AND_DOGS[3:])

@@ -330,7 +330,9 @@ def test_first_unreadable_image_is_named_and_others_are_counted(tmp_path, some_u
     with pytest.raises(DataError) as caught:
         read_images(some_unreadable, 10)
     assert str(caught.value).startswith(f"{tmp_path}/3.png is text that begins 'text'")
-    assert str(caught.value).endswith(" Others that cannot be read: 4. --skip-unreadable leaves such images out.")
+    assert str(caught.value).endswith(
+        " Others that cannot be read: 4. prepare and predict --skip-unreadable leave such images out."
+    )
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path, some_unreadable, drawn):
