@@ -332,6 +332,9 @@ class SameBatch(GatheringPipeline):
     def _execute(self, _: Any, start: int) -> Iterator[Batch]:
         return itertools.repeat(self._batch, self._length - start)
 
+    def _check_files(self) -> None:
+        """Do nothing: there are none."""
+
     def load(self, epoch: int) -> None:
         pass
 

@@ -11,7 +11,6 @@ import tomli_w
 from tyro.conf import Suppress
 
 from fastresnet.models import Shortcut, check_model
-from fastresnet.text import as_utf8
 from fastresnet.threads import Threads, check_threads
 from pipelines import Augmentation, Decoder, PipelineName
 from pipelines.errors import UsageError, check_choice, check_literals
@@ -218,14 +217,8 @@ class TrainConfig:
         }
 
     def to_toml(self) -> str:
-        """Format `config.toml`: the fields that affect the result, and the root of the data if given.
-
-        Raises `UsageError` if a path is not UTF-8, as TOML is.
-        """
-        text = tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
-        if as_utf8(text) != text:
-            raise UsageError(f"config.toml cannot hold a path that is not UTF-8: {self.root or self.data}. Rename it.")
-        return text
+        """Format `config.toml`: the fields that affect the result, and the root of the data if given."""
+        return tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:

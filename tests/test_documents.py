@@ -54,6 +54,7 @@ def workspace(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(data.train_images[row]).save(folder / f"{row}.png")
     prepare("flowers", place / "data", lambda *_: None, source=place / "path/to/flowers")
+    (place / "cifar-10-python.tar.gz").touch()  # not read, as CIFAR-10 is prepared
     (place / "path/to/images").mkdir()
     Image.fromarray(data.test_images[0]).save(place / "path/to/images/a.png")
     Image.fromarray(data.test_images[1]).resize((64, 48)).save(place / "photo.jpg")
