@@ -68,6 +68,8 @@ def find_dataset_for(
     dataset = find_test_data(data or (weights.training or {}).get("data", CIFAR10), root, report)
     if data is None and weights.data_sha256 not in (None, dataset.digest):
         warnings.warn(f"{given} was trained on another data set {dataset.name}; --data and --root name it", Note, 3)
+    if not len(dataset.train):  # images in folders, perhaps not of all classes
+        dataset = _with_all_classes(dataset, weights.classes)
     return match_classes(weights, given, dataset), weights.as_in_training(dataset)
 
 
@@ -100,6 +102,17 @@ def _has_names(classes: Sequence[str]) -> bool:
 
 # Names that users of CIFAR-10 and STL-10 give to the same classes.
 _ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "auto": "automobile", "lorry": "truck"}
+
+
+def _with_all_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """Return `dataset` with `classes` for its own, if all of these are among them."""
+    for simplify in (str, _folded, _unaliased):
+        known = {simplify(name): number for number, name in enumerate(classes)}
+        numbers = [known.get(simplify(name), -1) for name in dataset.classes]
+        if len(known) == len(classes) and min(numbers) >= 0 and len(set(numbers)) == len(numbers):
+            labels = np.array(numbers)[dataset.test.labels]
+            return dataclasses.replace(dataset, classes=classes, test=dataclasses.replace(dataset.test, labels=labels))
+    return dataset
 
 
 def _find_order(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:

@@ -64,9 +64,9 @@ class Weights:
     def as_in_training(self, dataset: Dataset) -> Dataset:
         """Return `dataset` with the mean and standard deviation that normalised the training's images.
 
-        It is unchanged if they are unknown or its own.
+        It is unchanged if they are its own, or unknown; if it has no training images either, it gets CIFAR-10's.
         """
-        if self.training is None:
+        if self.training is None and len(dataset.train):
             return dataset
         if self.normalization == "pixel":
             constants: dict[str, Any] = {"pixel_mean": self.mean.permute(1, 2, 0).numpy()}
@@ -132,8 +132,10 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
     )
 
 
-def note_missing_names(weights: Weights, given: object) -> None:
-    """Say in a `Note` which names are shown for the classes of `weights`, loaded from `given`, if it has none."""
+def note_assumptions(weights: Weights, given: object, *, normalized: bool = True) -> None:
+    """Say in notes what is assumed of the classes, and if `normalized` of the normalisation, of weights from `given`."""
+    if weights.training is None and normalized:
+        warnings.warn(f"{given} does not say its normalisation: CIFAR-10's mean and std are taken", Note, stacklevel=2)
     if not weights.named:
         shown = "CIFAR-10's are assumed" if weights.classes == CIFAR10_CLASSES else "their numbers are shown"
         warnings.warn(f"{given} does not name its classes: {shown}", Note, stacklevel=2)
@@ -192,8 +194,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         other = recognise(path, "weights")
     except OSError as error:
         raise DataError(
-            f"{path} is not a readable file ({error.strerror}). --weights takes a checkpoint such as "
-            "runs/NAME/best.ckpt."
+            f"{path} is not a readable file ({error.strerror}). --weights takes a file such as "
+            "runs/NAME/model.safetensors."
         ) from None
     if other is not None:
         raise DataError(f"{path} {other}.")

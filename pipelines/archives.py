@@ -31,6 +31,7 @@ _FILES_LIMIT = 2_000_000  # of an archive: a small one could list any number
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Suffixes of image files: those of torchvision's ImageFolder, and .gif (its first frame)."""
 
+_REFUSED_SUFFIXES = (".avif", ".heic", ".heif", ".jp2", ".jxl")
 _DEBRIS = {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile bounds the memory of these two only
 _XZ = b"\xfd7zXZ"
@@ -51,8 +52,8 @@ class File:
 
 
 def is_image(name: str) -> bool:
-    """Return True if a file called `name` is an image."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    """Return True if a file called `name` is an image, also one of a format that is refused: none is passed over."""
+    return name.lower().endswith((*IMAGE_SUFFIXES, *_REFUSED_SUFFIXES))
 
 
 def is_debris(name: str) -> bool:

@@ -127,7 +127,10 @@ class Sampler:
         if self.size == 0:
             raise UsageError("the split has no images.")
         if self.train and self.batch_size > self.size:
-            raise UsageError(f"batch size {self.batch_size} is larger than the training set, {self.size} images.")
+            raise UsageError(
+                f"batch size {self.batch_size} is larger than the training set, {self.size} images. "
+                f"Give --batch-size {self.size} or less."
+            )
 
     def __len__(self) -> int:
         """Return the batches per epoch, the same on every rank."""

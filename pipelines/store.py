@@ -282,6 +282,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if inside := sorted(path.parent for path in folder.glob("*/meta.json")):
             raise DataError(f"no prepared data set in {folder} itself, but there is one in {inside[0]}.") from None
+        if folder.is_dir() and not (folder / "train_images.npy").exists() and any(folder.iterdir()):
+            raise DataError(
+                f"{folder} is not a prepared data set. If it has images by class, prepare them under a name: "
+                f"fastresnet prepare --data NAME --source {shlex.quote(str(folder))}"
+            ) from None
         raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_again_command(folder)}") from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None

@@ -75,7 +75,8 @@ def run(arguments: list[str]) -> int:
         normalization = "channel"
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
-        say(f"normalising with {dataset.name}'s own mean and std; --mean and --std override them")
+        whose = f"{dataset.name}'s own" if len(dataset.train) else "CIFAR-10's"
+        say(f"normalising with {whose} mean and std; --mean and --std override them")
     trained_in = "fp32" if is_pretrained(options.weights) else training.get("precision", "fp32")
     if options.precision != "auto":
         precision: str = resolve_precision(options.precision, device)
@@ -94,16 +95,6 @@ def run(arguments: list[str]) -> int:
             print(reason)
         measured_on = environment(device)
         result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)
-    print_table(
-        f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
-        [
-            ("top-1 accuracy", f"{result.accuracy:.2f} %"),
-            *([("  with horizontal-flip TTA", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
-            ("loss", f"{result.loss:.4f}"),
-            *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
-            ("throughput", f"{result.images_per_s:,.0f} images/s"),
-        ],
-    )
     if options.json is not None:
         from pipelines.files import write_json
 
@@ -119,4 +110,14 @@ def run(arguments: list[str]) -> int:
             "environment": measured_on,
         }
         write_json(options.json, figures)
+    print_table(
+        f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
+        [
+            ("top-1 accuracy", f"{result.accuracy:.2f} %"),
+            *([("  with horizontal-flip TTA", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
+            ("loss", f"{result.loss:.4f}"),
+            *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
+            ("throughput", f"{result.images_per_s:,.0f} images/s"),
+        ],
+    )
     return 0

@@ -40,10 +40,10 @@ def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "export", arguments)
     from fastresnet.export import export
     from fastresnet.pretrained import find_weights
-    from fastresnet.weights import load_weights, note_missing_names
+    from fastresnet.weights import load_weights, note_assumptions
 
     weights = load_weights(find_weights(options.weights), options.model)
-    note_missing_names(weights, options.weights)
+    note_assumptions(weights, options.weights, normalized=options.normalize)
     path = options.out or Path(f"{weights.name}{_SUFFIXES[options.format]}")
     difference = export(weights, path, options.format, normalize=options.normalize)
     say(f"{weights.name}, {path.stat().st_size / 1e6:.1f} MB in {path}; logits differ by {difference:.1e} at most")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from fastresnet.config import Device
 from fastresnet.terminal import check_output, parse, print_table
 from fastresnet.text import as_utf8, for_csv, for_figure
 from fastresnet.threads import Threads, check_threads, settled_threads
-from pipelines.errors import DataError, RunError, UsageError
+from pipelines.errors import DataError, Note, RunError, UsageError
 from pipelines.files import write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ Prediction = tuple[str, list[tuple[str, float]]]
 
 BATCH_SIZE = 256
 _SHOWN_LINES = 40  # of the table; --csv and --json write all
+_DRAWN = 16  # images of --saliency
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ class Options:
     json: Path | None = None
     """JSON file to write all predictions to."""
     saliency: Path | None = None
-    """Figure to write (.png or .svg): the images, and the pixels on which the most likely class depends."""
+    """Figure to write (.png or .svg): the first 16 images, and the pixels on which the most likely class depends."""
 
     def __post_init__(self) -> None:
         check_output("--csv", self.csv)
@@ -70,11 +72,11 @@ def run(arguments: list[str]) -> int:
     from fastresnet.device import resolve_device
     from fastresnet.pretrained import find_weights
     from fastresnet.provenance import environment
-    from fastresnet.weights import Normalized, load_weights, note_missing_names
+    from fastresnet.weights import Normalized, load_weights, note_assumptions
 
     device = resolve_device(options.device)
     weights = load_weights(find_weights(options.weights), options.model)
-    note_missing_names(weights, options.weights)
+    note_assumptions(weights, options.weights)
     files, pixels = _read(files, options.skip_unreadable)
     network = Normalized(weights).to(device)
     batches = pixels.split(BATCH_SIZE)
@@ -97,13 +99,6 @@ def run(arguments: list[str]) -> int:
         for file, indices, likely in zip(files, classes.tolist(), probabilities.tolist(), strict=True)
     ]
     lines = [(file, *(f"{name} {100 * p:.1f} %" for name, p in likely)) for file, likely in predictions]
-    print_table(
-        f"{weights.name} ({options.weights})",
-        lines[:_SHOWN_LINES],
-        header=("image", *(f"{n}." for n in range(1, len(lines[0])))),
-    )
-    if len(lines) > _SHOWN_LINES:
-        print(f"and {len(lines) - _SHOWN_LINES} more; --csv FILE or --json FILE writes all")
     if options.csv is not None:
         _write_csv(options.csv, predictions)
     if options.json is not None:
@@ -112,10 +107,19 @@ def run(arguments: list[str]) -> int:
     if options.saliency is not None:
         from fastresnet.plotting import saliency_grid, save_figure
 
-        shown = pixels[:16]
+        if len(files) > _DRAWN:
+            warnings.warn(f"{options.saliency} shows the first {_DRAWN} of {len(files):,} images.", Note, stacklevel=2)
+        shown = pixels[:_DRAWN]
         titles = [f"{for_figure(Path(name).name)}\n{for_figure(line)}" for name, line, *_ in lines[: len(shown)]]
         saliency = _saliency(network, shown.to(device)).cpu()
         save_figure(saliency_grid(shown, saliency, titles), options.saliency)
+    print_table(
+        f"{weights.name} ({options.weights})",
+        lines[:_SHOWN_LINES],
+        header=("image", *(f"{n}." for n in range(1, len(lines[0])))),
+    )
+    if len(lines) > _SHOWN_LINES:
+        print(f"and {len(lines) - _SHOWN_LINES} more; --csv FILE or --json FILE writes all")
     return 0
 
 

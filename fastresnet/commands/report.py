@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -40,7 +41,9 @@ def run(arguments: list[str]) -> int:
 
     finished = read_run(options.run)
     if finished.summary is None:
-        raise DataError(f"{options.run} is not finished (no summary.json). Finish it with fastresnet train --resume.")
+        run = shlex.quote(str(options.run))
+        command = f"fastresnet train --config {run}/config.toml --out {run} --resume"
+        raise DataError(f"{options.run} is not finished (no summary.json). Finish it: {command}")
     predictions = predict_test_set(options.run, options.data, options.root, options.device)
     path = options.out or options.run / "report.html"
     write_bytes(path, page(finished, predictions).encode())

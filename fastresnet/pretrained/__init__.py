@@ -72,8 +72,15 @@ def is_pretrained(given: str | Path) -> bool:
 
 
 def find_weights(given: str | Path) -> Path:
-    """Return the file that `given` names. Raises the same errors as `pretrained_file`."""
-    return pretrained_file(str(given).removeprefix(PREFIX)) if is_pretrained(given) else Path(given)
+    """Return the file that `given` names. Raises the same errors as `pretrained_file`, and `DataError` on a folder."""
+    if is_pretrained(given):
+        return pretrained_file(str(given).removeprefix(PREFIX))
+    path = Path(given)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Give the weights in it, of a run {path / 'model.safetensors'}.")
+    if str(given) in list_pretrained() and not path.exists():
+        raise DataError(f"there is no file {given}. Did you mean --weights {PREFIX}{given}?")
+    return path
 
 
 def load_pretrained(name: str) -> nn.Module:

@@ -245,6 +245,43 @@ def test_images_by_class_are_evaluated_without_a_store(varied, tmp_path, write, 
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+def test_images_of_some_classes_are_evaluated(varied, tmp_path, dataset):
+    file = own_file(varied, tmp_path / "w.ckpt", CIFAR10_CLASSES)
+    some = [row for row, label in enumerate(dataset.test.labels) if label in (1, 9)][:40]
+    for row in some:
+        folder = tmp_path / "images" / {1: "car", 9: "truck"}[int(dataset.test.labels[row])]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dataset.test.images[row]).save(folder / f"{row}.png")
+    images = torch.from_numpy(dataset.test.images[some] / 255).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        predicted = load_weights(file).model((images - 0.5) / 0.5).argmax(1).numpy()
+    labels = np.asarray(dataset.test.labels)[some]
+    found, notes = accuracies(file, str(tmp_path / "images"), tmp_path)
+    assert found.accuracy == pytest.approx(100 * (predicted == labels).mean())
+    assert found.per_class == {
+        CIFAR10_CLASSES[label]: pytest.approx(100 * (predicted[labels == label] == label).mean()) for label in (1, 9)
+    }
+    assert notes == []
+    (tmp_path / "images" / "tram").mkdir()
+    Image.fromarray(dataset.test.images[0]).save(tmp_path / "images" / "tram" / "1.png")
+    with pytest.raises(DataError, match=r"other classes .*\(car, tram, truck\)"):
+        accuracies(file, str(tmp_path / "images"), tmp_path)
+
+
+def test_a_folder_without_training_images_is_normalised_as_predict_does(varied, tmp_path, dataset):
+    torch.save(varied.state_dict(), tmp_path / "w.pt")
+    for name in CIFAR10_CLASSES:
+        (tmp_path / "dark" / name).mkdir(parents=True)
+        Image.fromarray(np.asarray(dataset.test.images[len(name)]) // 2).save(tmp_path / "dark" / name / "1.png")
+    weights = load_weights(tmp_path / "w.pt")
+    images = [np.asarray(dataset.test.images[len(name)]) // 2 for name in CIFAR10_CLASSES]
+    with torch.no_grad():
+        logits = Normalized(weights)(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255)
+    expected = F.cross_entropy(logits, torch.arange(10)).item()
+    result = fastresnet.evaluate(tmp_path / "w.pt", data=str(tmp_path / "dark"), device="cpu", threads=1)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_constant_channel_is_evaluated_too(varied, tmp_path):
     for name in CIFAR10_CLASSES:
         (tmp_path / "grey" / name).mkdir(parents=True)

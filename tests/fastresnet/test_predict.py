@@ -123,6 +123,38 @@ def test_unreadable_images_are_named_or_skipped(run, images, tmp_path):
     assert "none of the images can be read" in err
 
 
+@pytest.mark.parametrize("given", ["run", "resnet20"])
+def test_a_folder_or_a_bare_name_for_weights_gets_the_right_ones(run, images, tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    code, _, err = run("predict", images, "--weights", given)
+    assert code == 3
+    assert {"run": "run/model.safetensors", "resnet20": "--weights pretrained:resnet20"}[given] in err
+
+
+def test_a_picture_in_another_format_is_not_passed_over(run, images):
+    (images / "z.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    code, _, err = run("predict", images)
+    assert code == 3
+    assert "z.HEIC is a picture in HEIF or AVIF format: save it as PNG or JPEG" in err
+
+
+def test_the_figure_of_more_than_16_images_says_so(run, images, tmp_path, dataset):
+    for row in range(14):
+        Image.fromarray(np.asarray(dataset.test.images[row])).save(images / f"b{row}.png")
+    code, _, err = run("predict", images, "--saliency", tmp_path / "s.png")
+    assert code == 0
+    assert "shows the first 16 of 19 images" in err
+
+
+def test_foreign_weights_are_normalised_with_a_note(run, images, tmp_path):
+    torch.save(create_model("resnet20").state_dict(), tmp_path / "w.pt")
+    code, _, err = run("predict", images, "--weights", tmp_path / "w.pt")
+    assert code == 0
+    assert "w.pt does not say its normalisation: CIFAR-10's mean and std are taken" in err
+    assert "normalisation" not in run("predict", images)[2]
+
+
 def test_weights_that_overflow_are_refused(run, images, tmp_path):
     network = create_model("resnet20")
     with torch.no_grad():
