@@ -294,6 +294,17 @@ def test_split_of_divided_images_is_refused(pack, refused):
     refused(pack(CATS_AND_DOGS), "--split 0.2", "has test images already, in test", kind=UsageError, split=0.2)
 
 
+# --- images to test on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_note_says_which_images_stand_in_for_those_to_test_on(pack, read, split):
+    names = [f"{split}/cat/1.png", f"{split}/dog/2.png"]
+    data, (note,) = read(pack([*names, "test/1.png"]), only_test=True)
+    check_images(data.test_images, names)
+    assert note.endswith(f"no test images in folders of their classes; those of {split} are taken.")
+
+
 # --- names and links in archives ---------------------------------------------------------------------------------
 
 
