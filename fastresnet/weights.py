@@ -186,6 +186,8 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
     try:
         with open(path, "rb") as file:
             start = file.read(9)

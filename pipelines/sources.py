@@ -130,9 +130,11 @@ def _survey(path: Path, report: Report) -> tuple[dict[str, Any], Listing]:
 
 
 def check_exists(path: Path) -> None:
-    """Raise `DataError` unless the source `path` exists."""
+    """Raise `DataError` unless the source `path` is a folder or a file, which can be read more than once."""
     if not path.exists():
         raise DataError(f"{path} does not exist. --source takes a CIFAR-10 archive or folder, or a folder of images.")
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
 
 
 def verify_cifar10(data: RawData, path: Path) -> None:

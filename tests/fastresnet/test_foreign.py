@@ -7,6 +7,7 @@ import decimal
 import enum
 import functools
 import io
+import os
 import pickletools
 import re
 import resource
@@ -293,6 +294,12 @@ def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, saved):
     path = tmp_path / "w.bin"
     torch.save(state, path) if saved == "torch" else safetensors.torch.save_file(state, path)
     assert_refused(path, rf"conv1\.weight has values of type {dtype}\. Save weights as floats\.")
+
+
+def test_a_pipe_or_device_is_refused_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "w.pt")
+    for path in (tmp_path / "w.pt", Path("/dev/null")):
+        assert_refused(path, r"is a pipe or a device\. Save its content as a file")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), 3, "text", None])

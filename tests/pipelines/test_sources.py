@@ -582,6 +582,13 @@ def test_tar_entry_that_is_no_file_is_not_followed(tmp_path, helpers, fake, refu
     assert helpers.tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_source_that_can_be_read_only_once_is_refused_and_not_read(tmp_path, refused, kind):
+    """A pipe would block, and a device may never end."""
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe" if kind == "pipe" else Path("/dev/null"), "is a pipe or a device. Save its content")
+
+
 # --- downloads ---------------------------------------------------------------------------------------------------
 
 
