@@ -202,6 +202,8 @@ def _join(classes: tuple[str, ...], train: list[tuple], test: tuple) -> RawData:
 
 
 def _checked(data: RawData, path: Path) -> RawData:
+    if double := [name for name in dict.fromkeys(data.classes) if data.classes.count(name) > 1]:
+        raise DataError(f"{path} has several classes called {double[0]!r}. Give each its own name.")
     for split, (_, labels) in data.splits().items():
         if not len(labels):
             raise DataError(f"{path} has no {split} images.")
