@@ -113,6 +113,14 @@ def _numbered(names: Sequence[str]) -> list[int]:
     return list(places) if _has_names(names) else sorted(places, key=lambda place: int(names[place]))
 
 
+def note_order(dataset: Dataset) -> None:
+    """Say in a `Note` how a user's network is evaluated if `dataset` has CIFAR-10's classes in another order."""
+    order = _find_order(CIFAR10_CLASSES, dataset.classes)
+    if order is not None and order != sorted(order):
+        names = ", ".join(dataset.classes)
+        warnings.warn(f"the network's outputs are taken in the order of {dataset.name}'s: {names}", Note, stacklevel=3)
+
+
 def _has_names(classes: Sequence[str]) -> bool:
     return not all(name.strip().isdecimal() for name in classes)
 

@@ -425,6 +425,14 @@ def test_a_network_of_other_outputs_is_refused(network, data_root, outputs, mess
         fastresnet.evaluate(Other(), data="shapes10", root=data_root, device="cpu")
 
 
+def test_another_order_of_the_classes_of_cifar10_is_noted(varied, tmp_path, write):
+    """A network has no names for its outputs."""
+    assert accuracies(varied, write("original", PLANES), tmp_path)[1] == []
+    order = sorted(range(10), key=lambda number: PLANES[number])
+    (note,) = accuracies(varied, write("sorted", [PLANES[number] for number in order], order), tmp_path)[1]
+    assert "taken in the order of sorted's: bird, car, cat, deer, dog, frog, horse, plane, ship, truck" in note
+
+
 def test_the_training_mode_of_every_module_is_restored(network, data_root):
     mine = copy.deepcopy(network).train()
     mine.layer1.eval()
