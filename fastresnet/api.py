@@ -65,7 +65,7 @@ def evaluate(
 
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
-    from fastresnet.evaluation import evaluation_threads, find_dataset_for, open_evaluation, unchanged_modes
+    from fastresnet.evaluation import evaluation_threads, find_dataset_for, note_order, open_evaluation, unchanged_modes
     from fastresnet.pretrained import find_weights
     from fastresnet.threads import check_threads
     from fastresnet.weights import load_weights
@@ -78,6 +78,7 @@ def evaluate(
         normalization = loaded.normalization if loaded.training else normalization
     else:
         dataset, network = find_test_data(data or "cifar10", root), weights
+        note_order(dataset)
         if threads == "auto":  # no trial steps: a user's network only gets the batches of the test set
             threads = torch.get_num_threads()
     on = resolve_device(device)

@@ -28,7 +28,7 @@ from pipelines.base import GatheringPipeline, Pipeline
 from pipelines.errors import DataError, Note, RunError, UsageError
 from pipelines.prepare import find_test_data
 from pipelines.sampling import NormalizationMode
-from pipelines.sources import Report
+from pipelines.sources import CIFAR10_CLASSES, Report
 from pipelines.store import CIFAR10, Dataset
 
 if TYPE_CHECKING:
@@ -76,15 +76,25 @@ def find_dataset_for(
 def match_classes(weights: Weights, given: object, dataset: Dataset) -> Weights:
     """Return `weights`, loaded from `given`, with outputs in the order of the classes of `dataset`.
 
-    Where one side has no names, or numbers for names, the order is taken to be the same, and a `Note` says so. Raises
+    Ten outputs without names are taken for the classes of CIFAR-10 if those of `dataset` are. Where else one side has
+    no names, or numbers for names, the order is taken to be the same, that of the numbers. A `Note` says so. Raises
     `DataError` if the classes are others.
     """
     names = dataset.classes
-    order = _find_order(weights.classes, names) if weights.named else None
-    if order is not None:
-        if order != list(range(len(names))):
-            weights = dataclasses.replace(weights, model=Reordered(weights.model, order))
-        return dataclasses.replace(weights, classes=names)
+    is_known = weights.named or weights.classes == CIFAR10_CLASSES
+    order = _find_order(weights.classes, names) if is_known else None
+    if order is None:
+        order = _assume_order(weights, given, dataset)
+    elif not weights.named:
+        warnings.warn(f"{given} does not name its classes: CIFAR-10's are assumed", Note, stacklevel=3)
+    if order != list(range(len(names))):
+        weights = dataclasses.replace(weights, model=Reordered(weights.model, order))
+    return dataclasses.replace(weights, classes=names)
+
+
+def _assume_order(weights: Weights, given: object, dataset: Dataset) -> list[int]:
+    """Assume an order of outputs for classes that lack names on one side; raise `DataError` if both sides have them."""
+    names = dataset.classes
     weights_have_names = weights.named and _has_names(weights.classes)
     if weights_have_names and _has_names(names):
         theirs, ours = _listed(weights.classes, names), _listed(names, weights.classes)
@@ -92,8 +102,25 @@ def match_classes(weights: Weights, given: object, dataset: Dataset) -> Weights:
     if weights.num_classes != len(names):
         raise DataError(f"{given} has {weights.num_classes} classes, but {dataset.name} has {len(names)}.")
     nameless, other = (dataset.name, given) if weights_have_names else (given, dataset.name)
-    warnings.warn(f"{nameless} does not name its classes: taken in the order of {other}'s", Note, stacklevel=3)
-    return dataclasses.replace(weights, classes=names)
+    warnings.warn(f"{nameless} does not name its classes: taken in the order of {other}'s", Note, stacklevel=4)
+    if not weights.named:
+        return list(range(len(names)))
+    order = zip(_numbered(names), _numbered(weights.classes), strict=True)
+    return [output for _, output in sorted(order)]
+
+
+def _numbered(names: Sequence[str]) -> list[int]:
+    """List the places of `names` in the order of their numbers, which are not sorted as text: 10 is before 2."""
+    places = range(len(names))
+    return list(places) if _has_names(names) else sorted(places, key=lambda place: int(names[place]))
+
+
+def note_order(dataset: Dataset) -> None:
+    """Say in a `Note` how a user's network is evaluated if `dataset` has CIFAR-10's classes in another order."""
+    order = _find_order(CIFAR10_CLASSES, dataset.classes)
+    if order is not None and order != sorted(order):
+        names = ", ".join(dataset.classes)
+        warnings.warn(f"the network's outputs are taken in the order of {dataset.name}'s: {names}", Note, stacklevel=3)
 
 
 def _has_names(classes: Sequence[str]) -> bool:

@@ -378,7 +378,7 @@ def _mappings(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     Other entries are left out, and so are tensors of a single number: counters, which no network has as weights.
     """
     seen: dict[int, Any] = {}  # the objects too: another one could get the number of one that is gone
-    waiting = [("", content)]
+    waiting = [("", content)] if isinstance(content, _CONTAINERS) else []
     while waiting:
         place, value = waiting.pop()
         if id(value) in seen:

@@ -188,6 +188,8 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -294,6 +296,9 @@ def _differences(found: Shapes, expected: Shapes) -> list[str]:
 
 def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
     """Load `state`, whose names and shapes match. Raises `DataError` if the network cannot compute with its values."""
+    for key, value in network.state_dict().items():
+        if value.is_floating_point() and key in state and not state[key].is_floating_point():
+            raise DataError(f"{path}: {key} has values of type {state[key].dtype}. Save weights as floats.")
     try:
         network.load_state_dict(state, strict=False)
     except RuntimeError as error:  # tensors without values, sparse or quantised ones

@@ -6,6 +6,7 @@ Nothing is unpacked to disk. Members are read into memory, so paths in an archiv
 from __future__ import annotations
 
 import bz2
+import contextlib
 import functools
 import gzip
 import io
@@ -34,6 +35,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 _REFUSED_SUFFIXES = (".avif", ".heic", ".heif", ".jp2", ".jxl")
 _DEBRIS = {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile bounds the memory of these two only
+_ZIP_UTF8, _ZIP_WINDOWS = 0x800, 0
 _XZ = b"\xfd7zXZ"
 _XZ_MEMORY = 256 << 20  # xz -9 needs 65 MiB
 _UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, _XZ: lzma.open}
@@ -112,9 +114,22 @@ def _list_folder(path: Path) -> Iterator[File]:
 def _list_zip(path: Path) -> Iterator[File]:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            name = f"{path}: {entry.filename}"
+            inner = _zip_name(entry)
+            name = f"{path}: {inner}"
             content = functools.partial(_open_zip_entry, archive, entry, name)
-            yield File(_parts(entry.filename), name, content, is_folder=entry.is_dir())
+            yield File(_parts(inner), name, content, is_folder=inner.endswith("/"))
+
+
+def _zip_name(entry: zipfile.ZipInfo) -> str:
+    """Return the name of an entry as its writer meant it, with slashes.
+
+    Some programs write UTF-8 without its flag, which zipfile reads as code page 437, or, on Windows, backslashes.
+    """
+    name = entry.filename
+    if not entry.flag_bits & _ZIP_UTF8:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/") if entry.create_system == _ZIP_WINDOWS else name
 
 
 def _open_zip_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> IO[bytes]:
@@ -137,7 +152,7 @@ def _list_tar(path: Path) -> Iterator[File]:
     with opener(path) as stream, _Tar(fileobj=_Bounded(stream)) as tar:
         while (member := tar.next()) is not None:
             name = f"{path}: {member.name}"
-            if member.isdir() or member.isreg():
+            if member.isdir() or member.isreg() or member.islnk() or member.issym():
                 content = functools.partial(_open_tar_member, tar, member, name)
                 yield File(_parts(member.name), name, content, is_folder=member.isdir())
         while stream.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
@@ -145,6 +160,8 @@ def _list_tar(path: Path) -> Iterator[File]:
 
 
 def _open_tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> IO[bytes]:
+    if not member.isreg():
+        raise DataError(f"{name} is a link, which is not followed. Pack with tar --dereference --hard-dereference.")
     _check_size(name, member.size)
     content = tar.extractfile(member)
     return io.BytesIO(content.read() if content else b"")

@@ -79,12 +79,15 @@ def read_image_folders(
 
 
 def read_test_folders(path: Path, listing: Listing, report: Report) -> RawData:
-    """Read the images of `path` that are for testing, or all if no folder is called so.
+    """Read the images of `path` that are for testing, or all if no folder is called as a split is.
 
-    The training split is empty. Raises `DataError` as `read_image_folders` does.
+    Without those for testing, a `Note` says which are taken. The training split is empty. Raises `DataError` as
+    `read_image_folders` does.
     """
     splits = _find_split_folders(path, listing)
     folder = splits.get("test") or splits.get("validation") or splits.get("train") or _find_root(path, listing)
+    if splits and "test" not in splits:
+        _note(f"{path} has no test images in folders of their classes; those of {_join(folder)} are taken.")
     inside = Listing(*([file for file in all_ if _is_below(folder, file)] for all_ in (listing.files, listing.folders)))
     return _read(path, inside, _Layout(folder, None, None), report, split=1.0)
 

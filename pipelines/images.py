@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
@@ -25,6 +26,7 @@ BACKGROUND = (255, 255, 255)
 
 # Pillow tries no other format, whatever the name: for some, such as PostScript, it would start a program.
 _FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+_PPM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+(\d+)){3}")
 _SHOWN = 3
 
 
@@ -97,7 +99,11 @@ def read_image(file: File) -> tuple[np.ndarray, bool]:
 
 def _check_depth(image: Any, head: bytes, name: str) -> None:
     """Refuse integers of 16 or 32 bits, and floats: Pillow would clip them at 255, or keep their high bytes only."""
-    depths = {"PNG": lambda: head[24], "TIFF": lambda: max(image.tag_v2.get(258, (1,)))}
+    depths = {
+        "PNG": lambda: head[24],
+        "TIFF": lambda: max(image.tag_v2.get(258, (1,))),
+        "PPM": lambda: int(found[1]).bit_length() if (found := _PPM_MAXIMUM.match(head)) else 8,
+    }
     if image.mode[0] in "IF" or depths.get(image.format, lambda: 8)() > 8:
         raise DataError(f"{name} has more than 8 bits per channel (mode {image.mode}). Save it with 8.")
 

@@ -98,6 +98,8 @@ def prepare(
     if (existing := _existing(folder)) is not None and not derived:
         return existing, False
     if existing is None and source is None and name not in (CIFAR10, SHAPES10):
+        if (folder / "meta.json").exists():
+            raise DataError(f"{folder} is damaged; prepare it from its files again: --source PATH")
         _check_name_known(name, root)
         raise DataError(f"there is no data set {name!r} in {root}; prepare it from its files: --source PATH")
     root.mkdir(parents=True, exist_ok=True)

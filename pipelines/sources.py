@@ -130,9 +130,11 @@ def _survey(path: Path, report: Report) -> tuple[dict[str, Any], Listing]:
 
 
 def check_exists(path: Path) -> None:
-    """Raise `DataError` unless the source `path` exists."""
+    """Raise `DataError` unless the source `path` is a folder or a file, which can be read more than once."""
     if not path.exists():
         raise DataError(f"{path} does not exist. --source takes a CIFAR-10 archive or folder, or a folder of images.")
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
 
 
 def verify_cifar10(data: RawData, path: Path) -> None:
@@ -200,6 +202,8 @@ def _join(classes: tuple[str, ...], train: list[tuple], test: tuple) -> RawData:
 
 
 def _checked(data: RawData, path: Path) -> RawData:
+    if double := [name for name in dict.fromkeys(data.classes) if data.classes.count(name) > 1]:
+        raise DataError(f"{path} has several classes called {double[0]!r}. Give each its own name.")
     for split, (_, labels) in data.splits().items():
         if not len(labels):
             raise DataError(f"{path} has no {split} images.")

@@ -27,8 +27,8 @@ from fastresnet.evaluation import (
 )
 from fastresnet.models import create_model
 from fastresnet.pretrained import pretrained_file
-from fastresnet.weights import Normalized, load_weights
-from pipelines.errors import DataError, RunError, UsageError
+from fastresnet.weights import Normalized, Weights, load_weights
+from pipelines.errors import DataError, Note, RunError, UsageError
 from pipelines.resident import DevicePipeline
 from pipelines.sources import CIFAR10_CLASSES, read_source
 from pipelines.store import RawData, write_store
@@ -370,6 +370,31 @@ def test_a_foreign_file_is_assumed_to_have_the_order_with_a_note(varied, tmp_pat
     assert len([note for note in notes if "does not name its classes" in note]) == 1
 
 
+def test_ten_nameless_outputs_are_those_of_cifar10_for_its_classes(varied, tmp_path, write):
+    torch.save(varied.state_dict(), tmp_path / "w.pt")
+    expected, _ = accuracies(tmp_path / "w.pt", write("original", CIFAR10_CLASSES), tmp_path)
+    order = sorted(range(10), key=lambda number: PLANES[number])
+    data = write("renamed", [PLANES[number] for number in order], order)
+    found, notes = accuracies(tmp_path / "w.pt", data, tmp_path)
+    assert found.per_class == {PLANES[number]: expected.per_class[CIFAR10_CLASSES[number]] for number in order}
+    assert [note for note in notes if note.endswith("does not name its classes: CIFAR-10's are assumed")]
+
+
+def test_numbers_stand_for_names_in_the_order_of_numbers():
+    """Folders of numbers are sorted as text: 10 and 11 are before 2."""
+    numbers, names = sorted(map(str, range(12))), [f"kind {number:02}" for number in range(12)]
+
+    def outputs(theirs, ours):
+        given = {"model": nn.Identity(), "num_classes": 12, "classes": tuple(theirs), "named": True}
+        weights = Weights(**given, name="", shortcut="", training=None, mean=torch.zeros(3), std=torch.ones(3))
+        with pytest.warns(Note, match="does not name its classes"):
+            matched = match_classes(weights, "w.ckpt", SimpleNamespace(name="data", classes=tuple(ours)))
+        return matched.model(torch.arange(12)[None])[0].tolist()
+
+    assert outputs(names, numbers) == [0, 1, 10, 11, *range(2, 10)]
+    assert outputs(numbers, names) == [numbers.index(str(number)) for number in range(12)]
+
+
 def test_numbers_on_both_sides_are_matched_as_names(varied, tmp_path, write):
     numbers = [str(number) for number in range(10)]
     order = [0, 1, 9, 2, 3, 4, 5, 6, 7, 8]
@@ -435,6 +460,14 @@ def test_a_network_of_other_outputs_is_refused(network, data_root, outputs, mess
 
     with pytest.raises(UsageError, match=message):
         fastresnet.evaluate(Other(), data="shapes10", root=data_root, device="cpu")
+
+
+def test_another_order_of_the_classes_of_cifar10_is_noted(varied, tmp_path, write):
+    """A network has no names for its outputs."""
+    assert accuracies(varied, write("original", PLANES), tmp_path)[1] == []
+    order = sorted(range(10), key=lambda number: PLANES[number])
+    (note,) = accuracies(varied, write("sorted", [PLANES[number] for number in order], order), tmp_path)[1]
+    assert "taken in the order of sorted's: bird, car, cat, deer, dog, frog, horse, plane, ship, truck" in note
 
 
 def test_the_training_mode_of_every_module_is_restored(network, data_root):

@@ -7,6 +7,7 @@ import decimal
 import enum
 import functools
 import io
+import os
 import pickletools
 import re
 import resource
@@ -283,6 +284,28 @@ def test_parameters_of_all_kinds_are_tensors(tmp_path):
     state["fc.bias"].note = "an attribute"
     torch.save(state, tmp_path / "w.pt")
     assert_loaded(tmp_path / "w.pt", expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool])
+@pytest.mark.parametrize("saved", ["torch", "safetensors"])
+def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, saved):
+    """Quantised ones have a scale somewhere else."""
+    state = {name: (20 * value).to(dtype) for name, value in network().state_dict().items()}
+    path = tmp_path / "w.bin"
+    torch.save(state, path) if saved == "torch" else safetensors.torch.save_file(state, path)
+    assert_refused(path, rf"conv1\.weight has values of type {dtype}\. Save weights as floats\.")
+
+
+def test_a_pipe_or_device_is_refused_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "w.pt")
+    for path in (tmp_path / "w.pt", Path("/dev/null")):
+        assert_refused(path, r"is a pipe or a device\. Save its content as a file")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), 3, "text", None])
+def test_a_file_of_something_else_than_a_container_has_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    assert_refused(tmp_path / "w.pt", "contains no state dict")
 
 
 def test_tensors_that_are_parts_of_one_are_read(tmp_path):

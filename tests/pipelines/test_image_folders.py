@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tarfile
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -290,6 +292,53 @@ def test_a_class_may_be_called_train(pack, read):
 
 def test_split_of_divided_images_is_refused(pack, refused):
     refused(pack(CATS_AND_DOGS), "--split 0.2", "has test images already, in test", kind=UsageError, split=0.2)
+
+
+# --- images to test on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_note_says_which_images_stand_in_for_those_to_test_on(pack, read, split):
+    names = [f"{split}/cat/1.png", f"{split}/dog/2.png"]
+    data, (note,) = read(pack([*names, "test/1.png"]), only_test=True)
+    check_images(data.test_images, names)
+    assert note.endswith(f"no test images in folders of their classes; those of {split} are taken.")
+
+
+# --- names and links in archives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [0, 0x800], ids=["without the flag of UTF-8", "with it"])
+def test_names_in_a_zip_are_those_that_its_writer_meant(read, tmp_path, flag):
+    """Programs on Windows write backslashes, and others UTF-8 without its flag."""
+    names = ["train/dog/1.png", "train/kätzchen/1.png", "test/dog/2.png", "test/kätzchen/2.png"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("train/", *names):
+            entry = zipfile.ZipInfo("x")
+            entry.create_system, entry.filename = 0, name.replace("/", "\\")
+            archive.writestr(entry, b"" if name.endswith("/") else png(pixels_of(name)))
+    content = (tmp_path / "a.zip").read_bytes()
+    assert content.count(b"\x00\x08\x00\x00\x00\x00\x21\x00") == 4  # the flags of the two names, twice each
+    if not flag:
+        content = content.replace(b"\x00\x08\x00\x00\x00\x00\x21\x00", b"\x00\x00\x00\x00\x00\x00\x21\x00")
+    (tmp_path / "a.zip").write_bytes(content)
+    data, notes = read(tmp_path / "a.zip")
+    assert (data.classes, notes) == (("dog", "kätzchen"), [])
+    check_images(data.train_images, names[:2])
+    check_images(data.test_images, names[2:])
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_an_image_that_is_a_link_in_a_tar_is_not_dropped_without_a_word(pack, read, refused, kind):
+    path = pack(CATS_AND_DOGS, "tar")
+    entry = tarfile.TarInfo("train/cat/3.png")
+    entry.type, entry.linkname = kind, "train/cat/1.png"
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(entry)
+    refused(path, "train/cat/3.png is a link, which is not followed. Pack with tar --dereference --hard-dereference.")
+    data, (note,) = read(path, skip_unreadable=True)
+    check_images(data.train_images, CATS_AND_DOGS[:3])
+    assert "1 of 6 images cannot be read" in note
 
 
 # --- unreadable images, and hostile archives ---------------------------------------------------------------------

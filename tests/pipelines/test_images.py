@@ -266,6 +266,15 @@ def test_tiff_of_16_bits_a_channel_is_refused(refused):
     refused(tiff(samples), "more than 8 bits per channel")
 
 
+@pytest.mark.parametrize("maximum", [256, 1023, 65535])
+@pytest.mark.parametrize("head", ["P6 32 32 {}\n", "P6\n# made by\n32 # width\n32\n{}\n"])
+def test_ppm_of_over_8_bits_a_channel_is_refused(refused, read, head, maximum):
+    samples = np.random.default_rng(7).integers(0, 256, (32, 32, 3), np.uint16)
+    refused(head.format(maximum).encode() + samples.astype(">u2").tobytes(), "more than 8 bits per channel")
+    refused(f"P3 32 32 {maximum} ".encode() + " ".join(map(str, samples.flat)).encode(), "more than 8 bits")
+    np.testing.assert_array_equal(read(head.format(255).encode() + samples.astype(np.uint8).tobytes()), samples)
+
+
 def test_postscript_is_refused_and_no_program_is_started(refused, monkeypatch):
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
     with Image.open(io.BytesIO(content)) as image:

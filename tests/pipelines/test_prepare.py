@@ -148,6 +148,17 @@ def test_a_mistyped_name_gets_a_suggestion_and_leaves_nothing(root, helpers, nam
     assert not root.exists()
 
 
+@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "broken meta"])
+def test_a_damaged_store_is_not_said_to_be_another_name(make, root, archive, helpers, kind):
+    make("insects", archive)
+    damage(root / "insects", kind)
+    with (
+        pytest.warns(Note, match="preparing .*insects again"),
+        pytest.raises(DataError, match=r"insects is damaged; prepare it from its files again: --source PATH$"),
+    ):
+        prepare("insects", root, helpers.ignore)
+
+
 def test_a_prepared_name_is_suggested_too(make, root, archive):
     make("insects", archive)
     with pytest.raises(DataError, match="did you mean 'insects'"):

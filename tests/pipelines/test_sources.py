@@ -578,8 +578,22 @@ def test_tar_entry_that_is_no_file_is_not_followed(tmp_path, helpers, fake, refu
     with tarfile.open(path, "a") as archive:
         archive.addfile(entry)
     before = helpers.tree(tmp_path)
-    refused(path, "test_batch missing")
+    refused(path, "test_batch is a link" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else "test_batch missing")
     assert helpers.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_two_classes_of_one_name_are_refused(tmp_path, helpers, fake, refused, version):
+    """Accuracies of classes are listed by name."""
+    double = type(fake)((*fake.classes[:-1], fake.classes[0]))
+    refused(helpers.make_folder(tmp_path / "f", getattr(double, version)()), f"classes called {fake.classes[0]!r}")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_source_that_can_be_read_only_once_is_refused_and_not_read(tmp_path, refused, kind):
+    """A pipe would block, and a device may never end."""
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe" if kind == "pipe" else Path("/dev/null"), "is a pipe or a device. Save its content")
 
 
 # --- downloads ---------------------------------------------------------------------------------------------------
