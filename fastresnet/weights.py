@@ -133,7 +133,7 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
 
 
 def note_assumptions(weights: Weights, given: object, *, normalized: bool = True) -> None:
-    """Say in notes what is assumed of the classes, and if `normalized` of the normalisation, of weights from `given`."""
+    """Say in notes what is assumed of the classes, and if `normalized` of the normalisation, of foreign weights."""
     if weights.training is None and normalized:
         warnings.warn(f"{given} does not say its normalisation: CIFAR-10's mean and std are taken", Note, stacklevel=2)
     if not weights.named:

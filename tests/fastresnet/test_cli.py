@@ -202,7 +202,7 @@ def test_unknown_flags_and_values_of_the_wrong_kind_exit_with_2(run, arguments, 
     [
         (["train", "--data", "cats"], ["no prepared data set in", "cats", "fastresnet prepare --data cats"]),
         (["train", "--data", "./nowhere/cats"], ["nowhere/cats", "fastresnet prepare --data cats --root "]),
-        (["train", "--data", "./"], ["fastresnet prepare --data", "no prepared data set in ."]),
+        (["train", "--data", "./"], [". is not a prepared data set", "fastresnet prepare --data NAME --source ."]),
         (["prepare", "--source", "nowhere.tar.gz"], ["nowhere.tar.gz does not exist"]),
         (["prepare", "--data", "cats"], ["--source PATH"]),
         (["eval", "--weights", "nowhere.ckpt"], ["nowhere.ckpt is not a readable file"]),

@@ -187,13 +187,13 @@ def test_debris_is_left_out_without_a_note(pack, read, packing):
 
 
 def test_other_files_are_left_out_with_one_note(pack, read):
-    others = dict.fromkeys(("train/cat/1.heic", "train/dog/2.HEIC", "train/labels.csv", "LICENSE"), b"text")
+    others = dict.fromkeys(("train/cat/1.mov", "train/dog/2.MOV", "train/labels.csv", "LICENSE"), b"text")
     data, notes = read(pack((*CATS_AND_DOGS, "train/stray.png", "extra/cat/1.png"), others=others))
     assert len(data.train_images) == 3
     (note,) = notes
     assert note == (
-        "left out files that are not images of a class: 2 .png, 2 .heic, 1 .csv "
-        "(extra/cat/1.png, train/cat/1.heic, train/dog/2.HEIC and 2 more)."
+        "left out files that are not images of a class: 2 .png, 2 .mov, 1 .csv "
+        "(extra/cat/1.png, train/cat/1.mov, train/dog/2.MOV and 2 more)."
     )
 
 
