@@ -63,6 +63,7 @@ def evaluate(
     """
     import torch
 
+    from fastresnet.config import plain
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
     from fastresnet.evaluation import evaluation_threads, find_dataset_for, note_order, open_evaluation, unchanged_modes
@@ -71,7 +72,7 @@ def evaluate(
     from fastresnet.weights import load_weights
     from pipelines.prepare import find_test_data
 
-    check_threads(threads)
+    check_threads(threads := plain(threads))
     if isinstance(weights, str | Path):
         loaded, dataset = find_dataset_for(load_weights(find_weights(weights)), weights, data, root)
         network = loaded.model

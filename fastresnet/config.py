@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -151,7 +152,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         check_literals(self)
         for name in ("data", "root", "out"):
             _check_path(name, getattr(self, name))
@@ -217,8 +218,12 @@ class TrainConfig:
         }
 
     def to_toml(self) -> str:
-        """Format `config.toml`: the fields that affect the result, and the root of the data if given."""
-        return tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
+        """Format `config.toml`: the fields that affect the result, and the root of the data if given.
+
+        Characters that are not printable become TOML's escapes, which a terminal shows and a reader returns.
+        """
+        text = tomli_w.dumps({**self.to_dict(), **({"root": str(self.root)} if self.root else {})})
+        return "".join(char if char.isprintable() or char == "\n" else f"\\U{ord(char):08x}" for char in text)
 
 
 def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
@@ -257,13 +262,13 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     hints = get_type_hints(TrainConfig)
     for name in values:
         check_choice(f"setting in {where}", name, hints)
-    return {name: _coerce(name, _plain(value), hints[name], where) for name, value in values.items()}
+    return {name: _coerce(name, plain(value), hints[name], where) for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return the numbers of NumPy and PyTorch as Python's."""
     if isinstance(value, tuple | list):
-        return type(value)(map(_plain, value))
+        return type(value)(map(plain, value))
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -299,7 +304,7 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if float in kinds and type(value) is int and abs(value) < 1 << 63:
         return float(value)
     if Path in kinds and isinstance(value, str | Path):
-        return Path(value)
+        return Path(os.path.expanduser(value))
     if type(value) not in kinds:
         names = [kind.__name__ for kind in kinds if isinstance(kind, type) and kind is not type(None)]
         expected = " or ".join([*names, *words])

@@ -13,6 +13,7 @@ import fcntl
 import io
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -52,7 +53,7 @@ _INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile", "
 def run_path(config: TrainConfig, dataset: Dataset) -> Path:
     """Return `config.out`, else a folder in $FASTRESNET_RUNS or ./runs named after the run."""
     name = f"{config.recipe}-{config.model}-{dataset.name}-seed{config.seed}"
-    return config.out or Path(os.environ.get("FASTRESNET_RUNS") or "runs") / name
+    return config.out or Path(os.path.expanduser(os.environ.get("FASTRESNET_RUNS") or "runs")) / name
 
 
 @dataclasses.dataclass(slots=True)
@@ -176,9 +177,10 @@ class RunFolder:
             config = dataclasses.replace(config, threads=saved.threads)
         changed = [name for name in differences(config.to_dict(), saved.to_dict()) if name != "data"]
         if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
+            options = ["--config", str(self.path / "config.toml"), "--out", str(self.path), "--resume"]
             raise UsageError(
                 f"{self.path} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
-                f"fastresnet train --config {self.path / 'config.toml'} --out {self.path} --resume"
+                f"fastresnet train {shlex.join(options)}"
             )
         return config, changed
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from fastresnet.signals import STOP_SIGNALS, handled
 from pipelines.errors import RunError, UsageError
 
 _MAX_SEEDS = 10_000
@@ -64,11 +65,13 @@ def train_seeds(
             free.put(gpu)
 
     with ThreadPoolExecutor(len(places)) as pool:
-        jobs = {seed: pool.submit(run, seed, folder) for seed, folder in folders.items()}
         try:
+            jobs = {seed: pool.submit(run, seed, folder) for seed, folder in folders.items()}
             codes = {seed: job.result() for seed, job in jobs.items()}
         except BaseException:
-            stopping.set()
+            with handled(STOP_SIGNALS, lambda *_: None):  # a second one would end the wait, not the trainings
+                stopping.set()
+                pool.shutdown()
             raise
     if failed := [seed for seed, code in codes.items() if code]:
         logs = ", ".join(f"{folders[seed] / 'train.log'} (exit code {codes[seed]})" for seed in failed)

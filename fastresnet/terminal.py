@@ -30,7 +30,6 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     When the reader of its output ends, as `head` does, it exits silently with 141: 128 and SIGPIPE.
     """
     prefix = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
-    _escape_what_stdout_cannot_encode()
     with _outputs(_end_without_output), _notes_on_stderr(), _exit_on_signals():
         try:
             code = command([_with_home(argument) for argument in arguments])
@@ -58,12 +57,6 @@ def _with_home(argument: str) -> str:
     if option.startswith("--") and assigned:
         return f"{option}={os.path.expanduser(value)}"
     return os.path.expanduser(argument)
-
-
-def _escape_what_stdout_cannot_encode() -> None:
-    """Print characters that the encoding of stdout lacks as escapes, as stderr does: others would be an error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -113,18 +106,26 @@ def _notes_on_stderr() -> Iterator[None]:
 
 
 class _Output:
-    """Output stream that calls `lose` when it cannot be written, and drops the text from then on."""
+    """Output stream that calls `lose` when it cannot be written, and drops the text from then on.
+
+    Characters that its encoding lacks become escapes, as on stderr: they would be an error.
+    """
 
     def __init__(self, stream: TextIO | None, lose: Callable[[OSError], None]) -> None:
         stream = stream._stream if isinstance(stream, _Output) else stream
-        self._stream: TextIO = stream or io.StringIO()  # None if it was closed at the start
+        is_closed = stream is None or getattr(stream, "closed", False)  # None: closed before Python started
+        self._stream = cast("TextIO", io.StringIO() if is_closed else stream)
         self.lose, self._lost = lose, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(self._stream.write, text)
+        try:
+            self._attempt(self._stream.write, text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self._attempt(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -137,7 +138,7 @@ class _Output:
             call(*arguments)
         except OSError as error:
             self._lost = True
-            with contextlib.suppress(OSError):  # no file
+            with contextlib.suppress(OSError, AttributeError):  # no file
                 _redirect_to_null(self._stream.fileno())  # for the rest in its buffer, and for other libraries
             self.lose(error)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ class TerminalLogger(Logger):
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),
             console=console,
+            redirect_stderr=sys.stderr.isatty(),  # a file of notes stays one
         )
         self._task = self._progress.add_task("", total=total_steps, epoch="", text="starting")
         self._progress.start()

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,55 @@ def test_training_outlives_standard_output(data_root, tmp_path, monkeypatch, cap
     assert capsys.readouterr().err == note
 
 
+class Broken:
+    """Stream without a file."""
+
+    def write(self, _):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def flush(self):
+        pass
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("stream", "note"),
+    [
+        (Broken, "fastresnet: note: standard output is lost (Input/output error); the run goes on.\n"),
+        (closed, ""),
+        (lambda: None, ""),
+    ],
+    ids=["broken, without a file", "closed", "none, as in pythonw"],
+)
+def test_training_needs_no_standard_output(data_root, tmp_path, monkeypatch, capsys, stream, note):
+    monkeypatch.setattr("sys.stdout", before := stream())
+    run = fastresnet.train("smoke", root=data_root, out=tmp_path / "run", **{**SMALL, "iterations": 1})
+    assert run.summary["steps"] == 1
+    assert sys.stdout is before
+    assert capsys.readouterr().err == note
+
+
+def test_names_that_standard_output_cannot_encode_do_not_end_a_training(data_root, tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    run = fastresnet.train("smoke", root=data_root, out=tmp_path / "é猫", **{**SMALL, "iterations": 1})
+    assert run.summary["steps"] == 1
+    assert rb"run folder " + str(tmp_path).encode() + b"/\xe9\\u732b\n" in written.getvalue()
+
+
+def test_home_folder_is_expanded_in_settings(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTRESNET_RUNS", "~/runs")
+    small = {**SMALL, "iterations": 1, "root": data_root, "quiet": True}
+    assert fastresnet.train("smoke", out="~/run", **small).folder == tmp_path / "run"
+    assert fastresnet.train("smoke", **small).folder.parent == tmp_path / "runs"
+
+
 def test_settings_accept_command_line_and_python_types(data_root, tmp_path):
     settings = {**SMALL, "iterations": 1, "lr": 1, "milestones": (0.25, 0.5), "lr_batch_size": None}
     settings |= {"seed": np.int64(2), "momentum": np.float32(0.5), "nesterov": np.bool_(True)}
@@ -68,6 +118,7 @@ def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trai
         assert f"{value:.2f} %" in out
     assert of_file.accuracy == pytest.approx(trained.summary["test_accuracy"])
     assert fastresnet.evaluate(file, root=data_root).loss == of_file.loss  # on the data set that the file names
+    assert fastresnet.evaluate(file, root=data_root, threads=np.int64(1)).accuracy == of_file.accuracy
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,14 @@ def test_toml_omits_result_irrelevant_settings_except_the_data_root(tmp_path):
     assert from_toml(written(tmp_path, TrainConfig(**free).to_toml())) == TrainConfig(root=Path("r"))
 
 
+def test_printed_settings_have_no_raw_characters_and_round_trip(run, tmp_path):
+    """A no-break space, C1 and direction marks: `repr` would escape them in ways that TOML does not know."""
+    name = "a\u00a0b\x85\u202e\U000e0001\x1b\\猫"
+    code, out, _ = run("train", "--data", name, "--print-config")
+    assert (code, out.replace("\n", "").isprintable()) == (0, True)
+    assert from_toml(written(tmp_path, out)).data == name
+
+
 def test_settings_left_out_of_the_toml_file_have_their_defaults(tmp_path):
     assert from_toml(written(tmp_path, "")) == TrainConfig()
     assert from_toml(written(tmp_path, "epochs = 3\nmilestones = []")) == TrainConfig(epochs=3, milestones=())

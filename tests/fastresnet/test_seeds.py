@@ -63,7 +63,8 @@ def test_failed_training_is_reported_and_the_others_continue(run, tmp_path):
 
 @pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
-def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_root, name, code):
+def test_signals_stop_the_running_training_and_start_no_other(tmp_path, data_root, name, code):
+    """A terminal that closes, and schedulers, may send several."""
     command = [sys.executable, "-m", "fastresnet", "train", *SMALL[:-2], "--epochs", "500"]
     command += ["--seeds", "1-2", "--out", tmp_path]
     process = subprocess.Popen(command, env={**os.environ, "FASTRESNET_DATA": str(data_root)})
@@ -71,7 +72,9 @@ def test_signal_stops_the_running_training_and_starts_no_other(tmp_path, data_ro
     while not log.exists() or "epoch   1" not in log.read_text():
         assert process.poll() is None
         time.sleep(0.2)
-    process.send_signal(getattr(signal, name))
+    for _ in range(3):
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.02)
     assert process.wait(timeout=60) == code
     assert "stopped by SIGTERM after step" in log.read_text()
     assert not (tmp_path / "seed2" / "train.log").exists()

@@ -25,6 +25,7 @@ from fastresnet.console import PlainConsole
 from fastresnet.evaluation import Predictions
 from fastresnet.plotting import confusion, curves, rendered
 from fastresnet.text import for_csv, for_figure, for_terminal
+from fastresnet.training.loggers import TerminalLogger
 from pipelines.errors import DataError
 from pipelines.store import RawData, write_store
 
@@ -227,6 +228,15 @@ def test_stdout_of_any_encoding_is_no_error(trained, images, monkeypatch, encodi
     out = written.getvalue().decode(encoding)
     assert ("猫と犬.png" if encoding == "utf-8" else r"\u732b\u3068\u72ac.png") in out
     assert (r"\xf1and\xfa.png" if encoding == "ascii" else "ñandú.png") in out
+
+
+def test_notes_during_the_live_bar_stay_in_the_file_of_stderr(monkeypatch):
+    """As in `fastresnet train 2>notes`, whose standard output is a terminal."""
+    monkeypatch.setattr(sys, "stderr", notes := io.StringIO())
+    bar = TerminalLogger(PlainConsole(file=io.StringIO(), force_terminal=True), 10)
+    print("a note", file=sys.stderr)
+    bar.close()
+    assert notes.getvalue() == "a note\n"
 
 
 def test_real_terminal_receives_only_the_programs_own_escapes(python, trained, images):

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -275,6 +276,14 @@ def test_total_seconds_include_startup(tmp_path, dataset):
     began = time.perf_counter()
     summary = train(config, dataset, Console(quiet=True), {"import": 1000.0, "data": 2000.0})
     assert 3000 < summary["total_seconds"] - summary["train_seconds"] < 3000 + time.perf_counter() - began
+
+
+def test_advised_command_continues_a_run_whose_folder_needs_quotes(run, tmp_path):
+    folder = tmp_path / "a [b] $c 'd'"
+    assert run("train", *SMALL, "--iterations", 1, "--out", folder)[0] == 0
+    _, _, err = run("train", *SMALL, "--iterations", 2, "--out", folder, "--resume")
+    _, _, advised = err.partition("continue with: fastresnet ")
+    assert run(*shlex.split(advised))[0] == 0
 
 
 def test_resuming_with_other_settings_is_refused_and_names_them(finished, run):
