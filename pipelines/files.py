@@ -29,8 +29,12 @@ def temporary_name(name: str) -> str:
 def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary file name beside `path`; on success that file replaces `path`, on failure it is removed.
 
-    The old file is renamed to `previous`, if given. Every `OSError` names `path`, not the temporary file.
+    The old file is renamed to `previous`, if given. Every `OSError` names `path`, not the temporary file. Devices and
+    pipes, such as /dev/null and /dev/stdout, are written themselves.
     """
+    if _is_stream(path):
+        yield path
+        return
     temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)  # it may be a link, which writing would follow
     try:
@@ -46,6 +50,11 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Return True if `path` is not a file of its own: replacing it would remove a device."""
+    return path.exists() and (not path.is_file() or path.absolute().is_relative_to("/dev"))
 
 
 def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +77,9 @@ def find_weights(given: str | Path) -> Path:
     if is_pretrained(given):
         return pretrained_file(str(given).removeprefix(PREFIX))
     path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, without an error for a name that no file can have
         raise DataError(f"{path} is a folder. Give the weights in it, of a run {path / 'model.safetensors'}.")
-    if str(given) in list_pretrained() and not path.exists():
+    if str(given) in list_pretrained() and not os.path.exists(path):
         raise DataError(f"there is no file {given}. Did you mean --weights {PREFIX}{given}?")
     return path
 

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,6 +155,16 @@ def test_foreign_weights_are_normalised_with_a_note(run, images, tmp_path):
     assert code == 0
     assert "w.pt does not say its normalisation: CIFAR-10's mean and std are taken" in err
     assert "normalisation" not in run("predict", images)[2]
+
+
+def test_a_pipe_is_written_and_not_replaced(run, images, tmp_path):
+    pipe = tmp_path / "p.csv"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(pipe.read_text)
+        assert run("predict", images, "--csv", pipe)[0] == 0
+    assert pipe.is_fifo()
+    assert text.result().startswith("image,class_1")
 
 
 def test_weights_that_overflow_are_refused(run, images, tmp_path):
