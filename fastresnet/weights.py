@@ -7,6 +7,7 @@ kuangliu/pytorch-cifar, in any wrapper (`foreign.py`). The network is the one of
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -188,7 +189,7 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    if path.exists() and not path.is_dir() and not path.is_file():
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):  # no error for a long name
         raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
     try:
         with open(path, "rb") as file:
