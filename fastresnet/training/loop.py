@@ -402,7 +402,7 @@ class Stopwatch:
         progress.train_seconds = self.earlier.train_seconds + self.seconds["training"]
 
     def cold_start(self) -> dict[str, float]:
-        """Return the seconds up to the end of the first step of this session, by phase; it may have taken no step."""
+        """Return the seconds up to the end of the first step of this process, by phase; it may have taken no step."""
         phases = {name: self.seconds[name] for name in _COLD_START if name in self.seconds}
         return phases if self.first_step is None else {**phases, "first_step": self.first_step}
 
@@ -465,8 +465,8 @@ def _summary(
 ) -> dict[str, Any]:
     """Describe the finished run.
 
-    After resuming, `steps`, `images_per_s` and the times cover all sessions. What a killed session did after its last
-    checkpoint counts in neither. `cold_start` and `environment` are those of the last session.
+    After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
+    checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
     flops = flops_per_image(_create_model(config, dataset), training=True) * config.batch_size * progress.step
     return {
