@@ -53,8 +53,8 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Return True if `path` is not a file of its own: replacing it would remove a device."""
-    return path.exists() and (not path.is_file() or path.absolute().is_relative_to("/dev"))
+    """Return True if `path` is not a file of its own: replacing it would remove a device. /dev/shm has real files."""
+    return path.exists() and (not path.is_file() or str(path.absolute().parent) in ("/dev", "/dev/fd"))
 
 
 def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:

@@ -10,12 +10,14 @@ import json
 import os
 import pickle
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipelines.errors import DataError, UsageError
+from pipelines.files import write_bytes
 from pipelines.store import RawData, channel_statistics, open_store, prepare_command, write_store
 
 FILES = ("train_images", "train_labels", "test_images", "test_labels", "pixel_mean")
@@ -114,6 +116,16 @@ def test_statistics_of_any_number_of_images(count):
     mean, std = channel_statistics(images)
     np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)), rtol=0, atol=1e-9)
     np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)), rtol=0, atol=1e-9)
+
+
+def test_a_file_in_shared_memory_is_replaced_and_kept_as_the_previous_one():
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("this system has no /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file, previous = Path(folder) / "a", Path(folder) / "b"
+        for content in (b"old", b"new"):
+            write_bytes(file, content, previous=previous)
+        assert (file.read_bytes(), previous.read_bytes()) == (b"new", b"old")
 
 
 @pytest.mark.parametrize("level", [0, 255])
