@@ -25,7 +25,7 @@ from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import GatheringPipeline, Pipeline
-from pipelines.errors import DataError, Note, RunError, UsageError
+from pipelines.errors import DataError, Note, RunError, UsageError, list_some
 from pipelines.prepare import find_test_data
 from pipelines.sampling import NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES, Report
@@ -133,22 +133,25 @@ _ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "
 
 def _with_all_classes(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
     """Return `dataset` with `classes` for its own, if all of these are among them."""
-    for simplify in (str, _folded, _unaliased):
-        known = {simplify(name): number for number, name in enumerate(classes)}
-        numbers = [known.get(simplify(name), -1) for name in dataset.classes]
-        if len(known) == len(classes) and min(numbers) >= 0 and len(set(numbers)) == len(numbers):
-            labels = np.array(numbers)[dataset.test.labels]
-            return dataclasses.replace(dataset, classes=classes, test=dataclasses.replace(dataset.test, labels=labels))
-    return dataset
+    numbers = _find_numbers(classes, dataset.classes)
+    if numbers is None:
+        return dataset
+    labels = np.array(numbers)[dataset.test.labels]
+    return dataclasses.replace(dataset, classes=classes, test=dataclasses.replace(dataset.test, labels=labels))
 
 
 def _find_order(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
     """Find, for each name of `ours`, the number of the same one in `theirs`; None if the sets differ."""
+    return _find_numbers(theirs, ours) if len(theirs) == len(ours) else None
+
+
+def _find_numbers(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Do as `_find_order` does, where `ours` may be some of `theirs`."""
     for simplify in (str, _folded, _unaliased):
-        found = {simplify(name): number for number, name in enumerate(theirs)}
-        wanted = [simplify(name) for name in ours]
-        if len(found) == len(theirs) == len(ours) and found.keys() == set(wanted):
-            return [found[name] for name in wanted]
+        known = {simplify(name): number for number, name in enumerate(theirs)}
+        numbers = [known[simple] for simple in map(simplify, ours) if simple in known]
+        if len(known) == len(theirs) and len(numbers) == len(set(numbers)) == len(ours):
+            return numbers
     return None
 
 
@@ -165,9 +168,7 @@ def _listed(names: Sequence[str], others: Sequence[str]) -> str:
     """List `names`; of many, only some of those that are not among `others`."""
     if len(names) > _LISTED_NAMES:
         names = [name for name in names if name not in others]
-        more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
-        return ", ".join(names[:_LISTED_NAMES]) + more
-    return ", ".join(names)
+    return list_some(names, _LISTED_NAMES)
 
 
 class Reordered(nn.Module):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pipelines.errors import DataError, Note
+from pipelines.errors import DataError, Note, list_some
 
 # --- pickles -----------------------------------------------------------------------------------------------------
 
@@ -368,8 +368,7 @@ def select_network(content: Any, path: Path) -> dict[str, Any]:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(repr(name[:60]) for name in names[:3]) + more
+    return list_some([repr(name[:60]) for name in names])
 
 
 def _mappings(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:

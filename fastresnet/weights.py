@@ -22,7 +22,7 @@ from fastresnet.checkpoint import load_tensors, take_prefix
 from fastresnet.foreign import read_network, select_network
 from fastresnet.models import MODELS, create_model, list_models
 from pipelines.contents import recognise
-from pipelines.errors import DataError, Note, check_choice
+from pipelines.errors import DataError, Note, check_choice, list_some
 from pipelines.sampling import IMAGE_SIZE, NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import CIFAR10, Dataset
@@ -251,12 +251,11 @@ def _infer(
     fitting = [candidate for candidate, different in differences.items() if not different]
     if not fitting:
         name, shortcut = nearest = min(candidates, key=lambda candidate: len(differences[candidate]))
-        some = differences[nearest]
-        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+        some = list_some([text[:120] for text in differences[nearest]], separator="; ")
         which = f"{name} with shortcut {shortcut}" if MODELS[name].uses_shortcut else name
         several = len({model for model, _ in candidates}) > 1
         match = f"matches no known network; the nearest is {which}, but" if several else f"does not match {which}:"
-        raise DataError(f"{path} {match} {'; '.join(text[:120] for text in some[:3])}{more}.")
+        raise DataError(f"{path} {match} {some}.")
     if len(fitting) > 1:
         (name, _), *others = fitting
         also = ", ".join(f"--model {other}" for other, _ in others)

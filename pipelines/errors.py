@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -32,6 +33,17 @@ class DataError(UserError):
 
 class Note(UserWarning):
     """Warning for the user; the command continues."""
+
+
+def note(text: str) -> None:
+    """Warn with a `Note`."""
+    warnings.warn(text, Note, stacklevel=3)
+
+
+def list_some(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
+    """List the first `shown` of `names`, and the number of those that follow."""
+    more = len(names) - shown
+    return separator.join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:

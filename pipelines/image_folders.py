@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .archives import Parts, is_image, list_files
-from .errors import DataError, Note, UsageError
-from .images import Report, list_some, note_left_out, read_images
+from .errors import DataError, UsageError, list_some, note
+from .images import Report, note_left_out, read_images
 from .store import RawData
 
 _SPLITS = {
@@ -87,7 +86,7 @@ def read_test_folders(path: Path, listing: Listing, report: Report) -> RawData:
     splits = _find_split_folders(path, listing)
     folder = splits.get("test") or splits.get("validation") or splits.get("train") or _find_root(path, listing)
     if splits and "test" not in splits:
-        _note(f"{path} has no test images in folders of their classes; those of {_join(folder)} are taken.")
+        note(f"{path} has no test images in folders of their classes; those of {_join(folder)} are taken.")
     inside = Listing(*([file for file in all_ if _is_below(folder, file)] for all_ in (listing.files, listing.folders)))
     return _read(path, inside, _Layout(folder, None, None), report, split=1.0)
 
@@ -135,7 +134,7 @@ def _find_layout(path: Path, listing: Listing) -> _Layout:
         raise DataError(f"{path} has no train images: a folder of images has train/CLASS/ and test/CLASS/.")
     test, validation = splits.get("test"), splits.get("validation")
     if test is None and validation is not None:
-        _note(f"{path} has no test folder; its test images are those of {_join(validation)}.")
+        note(f"{path} has no test folder; its test images are those of {_join(validation)}.")
         return _Layout(splits["train"], validation, None)
     return _Layout(splits["train"], test, validation)
 
@@ -162,9 +161,9 @@ def _find_classes(path: Path, listing: Listing, folders: list[Parts]) -> tuple[s
     if unknown := sorted(found - known):
         raise DataError(f"{path}: {_join(folders[1])} has classes that {_join(train)} lacks: {list_some(unknown)}.")
     if empty := sorted(known - found):
-        _note(f"left out class folders without an image: {list_some(empty)}.")
+        note(f"left out class folders without an image: {list_some(empty)}.")
     if len(found) == 1:
-        _note(f"there is one class only, {list_some([*found])}: classes are the folders in {_join(train) or path}.")
+        note(f"there is one class only, {list_some([*found])}: classes are the folders in {_join(train) or path}.")
     return tuple(sorted(found))
 
 
@@ -197,7 +196,7 @@ def _note_left_out(listing: Listing, layout: _Layout, folders: list[Parts], used
     rest = [file for file in listing.files if file not in used]
     if layout.left_out is not None:
         held = [file for file in rest if _is_below(layout.left_out, file) and is_image(file[-1])]
-        _note(f"left out {_join(layout.left_out)}, which is beside the test images (images: {len(held):,}).")
+        note(f"left out {_join(layout.left_out)}, which is beside the test images (images: {len(held):,}).")
         rest = [file for file in rest if not _is_below(layout.left_out, file)]
     in_splits = [file for file in rest if is_image(file[-1]) or any(_is_below(folder, file) for folder in folders)]
     note_left_out([_join(file) for file in sorted(in_splits)], "images of a class")
@@ -207,12 +206,8 @@ def _note_empty_classes(classes: tuple[str, ...], splits: dict[str, np.ndarray])
     for split, labels in splits.items():
         counts = np.bincount(labels, minlength=len(classes))
         if len(labels) and (empty := [name for name, count in zip(classes, counts, strict=True) if not count]):
-            _note(f"no {split} images of {len(empty)} of {len(classes)} classes: {list_some(empty)}.")
+            note(f"no {split} images of {len(empty)} of {len(classes)} classes: {list_some(empty)}.")
 
 
 def _join(parts: Parts) -> str:
     return "/".join(parts)
-
-
-def _note(text: str) -> None:
-    warnings.warn(text, Note, stacklevel=3)

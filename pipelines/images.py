@@ -15,7 +15,7 @@ import numpy as np
 
 from .archives import File
 from .contents import WINDOW, describe
-from .errors import DataError, Note
+from .errors import DataError, list_some, note
 from .sampling import IMAGE_SIZE
 
 Report = Callable[[str, int, int], None]
@@ -27,7 +27,6 @@ BACKGROUND = (255, 255, 255)
 # Pillow tries no other format, whatever the name: for some, such as PostScript, it would start a program.
 _FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _PPM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+(\d+)){3}")
-_SHOWN = 3
 
 
 def read_images(
@@ -56,9 +55,9 @@ def read_images(
         raise DataError(f"{failed[0][1]}{others}{remedy}")
     if failed:
         names = list_some([name for name, _ in failed])
-        _note(f"{len(failed):,} of {count:,} images cannot be read and were skipped: {names}.")
+        note(f"{len(failed):,} of {count:,} images cannot be read and were skipped: {names}.")
     if resized:
-        _note(
+        note(
             f"{resized} of {count - len(failed)} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped "
             "to a square and resized."
         )
@@ -126,19 +125,9 @@ def _flatten(image: Any) -> Any:
     return Image.alpha_composite(Image.new("RGBA", layer.size, BACKGROUND), layer).convert("RGB")
 
 
-def list_some(names: Sequence[str]) -> str:
-    """List the first of `names`, and the number of those that follow."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
 def note_left_out(names: Sequence[str], kind: str) -> None:
     """Warn with a `Note`, if there are any, of files that are not of a `kind`."""
     if names:
         kinds = collections.Counter(PurePath(name).suffix.lower() or "without suffix" for name in names)
         counts = [f"{count:,} {suffix}" for suffix, count in kinds.most_common()]
-        _note(f"left out files that are not {kind}: {list_some(counts)} ({list_some(names)}).")
-
-
-def _note(text: str) -> None:
-    warnings.warn(text, Note, stacklevel=3)
+        note(f"left out files that are not {kind}: {list_some(counts)} ({list_some(names)}).")
