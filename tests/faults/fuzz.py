@@ -15,7 +15,6 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
@@ -42,11 +41,8 @@ from pipelines.formats import open_derived, open_shard
 from pipelines.prepare import prepare
 from pipelines.sources import read_source
 from pipelines.store import DERIVED_FILES, open_store
+from tests.limits import Defect, limits
 from tests.pipelines.conftest import FakeCifar, pack
-
-SECONDS = 10
-SPARE_BYTES = 48 << 20
-"""Memory that a reader may take beyond twice the size of its files: for Python itself and for decoders."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,10 +192,6 @@ def damage(data: bytes, choose: random.Random) -> bytes:
 # --- reading what is damaged -------------------------------------------------------------------------------------
 
 
-class Defect(Exception):
-    """Outcome that must not happen."""
-
-
 def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) -> str:
     """Read `kind` with `data` in file `name`; `right`, `refused` or, without a checksum, `other`."""
     for file in kind.folder.iterdir():
@@ -207,45 +199,21 @@ def try_input(kind: Kind, name: str, data: bytes, place: Path, expected: Any) ->
         if file.name != name:
             shutil.copyfile(file, target)
     (place / name).write_bytes(data)
-    allowed = 2 * (kind.undamaged_bytes + len(data)) + SPARE_BYTES
-    before = _reset_peak_memory()
-    signal.alarm(SECONDS)
-    try:
-        content = kind.read(place)
-    except UserError as error:
-        if not str(error).strip():
-            raise Defect("an error without a message") from error
-        outcome = "refused"
-    else:
-        outcome = "right" if content == expected else "other"
-    finally:
-        signal.alarm(0)
-    if (used := _peak_memory() - before) > allowed:
-        raise Defect(f"{used:,} bytes of memory for files of {kind.undamaged_bytes:,}")
+    with limits(kind.undamaged_bytes + len(data)):
+        try:
+            outcome = "right" if kind.read(place) == expected else "other"
+        except UserError as error:
+            if not str(error).strip():
+                raise Defect("an error without a message") from error
+            outcome = "refused"
     if outcome == "other" and kind.verified:
         raise Defect("another content, without an error")
     return outcome
 
 
-def _reset_peak_memory() -> int:
-    """Make the peak of resident memory what is resident now, which is returned, in bytes (proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak_memory()
-
-
-def _peak_memory() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
-
-
-def too_slow(*_: Any) -> None:
-    raise Defect(f"not done in {SECONDS} s")
-
-
 def try_inputs(kind: Kind, seeds: range, scratch: Path) -> Counter[str]:
     """Outcomes of one input for each of `seeds`. Raises `Defect` with the seed."""
     expected, outcomes = kind.read(kind.folder), Counter[str]()
-    signal.signal(signal.SIGALRM, too_slow)
     for seed in seeds:
         choose = random.Random(f"{kind.name} {seed}")
         name = choose.choice(kind.damaged)
@@ -311,7 +279,6 @@ def with_atheris(name: str, options: list[str]) -> None:
         try_input(kind, file, data, _new(scratch), expected)
         shutil.rmtree(scratch)
 
-    signal.signal(signal.SIGALRM, too_slow)
     warnings.simplefilter("ignore")
     for module in (
         sources,

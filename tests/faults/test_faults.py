@@ -5,7 +5,6 @@ import faulthandler
 import mmap
 import os
 import random
-import signal
 import time
 import warnings
 
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pipelines.base import is_installed
+from tests import limits
 from tests.faults import fuzz, kills
 
 KINDS = [
@@ -30,14 +30,6 @@ def kinds(tmp_path_factory):
     return {name: (kind, kind.read(kind.folder)) for name, kind in made.items()}
 
 
-@pytest.fixture
-def alarm():
-    before = signal.signal(signal.SIGALRM, fuzz.too_slow)
-    yield
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.usefixtures("alarm")
 @settings(
     max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -52,7 +44,6 @@ def test_damaged_files_give_the_right_content_or_a_user_error(kinds, tmp_path_fa
         fuzz.try_input(kind, file, data, tmp_path_factory.mktemp("damaged"), expected)
 
 
-@pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize("name", KINDS)
 def test_undamaged_files_give_the_right_content(kinds, need, tmp_path, name):
     if name == "beton":
@@ -68,7 +59,6 @@ def new_pages(size):
         return memory.write(b"x" * size)
 
 
-@pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize(
     ("read", "defect"),
     [
@@ -79,10 +69,10 @@ def new_pages(size):
     ids=["wrong content", "hangs", "takes too much memory"],
 )
 def test_fuzzer_detects_wrong_content_hangs_and_excess_memory(kinds, tmp_path, monkeypatch, read, defect):
-    monkeypatch.setattr(fuzz, "SECONDS", 2 if defect == "not done in 2 s" else 60)
+    monkeypatch.setattr(limits, "SECONDS", 2 if defect == "not done in 2 s" else 60)
     kind, expected = kinds["checkpoint"]
     bad = dataclasses.replace(kind, read=read, verified=defect == "another content")
-    with pytest.raises(fuzz.Defect, match=defect):
+    with pytest.raises(limits.Defect, match=defect):
         fuzz.try_input(bad, "last.ckpt", b"", tmp_path, expected)
 
 
@@ -95,7 +85,7 @@ def test_fuzzer_detects_a_crash_of_the_reader(kinds, tmp_path):
         faulthandler.disable()  # pytest's, whose traceback would look like a failure
         return os.abort()
 
-    with pytest.raises(fuzz.Defect, match="the process died"):
+    with pytest.raises(limits.Defect, match="the process died"):
         fuzz.try_inputs_in_child(dataclasses.replace(kind, read=read), range(1), tmp_path)
 
 
