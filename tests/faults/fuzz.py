@@ -8,38 +8,50 @@ coverage-guided fuzzer atheris (`pip install atheris`) chooses the damage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import inspect
+import io
+import json
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import tempfile
 import traceback
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from PIL import Image
 
+from benchmarks.__main__ import CompareOptions, ShowOptions, compare, show
+from benchmarks.tables import RESULTS
 from fastresnet import checkpoint, config, foreign, weights
 from fastresnet.checkpoint import load_tensors, save_tensors
-from fastresnet.config import TrainConfig, from_toml
+from fastresnet.config import TrainConfig, from_dict, from_toml
 from fastresnet.models import create_model
 from fastresnet.provenance import environment
+from fastresnet.run_folder import Progress, RunFolder, read_run
 from fastresnet.weights import load_weights
-from pipelines import formats, sources, store
+from pipelines import formats, images, sources, store
+from pipelines.archives import file_at
 from pipelines.base import is_installed
 from pipelines.errors import UserError
 from pipelines.files import write_json
 from pipelines.formats import open_derived, open_shard
+from pipelines.images import read_image
 from pipelines.prepare import prepare
-from pipelines.sources import read_source
+from pipelines.sources import CIFAR10_CLASSES, read_source
 from pipelines.store import DERIVED_FILES, open_store
 from tests.limits import Defect, limits
 from tests.pipelines.conftest import FakeCifar, pack
@@ -76,11 +88,31 @@ def kinds(folder: Path) -> dict[str, Kind]:
     names = tuple(sorted(file.name for file in place.iterdir() if file.suffix != ".html"))
     made.append(Kind("binary batches", place, names, _pixels, verified=False))
     made += _stores(folder)
+    made += _images(folder)
     made += _weights(folder)
-    place = _new(folder / "config")
-    (place / "config.toml").write_text(TrainConfig(epochs=3, milestones=(0.25, 0.5), cutout=8).to_toml())
-    made.append(Kind("config", place, ("config.toml",), lambda f: from_toml(f / "config.toml"), verified=False))
+    made += _texts(folder)
     return {kind.name: kind for kind in made}
+
+
+def _images(folder: Path) -> Iterator[Kind]:
+    choose = np.random.default_rng(0)
+    noisy = Image.fromarray(choose.integers(0, 256, (40, 48, 4), np.uint8))
+    flat = noisy.resize((12, 10)).resize((48, 40), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: lying on its side
+    drawn = flat.convert("RGB")
+    for name, image, options in (
+        ("png", flat, {"exif": exif}),
+        ("jpg", drawn, {"progressive": True, "exif": exif}),
+        ("gif", drawn.quantize(32), {"save_all": True, "append_images": [noisy.convert("RGB").quantize(32)]}),
+        ("bmp", drawn, {}),
+        ("tiff", flat, {"compression": "tiff_lzw"}),
+        ("webp", flat, {"lossless": True}),
+        ("ppm", drawn, {}),
+    ):
+        place = _new(folder / f"image {name}")
+        image.save(place / f"image.{name}", **options)
+        yield Kind(place.name, place, (f"image.{name}",), lambda f, n=name: _image(f / f"image.{n}"), verified=False)
 
 
 def _stores(folder: Path) -> Iterator[Kind]:
@@ -90,6 +122,10 @@ def _stores(folder: Path) -> Iterator[Kind]:
     dataset, _ = prepare("shapes10", folder, _ignore, train_images=24, test_images=10, formats=("raw", *formats))
     raw = {file.name for file in dataset.folder.iterdir()} - {name for names in formats.values() for name in names}
     yield Kind("store", dataset.folder, tuple(sorted(raw)), _store)
+    place = _new(folder / "meta.json")
+    for name in raw:
+        shutil.copyfile(dataset.folder / name, place / name)
+    yield Kind(place.name, place, ("meta.json",), _signed_store, verified=False)
     for kind, names in formats.items():
         yield Kind(kind, dataset.folder, names, lambda f, k=kind: _derived(f, k))
 
@@ -98,14 +134,40 @@ def _weights(folder: Path) -> Iterator[Kind]:
     torch.manual_seed(0)
     state = create_model("resnet20").state_dict()
     place = _new(folder / "checkpoint")
-    save_tensors(
-        place / "last.ckpt", state, {"config": TrainConfig(precision="fp32").to_dict(), "progress": {"step": 3}}
-    )
+    config = TrainConfig(precision="fp32", threads=1)
+    facts = {"data": "cifar10", "data_sha256": 64 * "0", "classes": list(CIFAR10_CLASSES)}
+    constants = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    progress = dataclasses.asdict(Progress(3, 1, [{"epoch": 1, "step": 3, "lr": 0.1}], 10.0, 1.5, 2.5))
+    description = {"config": config.to_dict(), **facts, **constants, "progress": progress, "scaler": {}}
+    save_tensors(place / "last.ckpt", state, description)
     yield Kind("checkpoint", place, ("last.ckpt",), lambda f: _tensors(load_tensors(f / "last.ckpt")[0]))
     for name, new_format in (("state dict (zip)", True), ("state dict (pickle)", False)):
         place = _new(folder / name)
         torch.save(state, place / "weights.pt", _use_new_zipfile_serialization=new_format)
         yield Kind(name, place, ("weights.pt",), lambda f: _network(f / "weights.pt"), verified=new_format)
+    # The same, with valid checksums of what is damaged: as somebody makes it, not as a disk damages it.
+    place = _new(folder / "description")
+    with safetensors.safe_open(folder / "checkpoint" / "last.ckpt", framework="pt") as file:
+        (place / "description").write_text(file.metadata()["fastresnet"])
+    yield Kind(place.name, place, ("description",), lambda f: _described(f / "description", state), verified=False)
+    place = _new(folder / "pickle")
+    shutil.copyfile(folder / "state dict (zip)" / "weights.pt", place / "weights.pt")
+    with zipfile.ZipFile(place / "weights.pt") as archive:
+        (place / "data.pkl").write_bytes(archive.read("weights/data.pkl"))
+    yield Kind(place.name, place, ("data.pkl",), _unpickled, verified=False)
+
+
+def _texts(folder: Path) -> Iterator[Kind]:
+    place = _new(folder / "config")
+    (place / "config.toml").write_text(TrainConfig(epochs=3, milestones=(0.25, 0.5), cutout=8).to_toml())
+    yield Kind("config", place, ("config.toml",), lambda f: from_toml(f / "config.toml"), verified=False)
+    place, name = _new(folder / "run"), "fast-plain20-seed0"
+    for suffix, file in ((".json", "summary.json"), (".csv", "metrics.csv")):
+        shutil.copyfile(RESULTS / "accuracy" / f"{name}{suffix}", place / file)
+    yield Kind("run", place, ("summary.json", "metrics.csv"), _run, verified=False)
+    place = _new(folder / "benchmark result")
+    shutil.copyfile(RESULTS / "train-2-cores.json", place / "result.json")
+    yield Kind(place.name, place, ("result.json",), lambda f: _shown(f / "result.json"), verified=False)
 
 
 def _new(folder: Path) -> Path:
@@ -154,20 +216,79 @@ def _network(path: Path) -> str:
     return _tensors(load_weights(path).model.state_dict())
 
 
+def _image(path: Path) -> str:
+    return _hash(read_image(file_at(path))[0].tobytes())
+
+
+def _described(path: Path, state: dict[str, torch.Tensor]) -> Any:
+    """Read a checkpoint with the text in `path`, as weights and as a run's."""
+    text = path.read_text(errors="replace")
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    metadata = {"fastresnet": text, "fastresnet.sha256": digest.hexdigest()}
+    with tempfile.TemporaryDirectory() as run:
+        safetensors.torch.save_file(state, Path(run, "last.ckpt"), metadata)
+        found, checkpoint = load_weights(Path(run, "last.ckpt")), RunFolder(Path(run)).read_checkpoint(resume=True)
+    config = from_dict(checkpoint.config, "the checkpoint")
+    return config, found.classes, found.mean.tolist(), found.std.tolist(), checkpoint.progress
+
+
+def _unpickled(folder: Path) -> str:
+    """Read the network in a file of torch.save with the pickle in `folder`."""
+    with tempfile.TemporaryDirectory() as place, zipfile.ZipFile(folder / "weights.pt") as archive:
+        path = Path(place, "weights.pt")
+        with zipfile.ZipFile(path, "w") as changed:
+            for name in archive.namelist():
+                changed.writestr(name, (folder / "data.pkl").read_bytes() if "pkl" in name else archive.read(name))
+        return _network(path)
+
+
+def _signed_store(folder: Path) -> str:
+    """Read the store with the SHA-256 of its meta.json as it is."""
+    path = folder / "meta.json"
+    with contextlib.suppress(ValueError, RecursionError):
+        meta = json.loads(path.read_bytes())
+        if isinstance(meta, dict):
+            unsigned = {key: value for key, value in meta.items() if key != "sha256"}
+            digest = hashlib.sha256(json.dumps(unsigned, sort_keys=True).encode()).hexdigest()
+            path.write_text(json.dumps({**unsigned, "sha256": digest}))
+    return _store(folder)
+
+
+def _run(folder: Path) -> Any:
+    run = read_run(folder)
+    return run.rows, run.evaluated_on, run.summary
+
+
+def _shown(path: Path) -> str:
+    """Return the tables of a result, and of its comparison with itself."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        show(ShowOptions(result=path))
+        compare(CompareOptions(before=path, after=path))
+    return shown.getvalue()
+
+
 # --- damage ------------------------------------------------------------------------------------------------------
 
+_VALUE = re.compile(rb'"[^"\\]*"|-?[0-9][0-9.e+-]*|true|false|null')
+VALUES = (b"null", b"-1", b"0", b"1e999", b"NaN", b'""', b'"\\u001b"', b"[]", b"{}", b"true", b"123456789012345678901")
 INTERESTING = (b"\x00", b"\xff", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"99999999999", b"-1", b"null", b"\x80\x04.")
 
 
 def damage(data: bytes, choose: random.Random) -> bytes:
-    """`data` with one to four changes: bits, bytes, lengths, and parts that are gone, doubled or elsewhere."""
+    """`data` with one to four changes: bits, bytes, lengths, values, and parts that are gone, doubled or elsewhere.
+
+    Of most texts only values are changed: nearly every other change is refused by the parser of JSON or TOML.
+    """
     changed = bytearray(data)
+    only_values = data.isascii() and choose.random() < 0.7
     for _ in range(choose.randint(1, 4)):
         if not changed:
             break
         place = choose.randrange(len(changed)) if choose.random() < 0.6 else choose.randrange(min(512, len(changed)))
         length = min(choose.choice((1, 2, 8, 64, 512)), len(changed) - place)
-        match choose.randrange(8):
+        match 8 if only_values else choose.randrange(9):
             case 0:
                 changed[place] ^= 1 << choose.randrange(8)
             case 1:
@@ -186,6 +307,8 @@ def damage(data: bytes, choose: random.Random) -> bytes:
                 changed[place : place + length] = changed[source : source + length]
             case 7:
                 changed += choose.randbytes(length)
+            case 8 if value := _VALUE.search(changed, place):
+                changed[slice(*value.span())] = choose.choice(VALUES)
     return bytes(changed)
 
 
@@ -288,6 +411,7 @@ def with_atheris(name: str, options: list[str]) -> None:
         config,
         foreign,
         weights,
+        images,
     ):  # instrumenting everything would take minutes
         for function in [value for value in vars(module).values() if inspect.isfunction(value)]:
             atheris.instrument_func(function)

@@ -17,8 +17,11 @@ from tests import limits
 from tests.faults import fuzz, kills
 
 KINDS = [
-    *("archive tar.gz", "archive tar.xz", "archive zip", "archive tar", "binary batches", "store", "beton", "jpeg"),
-    *("checkpoint", "state dict (zip)", "state dict (pickle)", "config"),
+    *("archive tar.gz", "archive tar.xz", "archive zip", "archive tar", "binary batches"),
+    *("store", "meta.json", "beton", "jpeg"),
+    *(f"image {name}" for name in ("png", "jpg", "gif", "bmp", "tiff", "webp", "ppm")),
+    *("checkpoint", "state dict (zip)", "state dict (pickle)", "description", "pickle"),
+    *("config", "run", "benchmark result"),
 ]
 
 
