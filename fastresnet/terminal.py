@@ -30,7 +30,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     When the reader of its output ends, as `head` does, it exits silently with 141: 128 and SIGPIPE.
     """
     prefix = f"fastresnet: rank {os.environ['RANK']}" if "RANK" in os.environ else "fastresnet"  # under torchrun
-    with _outputs(_end_without_output), _notes_on_stderr(), _exit_on_signals():
+    with _outputs(_end_without_output), _notes_on_stderr(), _exit_on_signals(), _safe_children():
         try:
             code = command([_with_home(argument) for argument in arguments])
             sys.stdout.flush()  # at exit it would be too late for an error
@@ -49,6 +49,22 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         except KeyboardInterrupt:
             print(f"{prefix}: interrupted.", file=sys.stderr)
             return 130
+
+
+@contextlib.contextmanager
+def _safe_children() -> Iterator[None]:
+    """Let Python processes that this one starts import nothing from the working folder, unless this one does.
+
+    That may be a folder of somebody else's data, with a `json.py` in it. Python before 3.11 ignores the variable.
+    """
+    before = os.environ.get("PYTHONSAFEPATH", "")
+    with contextlib.suppress(FileNotFoundError):  # it is gone
+        if not {"", os.getcwd()} & set(sys.path):
+            os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["PYTHONSAFEPATH"] = before  # empty is unset
 
 
 def _with_home(argument: str) -> str:

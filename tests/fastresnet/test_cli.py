@@ -43,6 +43,23 @@ def test_help_does_not_load_torch():
     assert not rest
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python before 3.11 does not know PYTHONSAFEPATH")
+@pytest.mark.parametrize(
+    "start", ["[sys.executable, '-m', 'json.tool', '/dev/null']", "[sys.executable, '-c', 'import json']"]
+)
+def test_processes_import_nothing_from_the_working_folder(tmp_path, start):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "json.py").write_text("print('planted')")
+    run = f"lambda _: print(subprocess.run({start}, capture_output=True, text=True).stdout) or 0"
+    (tmp_path / "program.py").write_text(
+        f"import subprocess, sys\nfrom fastresnet.terminal import guarded\nguarded({run}, [])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], cwd=tmp_path / "work", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "\n", done.stderr
+
+
 def signal_in_cleanup():
     os.kill(os.getpid(), signal.SIGTERM)
 
