@@ -107,7 +107,8 @@ def _read(
 
     rows = {file: row for row, (file, _) in enumerate(images)}
     files = ((rows[file.parts], file) for file in list_files(path) if not file.is_folder and file.parts in rows)
-    pixels, is_read = read_images(files, len(rows), report, skip_unreadable=skip_unreadable)
+    source_bytes = None if path.is_dir() else path.stat().st_size
+    pixels, is_read = read_images(files, len(rows), report, skip_unreadable=skip_unreadable, source_bytes=source_bytes)
     labels = np.array([label for _, label in images], np.int64)
     if split is None:
         is_test = np.array([_is_below(layout.test, file) for file, _ in images], bool)
