@@ -32,8 +32,8 @@ MEMBER_LIMIT = 64 << 20
 
 # An archive may list and unpack so much, and so much more by its size. A file with its image takes over 128 bytes of
 # it, and drawn images without compression, which a tar pads, shrink to a hundredth at most.
-_FILES, _BYTES_PER_FILE = 20_000, 128
-_UNPACKED, _RATIO = 16 << 20, 100
+_FILES, _BYTES_PER_FILE = 10_000, 128
+_UNPACKED, _RATIO = 8 << 20, 100
 
 _HEADER_LIMIT = 1 << 20  # of the names and attributes of a member of a tar: they take some KB
 _PATH_LIMIT, _DEPTH_LIMIT = 4096, 64  # Linux has no longer paths
@@ -50,6 +50,8 @@ _ZIP_UTF8, _ZIP_WINDOWS = 0x800, 0
 _XZ = b"\xfd7zXZ"
 _XZ_MEMORY = 66 << 20  # of xz -9
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_SPARSE = (b"GNU.sparse.map", b"GNU.sparse.numblocks", b"GNU.sparse.major", b"GNU.sparse.name")
+_RECORDS = (b"path", b"size", *_SPARSE)
 _TAR_HEADERS = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
@@ -63,7 +65,7 @@ class File:
 
     parts: Parts
     name: str
-    """Path for messages."""
+    """Path for messages, in one line."""
     open: Callable[[], IO[bytes]]
     """Function that opens a file, or raises `DataError` if it alone cannot be read."""
     is_folder: bool = False
@@ -136,7 +138,13 @@ def _parts(name: str, path: Path) -> Parts:
 
 def _check_path(name: str, path: Path) -> None:
     if len(name) > _PATH_LIMIT or name.count("/") > _DEPTH_LIMIT:
-        raise DataError(f"{path} has a file in too many folders, or with too long a name: {name[:60]}... Rename it.")
+        raise DataError(
+            f"{path} has a file in too many folders, or with too long a name: {_in_one_line(name[:60])}... Rename it."
+        )
+
+
+def _in_one_line(name: str) -> str:
+    return name.replace("\n", r"\n")
 
 
 def _check_size(name: str, size: int) -> None:
@@ -194,7 +202,7 @@ def _list_zip(path: Path) -> Iterator[File]:
         allowance = _Allowance(file)
         for entry in archive.infolist():
             inner = _zip_name(entry)
-            name = f"{path}: {inner}"
+            name = f"{path}: {_in_one_line(inner)}"
             content = functools.partial(_open_zip_entry, archive, entry, name, allowance)
             yield File(_parts(inner, path), name, content, is_folder=inner.endswith("/"))
 
@@ -235,7 +243,7 @@ def _list_tar(path: Path) -> Iterator[File]:
         for member in _tar_members(stream):
             allowance.take(files=1)
             if member.isdir() or member.isreg() or member.islnk() or member.issym():
-                name = f"{path}: {member.name}"
+                name = f"{path}: {_in_one_line(member.name)}"
                 content = functools.partial(_open_tar_member, stream, member, name)
                 yield File(_parts(member.name, path), name, content, is_folder=member.isdir())
         stream.finish()
@@ -294,7 +302,9 @@ def _read_header(stream: _TarStream, header: tarfile.TarInfo) -> dict[bytes, byt
         if not start + len(digits) < end <= len(content):
             raise tarfile.ReadError("invalid header: a record is longer than its header")
         key, _, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
-        records[key], start = value, end
+        if key in _RECORDS:
+            records[key] = value
+        start = end
     return records
 
 
@@ -306,7 +316,7 @@ def _extend(member: tarfile.TarInfo, records: dict[bytes, bytes]) -> None:
     member.size = int(records.get(b"size", member.size))
     if not 0 <= member.size < 1 << 60:
         raise tarfile.ReadError(f"{member.name[:60]} claims {member.size} bytes")
-    if member.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(b"GNU.sparse.") for key in records):
+    if member.type == tarfile.GNUTYPE_SPARSE or not records.keys().isdisjoint(_SPARSE):
         member.sparse = b""
 
 

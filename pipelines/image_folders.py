@@ -116,7 +116,11 @@ def _read(
         is_test = np.array([_fraction(image) < split for image in pixels], bool)
     train, test = is_read & ~is_test, is_read & is_test
     _note_empty_classes(classes, {"train": labels[train], "test": labels[test]})
-    return RawData(classes, pixels[train], labels[train], pixels[test], labels[test])
+    if split is None and is_read.all():  # those to train on are first, and need no copy
+        parts = np.split(pixels, [np.count_nonzero(train)])
+    else:
+        parts = [pixels[train], pixels[test]]
+    return RawData(classes, parts[0], labels[train], parts[1], labels[test])
 
 
 def _find_split_folders(path: Path, listing: Listing) -> dict[str | None, Parts]:

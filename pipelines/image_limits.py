@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 from .archives import ArchiveError
 from .errors import DataError
 
-# Photos have one or two pixels for each byte, and drawings of few colours hundreds. The first are what one image may
-# have, at four bytes of memory each; the others are for all images of a source, of which 100 million take a second.
-_PIXELS, _PIXELS_PER_BYTE = 16 << 20, 16
-_ALL_PIXELS, _ALL_PIXELS_PER_BYTE = 256 << 20, 256
+# Photos have one or two pixels for each byte, and drawings of few colours hundreds. One image may have as many as
+# decode in 32 MB, and more by its size. All images of a source have a budget too: 100 million pixels take a second.
+_DECODED, _PIXELS_PER_BYTE = 32 << 20, 16
+_ALL_PIXELS, _ALL_PIXELS_PER_BYTE = 128 << 20, 128
+_BYTES_PER_PIXEL = {"WEBP": 16, "TIFF": 8}  # while decoding: libwebp keeps three canvases, libtiff a strip
+_BYTES_PER_PIXEL_OF_SCANS = 10  # libjpeg keeps the coefficients
 _SIDE = 0xFFFF  # as in JPEG
 
 _IN_PYTHON = ("ppm", "ppm_plain", "bmp_rle")  # decoders of Pillow, which take about 128 times as long
@@ -25,7 +27,7 @@ _COMMENTS = 1000  # of a plain PPM: Pillow copies a megabyte to pass over one
 _SCANS, _BYTES_A_SCAN = 100, 8192  # of a JPEG; one of a few bytes takes as long as any, and encoders write ten
 _PARTS = 10_000  # read from a file before its pixels, and chunks of a PNG
 _BYTES_A_CHUNK = 1024
-_METADATA = 8 << 20
+_METADATA = 4 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
@@ -78,6 +80,8 @@ def limited(content: bytes, name: str) -> LimitedStream:
         content = _without_texts(content, name)
     if _is_tiff(content):
         _check_tags(content, name)
+    if _canvas_of_webp(content) > _most_pixels("WEBP", content):
+        refuse_pixels(name)  # Pillow allocates it at once
     if (scans := _count_scans(content)) > _SCANS + len(content) // _BYTES_A_SCAN:
         _refuse(name, f"has {scans:,} scans")
     if content[:2] in (b"P1", b"P2", b"P3") and content.count(b"#") > _COMMENTS:
@@ -92,12 +96,28 @@ def check_pixels(image: Any, content: bytes, name: str, effort: Effort) -> None:
     if _is_tiff(content):  # whose tiles may be larger than the image
         pixels = max(pixels, int(image.tag_v2.get(_TILE_WIDTH, 0)) * int(image.tag_v2.get(_TILE_HEIGHT, 0)))
     in_python = any(tile[0] in _IN_PYTHON for tile in image.tile)
-    most = _PIXELS_IN_PYTHON if in_python else _PIXELS + _PIXELS_PER_BYTE * size
+    most = _PIXELS_IN_PYTHON if in_python else _most_pixels(image.format, content)
     if pixels > most or max(width, height) > _SIDE:
         refuse_pixels(name)
     if in_python and size > (64 << 10) + _BYTES_A_PIXEL * pixels:
         _refuse(name, f"has {size:,} bytes for {pixels:,} pixels")
     effort.take(128 * pixels + 16 * size if in_python else pixels * (1 + _count_scans(content) // 8), size, name)
+
+
+def _most_pixels(kind: str, content: bytes) -> int:
+    each = _BYTES_PER_PIXEL.get(kind, 4 if _count_scans(content) <= 1 else _BYTES_PER_PIXEL_OF_SCANS)
+    return _DECODED // each + _PIXELS_PER_BYTE * len(content)
+
+
+def _canvas_of_webp(content: bytes) -> int:
+    """Return the number of pixels in the header of a WebP, or 0."""
+    kind, head = content[12:16], content[:30].ljust(30, b"\0")
+    if not content.startswith(b"RIFF"):
+        return 0
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(head[24:27], "little")) * (1 + int.from_bytes(head[27:30], "little"))
+    bits = int.from_bytes(head[21:25] if kind == b"VP8L" else head[26:30], "little")
+    return ((bits & 0x3FFF) + 1) * ((bits >> (14 if kind == b"VP8L" else 16) & 0x3FFF) + 1)
 
 
 def refuse_pixels(name: str) -> NoReturn:

@@ -122,7 +122,8 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001  a damaged image can raise nearly anything
-            raise DataError(f"{file.name} cannot be read as an image: {error}.") from None
+            reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+            raise DataError(f"{file.name} cannot be read as an image: {reason}.") from None
 
 
 def _check_depth(image: Any, head: bytes, name: str) -> None:
