@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pipelines.archives import open_zip
 from pipelines.errors import DataError, Note, list_some
 
 # --- pickles -----------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def read_network(path: Path) -> dict[str, Tensor]:
 
 def _open_zip(file: Any, path: Path) -> tuple[Any, Callable[[_Storage], Tensor]]:
     """Unpickle the content of a zip, and return it and a reader of storages, which compares checksums."""
-    archive = zipfile.ZipFile(file)
+    archive = open_zip(file)
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise zipfile.BadZipFile("its entries are compressed, and those of torch.save are not")

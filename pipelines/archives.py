@@ -1,6 +1,7 @@
 """Files of a folder, a zip or a tar by one interface: the names, and a function that opens each.
 
-Nothing is unpacked to disk. Members are read into memory, so paths in an archive, and its links, have no effect.
+Nothing is unpacked to disk. Members are read into memory, so paths in an archive, and its links, have no effect. No
+claim in an archive is trusted: the size of its file bounds what it may list and unpack.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import os
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from .errors import DataError
 
@@ -26,8 +28,16 @@ Parts = tuple[str, ...]
 """Names of the folders above a file, from the top of the source, and its own name."""
 
 MEMBER_LIMIT = 64 << 20
-"""Largest member of an archive that is read: that of CIFAR-10 has 31,035,999 bytes."""
-_FILES_LIMIT = 2_000_000  # of an archive: a small one could list any number
+"""Largest file of a source that is read: that of CIFAR-10 has 31,035,999 bytes."""
+
+# An archive may list and unpack so much, and so much more by its size. A file with its image takes over 128 bytes of
+# it, and drawn images without compression, which a tar pads, shrink to a hundredth at most.
+_FILES, _BYTES_PER_FILE = 10_000, 128
+_UNPACKED, _RATIO = 8 << 20, 100
+
+_HEADER_LIMIT = 1 << 20  # of the names and attributes of a member of a tar: they take some KB
+_PATH_LIMIT, _DEPTH_LIMIT = 4096, 64  # Linux has no longer paths
+_VISITS = 100  # of one folder by way of links, which may lead from a few folders to each other in billions of ways
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Suffixes of image files: those of torchvision's ImageFolder, and .gif (its first frame)."""
@@ -35,10 +45,18 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 _REFUSED_SUFFIXES = (".avif", ".heic", ".heif", ".jp2", ".jxl")
 _DEBRIS = {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile bounds the memory of these two only
+_ZIP_ENTRY = b"PK\x01\x02"
 _ZIP_UTF8, _ZIP_WINDOWS = 0x800, 0
 _XZ = b"\xfd7zXZ"
-_XZ_MEMORY = 256 << 20  # xz -9 needs 65 MiB
-_UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, _XZ: lzma.open}
+_XZ_MEMORY = 66 << 20  # of xz -9
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_SPARSE = (b"GNU.sparse.map", b"GNU.sparse.numblocks", b"GNU.sparse.major", b"GNU.sparse.name")
+_RECORDS = (b"path", b"size", *_SPARSE)
+_TAR_HEADERS = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+class ArchiveError(DataError):
+    """Claim of an archive that its size does not allow; no file of it is to be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,7 @@ class File:
 
     parts: Parts
     name: str
-    """Path for messages."""
+    """Path for messages, in one line."""
     open: Callable[[], IO[bytes]]
     """Function that opens a file, or raises `DataError` if it alone cannot be read."""
     is_folder: bool = False
@@ -66,15 +84,12 @@ def is_debris(name: str) -> bool:
 def list_files(path: Path) -> Iterator[File]:
     """Yield the files and folders of a folder, zip or tar, without debris; open each before asking for the next.
 
-    Raises many errors if an archive is damaged.
+    Raises `ArchiveError`, and many others if an archive is damaged.
     """
     if path.is_dir():
         yield from _list_folder(path)
         return
-    names = _list_zip(path) if zipfile.is_zipfile(path) else _list_tar(path)
-    for count, file in enumerate(names):
-        if count >= _FILES_LIMIT:
-            raise DataError(f"{path} has more than {_FILES_LIMIT:,} files.")
+    for file in _list_zip(path) if zipfile.is_zipfile(path) else _list_tar(path):
         if not any(map(is_debris, file.parts)):
             yield file
 
@@ -94,9 +109,13 @@ def _open_path(path: str | Path) -> IO[bytes]:
 def _list_folder(path: Path) -> Iterator[File]:
     """Yield what is below a folder; links are followed, but not into a folder above them."""
     pending: list[tuple[Parts, str, frozenset[str]]] = [((), os.path.realpath(path), frozenset())]
+    visits = Counter[str]()
     while pending:
         parts, real, above = pending.pop()
         above |= {real}
+        visits[real] += 1
+        if visits[real] > _VISITS:
+            raise DataError(f"{path.joinpath(*parts)} is reached by over {_VISITS} ways, through links. Remove some.")
         with os.scandir(path.joinpath(*parts)) as entries:
             for entry in entries:
                 inner = (*parts, entry.name)
@@ -105,19 +124,87 @@ def _list_folder(path: Path) -> Iterator[File]:
                 if entry.is_dir():
                     target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                     if target not in above:
+                        _check_path("/".join(inner), path)
                         pending.append((inner, target, above))
                         yield File(inner, entry.path, functools.partial(_open_path, entry.path), is_folder=True)
                 elif entry.is_file() or entry.is_symlink():  # a broken link cannot be read; a pipe would block
                     yield File(inner, entry.path, functools.partial(_open_path, entry.path))
 
 
+def _parts(name: str, path: Path) -> Parts:
+    _check_path(name, path)
+    return tuple(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _check_path(name: str, path: Path) -> None:
+    if len(name) > _PATH_LIMIT or name.count("/") > _DEPTH_LIMIT:
+        raise DataError(
+            f"{path} has a file in too many folders, or with too long a name: {_in_one_line(name[:60])}... Rename it."
+        )
+
+
+def _in_one_line(name: str) -> str:
+    return name.replace("\n", r"\n")
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MEMBER_LIMIT:
+        raise DataError(f"{name} claims {size} bytes; up to {MEMBER_LIMIT} are read.")
+
+
+class _Allowance:
+    """Files that an archive may still list, and bytes that it may still unpack to."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._name, self._size = file.name, os.fstat(file.fileno()).st_size
+        self.files = _FILES + self._size // _BYTES_PER_FILE
+        self.unpacked = _UNPACKED + _RATIO * self._size
+
+    def take(self, *, files: int = 0, unpacked: int = 0) -> None:
+        self.files -= files
+        self.unpacked -= unpacked
+        if self.files < 0:
+            self.refuse("lists more files")
+        if self.unpacked < 0:
+            self.refuse("unpacks to more bytes")
+
+    def refuse(self, excess: str) -> NoReturn:
+        raise ArchiveError(
+            f"{self._name} {excess} than its size of {self._size:,} bytes allows. If you trust it, unpack it and give "
+            "the folder."
+        )
+
+
+# --- zip ---------------------------------------------------------------------------------------------------------
+
+
+def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
+    """Open the zip in `file`. Raises `ArchiveError` if it has too many entries, of which zipfile keeps all."""
+    return zipfile.ZipFile(_ZipStream(file))  # type: ignore[call-overload, no-any-return]
+
+
+class _ZipStream:
+    """Stream that refuses to read the directory of a zip, which zipfile reads at once, if it is too long."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._allowance = file, _Allowance(file)
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        if data.count(_ZIP_ENTRY) > self._allowance.files:
+            self._allowance.refuse("lists more files")
+        return data
+
+
 def _list_zip(path: Path) -> Iterator[File]:
-    with zipfile.ZipFile(path) as archive:
+    with open(path, "rb") as file, open_zip(file) as archive:
+        allowance = _Allowance(file)
         for entry in archive.infolist():
             inner = _zip_name(entry)
-            name = f"{path}: {inner}"
-            content = functools.partial(_open_zip_entry, archive, entry, name)
-            yield File(_parts(inner), name, content, is_folder=inner.endswith("/"))
+            name = f"{path}: {_in_one_line(inner)}"
+            content = functools.partial(_open_zip_entry, archive, entry, name, allowance)
+            yield File(_parts(inner, path), name, content, is_folder=inner.endswith("/"))
 
 
 def _zip_name(entry: zipfile.ZipInfo) -> str:
@@ -132,77 +219,175 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/") if entry.create_system == _ZIP_WINDOWS else name
 
 
-def _open_zip_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> IO[bytes]:
+def _open_zip_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, allowance: _Allowance) -> IO[bytes]:
     _check_size(name, entry.file_size)
+    allowance.take(unpacked=entry.file_size)  # many entries may share their data
     if entry.compress_type not in _ZIP_METHODS:
         raise DataError(f"{name} is packed by method {entry.compress_type}. Pack it again with deflate, method 8.")
     try:
         with archive.open(entry) as stream:
             return io.BytesIO(stream.read(entry.file_size + 1))  # with a size: it may unpack to more than it claims
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: encrypted
-        raise DataError(f"{name} is damaged or encrypted ({error}).") from None
+    except ArchiveError:
+        raise
+    except (OSError, EOFError, ValueError, OverflowError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise DataError(f"{name} is damaged or encrypted ({error}).") from None  # RuntimeError: encrypted
+
+
+# --- tar ---------------------------------------------------------------------------------------------------------
 
 
 def _list_tar(path: Path) -> Iterator[File]:
     with open(path, "rb") as file:
-        head = file.read(4096)
-    if head.startswith(_XZ):  # which declares the memory that it needs
-        lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(head, 1)
-    opener = next((opener for start, opener in _UNPACK.items() if head.startswith(start)), _open_path)
-    with opener(path) as stream, _Tar(fileobj=_Bounded(stream)) as tar:
-        while (member := tar.next()) is not None:
-            name = f"{path}: {member.name}"
+        allowance = _Allowance(file)
+        stream = _TarStream(file, allowance)
+        for member in _tar_members(stream):
+            allowance.take(files=1)
             if member.isdir() or member.isreg() or member.islnk() or member.issym():
-                content = functools.partial(_open_tar_member, tar, member, name)
-                yield File(_parts(member.name), name, content, is_folder=member.isdir())
-        while stream.read(1 << 20):  # gzip and xz compare their checksums at the end of the file only
-            pass
+                name = f"{path}: {_in_one_line(member.name)}"
+                content = functools.partial(_open_tar_member, stream, member, name)
+                yield File(_parts(member.name, path), name, content, is_folder=member.isdir())
+        stream.finish()
 
 
-def _open_tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> IO[bytes]:
+def _open_tar_member(stream: _TarStream, member: tarfile.TarInfo, name: str) -> IO[bytes]:
     if not member.isreg():
         raise DataError(f"{name} is a link, which is not followed. Pack with tar --dereference --hard-dereference.")
+    if member.issparse():
+        raise DataError(f"{name} is a sparse file. Pack without tar --sparse.")
     _check_size(name, member.size)
-    content = tar.extractfile(member)
-    return io.BytesIO(content.read() if content else b"")
+    return io.BytesIO(stream.read(member.size))
 
 
-class _Tar(tarfile.TarFile):
-    """Tar that keeps no headers, and whose headers can be damaged in any way."""
+def _tar_members(stream: _TarStream) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, with the stream at the content of each, which may be read.
 
-    def next(self) -> tarfile.TarInfo | None:
-        try:
-            member = super().next()
-        except (ValueError, IndexError, OverflowError) as error:  # of the numbers in headers of sparse files
-            raise tarfile.ReadError(f"invalid header: {error}") from None
-        if member is not None and member.size < 0:  # CPython before 3.11.14 would read it forever (CVE-2025-8194)
-            raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
-        self.members.clear()  # type: ignore[attr-defined]
-        return member
+    `tarfile.open` would keep all headers, of any size, and search them in quadratic time.
+    """
+    while (member := _next_member(stream)) is not None:
+        has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+        end = stream.place + (_padded(member.size) if has_content else 0)
+        yield member
+        stream.skip(end - stream.place)
 
 
-class _Bounded(io.RawIOBase):
-    """Stream of a tar that refuses to read large headers, which tarfile would hold in memory."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def read(self, size: int = -1) -> bytes:
-        if size > MEMBER_LIMIT:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        return self._stream.read(size)
-
-
-def _parts(name: str) -> Parts:
-    return tuple(part for part in name.split("/") if part not in ("", ".", ".."))
+def _next_member(stream: _TarStream) -> tarfile.TarInfo | None:
+    extended: dict[bytes, bytes] = {}
+    try:
+        while (block := stream.read(tarfile.BLOCKSIZE, may_end=True)).strip(b"\0"):
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if member.type not in _TAR_HEADERS:
+                more = 482  # the place that tells if a block of a sparse file's map follows
+                while member.type == tarfile.GNUTYPE_SPARSE and block[more]:
+                    block, more = stream.read(tarfile.BLOCKSIZE), 504
+                _extend(member, extended)
+                return member
+            extended = _read_header(stream, member) | extended  # the first of several counts
+    except (ValueError, OverflowError) as error:  # of numbers
+        raise tarfile.ReadError(f"invalid header: {error}") from None
+    return None
 
 
-def _check_size(name: str, size: int) -> None:
-    if size > MEMBER_LIMIT:
-        raise DataError(f"{name} claims {size} bytes; up to {MEMBER_LIMIT} are read.")
+def _read_header(stream: _TarStream, header: tarfile.TarInfo) -> dict[bytes, bytes]:
+    """Read the records of a header that extends the next one. Those for all members are comments."""
+    if not 0 <= header.size <= _HEADER_LIMIT:
+        raise tarfile.ReadError(f"a header claims {header.size} bytes")
+    content = stream.read(_padded(header.size))[: header.size]
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return {b"path": content.partition(b"\0")[0]}
+    records: dict[bytes, bytes] = {}
+    start = 0
+    while header.type in _PAX and start < len(content) and content[start]:
+        digits = content[start : start + 20].partition(b" ")[0]
+        end = start + int(digits)
+        if not start + len(digits) < end <= len(content):
+            raise tarfile.ReadError("invalid header: a record is longer than its header")
+        key, _, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
+        if key in _RECORDS:
+            records[key] = value
+        start = end
+    return records
+
+
+def _extend(member: tarfile.TarInfo, records: dict[bytes, bytes]) -> None:
+    """Apply the records of extended headers to a member, as POSIX pax and GNU tar define them."""
+    path = records.get(b"GNU.sparse.name") or records.get(b"path")
+    if path is not None:
+        member.name = path.decode("utf-8", "surrogateescape").rstrip("/")
+    member.size = int(records.get(b"size", member.size))
+    if not 0 <= member.size < 1 << 60:
+        raise tarfile.ReadError(f"{member.name[:60]} claims {member.size} bytes")
+    if member.type == tarfile.GNUTYPE_SPARSE or not records.keys().isdisjoint(_SPARSE):
+        member.sparse = b""
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+class _TarStream:
+    """Content of a tar, which is unpacked as far as it may be, from its first byte to its last."""
+
+    def __init__(self, file: IO[bytes], allowance: _Allowance) -> None:
+        head = file.read(6)
+        file.seek(0)
+        self.place = 0
+        self._allowance: _Allowance | None = allowance
+        self._stream: Any
+        if head.startswith(b"\x1f\x8b"):
+            self._stream = gzip.GzipFile(fileobj=file)
+        elif head.startswith(b"BZh"):
+            self._stream = bz2.BZ2File(file)
+        elif head.startswith(_XZ):
+            self._stream = io.BufferedReader(_XzStream(file, max(_XZ_MEMORY, os.fstat(file.fileno()).st_size)))
+        else:
+            self._stream, self._allowance = file, None
+
+    def read(self, size: int, *, may_end: bool = False) -> bytes:
+        """Read `size` bytes, or none if the stream `may_end` here. Raises `tarfile.ReadError` if there are fewer."""
+        if self._allowance:
+            self._allowance.take(unpacked=size)
+        data: bytes = self._stream.read(size)
+        if len(data) != size and (data or not may_end):
+            raise tarfile.ReadError("unexpected end of data")
+        self.place += len(data)
+        return data
+
+    def skip(self, size: int) -> None:
+        """Go on by `size` bytes. Raises `tarfile.ReadError` if there are fewer."""
+        if self._allowance is None and size > 1:
+            self._stream.seek(size - 1, io.SEEK_CUR)
+            self.place += size - 1
+            size = 1
+        for start in range(0, size, 1 << 20):
+            self.read(min(size - start, 1 << 20))
+
+    def finish(self) -> None:
+        """Read what is left: gzip and xz compare their checksums at the end of the file only."""
+        while self._allowance and (rest := len(self._stream.read(1 << 20))):
+            self._allowance.take(unpacked=rest)
+
+
+class _XzStream(io.RawIOBase):
+    """Content of an xz file. `lzma.open` would let all streams after the first claim any memory."""
+
+    def __init__(self, file: IO[bytes], memory: int) -> None:
+        self._file, self._memory = file, memory
+        self._unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memory)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            packed = b""
+            if self._unpacker.eof:
+                packed = self._unpacker.unused_data + self._file.read(len(_XZ))
+                if not packed.startswith(_XZ):
+                    return 0
+                self._unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, self._memory)
+            elif self._unpacker.needs_input and not (packed := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                raise EOFError("the compressed data end too early")
+            data = self._unpacker.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

@@ -107,7 +107,8 @@ def _read(
 
     rows = {file: row for row, (file, _) in enumerate(images)}
     files = ((rows[file.parts], file) for file in list_files(path) if not file.is_folder and file.parts in rows)
-    pixels, is_read = read_images(files, len(rows), report, skip_unreadable=skip_unreadable)
+    source_bytes = None if path.is_dir() else path.stat().st_size
+    pixels, is_read = read_images(files, len(rows), report, skip_unreadable=skip_unreadable, source_bytes=source_bytes)
     labels = np.array([label for _, label in images], np.int64)
     if split is None:
         is_test = np.array([_is_below(layout.test, file) for file, _ in images], bool)
@@ -115,7 +116,11 @@ def _read(
         is_test = np.array([_fraction(image) < split for image in pixels], bool)
     train, test = is_read & ~is_test, is_read & is_test
     _note_empty_classes(classes, {"train": labels[train], "test": labels[test]})
-    return RawData(classes, pixels[train], labels[train], pixels[test], labels[test])
+    if split is None and is_read.all():  # those to train on are first, and need no copy
+        parts = np.split(pixels, [np.count_nonzero(train)])
+    else:
+        parts = [pixels[train], pixels[test]]
+    return RawData(classes, parts[0], labels[train], parts[1], labels[test])
 
 
 def _find_split_folders(path: Path, listing: Listing) -> dict[str | None, Parts]:

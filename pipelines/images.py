@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .archives import File
+from .archives import MEMBER_LIMIT, ArchiveError, File
 from .contents import WINDOW, describe
 from .errors import DataError, list_some, note
+from .image_limits import Effort, check_pixels, limited, refuse_pixels
 from .sampling import IMAGE_SIZE
 
 Report = Callable[[str, int, int], None]
@@ -24,76 +23,107 @@ Report = Callable[[str, int, int], None]
 BACKGROUND = (255, 255, 255)
 """Colour behind transparent pixels: white, as on a page, for which such pictures are made."""
 
-# Pillow tries no other format, whatever the name: for some, such as PostScript, it would start a program.
+# Pillow tries no other format, whatever the name: for some, such as PostScript, it would start a program. These are
+# what torchvision's ImageFolder takes, and GIF; they are decoded within Pillow.
 _FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+_NAMED = 3  # of the images that cannot be read
+_STRIP = 1 << 20  # pixels
+
+_ORIENTATION = 0x0112  # tag of Exif
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_SIDEWAYS = 5  # and all above
+_BACKWARDS = (3, 4, 7, 8)  # the first row is shown as the last one
+
 _PPM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+(\d+)){3}")
 
 
 def read_images(
-    files: Iterable[tuple[int, File]], count: int, report: Report = lambda *_: None, *, skip_unreadable: bool = False
+    files: Iterable[tuple[int, File]],
+    count: int,
+    report: Report = lambda *_: None,
+    *,
+    skip_unreadable: bool = False,
+    source_bytes: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read images, each with its row; return pixels, uint8 [count, 32, 32, 3], and True for each row that was read.
 
-    Raises `DataError` about the first image that cannot be read, once all were tried. `skip_unreadable` leaves those
-    out with a `Note`.
+    `source_bytes` are those of the archive that holds them. Raises `DataError` about the first image that cannot be
+    read, once all were tried. `skip_unreadable` leaves those out with a `Note`. Raises `ArchiveError` if all together
+    have too many pixels for their bytes.
     """
     pixels, is_read = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.zeros(count, bool)
-    unreadable: dict[int, tuple[str, DataError]] = {}
-    resized = 0
+    first_failed: list[tuple[int, str, str]] = []  # few: a file may hold millions
+    failed = resized = 0
+    effort = Effort(source_bytes)
     for done, (row, file) in enumerate(files, start=1):
         try:
-            pixels[row], was_resized = read_image(file)
+            pixels[row], was_resized = read_image(file, effort)
             is_read[row] = True
             resized += was_resized
+        except ArchiveError:
+            raise
         except DataError as error:
-            unreadable[row] = file.name, error
+            failed += 1
+            first_failed = sorted([*first_failed, (row, file.name, str(error))])[:_NAMED]
         report("reading images", done, count)
-    failed = [unreadable[row] for row in sorted(unreadable)]
     if failed and not skip_unreadable:
-        others = f" Others that cannot be read: {len(failed) - 1:,}." if len(failed) > 1 else ""
+        others = f" Others that cannot be read: {failed - 1:,}." if failed > 1 else ""
         remedy = " prepare and predict --skip-unreadable leave such images out." if count > 1 else ""
-        raise DataError(f"{failed[0][1]}{others}{remedy}")
+        raise DataError(f"{first_failed[0][2]}{others}{remedy}")
     if failed:
-        names = list_some([name for name, _ in failed])
-        note(f"{len(failed):,} of {count:,} images cannot be read and were skipped: {names}.")
+        names = ", ".join(name for _, name, _ in first_failed)
+        more = f" and {failed - _NAMED:,} more" if failed > _NAMED else ""
+        note(f"{failed:,} of {count:,} images cannot be read and were skipped: {names}{more}.")
     if resized:
         note(
-            f"{resized} of {count - len(failed)} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped "
+            f"{resized} of {count - failed} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped "
             "to a square and resized."
         )
     return pixels, is_read
 
 
-def read_image(file: File) -> tuple[np.ndarray, bool]:
+def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bool]:
     """Read RGB pixels, uint8 [32, 32, 3]; return them, and True if the image was cropped to a square and resized.
 
     It is upright by its EXIF orientation, and transparent pixels show `BACKGROUND`. Raises `DataError` if the file is
     not an image, is too large to decode safely, or has over 8 bits per channel.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with file.open() as opened, warnings.catch_warnings():
+    with file.open() as opened:
+        content = opened.read(MEMBER_LIMIT + 1)
+    if len(content) > MEMBER_LIMIT:
+        raise DataError(f"{file.name} has over {MEMBER_LIMIT:,} bytes. Scale the image down.")
+    head = content[:WINDOW]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        stream = opened if opened.seekable() else io.BytesIO(opened.read())  # a pipe
-        head = stream.read(WINDOW)
-        stream.seek(0)
         try:
+            stream = limited(content, file.name)
             with Image.open(stream, formats=_FORMATS) as image:
+                stream.is_opened = True
                 _check_depth(image, head, file.name)
+                check_pixels(image, content, file.name, effort or Effort())
                 image.load()
-                _turn_upright(image)
-                rgb = _flatten(image)
+                return _fit(image), image.size != (IMAGE_SIZE, IMAGE_SIZE)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            refuse_pixels(file.name)
         except Image.UnidentifiedImageError:
             reason = describe(head, head, "image") or "cannot be read as an image: unknown format"
             raise DataError(f"{file.name} {reason}.") from None
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001  a damaged image can raise nearly anything
-            raise DataError(f"{file.name} cannot be read as an image: {error}.") from None
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    resized = rgb.size != size
-    return np.asarray(ImageOps.fit(rgb, size) if resized else rgb), resized
+            reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+            raise DataError(f"{file.name} cannot be read as an image: {reason}.") from None
 
 
 def _check_depth(image: Any, head: bytes, name: str) -> None:
@@ -107,12 +137,48 @@ def _check_depth(image: Any, head: bytes, name: str) -> None:
         raise DataError(f"{name} has more than 8 bits per channel (mode {image.mode}). Save it with 8.")
 
 
-def _turn_upright(image: Any) -> None:
-    from PIL import ImageOps
+def _fit(image: Any) -> np.ndarray:
+    """Return the pixels, upright, over `BACKGROUND`, cropped to a square and resized, as by ImageOps.fit of Pillow.
 
-    # Damaged metadata can raise nearly anything, and the pixels are there.
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+    It works on strips: whole copies of a large image would take as much memory again. As Pillow does, it shrinks rows,
+    and then columns.
+    """
+    from PIL import Image
+
+    orientation = _orientation(image)
+    width, height = image.size if orientation < _SIDEWAYS else image.size[::-1]
+    if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):
+        return np.asarray(_upright_rows(image, orientation, 0, height, height))
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    narrow = Image.new("RGB", (IMAGE_SIZE, height))
+    step = max(1, _STRIP // width)
+    for start in range(0, height, step):
+        rows = _upright_rows(image, orientation, start, min(start + step, height), height)
+        size, box = (IMAGE_SIZE, rows.height), (left, 0, left + side, rows.height)
+        narrow.paste(rows.resize(size, Image.Resampling.BICUBIC, box), (0, start))
+    size, box = (IMAGE_SIZE, IMAGE_SIZE), (0, top, IMAGE_SIZE, top + side)
+    return np.asarray(narrow.resize(size, Image.Resampling.BICUBIC, box))
+
+
+def _orientation(image: Any) -> int:
+    """Read the place of the first row and column, 1..8 as Exif numbers them, 1 if it is unknown."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+        return orientation if orientation in range(1, 9) else 1
+    except Exception:  # noqa: BLE001  damaged metadata can raise nearly anything, and the pixels are there
+        return 1
+
+
+def _upright_rows(image: Any, orientation: int, start: int, stop: int, height: int) -> Any:
+    """Return rows of the upright image, of `height`, as RGB."""
+    from PIL import Image
+
+    if orientation in _BACKWARDS:
+        start, stop = height - stop, height - start
+    box = (start, 0, stop, image.height) if orientation >= _SIDEWAYS else (0, start, image.width, stop)
+    rows = _flatten(image.crop(box))
+    return rows if orientation == 1 else rows.transpose(getattr(Image.Transpose, _TURNS[orientation]))
 
 
 def _flatten(image: Any) -> Any:

@@ -45,6 +45,7 @@ _PIXELS = IMAGE_SIZE * IMAGE_SIZE * 3
 _TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _PYTHON_MEMBERS = (*_TRAIN_BATCHES, "test_batch", "batches.meta")
 _BINARY_MEMBERS = (*(f"{name}.bin" for name in (*_TRAIN_BATCHES, "test_batch")), "batches.meta.txt")
+_NAMES_LIMIT = 1 << 20  # bytes of a file of the names of classes: each would become a string
 _DAMAGE_ERRORS = (
     EOFError,
     tarfile.TarError,
@@ -215,9 +216,10 @@ def _checked(data: RawData, path: Path) -> RawData:
 def _parse_member(file: File, path: Path) -> Any:
     """Parse the (images, labels) of a batch, or the class names."""
     name = file.parts[-1]
+    limit = _NAMES_LIMIT if name == "batches.meta.txt" else MEMBER_LIMIT
     with file.open() as stream:
-        data = stream.read(MEMBER_LIMIT + 1)
-    if len(data) > MEMBER_LIMIT:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
         raise DataError(f"{path}: {name} is too large for a file of CIFAR-10.")
     try:
         if name == "batches.meta.txt":
@@ -227,6 +229,7 @@ def _parse_member(file: File, path: Path) -> Any:
             return _parse_binary_batch(data)
         _check_program(data)
         content = _CifarUnpickler(io.BytesIO(data)).load()
+        del data  # before the pixels are copied
         if name == "batches.meta":
             return tuple(label.decode() for label in content[b"label_names"])
         return _parse_python_batch(content)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import http.server
+import io
 import lzma
 import os
 import pickle
@@ -26,9 +29,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.archives import list_files
 from pipelines.errors import DataError, UsageError
 from pipelines.sources import CIFAR10_CLASSES, download_cifar10, read_source, verify_cifar10
 from pipelines.store import RawData, channel_statistics
+from tests.limits import limits
 
 PACKINGS = ("tar", "tar.gz", "tar.xz", "zip", "folder", "folder above")
 COMPRESSED = ("tar.gz", "tar.xz", "zip")
@@ -414,30 +419,155 @@ def test_xz_that_declares_a_huge_memory_is_refused(tmp_path, helpers, fake, refu
 
 
 def test_number_of_files_is_limited(tmp_path, helpers, fake, refused, monkeypatch):
-    monkeypatch.setattr("pipelines.archives._FILES_LIMIT", 3)
+    monkeypatch.setattr("pipelines.archives._FILES", 3)
+    monkeypatch.setattr("pipelines.archives._BYTES_PER_FILE", 1 << 30)
     for packing in ("zip", "tar.gz"):
-        refused(helpers.pack(tmp_path, packing, fake.python()), "more than 3 files")
+        refused(helpers.pack(tmp_path, packing, fake.python()), "lists more files than its size of")
 
 
-@pytest.mark.parametrize("first", [b"", tar_header("first", 0)], ids=["first", "second"])
-@pytest.mark.parametrize(
-    ("records", "content"),
-    [
-        ({"GNU.sparse.map": "a,b", "GNU.sparse.size": "1"}, b""),
-        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}, b"no map".ljust(512, b"\0")),
-        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "z"}, b"0\n".ljust(512, b"\0")),
-    ],
-    ids=["0.1", "1.0 without a map", "1.0 without a size"],
-)
-def test_tar_with_a_damaged_map_of_a_sparse_file_is_refused(tmp_path, refused, first, records, content):
+def pax(**records: object) -> bytes:
+    """The content of an extended header of a tar."""
     lines = [f" {key}={value}\n" for key, value in records.items()]
-    body = "".join(f"{len(line) + 2}{line}" for line in lines).encode()  # each is below 100 bytes long
+    return "".join(f"{len(line) + 2}{line}" for line in lines).encode()  # each is below 100 bytes long
+
+
+def extended(content: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A header of a tar that extends the next one."""
+    return tar_header("x", len(content), kind) + content + bytes(-len(content) % 512)
+
+
+SPARSE = {
+    "GNU": tar_header("data_batch_1", 512, tarfile.GNUTYPE_SPARSE),
+    "0.1": extended(pax(**{"GNU.sparse.map": "a,b", "GNU.sparse.size": "1"})) + tar_header("data_batch_1", 512),
+    "1.0": extended(pax(**{"GNU.sparse.major": "1", "GNU.sparse.name": "data_batch_1"})) + tar_header("other", 512),
+}
+
+
+@pytest.mark.parametrize("headers", SPARSE.values(), ids=SPARSE)
+def test_sparse_file_in_a_tar_is_refused_and_its_map_is_not_read(tmp_path, refused, headers):
     path = tmp_path / "sparse.tar"
-    member = tar_header("data_batch_1", len(content)) + content
-    path.write_bytes(
-        first + tar_header("x", len(body), tarfile.XHDTYPE) + body.ljust(512, b"\0") + member + bytes(1024)
+    path.write_bytes(tar_header("first", 0) + headers + b"no map".ljust(512, b"\0") + bytes(1024))
+    refused(path, "data_batch_1 is a sparse file. Pack without tar --sparse.")
+
+
+@pytest.mark.parametrize("record", [b"1 path=x\n", b"99 path=x\n", b"x path=x\n", b"-8 path=x\n", b"0 path=x\n"])
+def test_damaged_record_of_a_tar_is_refused(tmp_path, refused, record):
+    path = tmp_path / "pax.tar"
+    path.write_bytes(extended(record) + tar_header("data_batch_1", 0) + bytes(1024))
+    refused(path, "truncated or damaged (invalid header")
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_and_sizes_of_all_formats_of_tar_are_read(tmp_path, format):
+    """The standard library's own reader is the reference."""
+    names = ["train/", "train/cät/", f"{'long/' * 18}{'n' * 90}.png", "train/cät/1.png", "train/\udcff.png"]
+    path = tmp_path / "names.tar"
+    with tarfile.open(path, "w", format=format, pax_headers={"comment": "for all"}) as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name.rstrip("/"))
+            entry.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            entry.size = 0 if entry.isdir() else 700
+            archive.addfile(entry, io.BytesIO(name.encode(errors="surrogateescape").ljust(700, b".")))
+    with tarfile.open(path) as archive:
+        expected = [(member.name, member.isdir(), not member.isdir() and archive.extractfile(member).read())
+                    for member in archive]  # fmt: skip
+    read = [
+        ("/".join(file.parts), file.is_folder, not file.is_folder and file.open().read()) for file in list_files(path)
+    ]
+    assert read == expected
+    assert [name for name, *_ in read] == [name.rstrip("/") for name in names]
+
+
+# --- archives that claim too much --------------------------------------------------------------------------------
+
+
+PACKERS = (bz2.compress, lzma.compress)
+BOMBS = {
+    "a file that is not read": tar_header("other", 20 << 20) + bytes(20 << 20),
+    "a file that is": tar_header("data_batch_1", 20 << 20) + bytes(20 << 20),
+    "after the end": bytes(20 << 20),
+    "empty files": tar_header("other", 0) * 40_000,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "pack"),
+    [*((content, gzip.compress) for content in BOMBS.values()), *((BOMBS["after the end"], pack) for pack in PACKERS)],
+    ids=[*BOMBS, *(pack.__module__ for pack in PACKERS)],
+)
+def test_compressed_tar_is_unpacked_as_far_as_its_size_allows(tmp_path, refused, content, pack):
+    (tmp_path / "bomb.tar").write_bytes(pack(content))
+    with limits((tmp_path / "bomb.tar").stat().st_size):
+        refused(tmp_path / "bomb.tar", "than its size of", "allows. If you trust it, unpack it and give the folder.")
+
+
+def test_records_of_digits_in_a_tar_take_no_quadratic_time(tmp_path, refused):
+    path = tmp_path / "digits.tar"
+    path.write_bytes(extended(b"1" * 200_000) + tar_header("data_batch_1", 0))
+    with limits(path.stat().st_size):
+        refused(path, "invalid header")
+
+
+def zip_entry(name: str, size: int = 0, packed: int = 0, method: int = 0) -> bytes:
+    """An entry of a zip's directory whose data are at the very beginning."""
+    head = struct.pack(
+        "<4s4B4H3L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, method, 0, 0, 0, packed, size, len(name), *[0] * 4, 0, 0
     )
-    refused(path, "truncated or damaged")
+    return head + name.encode()
+
+
+def zip_directory(entries: bytes, count: int, start: int = 0) -> bytes:
+    return entries + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count & 0xFFFF, count & 0xFFFF, len(entries), start, 0)
+
+
+def test_zip_of_too_many_entries_is_refused_before_they_are_listed(tmp_path, refused):
+    path = tmp_path / "entries.zip"
+    path.write_bytes(zip_directory(zip_entry("a") * 200_000, 200_000))
+    with limits(path.stat().st_size):
+        refused(path, "lists more files than its size of")
+
+
+def test_entries_of_a_zip_that_share_their_data_are_refused(tmp_path, refused):
+    packer, name = zlib.compressobj(wbits=-15), "train/a/1.png"
+    data = packer.compress(bytes(8 << 20)) + packer.flush()
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 8, 0, 0, 0, len(data), 8 << 20, len(name), 0)
+    start = len(local) + len(name) + len(data)
+    entries = zip_entry(name, 8 << 20, len(data), 8) * 1000 + zip_entry("test/a/1.png")
+    path = tmp_path / "shared.zip"
+    path.write_bytes(local + name.encode() + data + zip_directory(entries, 1001, start))
+    with limits(path.stat().st_size):
+        refused(path, "unpacks to more bytes than its size of")
+
+
+@pytest.mark.parametrize("name", ["a" * 60_000, "a/" * 30_000 + "1.png", "train/" * 10_000 + "a/1.png"])
+@pytest.mark.parametrize("packing", ["zip", "tar.gz"])
+def test_name_that_no_file_has_is_refused(tmp_path, helpers, refused, packing, name):
+    path = helpers.pack(tmp_path, packing, {name: b"", "batches.meta.txt": b""})
+    with limits(path.stat().st_size):
+        refused(path, "too many folders, or with too long a name")
+
+
+def test_later_stream_of_an_xz_file_has_no_more_memory(tmp_path, refused):
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 200 << 20}]
+    path = tmp_path / "two.tar.xz"
+    path.write_bytes(lzma.compress(tar_header("a", 0)) + lzma.compress(bytes(1024), filters=filters))
+    refused(path, "Memory usage limit")
+
+
+def test_streams_of_an_xz_file_are_read_as_one(tmp_path, helpers, fake, read):
+    content = helpers.pack(tmp_path, "tar", fake.python()).read_bytes()
+    parts = [lzma.compress(content[start : start + 5000]) for start in range(0, len(content), 5000)]
+    (tmp_path / "parts.tar.xz").write_bytes(b"".join(parts) + bytes(8))
+    helpers.assert_equal(read(tmp_path / "parts.tar.xz"), fake)
+
+
+def test_folders_that_link_to_each_other_are_refused(tmp_path, refused):
+    for name in "abcdefghijkl":
+        (tmp_path / "links" / name).mkdir(parents=True)
+        for other in "abcdefghijkl":
+            (tmp_path / "links" / name / f"to_{other}").symlink_to(tmp_path / "links" / other)
+    with limits(0):
+        refused(tmp_path / "links", "through links. Remove some.")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""Limits of what decoders of images are given: no claim in a file takes time or memory that its size does not allow.
+
+Pillow bounds less: the pixels of one image, and the texts of a PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any, NoReturn
+
+from .archives import ArchiveError
+from .errors import DataError
+
+# Photos have one or two pixels for each byte, and drawings of few colours hundreds. One image may have as many as
+# decode in 32 MB, and more by its size. All images of a source have a budget too: 100 million pixels take a second.
+_DECODED, _PIXELS_PER_BYTE = 32 << 20, 16
+_ALL_PIXELS, _ALL_PIXELS_PER_BYTE = 128 << 20, 128
+_BYTES_PER_PIXEL = {"WEBP": 16, "TIFF": 8}  # while decoding: libwebp keeps three canvases, libtiff a strip
+_BYTES_PER_PIXEL_OF_SCANS = 10  # libjpeg keeps the coefficients
+_SIDE = 0xFFFF  # as in JPEG
+
+_IN_PYTHON = ("ppm", "ppm_plain", "bmp_rle")  # decoders of Pillow, which take about 128 times as long
+_PIXELS_IN_PYTHON, _BYTES_A_PIXEL = 1 << 20, 16
+_COMMENTS = 1000  # of a plain PPM: Pillow copies a megabyte to pass over one
+
+_SCANS, _BYTES_A_SCAN = 100, 8192  # of a JPEG; one of a few bytes takes as long as any, and encoders write ten
+_PARTS = 10_000  # read from a file before its pixels, and chunks of a PNG
+_BYTES_A_CHUNK = 1024
+_METADATA = 4 << 20
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
+_PNG_TEXTS, _PNG_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"), 64 << 10  # they may tell the orientation
+
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+_TIFF_TAGS, _TIFF_VALUES = range(254, 533), 1 << 16  # of the pixels, and numbers in one of them: a strip may be a row
+_ASCII = 2
+_OPAQUE = (1, _ASCII, 7)  # types of values that stay bytes
+
+
+class Effort:
+    """Pixels that the images of a source may still have in all, by the size of its file, or else by their own."""
+
+    def __init__(self, source_bytes: int | None = None) -> None:
+        self._pixels = _ALL_PIXELS + _ALL_PIXELS_PER_BYTE * (source_bytes or 0)
+        self._counts_images = source_bytes is None
+
+    def take(self, pixels: int, content_bytes: int, name: str) -> None:
+        """Count an image. Raises `ArchiveError` if it is one too many."""
+        self._pixels -= pixels - self._counts_images * _ALL_PIXELS_PER_BYTE * content_bytes
+        if self._pixels < 0:
+            raise ArchiveError(f"{name} and those before it have too many pixels for their bytes. Scale them down.")
+
+
+class LimitedStream(io.BytesIO):
+    """Content of an image, of which an opened image has read a few MB in some thousand parts, and later all."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name, self._parts, self._bytes = name, _PARTS, _METADATA + len(content) * _is_tiff(content)
+        self.is_opened = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        if not self.is_opened and size not in (None, -1):
+            self._parts -= 1
+            self._bytes -= len(data)
+            if self._parts < 0 or self._bytes < 0:
+                _refuse(self._name, "has metadata without end")
+        return data
+
+
+def limited(content: bytes, name: str) -> LimitedStream:
+    """Return a stream of `content` for Pillow. Raises `DataError` if its structure would take too much time or memory.
+
+    So does the stream, until it `is_opened`.
+    """
+    if content.startswith(_PNG):
+        content = _without_texts(content, name)
+    if _is_tiff(content):
+        _check_tags(content, name)
+    if _canvas_of_webp(content) > _most_pixels("WEBP", content):
+        refuse_pixels(name)  # Pillow allocates it at once
+    if (scans := _count_scans(content)) > _SCANS + len(content) // _BYTES_A_SCAN:
+        _refuse(name, f"has {scans:,} scans")
+    if content[:2] in (b"P1", b"P2", b"P3") and content.count(b"#") > _COMMENTS:
+        _refuse(name, f"has over {_COMMENTS:,} comments")
+    return LimitedStream(content, name)
+
+
+def check_pixels(image: Any, content: bytes, name: str, effort: Effort) -> None:
+    """Raise `DataError` if an opened image has more pixels than its content allows, or takes too much `effort`."""
+    width, height = image.size
+    pixels, size = width * height, len(content)
+    if _is_tiff(content):  # whose tiles may be larger than the image
+        pixels = max(pixels, int(image.tag_v2.get(_TILE_WIDTH, 0)) * int(image.tag_v2.get(_TILE_HEIGHT, 0)))
+    in_python = any(tile[0] in _IN_PYTHON for tile in image.tile)
+    most = _PIXELS_IN_PYTHON if in_python else _most_pixels(image.format, content)
+    if pixels > most or max(width, height) > _SIDE:
+        refuse_pixels(name)
+    if in_python and size > (64 << 10) + _BYTES_A_PIXEL * pixels:
+        _refuse(name, f"has {size:,} bytes for {pixels:,} pixels")
+    effort.take(128 * pixels + 16 * size if in_python else pixels * (1 + _count_scans(content) // 8), size, name)
+
+
+def _most_pixels(kind: str, content: bytes) -> int:
+    each = _BYTES_PER_PIXEL.get(kind, 4 if _count_scans(content) <= 1 else _BYTES_PER_PIXEL_OF_SCANS)
+    return _DECODED // each + _PIXELS_PER_BYTE * len(content)
+
+
+def _canvas_of_webp(content: bytes) -> int:
+    """Return the number of pixels in the header of a WebP, or 0."""
+    kind, head = content[12:16], content[:30].ljust(30, b"\0")
+    if not content.startswith(b"RIFF"):
+        return 0
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(head[24:27], "little")) * (1 + int.from_bytes(head[27:30], "little"))
+    bits = int.from_bytes(head[21:25] if kind == b"VP8L" else head[26:30], "little")
+    return ((bits & 0x3FFF) + 1) * ((bits >> (14 if kind == b"VP8L" else 16) & 0x3FFF) + 1)
+
+
+def refuse_pixels(name: str) -> NoReturn:
+    raise DataError(f"{name} has too many pixels for its size in bytes, or over {_SIDE:,} in a row. Scale it down.")
+
+
+def _refuse(name: str, excess: str) -> NoReturn:
+    raise DataError(f"{name} {excess}, as no honest image has. Save it again, as PNG.")
+
+
+def _is_tiff(content: bytes) -> bool:
+    return content.startswith((b"II", b"MM"))
+
+
+def _count_scans(content: bytes) -> int:
+    """Count the scans of a JPEG, or those within a TIFF."""
+    return content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") or _is_tiff(content) else 0
+
+
+def _without_texts(content: bytes, name: str) -> bytes:
+    """Leave out the chunks of a PNG that do not concern its pixels; texts unpack to megabytes each."""
+    kept, start = [content[: len(_PNG)]], len(_PNG)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        kind = content[start + 4 : start + 8]
+        if kind in _PNG_CHUNKS or (content[start + 8 : end].startswith(_PNG_TEXTS) and end - start < _PNG_TEXT):
+            kept.append(content[start:end])
+        start = end
+    if len(kept) > _PARTS + len(content) // _BYTES_A_CHUNK:
+        _refuse(name, f"has {len(kept):,} chunks")
+    return b"".join(kept)
+
+
+def _check_tags(content: bytes, name: str) -> None:
+    """Refuse tags of a TIFF that have many numbers, each of which would become an object of Python."""
+    order, is_big = "<" if content.startswith(b"II") else ">", content[2:3] == b"+"
+    entry = struct.Struct(order + ("HHQ8x" if is_big else "HHI4x"))
+    try:
+        (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), content, 8 if is_big else 4)
+        (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), content, start)
+        start += 8 if is_big else 2
+        entries = entry.iter_unpack(content[start : start + entry.size * min(count, _PARTS)])
+        for tag, kind, values in entries:
+            if values > _TIFF_VALUES and kind != _ASCII and (tag in _TIFF_TAGS or kind not in _OPAQUE):
+                _refuse(name, f"has {values:,} values in one tag")
+    except (struct.error, OverflowError):
+        pass  # damaged, as Pillow will say
