@@ -14,24 +14,27 @@ from typing import Any, BinaryIO, ClassVar
 # The unpickler in C allocates memory by claims, and cannot be told what to leave out.
 _Python: Any = pickle._Unpickler
 
-KEYS = (str, bytes, int, float, type(None))
+_KEYS = (str, bytes, int, float, type(None))
 """Kinds of keys that are kept: hashing a tuple of tuples may take forever."""
 
 _MOST_MARKS, _SHORT = 1000, 4096
 
-# Bytes that an opcode takes in the end, at most. The text of a string is charged when it is read.
-_ENTRY, _OBJECT, _VALUE, _OTHER = 128, 200, 40, 16
-_ENTRIES = (pickle.MEMOIZE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT)
+# Bytes that an opcode takes in the end, at most. The contents of long texts and numbers are charged when they are read.
+_MEMO, _ENTRY, _OBJECT, _TEXT, _NUMBER, _OTHER = 128, 300, 200, 80, 40, 16
+_MEMOS = (pickle.MEMOIZE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT)
 _OBJECTS = (
     *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LIST, pickle.DICT),
     *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
     *(pickle.REDUCE, pickle.NEWOBJ, pickle.PERSID, pickle.BINPERSID, pickle.GLOBAL, pickle.STACK_GLOBAL),
 )
-_VALUES = (
-    *(pickle.INT, pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.BININT, pickle.BININT2),
-    *(pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
+_TEXTS = (
+    *(pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
     *(pickle.UNICODE, pickle.BINUNICODE, pickle.BINUNICODE8, pickle.SHORT_BINUNICODE),
     *(pickle.BINBYTES, pickle.BINBYTES8, pickle.SHORT_BINBYTES, pickle.BYTEARRAY8),
+)
+_NUMBERS = (
+    *(pickle.INT, pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.BININT, pickle.BININT2),
+    *(pickle.FLOAT, pickle.BINFLOAT),
 )
 _UNUSED = (
     *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
@@ -46,8 +49,13 @@ class BoundedUnpickler(_Python):
 
     def __init__(self, file: BinaryIO, memory: int, *, longest: int, **options: Any) -> None:
         """Read from `file` what takes at most `memory` bytes. Texts of more than `longest` bytes become empty."""
-        super().__init__(_Pieces(file, longest, self._charge), **options)
+        super().__init__(_Pieces(file, longest, self.charge), **options)
         self._left, self._longest = memory, longest
+
+    def load(self) -> Any:
+        """Read the next pickle of the file."""
+        self.memo.clear()
+        return super().load()
 
     def make(self, call: Any, arguments: Any) -> Any:
         """Return what stands for the result of `call(*arguments)`."""
@@ -59,9 +67,11 @@ class BoundedUnpickler(_Python):
 
     def set_item(self, target: Any, key: Any, value: Any) -> None:
         """Keep an entry of `target`, usually a dict."""
+        self.charge(_ENTRY)
         target[key] = value
 
-    def _charge(self, memory: int) -> None:
+    def charge(self, memory: int) -> None:
+        """Raise `UnpicklingError` if nothing is left for another `memory` bytes."""
         self._left -= memory
         if self._left < 0:
             raise pickle.UnpicklingError("its structure would take too much memory")
@@ -77,12 +87,12 @@ class BoundedUnpickler(_Python):
 
     def _load_text(self, size: int) -> None:
         if _SHORT < size <= self._longest:
-            self._charge(3 * size)
+            self.charge(3 * size)
         self.append(str(self.read(size), "utf-8", "surrogatepass"))
 
     def load_unicode(self) -> None:
         text = self.readline()[:-1]
-        self._charge(3 * len(text))
+        self.charge(3 * len(text))
         self.append(str(text, "raw-unicode-escape"))
 
     def load_bytearray8(self) -> None:
@@ -91,9 +101,7 @@ class BoundedUnpickler(_Python):
     def load_mark(self) -> None:
         if len(self.metastack) > _MOST_MARKS:
             raise pickle.UnpicklingError("it is nested too deeply")
-        self.metastack.append(self.stack)
-        self.stack = []
-        self.append = self.stack.append
+        super().load_mark()
 
     def load_dict(self) -> None:
         items = self.pop_mark()
@@ -109,8 +117,7 @@ class BoundedUnpickler(_Python):
 
     def _set_items(self, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, KEYS):
-                self._charge(_ENTRY)
+            if isinstance(key, _KEYS):
                 self.set_item(self.stack[-1], key, value)
 
     def load_empty_set(self) -> None:
@@ -136,13 +143,11 @@ class BoundedUnpickler(_Python):
 
 def _charged(code: int, load: Callable[[Any], None]) -> Callable[[Any], None]:
     """Return `load` of an opcode, with its charge."""
-    opcode = bytes([code])
-    memory = _ENTRY if opcode in _ENTRIES else _OBJECT if opcode in _OBJECTS else _VALUE if opcode in _VALUES else _OTHER
+    charges = {_MEMOS: _MEMO, _OBJECTS: _OBJECT, _TEXTS: _TEXT, _NUMBERS: _NUMBER}
+    memory = next((charge for opcodes, charge in charges.items() if bytes([code]) in opcodes), _OTHER)
 
     def charged(self: BoundedUnpickler) -> None:
-        self._left -= memory
-        if self._left < 0:
-            self._charge(0)
+        self.charge(memory)
         load(self)
 
     return charged

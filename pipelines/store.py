@@ -31,6 +31,9 @@ from .sampling import IMAGE_SIZE
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
 """Data sets that are prepared without files from the user."""
 
+MOST_CLASSES = 1 << 15
+"""Largest number of classes; ImageNet-21k has 21,841. Networks and tables grow with it, whatever a file claims."""
+
 SCHEMA = 1
 _ARRAYS = {
     "train_images": np.dtype(np.uint8),
