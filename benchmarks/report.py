@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from rich.table import Table
 from fastresnet.console import PlainConsole
 from pipelines.errors import UsageError
 from pipelines.files import write_json
+from pipelines.texts import read_json
 
 SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
@@ -61,13 +61,13 @@ def common_notes(result: Result) -> list[str]:
 def read_result(path: Path) -> Result:
     """Read a result that was written with --json. Raises `UsageError` if the file is not a result."""
     try:
-        result = json.loads(path.read_bytes())
+        result = read_json(path)
         known = result["schema"] == SCHEMA and result["benchmark"] in BENCHMARKS
         known = known and {"limits", "ratios"} <= result.keys() and isinstance(result["environment"], dict)
         known = known and all(_is_row(row) for row in result["rows"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
         raise no_result(path)

@@ -5,24 +5,25 @@ No pickle is involved, so opening a file can never run code from it. Any safeten
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastresnet.text import as_utf8
+from fastresnet.tensors import StoredTensor, place
 from pipelines.errors import DataError
 from pipelines.files import write_bytes
+from pipelines.texts import LONGEST_TEXT, parse_json
 
 SCHEMA = 1
 _DESCRIPTION, _DIGEST = "fastresnet", "fastresnet.sha256"
+_Any = TypeVar("_Any")
 
 
 def save_tensors(
@@ -66,21 +67,30 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     Raises `DataError` if the file is missing, damaged or not a safetensors file.
     """
     try:
-        with _opened(path) as name, safe_open(name, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        with open(path, "rb") as file:
+            tensors, description = open_tensors(file, path)
+            return {name: tensor.read() for name, tensor in tensors.items()}, description
     except OSError as error:
-        raise DataError(f"cannot read {path}: {str(error).partition(':')[0]}.") from None
-    except SafetensorError as error:
-        raise DataError(f"{path} is damaged or not a safetensors file: {error}.") from None
+        raise DataError(f"cannot read {path}: {error.strerror}.") from None
+
+
+def open_tensors(file: BinaryIO, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any] | None]:
+    """Find what `load_tensors` reads in `file`, open at `path`. Raises `DataError` if it is damaged or of another kind.
+
+    Its own reader, unlike that of safetensors, does not map the whole file into memory, nor copy what is not needed.
+    """
+    try:
+        tensors, metadata = _read_header(file)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged or not a safetensors file: {str(error)[:200]}.") from None
     if not metadata.keys() & {_DESCRIPTION, _DIGEST}:
         return tensors, None
     text = metadata.get(_DESCRIPTION, "")
     if metadata.get(_DIGEST) != _digest(tensors, text):
         raise DataError(f"{path} is damaged: its contents do not match their SHA-256.")
     try:
-        description = json.loads(text)
-    except (ValueError, RecursionError):
+        description = parse_json(text.encode())
+    except ValueError:
         description = None
     schema = description.get("schema") if isinstance(description, dict) else None
     if schema != SCHEMA:
@@ -88,14 +98,43 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return tensors, description
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[str]:
-    """Yield a name by which safetensors, which takes only UTF-8, can open `path`."""
-    if as_utf8(str(path)) == str(path):
-        yield str(path)
-        return
-    with open(path, "rb") as file:
-        yield f"/dev/fd/{file.fileno()}"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Read the tensors and the metadata in the header. Raises `ValueError` or the like if it is not valid."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    begin = 8 + int.from_bytes(file.read(8), "little")
+    if not 8 < begin <= min(size, LONGEST_TEXT):
+        raise ValueError("it does not begin with a header")
+    text = file.read(begin - 8)
+    header = parse_json(text)
+    metadata, tensors = header.pop("__metadata__", None) or {}, {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name} has values of type {entry['dtype']}")
+        tensors[name] = place(file, begin, begin + last - first, _DTYPES[entry["dtype"]], 0, entry["shape"])
+        if tensors[name].size != last - first:
+            raise ValueError(f"{name} has another size than its shape")
+        begin += last - first
+    if begin != size:
+        raise ValueError("its tensors do not fill it")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    return tensors, metadata
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,14 +142,15 @@ def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def take_prefix(prefix: str, tensors: dict[str, _Any]) -> dict[str, _Any]:
     """Select the tensors named `prefix.<name>`, by <name>."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
+def _digest(tensors: Mapping[str, Tensor | StoredTensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for piece in [tensor.reshape(-1)] if isinstance(tensor, Tensor) else tensor.pieces():
+            digest.update(piece.view(torch.uint8).numpy().data)
     return digest.hexdigest()

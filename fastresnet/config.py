@@ -16,11 +16,15 @@ from fastresnet.threads import Threads, check_threads
 from pipelines import Augmentation, Decoder, PipelineName
 from pipelines.errors import UsageError, check_choice, check_literals
 from pipelines.sampling import IMAGE_SIZE, Flip, NormalizationMode, PaddingMode
+from pipelines.texts import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_LONGEST, _MOST_DOTS = 64 << 10, 1000
+"""Limits of a TOML file: the time to read a name of many parts grows with the square of their number."""
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -245,7 +249,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises `UsageError` if the file is missing, damaged or has unknown settings or values of another type.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path, _LONGEST).decode()
+        if text.count(".") > _MOST_DOTS:
+            raise ValueError("it has very many dots")
+        values = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:

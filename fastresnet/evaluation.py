@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 SHOWN_MISTAKES = 24
 _LISTED_NAMES = 12  # in messages
 
-BATCH_SIZE = 1000
-"""Images per evaluation batch, less where the split is smaller; the result does not depend on it."""
+BATCH_SIZE, _MOST_LOGITS = 1000, 1 << 22
+"""Images per evaluation batch, less if the split is smaller or has very many classes; the result does not depend on
+it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ def open_evaluation(
         pipeline,
         dataset,
         train=False,
-        batch_size=max(min(BATCH_SIZE, len(dataset.test)), world.world_size),
+        batch_size=max(min(BATCH_SIZE, len(dataset.test), _MOST_LOGITS // len(dataset.classes)), world.world_size),
         device=device,
         dtype=DTYPES[precision],
         seed=0,
@@ -363,21 +364,22 @@ def evaluation_threads(
 
 
 @torch.inference_mode()
-def probabilities(
+def predict(
     model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the probabilities of all classes, float32 [N, classes], and collect the labels, int64 [N].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predict the most likely class of each image of the split, in its order.
 
-    Rows are the images of the split, in its order.
+    Returns these classes, int64 [N], their probabilities, float32 [N], and the labels, int64 [N].
     """
     model.eval()
-    likely, labels = [], []
+    parts = []
     for batch in pipeline.epoch(0):
         with autocast(precision, device):
             logits = model(batch.images).float()
-        likely.append(logits.softmax(1)[: batch.valid].cpu())
-        labels.append(batch.labels[: batch.valid].cpu())
-    return torch.cat(likely).numpy(), torch.cat(labels).numpy()
+        likely, predicted = logits.softmax(1).max(1)
+        parts.append([part[: batch.valid].cpu() for part in (predicted, likely, batch.labels)])
+    predicted, likely, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return predicted, likely, labels
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -390,34 +392,27 @@ class Predictions:
     """Pixels, uint8 [N, 32, 32, 3]."""
     labels: np.ndarray
     """True classes, int64 [N]."""
-    probabilities: np.ndarray
-    """Probabilities of all classes, float32 [N, classes]."""
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Numbers of images by true class (rows) and predicted class (columns), int64 [classes, classes]."""
-        counts = np.zeros((len(self.classes),) * 2, np.int64)
-        np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
-        return counts
+    predicted: np.ndarray
+    """Most likely classes, int64 [N]."""
+    likely: np.ndarray
+    """Their probabilities, float32 [N]."""
 
     @property
     def accuracy(self) -> float:
         """Top-1 accuracy, percent."""
-        return 100 * float(np.trace(self.counts)) / len(self.labels)
+        return 100 * float((self.labels == self.predicted).sum()) / len(self.labels)
 
     def confusion(self) -> Figure:
-        """Draw the matrix of `counts`."""
+        """Draw the numbers of images by true class (rows) and predicted class (columns)."""
         from fastresnet.plotting import confusion  # matplotlib takes half a second to load
 
-        return confusion(
-            self.counts, self.classes, f"{self.name}: {self.accuracy:.2f} % of {len(self.labels):,} images"
-        )
+        title = f"{self.name}: {self.accuracy:.2f} % of {len(self.labels):,} images"
+        return confusion(self.labels, self.predicted, self.classes, title)
 
     def worst(self) -> np.ndarray:
         """Return the rows of the most confident mistakes, the worst first."""
-        predicted = self.probabilities.argmax(1)
-        wrong = np.flatnonzero(predicted != self.labels)
-        return wrong[np.argsort(-self.probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN_MISTAKES]
+        wrong = np.flatnonzero(self.predicted != self.labels)
+        return wrong[np.argsort(-self.likely[wrong], kind="stable")][:SHOWN_MISTAKES]
 
     def mistakes(self) -> Figure:
         """Draw the most confident mistakes."""
@@ -428,10 +423,8 @@ class Predictions:
         return image_grid(self.images[rows], titles, f"{self.name}: most confident mistakes; true / predicted class")
 
     def _title(self, row: int) -> str:
-        predicted = int(self.probabilities[row].argmax())
-        share = 100 * self.probabilities[row, predicted]
-        true, taken_for = (for_figure(self.classes[number], 20) for number in (self.labels[row], predicted))
-        return f"{true}\n{taken_for} {share:.0f} %"
+        true, taken_for = (for_figure(self.classes[number], 20) for number in (self.labels[row], self.predicted[row]))
+        return f"{true}\n{taken_for} {100 * self.likely[row]:.0f} %"
 
 
 def predict_test_set(run: Path, data: str | None, root: Path | None, device: str) -> Predictions:
@@ -447,7 +440,7 @@ def predict_test_set(run: Path, data: str | None, root: Path | None, device: str
     precision = precision if supports(precision, on) else "fp32"
     pipeline = open_evaluation(dataset, weights.normalization, precision, on)
     with contextlib.closing(pipeline):
-        likely, labels = probabilities(weights.model.to(on), pipeline, precision=precision, device=on)
+        predicted, likely, labels = predict(weights.model.to(on), pipeline, precision=precision, device=on)
     return Predictions(
-        f"{weights.name} on {dataset.name}", dataset.classes, np.asarray(dataset.test.images), labels, likely
+        f"{weights.name} on {dataset.name}", dataset.classes, np.asarray(dataset.test.images), labels, predicted, likely
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pickle
 import re
 import struct
@@ -16,13 +17,14 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
+from fastresnet.tensors import StoredTensor, check_distinct, place
 from pipelines.archives import open_zip
 from pipelines.errors import DataError, Note, list_some
+from pipelines.pickles import BoundedUnpickler
 
 # --- pickles -----------------------------------------------------------------------------------------------------
 
@@ -50,10 +52,9 @@ _DATA = re.compile(
 )
 """Names of data, which checkpoints have beside tensors: those of Python, NumPy, and libraries of configurations."""
 
-_MOST_ARGUMENTS = 16
-
-_KEYS = (str, bytes, int, float, type(None))
-"""Kinds of keys that are kept: hashing a tuple of tuples may take forever."""
+_MOST_ARGUMENTS, _LONGEST_NAME = 16, 200
+_STRUCTURE, _MORE_STRUCTURE = 40 << 20, 64 << 20
+"""Memory for what a file has beside the values of its tensors: always, and at most as much more as the file has."""
 
 
 class _Inert:
@@ -61,6 +62,8 @@ class _Inert:
 
     It refers to what the file says of the object. A copy could be made again and again by three bytes of the file.
     """
+
+    __slots__ = ("entries", "parts")
 
     def __init__(self, *parts: Any) -> None:
         self.parts: list[Any] = list(parts)
@@ -84,12 +87,12 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Described:
-    """Tensor, described by a file."""
+    """Tensor, described by a file: nothing is known to be true."""
 
     storage: _Storage
     dtype: torch.dtype
     offset: int
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
@@ -121,29 +124,19 @@ _TORCH: dict[str, Callable[..., Any]] = {
 }
 
 
-_Python: Any = pickle._Unpickler  # the one in C allocates memory by claims, and cannot be told what to leave out
-
-
-class _Unpickler(_Python):
+class _Unpickler(BoundedUnpickler):
     """Unpickler that makes only plain values, descriptions of tensors and stand-ins."""
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        code: load
-        for code, load in _Python.dispatch.items()
-        if bytes([code])
-        not in (
-            *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.DICT),
-            *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.NEWOBJ_EX),
-        )
-    }
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding="utf-8", errors="replace")
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        memory = _STRUCTURE + min(size, _MORE_STRUCTURE)
+        super().__init__(file, memory, longest=4096, encoding="utf-8", errors="replace")
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if self.proto < 3:  # with Python 2's names
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise pickle.UnpicklingError("it has a very long name of an object")
         full = f"{module}.{name}"
         if full in _TORCH:
             return _TORCH[full]
@@ -156,66 +149,30 @@ class _Unpickler(_Python):
         raise _Refused(full[:100])
 
     def persistent_load(self, pid: Any) -> Any:
-        kind, dtype, key, _, _, *view = pid
-        if kind != "storage" or not isinstance(key, str):
+        if not isinstance(pid, tuple) or not 5 <= len(pid) <= 6 or pid[0] != "storage" or not isinstance(pid[2], str):
             raise pickle.UnpicklingError("it refers to something else than the values of tensors")
+        _, dtype, key, _, _, *view = pid
         if not isinstance(dtype, torch.dtype):
             return _Inert()
         self.storages.setdefault(key, _Storage(dtype, key, 0))
         return _Storage(dtype, key, view[0][1] if view and view[0] else 0)
 
-    def load_reduce(self) -> None:
-        arguments, call = self.stack.pop(), self.stack[-1]
-        if len(arguments) > _MOST_ARGUMENTS and call is not _Inert:
+    def make(self, call: Any, arguments: Any) -> Any:
+        if call is _Inert:
+            return _Inert(arguments)
+        if not any(call is known for known in _TORCH.values()):
+            raise pickle.UnpicklingError("it calls something else than a function")
+        if len(arguments) > _MOST_ARGUMENTS:
             raise pickle.UnpicklingError("a tensor in it has too many properties")
-        self.stack[-1] = _Inert(arguments) if call is _Inert else call(*arguments)
+        return call(*arguments)
 
-    def load_newobj(self) -> None:
-        arguments, kind = self.stack.pop(), self.stack.pop()
-        self.append(_Inert(kind, arguments))
+    def set_state(self, target: Any, state: Any) -> None:
+        if isinstance(target, _Inert):
+            target.parts.append(state)
 
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], _Inert):
-            self.stack[-1].parts.append(state)
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set(key, value)
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self._set(key, value)
-
-    def _set(self, key: Any, value: Any) -> None:
-        target = self.stack[-1]
-        if isinstance(key, _KEYS):
-            (target.entries if isinstance(target, _Inert) else target)[key] = value
-
-    def load_set(self) -> None:
-        self.append(_Inert())
-
-    def load_additems(self) -> None:
-        self.pop_mark()
-
-    def load_frozenset(self) -> None:
-        self.pop_mark()
-        self.append(_Inert())
-
-    dispatch.update(
-        {
-            pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
-            pickle.REDUCE[0]: load_reduce,
-            pickle.NEWOBJ[0]: load_newobj,
-            pickle.BUILD[0]: load_build,
-            pickle.SETITEM[0]: load_setitem,
-            pickle.SETITEMS[0]: load_setitems,
-            pickle.EMPTY_SET[0]: load_set,
-            pickle.ADDITEMS[0]: load_additems,
-            pickle.FROZENSET[0]: load_frozenset,
-        }
-    )
+    def set_item(self, target: Any, key: Any, value: Any) -> None:
+        if type(value) not in (int, float):  # histories have very many, and none is needed
+            super().set_item(target.entries if isinstance(target, _Inert) else target, key, value)
 
 
 class _Refused(Exception):
@@ -227,15 +184,22 @@ class _Refused(Exception):
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
-def read_network(path: Path) -> dict[str, Tensor]:
-    """Read the network in a file that `torch.save` wrote: its tensors, under this program's names.
+def open_network(file: BinaryIO, path: Path) -> dict[str, StoredTensor]:
+    """Find the network in `file`, open at `path`, that `torch.save` wrote: its tensors, under this program's names.
 
     Raises `DataError` if the file is damaged, is of another kind, has no state dict, or more than data.
     """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    is_zip = file.read(2) == b"PK"
+    file.seek(0)
     try:
-        with open(path, "rb") as file:
-            content, read = _open_zip(file, path) if file.read(2) == b"PK" else _open_legacy(path.read_bytes())
-            return {name: _values(tensor, read) for name, tensor in select_network(content, path).items()}
+        content, find = _open_zip(file, size, path) if is_zip else _open_legacy(file, size)
+        network = select_network(content, path)
+        del content
+        places = {key: find(key) for key in {described.storage.key for described in network.values()}}
+        tensors = {name: _place(file, described, *places[described.storage.key]) for name, described in network.items()}
+        check_distinct(tensors.values(), size)
     except (DataError, Note):
         raise
     except _Refused as error:
@@ -246,15 +210,20 @@ def read_network(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # noqa: BLE001  a damaged pickle can raise nearly anything
         reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
         raise DataError(f"{path} is damaged or not a file of torch.save: {reason}.") from None
+    return tensors
 
 
-def _open_zip(file: Any, path: Path) -> tuple[Any, Callable[[_Storage], Tensor]]:
-    """Unpickle the content of a zip, and return it and a reader of storages, which compares checksums."""
+_Find = Callable[[str], tuple[int, int]]
+"""Function that checks the storage with this key, and returns where it begins and ends in the file."""
+
+
+def _open_zip(file: BinaryIO, size: int, path: Path) -> tuple[Any, _Find]:
+    """Unpickle the content of a zip, and return it and the places of its storages, whose checksums are compared."""
     archive = open_zip(file)
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise zipfile.BadZipFile("its entries are compressed, and those of torch.save are not")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+    if sum(entry.file_size for entry in entries) > size:
         raise zipfile.BadZipFile("its entries claim more bytes than it has")
     names = {entry.filename for entry in entries}
     roots = [name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -265,50 +234,42 @@ def _open_zip(file: Any, path: Path) -> tuple[Any, Callable[[_Storage], Tensor]]
         raise DataError(f"{path} is a TorchScript program. Save the network's state_dict() and load that.")
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise DataError(f"{path} was written on a big-endian machine. Save it on another.")
-    content = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load()
-    return content, _cached(lambda key: archive.read(f"{root}data/{key}"))
+    content = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), size).load()
+    return content, lambda key: _find_entry(archive, file, f"{root}data/{key}")
 
 
-def _open_legacy(data: bytes) -> tuple[Any, Callable[[_Storage], Tensor]]:
-    """Unpickle the content of a file of before PyTorch 1.6, and return it and a reader of storages."""
-    stream = io.BytesIO(data)
-    if _Unpickler(stream).load() != _MAGIC or _Unpickler(stream).load() != _PROTOCOL:
+def _find_entry(archive: zipfile.ZipFile, file: BinaryIO, name: str) -> tuple[int, int]:
+    entry = archive.getinfo(name)
+    with archive.open(entry) as stream:
+        while stream.read(1 << 20):  # it compares the checksum at the end
+            pass
+    file.seek(entry.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))  # of the name and of the rest of the header
+    begin = entry.header_offset + 30 + sum(lengths)
+    return begin, begin + entry.file_size
+
+
+def _open_legacy(file: BinaryIO, size: int) -> tuple[Any, _Find]:
+    """Unpickle the content of a file of before PyTorch 1.6, and return it and the places of its storages."""
+    unpickler = _Unpickler(file, size)
+    if unpickler.load() != _MAGIC or unpickler.load() != _PROTOCOL:
         raise pickle.UnpicklingError("it does not begin as they do")
-    if dict(_Unpickler(stream).load()).get("little_endian") is not True:
+    if dict(unpickler.load()).get("little_endian") is not True:
         raise pickle.UnpicklingError("it was written on a big-endian machine")
-    unpickler = _Unpickler(stream)
     content, places = unpickler.load(), {}
-    for key in list(_Unpickler(stream).load()):
-        (count,) = struct.unpack("<q", stream.read(8))
-        places[key] = slice(stream.tell(), stream.tell() + count * unpickler.storages[key].dtype.itemsize)
-        if not stream.tell() <= places[key].stop <= len(data):
+    for key in list(unpickler.load()):
+        (count,) = struct.unpack("<q", file.read(8))
+        begin = file.tell()
+        places[key] = begin, begin + count * unpickler.storages[key].dtype.itemsize
+        if not begin <= places[key][1] <= size:
             raise EOFError(f"it ends within storage {key}")
-        stream.seek(places[key].stop)
-    return content, _cached(lambda key: data[places[key]])
+        file.seek(places[key][1])
+    return content, places.__getitem__
 
 
-def _cached(read: Callable[[str], bytes]) -> Callable[[_Storage], Tensor]:
-    """Return a reader that reads each storage once: many tensors may share it."""
-    storages: dict[str, Tensor] = {}
-
-    def values(storage: _Storage) -> Tensor:
-        if storage.key not in storages:
-            data = bytearray(read(storage.key))
-            storages[storage.key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
-        return storages[storage.key]
-
-    return values
-
-
-def _values(described: _Described | Tensor, read: Callable[[_Storage], Tensor]) -> Tensor:
-    if isinstance(described, Tensor):
-        return described
-    values = read(described.storage).view(described.dtype)
-    offset = described.storage.start + described.offset
-    tensor = torch.as_strided(values, described.size, described.stride, offset)
-    if tensor.numel() > values.numel():
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} claims more values than it has")
-    return tensor
+def _place(file: BinaryIO, described: _Described, begin: int, end: int) -> StoredTensor:
+    start = described.storage.start  # in values
+    return place(file, begin, end, described.dtype, start + described.offset, described.shape, described.stride)
 
 
 # --- the network in a checkpoint ---------------------------------------------------------------------------------
@@ -317,7 +278,7 @@ _STEM, _CLASSIFIERS = "conv1.weight", ("fc.weight", "linear.weight")
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _RENAMED = ((re.compile(r"^linear\."), "fc."), (re.compile(r"\.shortcut\."), ".downsample."))
 _AVERAGED = re.compile(r"(?<![a-z])ema|averag|swa|shadow", re.IGNORECASE)
-_MOST_NETWORKS = 16
+_MOST_NETWORKS, _MOST_LEVELS = 16, 100
 _CONTAINERS = (dict, list, tuple, _Inert)
 
 
@@ -378,19 +339,23 @@ def _mappings(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     Other entries are left out, and so are tensors of a single number: counters, which no network has as weights.
     """
     seen: dict[int, Any] = {}  # the objects too: another one could get the number of one that is gone
-    waiting = [("", content)] if isinstance(content, _CONTAINERS) else []
-    while waiting:
-        place, value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, dict) and (tensors := _tensors(value)):
-            yield place, tensors
-        waiting += [(_within(place, key), item) for key, item in _parts(value) if isinstance(item, _CONTAINERS)]
+    ways = [iter([("", content)] if isinstance(content, _CONTAINERS) else [])]
+    while ways:
+        place, value = next(ways[-1], ("", None))
+        if value is None:
+            ways.pop()
+        elif id(value) not in seen and len(ways) < _MOST_LEVELS:
+            seen[id(value)] = value
+            if isinstance(value, dict) and (tensors := _tensors(value)):
+                yield place, tensors
+            ways.append(_within(place, value))
 
 
-def _within(place: str, key: Any) -> str:
-    return f"{place}.{key[:60]}".strip(".")[-200:] if isinstance(key, str) else place
+def _within(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Find the containers in a container, with the keys on the way to them."""
+    for key, item in _parts(value):
+        if isinstance(item, _CONTAINERS):
+            yield (f"{place}.{key[:60]}".strip(".")[-200:] if isinstance(key, str) else place), item
 
 
 def _tensors(mapping: dict[Any, Any]) -> dict[str, Any]:
@@ -398,21 +363,19 @@ def _tensors(mapping: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _is_tensor(key: Any, value: Any) -> bool:
-    if not isinstance(key, str) or not isinstance(value, _Described | Tensor):
+    if not isinstance(key, str) or not isinstance(value, _Described | StoredTensor):
         return False
-    size = value.shape if isinstance(value, Tensor) else value.size
-    return len(size) > 0 or key.endswith(("num_batches_tracked", "n_averaged"))
+    return len(value.shape) > 0 or key.endswith(("num_batches_tracked", "n_averaged"))
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the parts of a container and their keys, in the reverse order: the last on a stack is taken first."""
     if isinstance(value, dict):
-        return reversed(value.items())
+        return value.items()
     if isinstance(value, _Inert):
-        return [(None, part) for part in (*reversed(value.parts), value.entries)]
+        return ((None, part) for part in (value.entries, *value.parts))
     if value and all(map(_is_pair, value)):  # Python 2 wrote an OrderedDict as a list of pairs
         return [(None, dict(value))]
-    return [(None, part) for part in reversed(value)]
+    return ((None, part) for part in value)
 
 
 def _is_pair(value: Any) -> bool:

@@ -65,21 +65,22 @@ def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
     return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
 
 
-def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Draw `counts` [classes, classes] of images by true class (rows) and predicted class (columns).
+def confusion(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Draw the numbers of images by `true` class (rows) and `predicted` class (columns), given for each image, [N].
 
     Of more than 40 classes, it shows those with the most mistakes. Colours are shares of all images of the true class.
     """
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    shown = _most_confused(counts)
+    shown = _most_confused(true, predicted, len(classes))
+    counts = np.array([[((true == row) & (predicted == column)).sum() for column in shown] for row in shown])
+    shares = counts / np.maximum(np.bincount(true, minlength=len(classes))[shown, None], 1)
     size = max(4.0, 0.6 * min(len(shown), _NUMBERED_CLASSES) + 2)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares[np.ix_(shown, shown)], cmap="Blues", vmin=0, vmax=1)
-    for (row, true), (column, predicted) in itertools.product(enumerate(shown), repeat=2):
-        if counts[true, predicted] and len(shown) <= _NUMBERED_CLASSES:
-            color = "white" if shares[true, predicted] > 0.5 else "black"
-            axes.text(column, row, str(counts[true, predicted]), ha="center", va="center", color=color, fontsize=8)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in itertools.product(range(len(shown)), repeat=2):
+        if counts[row, column] and len(shown) <= _NUMBERED_CLASSES:
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
     names = [for_figure(classes[number]) for number in shown]
     axes.set_xticks(range(len(shown)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(shown)), names)
@@ -92,9 +93,10 @@ def confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     return figure
 
 
-def _most_confused(counts: np.ndarray) -> np.ndarray:
+def _most_confused(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Return the numbers, in order, of the classes with the most mistakes as true or predicted class, 40 at most."""
-    mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    wrong = true != predicted
+    mistakes = sum(np.bincount(numbers[wrong], minlength=classes) for numbers in (true, predicted))
     return np.sort(np.argsort(-mistakes, kind="stable")[:_SHOWN_CLASSES])
 
 

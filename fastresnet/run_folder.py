@@ -34,6 +34,7 @@ from pipelines.errors import DataError, Note, UsageError
 from pipelines.files import write_bytes, write_json
 from pipelines.prepare import store_folder
 from pipelines.store import Dataset, open_store
+from pipelines.texts import read_json, read_text
 
 Row = dict[str, Any]
 """Line of `metrics.csv`: epoch, step, lr, train_loss, train_accuracy, loss and accuracy of the evaluated split, and
@@ -405,15 +406,7 @@ def read_run(folder: Path) -> Run:
     if not metrics.exists():
         raise DataError(f"{folder} has no metrics.csv: it is not a run folder, or no epoch of the run is finished.")
     try:
-        with open(metrics, newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file, strict=True)]
-        if not rows:
-            raise ValueError("it has no rows")
-        evaluated_on = {"val", "test"} & {name.partition("_")[0] for name in rows[0]}
-        needed = {"epoch", "step", "lr", *(f"{split}_{what}" for split in ("train", *evaluated_on) for what in
-                                           ("loss", "accuracy"))}  # fmt: skip
-        if not evaluated_on or not needed <= rows[0].keys():
-            raise ValueError("columns are missing")
+        rows = _read_metrics(read_text(metrics))
         if any(not abs(row[name]) <= _LARGEST for row in rows for name in ("epoch", "step", "lr")):
             raise ValueError("an epoch, step or lr is not a number")
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
@@ -422,6 +415,22 @@ def read_run(folder: Path) -> Run:
     return Run(folder, rows, read_summary(summary) if summary.exists() else None)
 
 
+def _read_metrics(data: bytes) -> list[Row]:
+    if data.count(b",") > _MOST_COMMAS:
+        raise ValueError("it has very many values")
+    lines = csv.DictReader(io.TextIOWrapper(io.BytesIO(data), encoding="ascii", newline=""), strict=True)
+    names = set(lines.fieldnames or ())
+    evaluated_on = {"val", "test"} & {name.partition("_")[0] for name in names}
+    needed = {f"{split}_{what}" for split in ("train", *evaluated_on) for what in ("loss", "accuracy")}
+    if not evaluated_on or not names >= {"epoch", "step", "lr", *needed}:
+        raise ValueError("columns are missing")
+    rows = [{name: float(value) for name, value in row.items()} for row in lines]
+    if not rows:
+        raise ValueError("it has no rows")
+    return rows
+
+
+_MOST_COMMAS = 400_000  # of 50,000 epochs
 _LARGEST = 1e15
 """Larger figures are damage, which plots cannot show."""
 
@@ -437,7 +446,7 @@ _TABLES = ("cold_start", "environment")
 def read_summary(path: Path) -> dict[str, Any]:
     """Read summary.json. Raises `DataError` if it is missing or damaged, or lacks a field that this program shows."""
     try:
-        summary = json.loads(path.read_bytes())
+        summary = read_json(path)
         if not isinstance(summary, dict) or summary.get("schema") != 1:
             raise ValueError("it is not a summary of schema 1")
         for names, kind, expected in (
@@ -455,7 +464,7 @@ def read_summary(path: Path) -> dict[str, Any]:
             raise ValueError("cold_start has more than numbers")
     except FileNotFoundError:
         raise DataError(f"{path.parent} is not a finished run: it has no {path.name}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is damaged: {error}.") from None
     return summary
 

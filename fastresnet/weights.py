@@ -11,21 +11,22 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastresnet.checkpoint import load_tensors, take_prefix
-from fastresnet.foreign import read_network, select_network
+from fastresnet.checkpoint import open_tensors, take_prefix
+from fastresnet.foreign import open_network, select_network
 from fastresnet.models import MODELS, create_model, list_models
+from fastresnet.tensors import StoredTensor
 from pipelines.contents import recognise
 from pipelines.errors import DataError, Note, check_choice, list_some
 from pipelines.sampling import IMAGE_SIZE, NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES
-from pipelines.store import CIFAR10, Dataset
+from pipelines.store import CIFAR10, MOST_CLASSES, Dataset
 
 # Of CIFAR-10's training images, from exact counts of their pixel values.
 CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
@@ -33,6 +34,8 @@ CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
 
 # Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not require.
 _PRECISIONS = ("fp32", "bf16", "fp16")
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,7 +106,20 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
     """
     if model is not None:
         check_choice("model", model, list_models())
-    state, description = _read(path)
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):  # no error for a long name
+        raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
+    try:
+        with open(path, "rb") as file:
+            return _load(file, path, model)
+    except OSError as error:
+        raise DataError(
+            f"{path} is not a readable file ({error.strerror}). --weights takes a file such as "
+            "runs/NAME/model.safetensors."
+        ) from None
+
+
+def _load(file: BinaryIO, path: Path, model: str | None) -> Weights:
+    state, description = _find(file, path)
     facts = description or {}
     config = facts.get("config")
     if description is not None:
@@ -113,8 +129,9 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
         candidates = _candidates(state, [model] if model else list_models())
     num_classes = _count_classes(state, path)
     name, shortcut = _infer(state, candidates, num_classes, path)
+    _check_types(state, path)
     network = create_model(name, num_classes=num_classes, shortcut=shortcut)
-    _load_state(network, state, path, name)
+    _load_state(network, state, path)
     normalization = config["normalization"] if isinstance(config, dict) else "channel"
     if description is not None and not facts.keys() >= {"mean", "std"}:
         warnings.warn(f"{path} does not say its normalisation: CIFAR-10's is taken", Note, stacklevel=2)
@@ -188,24 +205,14 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
     return name, shortcut
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):  # no error for a long name
-        raise DataError(f"{path} is a pipe or a device. Save its content as a file, and give that.")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-        other = recognise(path, "weights")
-    except OSError as error:
-        raise DataError(
-            f"{path} is not a readable file ({error.strerror}). --weights takes a file such as "
-            "runs/NAME/model.safetensors."
-        ) from None
-    if other is not None:
+def _find(file: BinaryIO, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any] | None]:
+    """Find the tensors of a network in `file`, open at `path`, and its description if this program wrote it."""
+    if (other := recognise(path, "weights")) is not None:
         raise DataError(f"{path} {other}.")
-    if start[8:] == b"{" or path.suffix == ".safetensors":  # eight bytes of length, then a JSON object
-        tensors, description = load_tensors(path)
+    if file.read(9)[8:] == b"{" or path.suffix == ".safetensors":  # eight bytes of length, then a JSON object
+        tensors, description = open_tensors(file, path)
         return (tensors if description is not None else select_network(tensors, path)), description
-    return read_network(path), None
+    return open_network(file, path), None
 
 
 # --- the network that fits ----------------------------------------------------------------------------------------
@@ -213,21 +220,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _count_classes(state: dict[str, Tensor], path: Path) -> int:
+def _count_classes(state: dict[str, StoredTensor], path: Path) -> int:
     if "fc.weight" not in state:
         raise DataError(f"{path} has no classifier (fc.weight or linear.weight): not the weights of a CIFAR ResNet.")
-    num_classes = state["fc.weight"].shape[0] if state["fc.weight"].ndim else 0
-    if num_classes == 0:
-        raise DataError(f"{path} has a classifier without classes: not the weights of a CIFAR ResNet.")
+    num_classes = next(iter(state["fc.weight"].shape), 0)
+    if not 0 < num_classes <= MOST_CLASSES:
+        raise DataError(
+            f"{path} has a classifier of {num_classes:,} classes, which are not in 1..{MOST_CLASSES:,}: not the "
+            "weights of a CIFAR ResNet."
+        )
     return num_classes
 
 
-def _candidates(state: dict[str, Tensor], models: list[str]) -> list[tuple[str, str]]:
+def _candidates(state: dict[str, StoredTensor], models: list[str]) -> list[tuple[str, str]]:
     """List the `models`, with each shortcut option, that have about as many convolutions as `state`.
 
     Building one for its shapes takes 6 ms, but half a second if it has 1202 layers.
     """
-    layers = 1 + sum(value.ndim == 4 and ".downsample." not in name for name, value in state.items())
+    layers = 1 + sum(len(value.shape) == 4 and ".downsample." not in name for name, value in state.items())
     distance = {name: abs(MODELS[name].depth - layers) for name in models}  # papers count some 1x1 convolutions
     nearest = min(distance.values()) + 3
     return [
@@ -239,7 +249,7 @@ def _candidates(state: dict[str, Tensor], models: list[str]) -> list[tuple[str, 
 
 
 def _infer(
-    state: dict[str, Tensor], candidates: list[tuple[str, str]], num_classes: int, path: Path
+    state: dict[str, StoredTensor], candidates: list[tuple[str, str]], num_classes: int, path: Path
 ) -> tuple[str, str]:
     """Infer model name and shortcut option from the names and shapes in `state`.
 
@@ -294,17 +304,19 @@ def _differences(found: Shapes, expected: Shapes) -> list[str]:
     ]
 
 
-def _load_state(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+def _check_types(state: dict[str, StoredTensor], path: Path) -> None:
+    """Raise `DataError` on weights that are no floats. The network has 4 bytes for each of 2 bytes or more."""
+    for key, value in state.items():
+        if value.dtype not in _FLOATS and not key.endswith("num_batches_tracked"):
+            raise DataError(f"{path}: {key} has values of type {value.dtype}. Save weights as floats.")
+
+
+def _load_state(network: nn.Module, state: dict[str, StoredTensor], path: Path) -> None:
     """Load `state`, whose names and shapes match. Raises `DataError` if the network cannot compute with its values."""
     for key, value in network.state_dict().items():
-        if value.is_floating_point() and key in state and not state[key].is_floating_point():
-            raise DataError(f"{path}: {key} has values of type {state[key].dtype}. Save weights as floats.")
-    try:
-        network.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # tensors without values, sparse or quantised ones
-        raise DataError(f"{path} does not match {name}: {str(error).splitlines()[-1].strip()}") from None
-    for key, value in network.state_dict().items():
-        if not value.isfinite().all():
+        if key in state:
+            state[key].copy_to(value)
+        if not all(bound.isfinite() for bound in value.aminmax()):
             raise DataError(f"{path}: {key} has values that are NaN or infinite, as after a training that diverged.")
-        if key.endswith("running_var") and (value < 0).any():
+        if key.endswith("running_var") and value.min() < 0:
             raise DataError(f"{path}: {key} has variances below 0.")

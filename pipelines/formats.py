@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 from .errors import DataError, UsageError, check_literals
 from .files import replacing, sha256, write_json
 from .store import DERIVED_FILES, Dataset, Split, check_file, prepare_command
+from .texts import read_json
 
 SCHEMA = 1
 
@@ -57,7 +57,7 @@ def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:
     """Read the manifest of format `kind`. Raises `DataError` if it is missing, damaged or of another data set."""
     path, remedy = _manifest_path(dataset, kind), _remedy(dataset, kind)
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
         expected = {name: manifest["files"][name] for name in DERIVED_FILES[kind]}
         facts = [manifest["facts"][split] for split in ("train", "test")]
         sound = (
@@ -68,7 +68,7 @@ def read_manifest(dataset: Dataset, kind: str) -> dict[str, Any]:
         origin, _ = manifest["data_sha256"], manifest["settings"]
     except FileNotFoundError:
         raise DataError(f"{dataset.folder} has no {kind} files. {remedy}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise DataError(f"{path} is damaged. {remedy}")

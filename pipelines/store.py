@@ -27,9 +27,13 @@ from .errors import DataError, UsageError
 from .files import sha256, sync_folder, temporary_name, write_json
 from .prng import Stream, permutation, stream_key
 from .sampling import IMAGE_SIZE
+from .texts import read_json
 
 CIFAR10, SHAPES10 = "cifar10", "shapes10"
 """Data sets that are prepared without files from the user."""
+
+MOST_CLASSES = 1 << 15
+"""Largest number of classes; ImageNet-21k has 21,841. Networks and tables grow with it, whatever a file claims."""
 
 SCHEMA = 1
 _ARRAYS = {
@@ -278,7 +282,7 @@ def _remedy(folder: Path) -> str:
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         if inside := sorted(path.parent for path in folder.glob("*/meta.json")):
             raise DataError(f"no prepared data set in {folder} itself, but there is one in {inside[0]}.") from None
@@ -288,13 +292,13 @@ def _read_meta(folder: Path) -> dict[str, Any]:
                 f"fastresnet prepare --data NAME --source {shlex.quote(str(folder))}"
             ) from None
         raise DataError(f"no prepared data set in {folder}. Prepare it: {prepare_again_command(folder)}") from None
-    except (ValueError, RecursionError, IsADirectoryError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise DataError(f"{path} is damaged: {error}. {_remedy(folder)}") from None
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise DataError(f"{path} does not describe a store that this version reads. {_remedy(folder)}")
     checks = {
         "name": lambda value: isinstance(value, str) and is_name(value),
-        "classes": lambda value: isinstance(value, list) and value and all(isinstance(c, str) for c in value),
+        "classes": lambda value: isinstance(value, list) and 0 < len(value) <= MOST_CLASSES and _are_texts(value),
         "mean": _is_three_fractions,
         "std": _is_three_fractions,
         "files": lambda value: isinstance(value, dict) and {f"{key}.npy" for key in _ARRAYS} <= value.keys(),
@@ -305,6 +309,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("sha256") != _meta_digest(meta):
         raise DataError(f"{path} is damaged: its own SHA-256 is wrong. {_remedy(folder)}")
     return meta
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _is_three_fractions(value: Any) -> bool:

@@ -90,8 +90,9 @@ def run(arguments: list[str]) -> int:
     ):
         if reason:
             print(reason)
-        parts = [network(batch.to(device)).softmax(1).cpu() for batch in batches]
-    probabilities, classes = torch.cat(parts).topk(min(options.top, weights.num_classes))
+        top = min(options.top, weights.num_classes)
+        parts = [network(batch.to(device)).softmax(1).topk(top) for batch in batches]
+    probabilities, classes = (torch.cat([part[kind].cpu() for part in parts]) for kind in (0, 1))
     if not probabilities.isfinite().all():
         raise RunError(f"the logits of {options.weights} are not finite for all images: its weights overflow.")
     predictions: list[Prediction] = [

@@ -51,11 +51,11 @@ def test_counts_and_mistakes_follow_from_the_probabilities():
     probabilities = rng.dirichlet(np.ones(3), 200).astype(np.float32)
     labels = rng.integers(0, 3, 200)
     images = rng.integers(0, 256, (200, 32, 32, 3), np.uint8)
-    predictions = Predictions("x", ("a", "b", "c"), images, labels, probabilities)
     taken_for = probabilities.argmax(1)
-    for row in range(3):
-        for column in range(3):
-            assert predictions.counts[row, column] == sum((labels == row) & (taken_for == column))
+    predictions = Predictions("x", ("a", "b", "c"), images, labels, taken_for, probabilities.max(1))
+    (axes,) = predictions.confusion().axes
+    shown = {(*map(round, text.get_position()[::-1]),): int(text.get_text()) for text in axes.texts}
+    assert shown == {(i, j): sum((labels == i) & (taken_for == j)) for i in range(3) for j in range(3)}
     assert predictions.accuracy == pytest.approx(100 * np.mean(labels == taken_for))
     worst = predictions.worst()
     assert len(worst) == 24
@@ -74,9 +74,8 @@ def test_predictions_and_eval_agree(run, finished, data_root):
 
 def test_mistakes_figure_works_without_mistakes():
     labels = np.arange(3)
-    predictions = Predictions(
-        "x", ("a", "b", "c"), np.zeros((3, 32, 32, 3), np.uint8), labels, np.eye(3, dtype=np.float32)
-    )
+    images, likely = np.zeros((3, 32, 32, 3), np.uint8), np.ones(3, np.float32)
+    predictions = Predictions("x", ("a", "b", "c"), images, labels, labels, likely)
     assert predictions.mistakes().get_suptitle()
 
 

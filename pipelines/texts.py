@@ -1,0 +1,54 @@
+"""Texts in files from outside: read and parsed within limits of size, memory and depth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LONGEST_TEXT = 8 << 20
+_MEMORY, _DEEPEST = 32 << 20, 100
+
+
+def read_text(path: Path, longest: int = LONGEST_TEXT) -> bytes:
+    """Read a file whole. Raises `ValueError` if it has more than `longest` bytes, and `OSError`."""
+    with open(path, "rb") as file:
+        data = file.read(longest + 1)
+    if len(data) > longest:
+        raise ValueError(f"it has more than {longest:,} bytes")
+    return data
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON. Raises `ValueError` if it is not valid, or would take far more memory than honest files do."""
+    text = data.decode()
+    copies = 8 if not text.isascii() else 5 if "\\u" in text else 2  # Python stores some texts in 4 bytes a character
+    memory = 300 * text.count("{") + 72 * text.count("[") + 80 * text.count(",") + copies * len(text)
+    if memory > _MEMORY + len(data):
+        raise ValueError("its JSON would take too much memory")
+    try:
+        contents = json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    _check_depth(contents)
+    return contents
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path))
+
+
+def _check_depth(contents: Any) -> None:
+    """Raise `ValueError` if `contents` are nested so deeply that writing or comparing them could fail."""
+    level = [contents]
+    for _ in range(_DEEPEST):
+        level = [part for value in level for part in _containers_in(value)]
+        if not level:
+            return
+    raise ValueError("its JSON is nested too deeply")
+
+
+def _containers_in(value: Any) -> list[Any]:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [part for part in parts if isinstance(part, dict | list)]
