@@ -96,7 +96,8 @@ def check_pixels(image: Any, content: bytes, name: str, effort: Effort) -> None:
     if _is_tiff(content):  # whose tiles may be larger than the image
         pixels = max(pixels, int(image.tag_v2.get(_TILE_WIDTH, 0)) * int(image.tag_v2.get(_TILE_HEIGHT, 0)))
     in_python = any(tile[0] in _IN_PYTHON for tile in image.tile)
-    most = _PIXELS_IN_PYTHON if in_python else _most_pixels(image.format, content)
+    kind = "grey" if image.mode in ("1", "L", "P") else image.format
+    most = _PIXELS_IN_PYTHON if in_python else _most_pixels(kind, content)
     if pixels > most or max(width, height) > _SIDE:
         refuse_pixels(name)
     if in_python and size > (64 << 10) + _BYTES_A_PIXEL * pixels:

@@ -138,27 +138,27 @@ def _check_depth(image: Any, head: bytes, name: str) -> None:
 
 
 def _fit(image: Any) -> np.ndarray:
-    """Return the pixels, upright, over `BACKGROUND`, cropped to a square and resized, as by ImageOps.fit of Pillow.
+    """Return the pixels, upright, over `BACKGROUND`, cropped to a square and resized."""
+    from PIL import ImageOps
 
-    It works on strips: whole copies of a large image would take as much memory again. As Pillow does, it shrinks rows,
-    and then columns.
-    """
+    upright, size = _upright(image), (IMAGE_SIZE, IMAGE_SIZE)
+    return np.asarray(upright if upright.size == size else ImageOps.fit(upright, size))
+
+
+def _upright(image: Any) -> Any:
+    """Convert to RGB, upright, over `BACKGROUND`; by strips, so that a large image takes one copy, or none."""
     from PIL import Image
 
     orientation = _orientation(image)
+    if image.mode == "RGB" and orientation == 1 and "transparency" not in image.info:
+        return image
     width, height = image.size if orientation < _SIDEWAYS else image.size[::-1]
-    if (width, height) == (IMAGE_SIZE, IMAGE_SIZE):
-        return np.asarray(_upright_rows(image, orientation, 0, height, height))
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    narrow = Image.new("RGB", (IMAGE_SIZE, height))
+    upright = Image.new("RGB", (width, height))
     step = max(1, _STRIP // width)
     for start in range(0, height, step):
         rows = _upright_rows(image, orientation, start, min(start + step, height), height)
-        size, box = (IMAGE_SIZE, rows.height), (left, 0, left + side, rows.height)
-        narrow.paste(rows.resize(size, Image.Resampling.BICUBIC, box), (0, start))
-    size, box = (IMAGE_SIZE, IMAGE_SIZE), (0, top, IMAGE_SIZE, top + side)
-    return np.asarray(narrow.resize(size, Image.Resampling.BICUBIC, box))
+        upright.paste(rows, (0, start))
+    return upright
 
 
 def _orientation(image: Any) -> int:

@@ -191,14 +191,20 @@ def _assemble(members: dict[str, Any], path: Path) -> RawData:
     names = _PYTHON_MEMBERS if members.keys() & set(_PYTHON_MEMBERS) else _BINARY_MEMBERS
     if missing := [name for name in names if name not in members]:
         raise DataError(f"{path} is not a complete CIFAR-10: {', '.join(missing)} missing. Fetch it again.")
-    *train, test, classes = (members[name] for name in names)
+    *train, test, classes = (members.pop(name) for name in names)
     return _join(classes, train, test)
 
 
 def _join(classes: tuple[str, ...], train: list[tuple], test: tuple) -> RawData:
-    return RawData(
-        classes, np.concatenate([images for images, _ in train]), np.concatenate([labels for _, labels in train]), *test
-    )
+    """Join the batches to train on; each is freed once it is copied."""
+    labels = np.concatenate([labels for _, labels in train])
+    images = np.empty((len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    start = 0
+    while train:
+        batch, _ = train.pop(0)
+        images[start : start + len(batch)] = batch
+        start += len(batch)
+    return RawData(classes, images, labels, *test)
 
 
 def _checked(data: RawData, path: Path) -> RawData:

@@ -341,6 +341,11 @@ def test_an_image_that_is_a_link_in_a_tar_is_not_dropped_without_a_word(pack, re
     assert "1 of 6 images cannot be read" in note
 
 
+@pytest.mark.parametrize("packing", ["zip", "tar"])
+def test_a_name_with_a_line_end_stays_in_one_line(pack, refused, packing):
+    refused(pack(CATS_AND_DOGS, packing, {"train/cat/a\nerror: b.png": b"text"}), r"train/cat/a\nerror: b.png is text")
+
+
 # --- unreadable images, and hostile archives ---------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pipelines.archives import file_at
 from pipelines.errors import DataError, Note
 from pipelines.images import read_image, read_images
+from tests.limits import limits
 
 LOSSLESS = {
     "png": {},
@@ -308,6 +309,119 @@ def test_image_that_claims_a_huge_size_is_refused_before_it_is_decoded(refused, 
         "has too many pixels for its size",
         "Scale it down",
     )
+
+
+# --- claims beyond the file --------------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def blank_png(side: int, colour: int = 2, *chunks: bytes) -> bytes:
+    """A PNG of black pixels, with `chunks` before them."""
+    packer, row = zlib.compressobj(1), bytes(1 + side * {0: 1, 2: 3, 6: 4}[colour])
+    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def grey_tiff(*tags: tuple[int, int, int, int]) -> bytes:
+    """The header of a TIFF of 64x64 grey pixels with more tags: (tag, type, count, value or place)."""
+    every = [(256, 3, 1, 64), (257, 3, 1, 64), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), *tags]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in every)
+    return b"II*\0" + struct.pack("<IH", 8, len(every)) + entries + bytes(4)
+
+
+def with_before(content: bytes, mark: bytes, inserted: bytes) -> bytes:
+    place = content.rindex(mark)
+    return content[:place] + inserted + content[place:]
+
+
+BLANK = np.zeros((32, 32), np.uint8)
+TEXTS = [chunk(b"zTXt", b"k%d\0\0" % n + zlib.compress(bytes(1 << 20))) for n in range(63)]
+WIDE = ("\U0001f600" + "a" * ((1 << 20) - 4)).encode()  # four bytes of memory for each character
+TEXTS_WIDE = [chunk(b"iTXt", b"k%d\0\1\0\0\0" % n + zlib.compress(WIDE)) for n in range(63)]
+RLE = (lambda bmp: bmp[:30] + struct.pack("<I", 1) + bmp[34:])(saved(Image.new("P", (32, 32)), "bmp"))
+CANVAS = (16382).to_bytes(3, "little") * 2
+EXCESSES = {
+    "pixels of a PNG": (lambda: blank_png(4096), "too many pixels"),
+    "pixels in a row": (lambda: saved(Image.new("1", (70_000, 8))), "too many pixels"),
+    "pixels of a WebP": (lambda: b"RIFF\x64\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0" + CANVAS + bytes(80), "too many pixels"),
+    "scans of a JPEG": (lambda: jpeg_of_scans(3000), "scans"),
+    "segments of a JPEG": (lambda: saved(BLANK, "jpeg")[:2] + b"\xff\xfe\0\2" * 100_000, "metadata without end"),
+    "chunks of a PNG": (lambda: blank_png(32, 2, chunk(b"IDAT", b"") * 100_000), "chunks"),
+    "strips of a TIFF": (lambda: grey_tiff((273, 4, 1 << 20, 200)) + bytes(4 << 20), "values in one tag"),
+    "strips of bytes": (lambda: grey_tiff((273, 1, 4 << 20, 200)) + bytes(4 << 20), "values in one tag"),
+    "numbers for a profile": (lambda: grey_tiff((34675, 4, 1 << 20, 200)) + bytes(4 << 20), "values in one tag"),
+    "tile of a TIFF": (
+        lambda: grey_tiff((322, 3, 1, 20_000), (323, 3, 1, 20_000), (324, 4, 1, 200), (325, 4, 1, 9)) + bytes(200),
+        "too many pixels",
+    ),
+    "comments of a GIF": (
+        lambda: with_before(saved(BLANK, "gif"), b",", b"!\xfe" + (b"\xff" + bytes(255)) * 20_000 + b"\0"),
+        "metadata without end",
+    ),
+    "comment of a PPM": (lambda: b"P6\n#" + b"a" * (1 << 20) + b"\n32 32 255\n" + bytes(3072), "metadata without end"),
+    "comments of a PPM": (lambda: b"P3 32 32 255\n" + b"#\n" * (1 << 20) + b"0 " * 3072, "comments"),
+    "pixels of a plain PPM": (lambda: b"P3 2048 1024 255\n" + b"0 " * (6 << 20), "too many pixels"),
+    "runs of a BMP": (lambda: RLE + bytes(4 << 20), "bytes for 1,024 pixels"),
+}
+
+
+def jpeg_of_scans(count: int) -> bytes:
+    content = saved(BLANK, "jpeg", progressive=True)
+    return with_before(content, b"\xff\xd9", content[content.rindex(b"\xff\xda") : -2] * count)
+
+
+@pytest.mark.parametrize(("make", "words"), EXCESSES.values(), ids=EXCESSES)
+def test_image_that_would_take_much_more_than_its_size_is_refused(refused, make, words):
+    content = make()
+    with limits(len(content), seconds=2):
+        refused(content, words)
+
+
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS_WIDE], ids=["Latin", "wide"])
+def test_texts_of_a_png_are_not_unpacked(read, drawn, texts):
+    content = saved(drawn)
+    content = content[:33] + b"".join(texts) + content[33:]  # after the header
+    with limits(len(content)):
+        np.testing.assert_array_equal(read(content), drawn)
+
+
+@pytest.mark.parametrize("colour", [2, 6])
+def test_large_image_takes_at_most_two_copies(read, colour):
+    side = 2880
+    turned = chunk(b"eXIf", exif(6)[6:])
+    content = blank_png(side, colour, turned)
+    with limits(3 * side * side):
+        assert (read(content) == (255 if colour == 6 else 0)).all()
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_strips_of_a_large_image_give_the_same_pixels(read, monkeypatch, orientation):
+    pixels = np.random.default_rng(8).integers(0, 256, (70, 53, 4), np.uint8)
+    content = saved(pixels, exif=exif(orientation))
+    whole = read(content)
+    monkeypatch.setattr("pipelines.images._STRIP", 500)
+    np.testing.assert_array_equal(read(content), whole)
+
+
+def test_file_of_an_image_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "1.png").touch()
+    os.truncate(tmp_path / "1.png", 5 << 30)  # sparse: it takes no space
+    with limits(64 << 20), pytest.raises(DataError, match=r"1\.png has over 67,108,864 bytes\. Scale the image down"):
+        read_image(file_at(tmp_path / "1.png"))
+
+
+@pytest.mark.parametrize("source_bytes", [None, 1000])
+def test_images_that_have_too_many_pixels_in_all_are_refused_and_not_skipped(tmp_path, monkeypatch, source_bytes):
+    monkeypatch.setattr("pipelines.image_limits._ALL_PIXELS", 3 << 20)
+    monkeypatch.setattr("pipelines.image_limits._ALL_PIXELS_PER_BYTE", 1)
+    (tmp_path / "1.png").write_bytes(blank_png(1024))
+    files = [(row, file_at(tmp_path / "1.png")) for row in range(12)]
+    with pytest.raises(DataError, match="and those before it have too many pixels for their bytes"):
+        read_images(files, len(files), skip_unreadable=True, source_bytes=source_bytes)
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, "jpeg"])

@@ -239,6 +239,12 @@ def test_class_names_that_are_not_utf8_are_refused(tmp_path, helpers, fake, refu
     refused(helpers.make_folder(tmp_path / "batches", members), "batches.meta.txt")
 
 
+def test_file_of_class_names_without_end_is_refused(tmp_path, helpers, fake, refused):
+    path = helpers.make_folder(tmp_path / "batches", {**fake.binary(), "batches.meta.txt": b"a\n" * (1 << 20)})
+    with limits(0):
+        refused(path, "batches.meta.txt is too large for a file of CIFAR-10")
+
+
 @pytest.mark.parametrize("version", ["python", "binary", "binary of Windows"])
 def test_class_names_may_have_blanks_and_any_letters(tmp_path, helpers, read, version):
     fake = helpers.FakeCifar(("traffic light", "chouette à lunettes", "猫"))
