@@ -301,7 +301,7 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
         hint = str  # `TrainConfig` checks the value
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UsageError(f"{where}: {name} = {value!r}: expected a list.")
+            raise UsageError(f"{where}: {name} = {value!r:.200}: expected a list.")
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
     kinds = get_args(hint) or (hint,)
@@ -315,5 +315,5 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if type(value) not in kinds:
         names = [kind.__name__ for kind in kinds if isinstance(kind, type) and kind is not type(None)]
         expected = " or ".join([*names, *words])
-        raise UsageError(f"{where}: {name} = {value!r}: expected {expected}.")
+        raise UsageError(f"{where}: {name} = {value!r:.200}: expected {expected}.")
     return value

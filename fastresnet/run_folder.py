@@ -410,7 +410,7 @@ def read_run(folder: Path) -> Run:
         if any(not abs(row[name]) <= _LARGEST for row in rows for name in ("epoch", "step", "lr")):
             raise ValueError("an epoch, step or lr is not a number")
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(f"{metrics} is damaged: {error}.") from None
+        raise DataError(f"{metrics} is damaged: {str(error)[:200]}.") from None
     summary = folder / "summary.json"
     return Run(folder, rows, read_summary(summary) if summary.exists() else None)
 

@@ -26,7 +26,7 @@ from pipelines.contents import recognise
 from pipelines.errors import DataError, Note, check_choice, list_some
 from pipelines.sampling import IMAGE_SIZE, NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES
-from pipelines.store import CIFAR10, MOST_CLASSES, Dataset
+from pipelines.store import CIFAR10, MOST_CLASSES, Dataset, are_class_names
 
 # Of CIFAR-10's training images, from exact counts of their pixel values.
 CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
@@ -183,7 +183,7 @@ def _deviations(values: Any, path: Path) -> Tensor:
 def _names(facts: dict[str, Any], num_classes: int) -> tuple[tuple[str, ...], bool]:
     """Return the names of the classes, and True if they are known."""
     given, config = facts.get("classes"), facts.get("config")
-    if isinstance(given, list) and len(given) == num_classes and all(isinstance(name, str) for name in given):
+    if are_class_names(given) and len(given) == num_classes:
         return tuple(given), True
     is_cifar10 = num_classes == len(CIFAR10_CLASSES)
     if is_cifar10 and (config is None or config["data"] == CIFAR10):
@@ -196,12 +196,14 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
     config = config if isinstance(config, dict) else {}
     name, shortcut = model or config.get("model"), config.get("shortcut")
     if name not in list_models() or shortcut not in MODELS[name].shortcuts:
-        raise DataError(f"{path} describes an unknown network (model {name!r}, shortcut {shortcut!r}).")
+        raise DataError(f"{path} describes an unknown network (model {name!r:.100}, shortcut {shortcut!r:.100}).")
     if not isinstance(config.get("data"), str):
-        raise DataError(f"{path} describes a training without a data set (data {config.get('data')!r}).")
+        raise DataError(f"{path} describes a training without a data set (data {config.get('data')!r:.100}).")
     for setting, known in (("normalization", get_args(NormalizationMode)), ("precision", _PRECISIONS)):
         if (value := config.get(setting)) not in known:
-            raise DataError(f"{path} describes a training of unknown {setting} {value!r}. Known: {', '.join(known)}.")
+            raise DataError(
+                f"{path} describes a training of unknown {setting} {value!r:.100}. Known: {', '.join(known)}."
+            )
     return name, shortcut
 
 

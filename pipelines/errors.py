@@ -52,7 +52,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     if value in names:
         return
     hint = f"did you mean {near!r}? " if (near := nearest(str(value), names)) else ""
-    raise UsageError(f"unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")
+    raise UsageError(f"unknown {what} {value!r:.200}: {hint}Valid: {', '.join(names)}.")
 
 
 def nearest(value: str, names: Iterable[str], similarity: float = 0.5) -> str | None:

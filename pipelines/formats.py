@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import io
 import tarfile
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +102,7 @@ def _remedy(dataset: Dataset, kind: str) -> str:
 
 Subsampling = Literal["4:4:4", "4:2:2", "4:2:0"]
 _BLOCK = tarfile.BLOCKSIZE
+_LONGEST_LINE = 1000  # of an index
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,15 +182,29 @@ def open_shard(tar: Path, index: Path) -> Shard:
     """Open a shard by its index. Raises `DataError` if the index does not describe the tar."""
     data = np.asarray(np.memmap(tar, np.uint8, mode="r"))
     try:
-        header, *lines = index.read_text().splitlines()
-        entries = [line.split() for line in lines]
-        offsets, sizes = (np.array([int(entry[i]) for entry in entries], np.int64) for i in (1, 2))
-        sound = header == f"v1.2 {len(entries)}" and all(entry[0] == "jpg" for entry in entries)
-    except (ValueError, IndexError):
+        offsets, sizes = (np.array(numbers, np.int64) for numbers in _read_index(index, len(data)))
+        sound = not ((offsets < 0) | (sizes < 0) | (offsets > len(data) - sizes)).any()
+    except (ValueError, OverflowError):
         sound = False
-    if not sound or (len(sizes) and ((offsets < 0) | (sizes < 0) | (offsets + sizes > len(data))).any()):
+    if not sound:
         raise DataError(f"{index} is not an index of {tar}.")
     return Shard(data, offsets, sizes)
+
+
+def _read_index(path: Path, size: int) -> tuple[array[int], array[int]]:
+    """Read offsets and sizes of the JPEGs in a tar of `size` bytes. Raises `ValueError` if they cannot be true."""
+    offsets, sizes = array("q"), array("q")
+    with open(path, encoding="ascii") as lines:
+        header = lines.readline(_LONGEST_LINE)
+        while line := lines.readline(_LONGEST_LINE):
+            kind, offset, length, _ = line.split(maxsplit=3)
+            offsets.append(int(offset))
+            sizes.append(int(length))
+            if kind != "jpg" or len(offsets) > size // (2 * _BLOCK):  # a sample has two files, each with a header
+                raise ValueError
+    if header != f"v1.2 {len(offsets)}\n":
+        raise ValueError
+    return offsets, sizes
 
 
 def facts_text(facts: dict[str, Any]) -> str:

@@ -95,8 +95,7 @@ class BoundedUnpickler(_Python):
         self.charge(3 * len(text))
         self.append(str(text, "raw-unicode-escape"))
 
-    def load_bytearray8(self) -> None:
-        super().load_binbytes8()
+    load_bytearray8 = _Python.load_binbytes8
 
     def load_mark(self) -> None:
         if len(self.metastack) > _MOST_MARKS:
@@ -123,8 +122,7 @@ class BoundedUnpickler(_Python):
     def load_empty_set(self) -> None:
         self.append(None)  # nothing that is needed is in a set
 
-    def load_additems(self) -> None:
-        self.pop_mark()
+    load_additems = _Python.load_pop_mark
 
     def load_frozenset(self) -> None:
         self.pop_mark()

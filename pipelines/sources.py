@@ -254,7 +254,7 @@ def _parse_binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _parse_python_batch(content: dict) -> tuple[np.ndarray, np.ndarray]:
     images, listed = content[b"data"].array(), content[b"labels"]
-    labels = np.array(listed) if isinstance(listed, list) and all(isinstance(v, int) for v in listed) else None
+    labels = np.array(listed) if isinstance(listed, list | tuple) and all(isinstance(v, int) for v in listed) else None
     if labels is None or labels.dtype != np.int64:
         raise DataError("has labels that are not a list of small integers.")
     if images.shape != (len(labels), _PIXELS):

@@ -19,7 +19,7 @@ import shutil
 import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -34,6 +34,8 @@ CIFAR10, SHAPES10 = "cifar10", "shapes10"
 
 MOST_CLASSES = 1 << 15
 """Largest number of classes; ImageNet-21k has 21,841. Networks and tables grow with it, whatever a file claims."""
+
+_LONGEST_NAME = 1000
 
 SCHEMA = 1
 _ARRAYS = {
@@ -255,7 +257,16 @@ def open_store(folder: Path) -> Dataset:
 
 def is_name(name: str) -> bool:
     """Return True if `name` is valid for a data set: it becomes a folder name, and part of other folders' names."""
-    return bool(name) and name.isprintable() and name == Path(name).name and not name.startswith(".")
+    return (
+        0 < len(name) <= _LONGEST_NAME and name.isprintable() and name == Path(name).name and not name.startswith(".")
+    )
+
+
+def are_class_names(names: Any) -> TypeGuard[list[str]]:
+    """Return True if a file's `names` can be those of classes: a list of texts, not too many and none too long."""
+    if not isinstance(names, list) or not 0 < len(names) <= MOST_CLASSES:
+        return False
+    return all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names)
 
 
 def prepare_command(folder: Path) -> str:
@@ -298,7 +309,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} does not describe a store that this version reads. {_remedy(folder)}")
     checks = {
         "name": lambda value: isinstance(value, str) and is_name(value),
-        "classes": lambda value: isinstance(value, list) and 0 < len(value) <= MOST_CLASSES and _are_texts(value),
+        "classes": are_class_names,
         "mean": _is_three_fractions,
         "std": _is_three_fractions,
         "files": lambda value: isinstance(value, dict) and {f"{key}.npy" for key in _ARRAYS} <= value.keys(),
@@ -311,10 +322,6 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _are_texts(values: list[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
 def _is_three_fractions(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in value)
 
@@ -324,7 +331,7 @@ def check_file(path: Path, expected: dict[str, Any], manifest: str, remedy: str)
     if not path.is_file():
         raise DataError(f"{path} is missing. {remedy}")
     if (size := path.stat().st_size) != expected["bytes"]:
-        raise DataError(f"{path} has {size} bytes, not {expected['bytes']}. {remedy}")
+        raise DataError(f"{path} has {size} bytes, not {expected['bytes']!r:.30}. {remedy}")
     if sha256(path) != expected["sha256"]:
         raise DataError(f"{path} is damaged: its SHA-256 is not the one in {manifest}. {remedy}")
 
@@ -335,11 +342,13 @@ def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
     expected = files[path.name]
     try:
         check_file(path, expected, "meta.json", _remedy(folder))
-        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, accepts only .npy
-    except (KeyError, TypeError, ValueError, tokenize.TokenError) as error:
-        raise DataError(f"{path} cannot be read: {error}. {_remedy(folder)}") from None
+        with np.errstate(over="ignore"):  # a shape is multiplied before it is compared with the size
+            array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, accepts only .npy
+    except (KeyError, TypeError, ValueError, OverflowError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
+        raise DataError(f"{path} cannot be read: {reason}. {_remedy(folder)}") from None
     if array.dtype != _ARRAYS[key]:
-        raise DataError(f"{path} holds {array.dtype}, not {_ARRAYS[key]}. {_remedy(folder)}")
+        raise DataError(f"{path} holds {str(array.dtype)[:100]}, not {_ARRAYS[key]}. {_remedy(folder)}")
     if not array.flags.c_contiguous:  # compiled code reads its memory in order
         raise DataError(f"{path} is not in C order. {_remedy(folder)}")
     return array

@@ -1,6 +1,8 @@
 """Checkpoint files: exact round trips, and rejection of damaged files."""
 
 import errno
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from fastresnet import checkpoint
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix, with_prefix
 from pipelines.errors import DataError
+from tests.limits import limits
 
 DESCRIPTION = {"config": {"model": "resnet20", "lr": 0.1, "milestones": [0.5, 0.75]}, "note": 'é "\\ \n', "best": None}
 
@@ -119,7 +122,8 @@ def as_folder(folder):
 
 def with_header(header, size):
     """A safetensors file with that header before `size` bytes of zeros."""
-    return len(header).to_bytes(8, "little") + header.encode() + bytes(size)
+    text = header.encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
 
 
 def holding(content):
@@ -151,6 +155,49 @@ def test_invalid_checkpoint_is_refused_with_its_path(tmp_path, make):
         load_tensors(path)
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+# --- hostile headers ---------------------------------------------------------------------------------------------
+
+
+def described(text):
+    """A header whose description is `text`, with the right digest."""
+    metadata = {"fastresnet": text, "fastresnet.sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps({"__metadata__": metadata})
+
+
+def entries(count):
+    return "{" + ",".join(f'"{n}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for n in range(count)) + "}"
+
+
+HOSTILE = {
+    "lists": '{"x":[' + 1_000_000 * "[]," + "0]}",
+    "open lists": '{"x":' + 5_000_000 * "[",
+    "mappings": '{"x":[' + 100_000 * (15 * '{"":' + "0" + 15 * "}" + ",") + "0]}",
+    "a wide text": '{"x":"' + 7_000_000 * "a" + '\U0001f600"}',
+    "a longer header": '{"x":"' + (9 << 20) * "a" + '"}',
+    "very many tensors": entries(100_000),
+    "a description of lists": described('{"schema":1,"x":[' + 1_000_000 * "[]," + "0]}"),
+    "a description that is nested": described('{"schema":1,"x":' + 500 * "[" + 500 * "]" + "}"),
+    "an overlap": '{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}, "b":'
+    '{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}',
+    "a negative size": '{"a":{"dtype":"U8","shape":[-8],"data_offsets":[0,8]}}',
+    "a negative place": '{"a":{"dtype":"U8","shape":[16],"data_offsets":[-8,8]}}',
+    "a huge size": '{"a":{"dtype":"U8","shape":[1' + 4000 * "0" + '],"data_offsets":[0,8]}}',
+    "a fraction": '{"a":{"dtype":"U8","shape":[8.0],"data_offsets":[0,8]}}',
+    "very many sizes": '{"a":{"dtype":"U8","shape":[8' + 100 * ",1" + '],"data_offsets":[0,8]}}',
+    "a type that is a list": '{"a":{"dtype":["U8"],"shape":[8],"data_offsets":[0,8]}}',
+    "a list": "[]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_header_is_refused(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_header(header, 8))
+    with limits(path.stat().st_size), pytest.raises(DataError) as caught:
+        load_tensors(path)
+    assert len(str(caught.value)) < 500 + len(str(path))
 
 
 # --- damage ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, best, fast, pa
 from fastresnet.training.optimizer import lr_factor
 from pipelines import PIPELINES
 from pipelines.errors import UsageError
+from tests.limits import limits
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 NOT_PART_OF_THE_RESULT = {"root": None, "out": None, "resume": False, "checkpoint_steps": 0}
@@ -432,6 +433,10 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path, line):
 
 
 NO_TOML = {
+    "many dots": b"a." * 30_000 + b"a = 1",
+    "a table with many dots": b"[" + b"a." * 30_000 + b"a]",
+    "large": b"# a" * 1_000_000,
+    "large value": b'epochs = "' + b"a" * 60_000 + b'"',
     "text": b"hello world",
     "open bracket": b"milestones = [0.5",
     "twice": b"epochs = 1\nepochs = 2",
@@ -449,9 +454,10 @@ NO_TOML = {
 def test_invalid_toml_file_is_refused(tmp_path, content):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
-    with pytest.raises(UsageError) as caught:
+    with limits(len(content)), pytest.raises(UsageError) as caught:
         from_toml(path)
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(path))
     assert caught.value.exit_code == 2
 
 

@@ -7,6 +7,8 @@ import decimal
 import enum
 import functools
 import io
+import json
+import math
 import os
 import pickletools
 import re
@@ -434,20 +436,12 @@ HOSTILE = {
     "memo": b"]" + 4_000_000 * b"\x94",
     "lists in lists": b"](" + 1000 * (b"]q\x00(" + 4000 * b"]" + b"eh\x00") + b"e",
     "short texts": b"(" + 1_000_000 * b"\x8c\x02ab",
-    "wide texts": b"(" + 2000 * (b"X" + struct.pack("<I", 4004) + "\U0001f600".encode() + 4000 * b"a"),
     "long text": b"(X" + struct.pack("<I", (40 << 20) + 4) + "\U0001f600".encode() + (40 << 20) * b"a",
-    "long bytes": b"(B" + struct.pack("<I", 20 << 20) + bytes(20 << 20),
     "long number": b"\x8b" + struct.pack("<i", 8 << 20) + (8 << 20) * b"a",
     "long decimal number": b"L" + 5000 * b"9" + b"L\n",
-    "numbers without an end": 4_000_000 * b"N0" + b"N",
     "entries": b"}(" + b"".join(b"M" + struct.pack("<H", n % 65536) + b"N" for n in range(900_000)) + b"u",
-    "the same entries again": b"}q\x00(("
-    + b"".join(b"M" + struct.pack("<H", n) for n in range(60_000))
-    + b"tq\x01"
-    + 60 * (b"}(" + b"".join(b"M" + struct.pack("<H", n) + b"]" for n in range(5000)) + b"u"),
     "a list of one list": b"]q\x00](" + 1_000_000 * b"h\x00" + b"e",
     "deep mappings": b"X\x01\x00\x00\x00aq\x00" + 200_000 * b"}h\x00" + b"]" + 200_000 * b"s",
-    "views of a long list": b"(" + 100_000 * b"N" + b"lq\x00" + 200_000 * b"h\x00Q",
     "names of objects": b"\x8c\xffdatetime" + 247 * b"x" + b"q\x00" + 500_000 * b"h\x00h\x00\x93",
     "line of a claim": b"c" + 20_000_000 * b"a",
     "copies of large arguments": b"("
@@ -506,6 +500,54 @@ def test_a_zip_whose_entries_overlap_or_are_compressed_is_refused(tmp_path):
         archive.writestr("w/data.pkl", bytes(1000))
         archive.filelist *= 50
     assert_refused(tmp_path / "w.pt", "claim more bytes")
+
+
+def shapes(name, **options):
+    with torch.device("meta"):
+        return {key: value.shape for key, value in create_model(name, **options).state_dict().items()}
+
+
+def test_a_network_whose_tensors_are_all_the_same_values_is_refused(tmp_path):
+    found = shapes("wrn28-10")
+    values = torch.zeros(max(map(math.prod, found.values())), dtype=torch.half)
+    state = {key: values[: math.prod(shape)].view(shape) for key, shape in found.items()}
+    torch.save(state, tmp_path / "w.pt")
+    size = (tmp_path / "w.pt").stat().st_size
+    assert size < 10 << 20
+    with limits(size):
+        assert_refused(tmp_path / "w.pt", "claim more values than it has")
+
+
+def test_a_network_of_half_precision_takes_twice_its_file(tmp_path):
+    """Its tensors are parts of one storage, which is not read whole."""
+    found = shapes("wrn16-8", num_classes=30_000)
+    flat = torch.zeros(sum(map(math.prod, found.values())), dtype=torch.half)
+    parts = flat.split(list(map(math.prod, found.values())))
+    torch.save({key: part.view(shape) for (key, shape), part in zip(found.items(), parts, strict=True)}, tmp_path / "w")
+    del flat, parts
+    with limits((tmp_path / "w").stat().st_size):
+        assert load_weights(tmp_path / "w").num_classes == 30_000
+
+
+def test_weights_of_one_byte_are_refused(tmp_path):
+    state = {key: torch.zeros(shape, dtype=torch.float8_e4m3fn) for key, shape in shapes("wrn28-10").items()}
+    for save in (torch.save, safetensors.torch.save_file):
+        save(state, tmp_path / "w")
+        with limits((tmp_path / "w").stat().st_size):
+            assert_refused(tmp_path / "w", "float8|F8_E4M3")
+
+
+@pytest.mark.parametrize("kind", ["zip", "safetensors", "legacy"])
+def test_a_long_history_beside_a_network_is_read(tmp_path, kind):
+    expected = network()
+    history = [{"loss": n / 7, "accuracy": n / 3, "lr": 0.1 + n, "step": n, "split": "train"} for n in range(20_000)]
+    content = {"net": expected.state_dict(), "losses": [n / 7 for n in range(100_000)], "history": history}
+    if kind == "safetensors":
+        safetensors.torch.save_file(expected.state_dict(), tmp_path / "w", {"history": json.dumps(history)})
+    else:
+        torch.save(content, tmp_path / "w", _use_new_zipfile_serialization=kind == "zip")
+    with limits((tmp_path / "w").stat().st_size):
+        assert_loaded(tmp_path / "w", expected)
 
 
 # --- inference of the network ------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from fastresnet.evaluation import Predictions, predict_test_set
 from fastresnet.plotting import curves
 from fastresnet.run_folder import read_run
 from fastresnet.weights import load_weights
+from pipelines.errors import DataError
 from pipelines.store import open_store
+from tests.limits import limits
 
 SMALL = ["--data", "shapes10", "--batch-size", 32, "--precision", "fp32"]
 
@@ -356,6 +358,17 @@ def test_damaged_metrics_are_refused_in_words(run, tmp_path, text):
     code, _, err = run("plot", tmp_path)
     assert (code, err.count("\n")) == (3, 1)
     assert f"{tmp_path / 'metrics.csv'} is damaged: " in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [HEADER + 600_000 * "1,5,.1,2,1,2,1,0\n", 500_000 * "ab,", "a\n" + 2_000_000 * "1\n", HEADER + 5000 * "9" + "x\n"],
+    ids=["rows", "columns", "short rows", "digits"],
+)
+def test_hostile_metrics_are_refused(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    with limits(len(text)), pytest.raises(DataError, match=r"metrics\.csv is damaged: .{0,210}$"):
+        read_run(tmp_path)
 
 
 def test_losses_that_are_not_finite_leave_a_gap_in_the_curves(run, tmp_path):

@@ -29,6 +29,7 @@ from pipelines.errors import DataError, Note, UsageError
 from pipelines.formats import JpegSettings, open_derived, open_shard, read_manifest, write_shard
 from pipelines.prepare import prepare
 from pipelines.store import open_store
+from tests.limits import limits
 
 torchvision_io = pytest.importorskip("torchvision.io")
 
@@ -641,6 +642,17 @@ def test_an_index_that_does_not_fit_its_tar_is_refused(dataset, tmp_path, change
     (tmp_path / "test.idx").write_text(change(text))
     with pytest.raises(DataError, match=r"test\.idx is not an index of .*test\.tar"):
         open_shard(dataset.folder / "test.tar", tmp_path / "test.idx")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["v1.2 2000000\n" + 2_000_000 * "jpg 0 0 x\n", "v1.2 1\njpg 0 0 " + 2_000_000 * "a ", 4_000_000 * "\n"],
+    ids=["lines", "words", "empty lines"],
+)
+def test_a_hostile_index_is_refused(dataset, tmp_path, text):
+    (tmp_path / "idx").write_text(text)
+    with limits(len(text)), pytest.raises(DataError, match="is not an index"):
+        open_shard(dataset.folder / "test.tar", tmp_path / "idx")
 
 
 def test_the_schema_is_written_into_every_manifest(dataset):

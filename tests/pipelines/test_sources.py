@@ -576,20 +576,31 @@ def test_folders_that_link_to_each_other_are_refused(tmp_path, refused):
         refused(tmp_path / "links", "through links. Remove some.")
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        b"})" + b"\x85" * 1_000_000 + b"K\x01s.",  # hashes a tuple nested a million times
-        b"}r" + struct.pack("<I", 1 << 24) + b".",  # one entry far out in the memo
-        b"]B" + struct.pack("<I", 1 << 30) + b".",  # a string of 1 GiB that is not there
-    ],
-    ids=["deep", "sparse memo", "long string"],
-)
-def test_pickle_that_exhausts_the_interpreter_is_refused(batches, program):
-    path = batches(data_batch_1=b"\x80\x03" + program)
-    error, memory = read_in_child(path)
-    assert error == "DataError"
-    assert memory < 200
+EXHAUSTING = {
+    "tuples in tuples": b"})" + b"\x85" * 1_000_000 + b"K\x01s.",  # hashes a tuple nested a million times
+    "sparse memo": b"}r" + struct.pack("<I", 1 << 24) + b".",  # one entry far out in the memo
+    "long string": b"]B" + struct.pack("<I", 1 << 30) + b".",  # a string of 1 GiB that is not there
+    "long number": b"\x8b" + struct.pack("<i", (1 << 31) - 1) + b".",
+    "frame": b"\x95" + struct.pack("<Q", 1 << 60) + b".",
+    "lists": b"(" + 4_000_000 * b"]" + b"l.",
+    "mappings": b"(" + 4_000_000 * b"}" + b"l.",
+    "marks": 4_000_000 * b"(" + b".",
+    "memo": b"]" + 4_000_000 * b"\x94" + b".",
+    "wide texts": b"(" + 4000 * (b"X" + struct.pack("<I", 4004) + "\U0001f600".encode() + 4000 * b"a") + b"l.",
+    "wide text": b"X" + struct.pack("<I", (12 << 20) + 4) + "\U0001f600".encode() + (12 << 20) * b"a" + b".",
+    "state of a class": b"cnumpy\nndarray\nN}C\x05arrayNs\x86b.",
+    "state of a function": b"cnumpy.core.multiarray\n_reconstruct\n}C\x01aNsb.",
+    "copies of arguments": b"(" + 100_000 * b"N" + b"tq\x00" + 30_000 * b"cnumpy\ndtype\nh\x00R" + b".",
+    "doubled labels": b"}(C\x04datacnumpy\nndarray\n)R(N(K\x07M\x00\x0c\x86cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R"
+    + b"\x89B" + struct.pack("<I", 7 * 3072) + bytes(7 * 3072) + b"tbC\x06labels]" + 40 * b"2\x86" + b"u.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", EXHAUSTING.values(), ids=EXHAUSTING)
+def test_pickle_that_exhausts_the_interpreter_is_refused(batches, refused, program):
+    path = batches(data_batch_1=b"\x80\x04" + program)
+    with limits(sum(file.stat().st_size for file in path.iterdir())):
+        refused(path, "data_batch_1")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from pipelines.errors import DataError, UsageError
 from pipelines.files import write_bytes
 from pipelines.store import RawData, channel_statistics, open_store, prepare_command, write_store
+from tests.limits import limits
 
 FILES = ("train_images", "train_labels", "test_images", "test_labels", "pixel_mean")
 
@@ -88,6 +90,53 @@ def npy(array: np.ndarray, **options) -> bytes:
     file = io.BytesIO()
     np.save(file, array, **options)
     return file.getvalue()
+
+
+def npy_header(shape: str, descr: str = "'|u1'") -> bytes:
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+HOSTILE_HEADERS = {
+    "huge": npy_header("(1099511627776, 32, 32, 3)"),
+    "overflowing": npy_header("(4611686018427387904, 4)"),
+    "negative": npy_header("(-1, 32, 32, 3)"),
+    "without bytes": npy_header("(1152921504606846976,)", "'|V0'"),
+    "deep": npy_header(9000 * "-" + "1"),
+    "long": b"\x93NUMPY\x02\x00" + (20 << 20).to_bytes(4, "little") + (20 << 20) * b" ",
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("content", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_a_hostile_header_of_an_array_is_refused(store, content):
+    replace_file(store, "train_images", content)
+    with limits(len(content)), pytest.raises(DataError) as caught:
+        open_store(store)
+    assert re.fullmatch(r".*train_images\.npy (cannot be read|holds).{0,400}", str(caught.value))
+
+
+HOSTILE_METAS = {
+    "very many classes": {"classes": [str(number) for number in range(32_769)]},
+    "a very long name of a class": {"classes": ["a", 1001 * "b", "c", "d"]},
+    "a very long name": {"name": 1001 * "a"},
+    "lists": {"x": 500_000 * [[]]},
+    "nested": {"x": json.loads(500 * "[" + 500 * "]")},
+    "large": {"x": (9 << 20) * "a"},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_METAS.values(), ids=HOSTILE_METAS)
+def test_a_hostile_description_is_refused(store, change):
+    change_meta(store, lambda meta: meta.update(change))
+    with limits((store / "meta.json").stat().st_size), pytest.raises(DataError, match=r"meta\.json"):
+        open_store(store)
+
+
+def test_as_many_classes_as_imagenet_has_are_opened(store):
+    names = [f"n{number:08} animal" for number in range(21_841)]
+    change_meta(store, lambda meta: meta.update(classes=names))
+    assert open_store(store).classes == tuple(names)
 
 
 # --- round trip --------------------------------------------------------------------------------------------------
