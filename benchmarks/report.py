@@ -65,6 +65,7 @@ def read_result(path: Path) -> Result:
         known = result["schema"] == SCHEMA and result["benchmark"] in BENCHMARKS
         known = known and {"limits", "ratios"} <= result.keys() and isinstance(result["environment"], dict)
         known = known and all(_is_row(row) for row in result["rows"])
+        known = known and all(isinstance(each[name], str) for each in result["ratios"] for name in ("name", "over"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -17,6 +17,7 @@ import tarfile
 import urllib.error
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .image_folders import Listing, find_splits, read_image_folders, read_test_f
 from .images import Report
 from .pickles import BoundedUnpickler
 from .sampling import IMAGE_SIZE
-from .store import RawData
+from .store import LONGEST_NAME, MOST_CLASSES, RawData, are_class_names
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -208,8 +209,13 @@ def _join(classes: tuple[str, ...], train: list[tuple], test: tuple) -> RawData:
 
 
 def _checked(data: RawData, path: Path) -> RawData:
-    if double := [name for name in dict.fromkeys(data.classes) if data.classes.count(name) > 1]:
-        raise DataError(f"{path} has several classes called {double[0]!r}. Give each its own name.")
+    if not are_class_names(list(data.classes)):
+        raise DataError(
+            f"{path} has no classes, over {MOST_CLASSES:,} of them, or names of over {LONGEST_NAME:,} letters."
+        )
+    (name, count), *_ = Counter(data.classes).most_common(1)
+    if count > 1:
+        raise DataError(f"{path} has several classes called {name!r}. Give each its own name.")
     for split, (_, labels) in data.splits().items():
         if not len(labels):
             raise DataError(f"{path} has no {split} images.")

@@ -35,7 +35,8 @@ CIFAR10, SHAPES10 = "cifar10", "shapes10"
 MOST_CLASSES = 1 << 15
 """Largest number of classes; ImageNet-21k has 21,841. Networks and tables grow with it, whatever a file claims."""
 
-_LONGEST_NAME = 1000
+LONGEST_NAME = 1000
+"""Most characters of the name of a class or data set."""
 
 SCHEMA = 1
 _ARRAYS = {
@@ -257,16 +258,14 @@ def open_store(folder: Path) -> Dataset:
 
 def is_name(name: str) -> bool:
     """Return True if `name` is valid for a data set: it becomes a folder name, and part of other folders' names."""
-    return (
-        0 < len(name) <= _LONGEST_NAME and name.isprintable() and name == Path(name).name and not name.startswith(".")
-    )
+    return 0 < len(name) <= LONGEST_NAME and name.isprintable() and name == Path(name).name and not name.startswith(".")
 
 
 def are_class_names(names: Any) -> TypeGuard[list[str]]:
     """Return True if a file's `names` can be those of classes: a list of texts, not too many and none too long."""
     if not isinstance(names, list) or not 0 < len(names) <= MOST_CLASSES:
         return False
-    return all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names)
+    return all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)
 
 
 def prepare_command(folder: Path) -> str:

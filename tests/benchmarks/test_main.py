@@ -95,6 +95,15 @@ def test_result_with_a_missing_key_never_ends_in_a_traceback(tmp_path, run, benc
     assert {("compare", "rows", "images_per_s_low"), ("compare", "environment", "environment")} <= refused
 
 
+@pytest.mark.parametrize("name", ["name", "over"])
+def test_a_ratio_between_numbers_is_refused_in_one_line(tmp_path, run, name):
+    report = json.loads((RESULTS / "train-2-cores.json").read_text())
+    report["ratios"][0][name] = 1
+    (tmp_path / "bad.json").write_text(json.dumps(report))
+    code, _, err = run("bench", "show", tmp_path / "bad.json")
+    assert (code, err.count("\n")) == (2, 1)
+
+
 @pytest.mark.parametrize("command", ["show", "compare"])
 @pytest.mark.parametrize("value", ["fast", None, [], {}, 0, -1, float("nan")], ids=repr)
 def test_a_result_with_impossible_figures_is_refused_in_one_line(write, run, command, value):

@@ -239,6 +239,22 @@ def test_class_names_that_are_not_utf8_are_refused(tmp_path, helpers, fake, refu
     refused(helpers.make_folder(tmp_path / "batches", members), "batches.meta.txt")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (map(str, range(40_000)), "over 32,768 of them"),
+        ([2000 * "a", "b", "c"], "names of over 1,000 letters"),
+        (["a", "b", "a"], "several classes called 'a'"),
+        ([], "no classes"),
+    ],
+)
+def test_class_names_that_no_store_can_have_are_refused(tmp_path, helpers, fake, refused, names, message):
+    members = {**fake.binary(), "batches.meta.txt": "\n".join(names).encode()}
+    path = helpers.make_folder(tmp_path / "batches", members)
+    with limits(sum(map(len, members.values())), seconds=5):
+        refused(path, message)
+
+
 def test_file_of_class_names_without_end_is_refused(tmp_path, helpers, fake, refused):
     path = helpers.make_folder(tmp_path / "batches", {**fake.binary(), "batches.meta.txt": b"a\n" * (1 << 20)})
     with limits(0):
