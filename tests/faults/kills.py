@@ -36,7 +36,7 @@ INTERVAL = 2
 """Steps between the checkpoints of a training: the most that a kill may cost."""
 
 WAYS = {"event": 0.6, "alone": 0.2, "all": 0.2}
-"""Probability of each way to kill: one process at an event; at a random time one alone, or all with their children."""
+"""Probability of each way to kill: at an event; at a random time one alone, or all with their children."""
 
 # --- scenarios ---------------------------------------------------------------------------------------------------
 
@@ -204,11 +204,11 @@ class Kill:
     way: str = "none"
     """One of `WAYS`, or `none`."""
     victim: int = 0
-    """Number of the command."""
+    """Number of the command that is killed alone."""
     event: int = 0
-    """Number of the event that kills it."""
+    """Number of the event at which a process kills itself: each that comes so far, of several."""
     after: float = 300.0
-    """Seconds after which it is killed."""
+    """Seconds after which processes are killed from outside."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -231,13 +231,12 @@ def run_commands(commands: tuple[str, ...], root: Path, kill: Kill = Kill()) -> 
     """Run commands at once in the folder `root`, and kill as `kill` says; wait until all have ended."""
     notes = [root.with_name(f"{root.name}-{number}") for number in range(len(commands))]
     processes = []
-    for number, (command, note) in enumerate(zip(commands, notes, strict=True)):
+    for command, note in zip(commands, notes, strict=True):
         note.with_suffix(".json").unlink(missing_ok=True)
-        fatal = kill.event if kill.victim == number else 0
         with open(note.with_suffix(".err"), "wb") as errors:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", PROGRAM, str(fatal), note.with_suffix(".json"), *command.split()],
+                    [sys.executable, "-c", PROGRAM, str(kill.event), note.with_suffix(".json"), *command.split()],
                     cwd=root,
                     env={**os.environ, "FASTRESNET_DATA": ".", "OMP_NUM_THREADS": "1", "PYTHONPATH": HERE},
                     stdout=subprocess.DEVNULL,
@@ -316,9 +315,9 @@ class Campaign:
 
     def _choose_kill(self) -> Kill:
         (way,) = self._choose.choices(list(WAYS), list(WAYS.values()))
-        victim = self._choose.randrange(len(self._scenario.commands))
         if way == "event" and self._events:
-            return Kill(way, victim, event=self._choose.randint(1, self._events))
+            return Kill(way, event=self._choose.randint(1, self._events))
+        victim = self._choose.randrange(len(self._scenario.commands))
         after = self._seconds * self._choose.uniform(0.3, 1.1)  # until then modules are imported
         return Kill("alone" if way == "event" else way, victim, after=after)
 
