@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,13 @@ def _provenance(result: dict) -> str:
 
 
 def _kills_table(result: dict[str, Any]) -> str:
-    """Format the numbers of kills by their moment."""
-    moments = sorted(result["moments"].items(), key=lambda item: -item[1])
-    rows = [[moment, str(count)] for moment, count in moments]
-    return markdown_table(["killed", "times"], [*rows, ["total", str(result["kills"])]])
+    """Format the numbers of kills in each scenario, by their way."""
+    ways = ("event", "alone", "all")
+    head = ["killed", "at an event", "at a random time", "all, with their children", "compared ends"]
+    counts = {**result["scenarios"], "total": sum(map(Counter, result["scenarios"].values()), Counter[str]())}
+    return markdown_table(
+        head, [[name, *(str(of.get(key, 0)) for key in (*ways, "ends"))] for name, of in counts.items()]
+    )
 
 
 def _fuzz_table(result: dict[str, Any]) -> str:

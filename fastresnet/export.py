@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastresnet.weights import Normalized, Weights
 from pipelines.errors import RunError, UsageError
-from pipelines.files import replacing, write_bytes
+from pipelines.files import replacing
 from pipelines.sampling import IMAGE_SIZE
 
 TOLERANCE = 1e-4
@@ -64,7 +64,7 @@ def _onnx(network: nn.Module, path: Path) -> Loaded:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     # torch declares that it may return None, as it does without dynamo.
-    write_bytes(path, program.model_proto.SerializeToString())  # type: ignore[union-attr]
+    path.write_bytes(program.model_proto.SerializeToString())  # type: ignore[union-attr]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 

@@ -31,7 +31,7 @@ from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_ten
 from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError
-from pipelines.files import write_bytes, write_json
+from pipelines.files import open_file, remove_temporary_folders, write_bytes, write_json
 from pipelines.prepare import store_folder
 from pipelines.store import Dataset, open_store
 from pipelines.texts import read_json, read_text
@@ -90,6 +90,18 @@ class Checkpoint:
     data_sha256: str | None
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `UsageError` if run `folder` is a link, or contains a pipe, a device or a link to one.
+
+    A run would write to other places, or wait for them forever.
+    """
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a symbolic link, which is not followed. Give its target with --out.")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path} is a pipe or a device. Remove it, or give another folder with --out.")
+
+
 class RunFolder:
     """Files of one run. Of several ranks, only the main one `writes` them."""
 
@@ -106,17 +118,17 @@ class RunFolder:
     def locked(self) -> Iterator[RunFolder]:
         """Lock the folder against other trainings. It is created and, if it stays empty, removed again.
 
-        The last save is complete after the block. Raises `UsageError` if another process holds the lock, or the folder
-        is a symbolic link; `OSError` if the last save has failed.
+        The last save is complete after the block. Raises the error of `check_folder`, `UsageError` if another process
+        holds the lock, and `OSError` if the last save has failed.
         """
-        if self.path.is_symlink():
-            raise UsageError(f"{self.path} is a symbolic link, which is not followed. Give its target with --out.")
+        check_folder(self.path)
         if not self._writes:
             yield self
             return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             with _lock(self.path / _LOCK), self._writer:
+                remove_temporary_folders(self.path)
                 try:
                     yield self
                 finally:
@@ -343,7 +355,7 @@ def _acquire(path: Path) -> int | None:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = open_file(path, os.O_RDWR)
         except (FileNotFoundError, FileExistsError):  # the last holder has removed the folder, or one above it
             if not (attempts := attempts - 1):
                 raise

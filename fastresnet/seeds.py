@@ -18,6 +18,7 @@ from typing import Any
 
 from fastresnet.signals import STOP_SIGNALS, handled
 from pipelines.errors import RunError, UsageError
+from pipelines.files import open_file
 
 _MAX_SEEDS = 10_000
 
@@ -51,6 +52,10 @@ def train_seeds(
     after the other, as each uses all cores. If one fails, the others continue; then `RunError` names those that failed.
     On exit, also by Ctrl-C or a stop signal, the trainings still running are signalled to save and stop.
     """
+    from fastresnet.run_folder import check_folder, read_summary  # which loads torch
+
+    for folder in folders.values():
+        check_folder(folder)
     free: SimpleQueue[int | None] = SimpleQueue()
     places = [*range(gpus)] * per_gpu or [None]
     for gpu in places:
@@ -76,8 +81,6 @@ def train_seeds(
     if failed := [seed for seed, code in codes.items() if code]:
         logs = ", ".join(f"{folders[seed] / 'train.log'} (exit code {codes[seed]})" for seed in failed)
         raise RunError(f"{len(failed)} of {len(codes)} trainings failed; see {logs}. --resume continues them.")
-    from fastresnet.run_folder import read_summary  # which loads torch
-
     return [read_summary(folder / "summary.json") for folder in folders.values()]
 
 
@@ -91,7 +94,7 @@ def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, s
         environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
     command = [sys.executable, "-m", "fastresnet", "train", *arguments, "--seed", str(seed), "--out", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "train.log", "a") as log:
+    with open(folder / "train.log", "a", opener=open_file) as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):

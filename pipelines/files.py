@@ -1,12 +1,21 @@
-"""Atomic, durable writes: a reader sees the complete old or new file, even if the writer is interrupted."""
+"""Atomic, durable writes: a reader sees the complete old or new file, even if the writer is interrupted.
+
+Nothing is written through a link: what is written lies in a new folder until it replaces the file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +29,139 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_name(name: str) -> str:
-    """Return the temporary name of file `name`: fixed, so that the next writer replaces a killed writer's file."""
-    return f".{name}.tmp"
-
-
-@contextmanager
-def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; on success that file replaces `path`, on failure it is removed.
-
-    The old file is renamed to `previous`, if given. Every `OSError` names `path`, not the temporary file. Devices and
-    pipes, such as /dev/null and /dev/stdout, are written themselves.
-    """
-    if _is_stream(path):
-        yield path
-        return
-    temporary = path.with_name(temporary_name(path.name))
-    temporary.unlink(missing_ok=True)  # it may be a link, which writing would follow
+def open_file(path: str | Path, flags: int) -> int:
+    """Open file `path`, created if missing, and return its descriptor. Raises `OSError` if `path` is a link."""
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would block
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "it is a symbolic link, which is not followed"
+        raise
+
+
+# --- temporary folders -------------------------------------------------------------------------------------------
+
+_TEMPORARY = re.compile(r"\.fastresnet-[0-9a-f]{16}\.tmp")
+_LIVE: set[str] = set()
+"""Names of the temporary folders of this process: locks are only between processes."""
+
+
+def is_temporary(name: str) -> bool:
+    """Return True if `name` is one of a temporary folder."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`; in the end, remove it with what it then contains.
+
+    Its name is random: no two writers share it, and no link waits there. Those of killed writers are removed first.
+    """
+    remove_temporary_folders(parent)
+    folder, lock = _create(parent)
+    try:
+        yield folder
+    finally:
+        _remove(folder, lock)
+
+
+def remove_temporary_folders(parent: Path) -> None:
+    """Remove the temporary folders of killed writers from `parent`: those that can be locked."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:  # it may be unreadable, and yet writable
+        for entry in entries:
+            if is_temporary(entry.name) and entry.name not in _LIVE and entry.is_dir(follow_symlinks=False):
+                folder = parent / entry.name
+                with contextlib.suppress(OSError):
+                    _remove(folder, _lock(folder))
+
+
+def _create(parent: Path) -> tuple[Path, int | None]:
+    """Create a temporary folder and lock it; return both, but no lock on a file system without locks."""
+    while True:
+        folder = parent / f".fastresnet-{secrets.token_hex(8)}.tmp"
+        _LIVE.add(folder.name)
+        folder.mkdir(0o700)
+        try:
+            return folder, _lock(folder)
+        except (FileNotFoundError, BlockingIOError):  # another writer found it before it was locked, and removes it
+            _LIVE.remove(folder.name)
+        except OSError:
+            return folder, None
+
+
+def _lock(folder: Path) -> int:
+    """Lock `folder` and return the lock's descriptor. Raises `OSError` if another process holds it or removes it."""
+    path = folder / folder.name
+    descriptor = open_file(path, os.O_RDWR)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by worker processes
+        if not os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            raise FileNotFoundError
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove(folder: Path, lock: int | None) -> None:
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # again: a network file system kept the open lock
+    _LIVE.discard(folder.name)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
+    """Yield the name of a new file; on success it replaces `path`, on failure it is removed.
+
+    A link at `path` is replaced, its target unchanged. The old file is renamed to `previous`, if given. Every `OSError`
+    names `path`, not the new file.
+    """
+    try:
+        if _is_stream(path):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+        with temporary_folder(path.parent) as folder:
+            new = folder / path.name
+            yield new
+            with open(new, "rb") as file:
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(new, path)
         sync_folder(path.parent)
     except OSError as error:
         error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _is_stream(path: Path) -> bool:
-    """Return True if `path` is not a file of its own: replacing it would remove a device. /dev/shm has real files."""
-    return path.exists() and (not path.is_file() or str(path.absolute().parent) in ("/dev", "/dev/fd"))
+    """Return True if `path` is a pipe or a device, or the system's name for an open file, such as /dev/stdout.
+
+    A link to any of these is none: it is replaced. /dev/shm has real files.
+    """
+    if not os.path.lexists(path):
+        return False
+    mode, parent = path.lstat().st_mode, os.path.realpath(path.parent)
+    is_special = not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+    return is_special or parent == "/dev" or re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", parent) is not None
 
 
 def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Write `data` to `path` atomically; rename the old file to `previous`, if given.
+    """Write `data` to `path` as `replacing` does, or into it if it is a pipe or a device.
 
-    Raises `OSError` and leaves `path` unchanged.
+    The old file is renamed to `previous`, if given. Raises `OSError` and leaves `path` unchanged.
     """
-    with replacing(path, previous=previous) as temporary:
-        temporary.write_bytes(data)
+    if _is_stream(path):
+        path.write_bytes(data)
+        return
+    with replacing(path, previous=previous) as new:
+        new.write_bytes(data)
 
 
 def write_json(path: Path, contents: Any) -> None:

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from . import __version__
 from .errors import DataError, Note, UsageError, check_choice, nearest
+from .files import is_temporary, remove_temporary_folders
 from .formats import JpegSettings, open_derived, read_manifest, write_shard, writing_derived
 from .shapes10 import draw_shapes10
 from .sources import CIFAR10_CLASSES, Report, check_exists, download_cifar10, read_source, verify_cifar10
@@ -94,6 +95,7 @@ def prepare(
     if source is not None:
         check_exists(source)
     folder = root / name
+    remove_temporary_folders(root)
     derived = [kind for kind in formats if kind != "raw"]
     if (existing := _existing(folder)) is not None and not derived:
         return existing, False
@@ -184,7 +186,8 @@ def _existing(folder: Path) -> Dataset | None:
         try:
             return open_store(folder)
         except DataError as error:
-            if foreign := sorted({entry.name for entry in folder.iterdir()} - STORE_FILES):
+            names = {entry.name for entry in folder.iterdir() if not is_temporary(entry.name)}
+            if foreign := sorted(names - STORE_FILES):
                 raise DataError(
                     f"cannot replace {folder}: it also contains {foreign[0]}. Move it, or give --data another name."
                 ) from None

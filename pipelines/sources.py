@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import io
 import lzma
+import os
 import pickle
 import socket
 import tarfile
@@ -26,6 +27,7 @@ import numpy as np
 from .archives import MEMBER_LIMIT, File, Parts, is_image, list_files
 from .contents import recognise
 from .errors import DataError, UsageError
+from .files import temporary_folder
 from .image_folders import Listing, find_splits, read_image_folders, read_test_folders
 from .images import Report
 from .pickles import BoundedUnpickler
@@ -160,7 +162,7 @@ def download_cifar10(folder: Path) -> Path:
     """
     try:
         from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import download_url
+        from torchvision.datasets.utils import check_integrity, download_url
     except ModuleNotFoundError as error:
         raise DataError(
             f"torchvision, which downloads CIFAR-10, is not installed ({error}): pip install torchvision. Without it: "
@@ -171,11 +173,11 @@ def download_cifar10(folder: Path) -> Path:
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # torchvision sets none: a silent server would hang the command
     try:
-        download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
-    except BaseException as error:
-        archive.unlink(missing_ok=True)
-        if not isinstance(error, _NETWORK_ERRORS):
-            raise
+        if not check_integrity(str(archive), CIFAR10.tgz_md5):
+            with temporary_folder(folder) as temporary:  # torchvision would follow a link
+                download_url(CIFAR10.url, str(temporary), CIFAR10.filename, CIFAR10.tgz_md5)
+                os.replace(temporary / CIFAR10.filename, archive)
+    except _NETWORK_ERRORS as error:
         raise DataError(
             f"could not download {CIFAR10.url} ({getattr(error, 'reason', error)}). Without a network: fastresnet "
             "prepare --source FILE with a copy of that archive, or --data shapes10 for a drawn stand-in."

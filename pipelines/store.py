@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import shlex
-import shutil
 import tokenize
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from .errors import DataError, UsageError
-from .files import sha256, sync_folder, temporary_name, write_json
+from .files import sha256, sync_folder, temporary_folder, write_json
 from .prng import Stream, permutation, stream_key
 from .sampling import IMAGE_SIZE
 from .texts import read_json
@@ -51,8 +50,8 @@ DERIVED_FILES = {"beton": ("train.beton", "test.beton"), "jpeg": ("train.tar", "
 """Files of each format that is made from a store (`formats.py`)."""
 
 _DERIVED = [name for kind, names in DERIVED_FILES.items() for name in (f"{kind}.json", *names)]
-STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS), *_DERIVED, *map(temporary_name, _DERIVED)})
-"""Names of files allowed in the folder of a store, including those that a killed writer of derived files left."""
+STORE_FILES = frozenset({"meta.json", *(f"{key}.npy" for key in _ARRAYS), *_DERIVED})
+"""Names of files in the folder of a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,20 +167,19 @@ def _divisors(std: list[float]) -> tuple[float, ...]:
 
 
 def write_store(folder: Path, data: RawData, *, source: str, version: str) -> None:
-    """Write `data` as the store `folder`; replace a damaged one once the new one is complete.
+    """Write `data` as the store `folder`; replace a damaged one, or a link, once the new one is complete.
 
-    The caller holds the lock of `folder`, so the one temporary name cannot be in use. Raises `OSError`.
+    The caller holds the lock of `folder`. Raises `OSError`.
     """
-    temporary = folder.with_name(temporary_name(folder.name))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_files(temporary, folder.name, data, source, version)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder.parent) as temporary:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        _write_files(new, folder.name, data, source, version)
+        if os.path.lexists(folder):
+            os.rename(folder, old)
+        os.rename(new, folder)
         sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _meta_digest(meta: dict[str, Any]) -> str:

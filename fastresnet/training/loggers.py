@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -145,7 +146,9 @@ class TensorBoardLogger(Logger):
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        purge_step = start_step + 1 if start_step else None
+        suffix = f".{secrets.token_hex(8)}"  # no link waits at a name that cannot be predicted
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
 
     def epoch(self, row: Row, status: Status) -> None:
         for name, value in scalars(row, status).items():
@@ -164,6 +167,9 @@ class WandbLogger(Logger):
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import wandb
 
+        if (place := folder / "wandb").is_symlink():
+            remedy = "Remove it, or give another folder with --out."
+            raise UsageError(f"--wandb: {place} is a symbolic link, which is not followed. {remedy}")
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fastresnet"),

@@ -324,6 +324,29 @@ def test_a_run_folder_that_is_a_link_is_refused(run, tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("options", [(), ("--seeds", "1")], ids=["one run", "--seeds"])
+@pytest.mark.parametrize("place", ["pipe", "device"])
+def test_a_run_folder_with_a_pipe_or_device_is_refused(run, tmp_path, options, place):
+    folder = tmp_path / "run"
+    (target := folder / "seed1" if options else folder).mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
+    (target / "last.ckpt").symlink_to(tmp_path / "pipe" if place == "pipe" else "/dev/zero")
+    code, _, err = run(*ARGUMENTS, *options, "--out", folder, "--resume")
+    assert code == 2
+    assert f"{target / 'last.ckpt'} is a pipe or a device. Remove it" in err
+
+
+def test_a_link_in_the_place_of_the_log_is_not_followed(run, tmp_path):
+    (tmp_path / "run" / "seed1").mkdir(parents=True)
+    (tmp_path / "precious").write_text("text")
+    log = tmp_path / "run" / "seed1" / "train.log"
+    log.symlink_to(tmp_path / "precious")
+    code, _, err = run(*ARGUMENTS, "--seeds", "1", "--out", tmp_path / "run")
+    assert code == 1
+    assert f"{log}: it is a symbolic link, which is not followed." in err
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 def test_memory_exhaustion_names_the_batch_size(start, tmp_path):
     """The address space may grow by 64 MB only from step 2 on."""
     limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)"

@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -40,6 +41,25 @@ def stop_and_resume(run, monkeypatch, folder, *arguments):
         patch.setattr(Execution, "steps", interrupted)
         assert run("train", *SMALL, *arguments, "--out", folder)[0] == 130
     assert run("train", *SMALL, *arguments, "--out", folder, "--resume")[0] == 0
+
+
+def test_a_link_in_the_place_of_the_folder_of_wandb_is_refused(run, tmp_path):
+    pytest.importorskip("wandb")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").symlink_to(tmp_path)
+    code, _, err = run("train", *SMALL, "--wandb", "--out", tmp_path / "run")
+    assert code == 2
+    assert "wandb is a symbolic link, which is not followed. Remove it" in err
+
+
+def test_no_link_can_wait_at_the_name_of_a_log_of_tensorboard(run, tmp_path):
+    """It has 64 random bits; TensorBoard still finds it."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("train", *SMALL[:-1], 1, "--tensorboard", "--out", tmp_path / "run")[0] == 0
+    (log,) = (tmp_path / "run").glob("events.out.tfevents.*")
+    assert re.search(r"\.[0-9a-f]{16}$", log.name)
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("lr")] == [row["step"] for row in metrics(tmp_path / "run")]
 
 
 def wandb_records(path):

@@ -338,8 +338,9 @@ def test_damaged_store_with_derived_files_is_rebuilt(folder, formats):
 
 
 def test_leftovers_of_a_killed_writer_are_removed(bare, kind):
-    for file in FILES[kind]:
-        (bare / f".{file}.tmp").write_bytes(b"half")
+    left = bare / ".fastresnet-0123456789abcdef.tmp"
+    left.mkdir()
+    (left / FILES[kind][0]).write_bytes(b"half")
     dataset, _ = prepare_again(bare, formats=[kind])
     open_derived(dataset, kind, "train")
     assert names(bare) == RAW_FILES | {f"{kind}.json", *FILES[kind]}

@@ -351,6 +351,15 @@ def test_cifar10_without_source_is_downloaded_verified_and_the_archive_removed(m
     assert not list((root / "downloads").iterdir())
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(make, root, tmp_path):
+    root.mkdir(exist_ok=True)
+    (tmp_path / "precious").write_text("text")
+    (root / ".shapes10.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"symbolic links: .*\.shapes10\.lock"):
+        make("shapes10")
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 # --- several processes, and processes that are killed ------------------------------------------------------------
 
 WAITING_PROCESS = """
@@ -438,10 +447,10 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
-BEFORE = [("report", 1), ("report", 3), ("shutil.rmtree", 1), ("np.save", 1), ("np.save", 4), ("os.fsync", 1)]
-BEFORE += [("os.fsync", 6), ("os.fsync", 7), ("shutil.rmtree", 2), ("os.rename", 1)]
-AFTER = [("os.fsync", 8), ("shutil.rmtree", 3), ("report", 4)]
-REPLACING = [("np.save", 4), ("shutil.rmtree", 2), ("os.rename", 1), ("os.fsync", 8), ("shutil.rmtree", 3)]
+BEFORE = [("report", 1), ("report", 3), ("np.save", 1), ("np.save", 4), ("os.fsync", 1), ("os.fsync", 6)]
+BEFORE += [("shutil.rmtree", 1), ("os.fsync", 7), ("os.rename", 1)]
+AFTER = [("os.fsync", 8), ("shutil.rmtree", 2), ("report", 4)]
+REPLACING = [("np.save", 4), ("os.rename", 1), ("os.rename", 2), ("os.fsync", 8), ("shutil.rmtree", 2)]
 
 
 def kill_at(folder: Path, moments: list[tuple[str, int]], prepared: Path | None = None) -> dict[tuple[str, int], Path]:

@@ -844,6 +844,23 @@ def test_download_of_the_right_file_returns_it(tmp_path, download_from):
     assert path.parent == tmp_path / "downloads"
 
 
+def test_download_replaces_a_link_in_its_place(tmp_path, download_from):
+    archive = tmp_path / "downloads" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    (tmp_path / "precious").write_text("text")
+    archive.symlink_to(tmp_path / "precious")
+    with serving(b"the archive") as url:
+        assert download_from(url, b"the archive").read_bytes() == b"the archive"
+    assert not archive.is_symlink()
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+def test_download_goes_on_with_an_archive_that_is_complete(tmp_path, download_from):
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "cifar-10-python.tar.gz").write_bytes(b"the archive")
+    assert download_from("http://127.0.0.1:9/x.tar.gz", b"the archive").read_bytes() == b"the archive"
+
+
 @pytest.mark.parametrize(
     "server",
     [

@@ -586,9 +586,18 @@ def test_interruption_leaves_the_old_store(store, monkeypatch, data):
     assert [path.name for path in store.parent.iterdir()] == ["toy"]
 
 
+def test_a_link_in_the_place_of_a_store_is_replaced(store, data, tmp_path):
+    (tmp_path / "link").symlink_to(store)
+    write_store(tmp_path / "link", random_data(1), source="", version="")
+    assert not (tmp_path / "link").is_symlink()
+    assert_holds(tmp_path / "link", random_data(1))
+    assert_holds(store, data)
+
+
 def test_new_store_replaces_the_old_one_and_what_a_killed_writer_left(store):
-    (store.parent / ".toy.tmp").mkdir()
-    (store.parent / ".toy.tmp" / "train_images.npy").write_text("half")
+    left = store.parent / ".fastresnet-0123456789abcdef.tmp" / "new"
+    left.mkdir(parents=True)
+    (left / "train_images.npy").write_text("half")
     write_store(store, random_data(1), source="", version="")
     assert_holds(store, random_data(1))
     assert [path.name for path in store.parent.iterdir()] == ["toy"]
