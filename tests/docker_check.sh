@@ -37,9 +37,10 @@ images+=(localhost/fastresnet)
 container=$(buildah from --pull-never localhost/fastresnet)
 containers+=("$container")
 read -ra entrypoint <<< "$(buildah inspect --format '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}' "$container")"
+options=()
 fastresnet() {
-  echo "+ docker run fastresnet $*"
-  buildah run "$container" -- "${entrypoint[@]}" "$@"
+  echo "+ docker run ${options[*]} fastresnet $*"
+  buildah run "${options[@]}" "$container" -- "${entrypoint[@]}" "$@"
 }
 [[ $(buildah run "$container" -- id --user) != 0 ]] || { echo "docker_check.sh: the image runs as root" >&2; exit 1; }
 fastresnet doctor
@@ -49,5 +50,35 @@ fastresnet prepare --data shapes10 --formats beton
 for pipeline in dali ffcv torchvision; do
   fastresnet train smoke --data shapes10 --iterations 20 --pipeline "$pipeline" --out "/runs/$pipeline"
 done
-buildah run "$container" -- sh -c 'ls -A /runs /runs/.cache && du -sh /opt/fastresnet /usr'
+buildah run "$container" -- sh -c 'ls -A /runs /runs/.cache /runs/.cache/fastresnet && du -sh /opt/fastresnet /usr'
+
+# Any user, without capabilities, on new volumes.
+container=$(buildah from --pull-never localhost/fastresnet)
+containers+=("$container")
+options=(--user 1234:1234 --cap-drop ALL)
+fastresnet doctor
+fastresnet train smoke --data shapes10 --iterations 2 --compile on
+
+# The same with a read-only root, and Docker's default of --tmpfs /tmp, from which no code can be loaded. buildah has no
+# such option.
+root=$(buildah mount "$container")
+mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep .)
+echo "+ docker run --user 1234:1234 --cap-drop ALL --security-opt no-new-privileges --read-only --tmpfs /tmp fastresnet"
+unshare --mount bash -euc '
+  root=$0
+  mount --bind "$root" "$root"
+  mount --options remount,bind,ro "$root"
+  mount --types proc proc "$root/proc"
+  mount --rbind /dev "$root/dev"
+  mount --types tmpfs --options noexec,nosuid,nodev,mode=1777 tmpfs "$root/tmp"
+  for volume in data runs; do mount --types tmpfs --options mode=1777 tmpfs "$root/$volume"; done
+  exec chroot "$root" setpriv --reuid 1234 --regid 1234 --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
+    env --ignore-environment --chdir=/runs HOME=/ "$@"
+' "$root" "${environment[@]}" bash -euc '
+  ! touch /opt/fastresnet/written 2> /dev/null
+  fastresnet train smoke --data shapes10 --iterations 2 --compile on --out run 2>&1 | tee /runs/log
+  ! grep "note:" /runs/log
+  fastresnet plot run
+'
+buildah umount "$container" > /dev/null
 echo "The image builds and works."
