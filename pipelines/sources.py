@@ -26,7 +26,7 @@ import numpy as np
 
 from .archives import MEMBER_LIMIT, File, Parts, is_image, list_files
 from .contents import recognise
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, note
 from .image_folders import Listing, find_splits, read_image_folders, read_test_folders
 from .images import Report
 from .sampling import IMAGE_SIZE
@@ -155,11 +155,11 @@ def _content_digest(images: np.ndarray, labels: np.ndarray) -> str:
 def download_cifar10(folder: Path) -> Path:
     """Download the official python version into `folder` with torchvision, which checks its MD5; return the archive.
 
-    Raises `DataError` with the address that failed and the alternatives.
+    A `Note` announces it. Raises `DataError` with the address that failed and the alternatives.
     """
     try:
         from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import download_url
+        from torchvision.datasets.utils import check_integrity, download_url
     except ModuleNotFoundError as error:
         raise DataError(
             f"torchvision, which downloads CIFAR-10, is not installed ({error}): pip install torchvision. Without it: "
@@ -167,6 +167,9 @@ def download_cifar10(folder: Path) -> Path:
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / CIFAR10.filename
+    if check_integrity(archive, CIFAR10.tgz_md5):
+        return archive
+    note(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {archive.absolute()}.")
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # torchvision sets none: a silent server would hang the command
     try:
