@@ -20,6 +20,8 @@ from typing import Any
 
 from pipelines.errors import Note, RunError
 
+PROCESSOR = Path("/proc/cpuinfo")
+
 _UNMAPPED = 65534
 """Owner of files of all users outside the user namespace of a container, such as the machine's own root."""
 
@@ -77,7 +79,7 @@ def _instruction_set() -> str:
     Inductor compiles for it without noting it, and several machines may share a home folder.
     """
     try:
-        with open("/proc/cpuinfo") as file:
+        with open(PROCESSOR) as file:
             features = next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
         features = ""
