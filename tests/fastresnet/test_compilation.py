@@ -215,11 +215,12 @@ def test_pytorchs_folder_in_the_temporary_one_is_not_used(tmp_path):
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_kernels_are_kept_apart_by_the_instructions_of_the_processor(monkeypatch, tmp_path):
-    names = set()
-    for flags in ("avx2", "avx512f"):
-        (tmp_path / flags).write_text(f"model name\t: a processor\nflags\t\t: {flags}\n")
-        monkeypatch.setattr(compilation, "PROCESSOR", tmp_path / flags)
-        names.add(compilation._instruction_set())
-    monkeypatch.setattr(compilation, "PROCESSOR", tmp_path / "missing")
-    assert len(names | {compilation._instruction_set()}) == 3
+def test_kernels_are_kept_apart_by_the_instructions_of_the_processor(home, monkeypatch, tmp_path):
+    folders = set()
+    for flags in ("avx2", "avx512f", None):
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        monkeypatch.setattr(compilation, "PROCESSOR", tmp_path / str(flags))
+        if flags:
+            (tmp_path / flags).write_text(f"model name\t: a processor\nflags\t\t: {flags}\n")
+        folders.add(caches()[0])
+    assert len(folders) == 3
