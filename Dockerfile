@@ -36,15 +36,16 @@ RUN apt-get update \
         ca-certificates g++ gcc libgl1 libglib2.0-0 libopencv-imgproc406 libpython3-dev libturbojpeg0 python3 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd fastresnet \
-    && install -d -m 1777 /data /runs
+    && install -d -o fastresnet -g fastresnet /data /runs
 COPY --from=dependencies /opt/fastresnet /opt/fastresnet
 ENV PATH=/opt/fastresnet/bin:$PATH
 COPY --from=program /wheels /tmp/wheels
 RUN pip install --no-cache-dir --no-deps /tmp/wheels/*.whl
 
-# Any --user may write new volumes, which take the mode of these folders: who can reach a volume is decided outside.
 # Caches of compiled kernels lie on the volume of the runs: the second start finds them. No other folder is written but
-# /tmp, so that the root may be read-only. Python does not import modules from the working folder, which others may write.
+# /tmp, so that the root may be read-only. Python does not import modules from the working folder. Another --user brings
+# volumes of its own: new ones take the mode of these folders without a sticky bit, so that in folders for all users any
+# of them could replace the code that another runs.
 ENV FASTRESNET_DATA=/data \
     FASTRESNET_RUNS=/runs \
     XDG_CACHE_HOME=/runs/.cache \

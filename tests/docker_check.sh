@@ -52,10 +52,11 @@ for pipeline in dali ffcv torchvision; do
 done
 buildah run "$container" -- sh -c 'ls -A /runs /runs/.cache /runs/.cache/fastresnet && du -sh /opt/fastresnet /usr'
 
-# Any user, without capabilities, on new volumes.
+# Any user, without capabilities, with folders of its own.
 container=$(buildah from --pull-never localhost/fastresnet)
 containers+=("$container")
-options=(--user 1234:1234 --cap-drop ALL)
+install --directory --owner 1234 --group 1234 "$work/data" "$work/runs"
+options=(--user 1234:1234 --cap-drop ALL --volume "$work/data:/data" --volume "$work/runs:/runs")
 fastresnet doctor
 fastresnet train smoke --data shapes10 --iterations 2 --compile on
 
@@ -72,13 +73,13 @@ unshare --mount bash -euc '
   mount --types proc proc "$root/proc"
   mount --rbind /dev "$root/dev"
   mount --types tmpfs --options noexec,nosuid,nodev,mode=1777 tmpfs "$root/tmp"
-  for volume in data runs; do mount --types tmpfs --options mode=1777 tmpfs "$root/$volume"; done
+  for volume in data runs; do mount --types tmpfs --options mode=755,uid=1234,gid=1234 tmpfs "$root/$volume"; done
   exec chroot "$root" setpriv --reuid 1234 --regid 1234 --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
     env --ignore-environment --chdir=/runs HOME=/ "$@"
 ' "$root" "${environment[@]}" bash -euc '
   fastresnet train smoke --data shapes10 --iterations 2 --compile on --out run 2> notes
   cat notes
-  if grep "note:" notes; then exit 1; fi
+  if grep "compiled code\|C compiler" notes; then exit 1; fi
   fastresnet plot run
 '
 buildah umount "$container" > /dev/null
