@@ -35,23 +35,26 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
         ca-certificates g++ gcc libgl1 libglib2.0-0 libopencv-imgproc406 libpython3-dev libturbojpeg0 python3 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home fastresnet \
+    && useradd fastresnet \
     && install -d -o fastresnet -g fastresnet /data /runs
 COPY --from=dependencies /opt/fastresnet /opt/fastresnet
 ENV PATH=/opt/fastresnet/bin:$PATH
 COPY --from=program /wheels /tmp/wheels
 RUN pip install --no-cache-dir --no-deps /tmp/wheels/*.whl
 
-# Caches of compiled kernels lie on the volume of the runs: the second start finds them.
+# Caches of compiled kernels lie on the volume of the runs: the second start finds them. No other folder is written but
+# /tmp, so that the root may be read-only. Python does not import modules from the working folder. Another --user brings
+# volumes of its own: new ones take the mode of these folders without a sticky bit, so that in folders for all users any
+# of them could replace the code that another runs.
 ENV FASTRESNET_DATA=/data \
     FASTRESNET_RUNS=/runs \
-    TORCHINDUCTOR_CACHE_DIR=/runs/.cache/inductor \
-    TRITON_CACHE_DIR=/runs/.cache/triton \
+    XDG_CACHE_HOME=/runs/.cache \
     MPLCONFIGDIR=/runs/.cache/matplotlib \
+    PYTHONSAFEPATH=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER fastresnet
-WORKDIR /home/fastresnet
+WORKDIR /runs
 
 # --build-arg DATA=cifar10 bakes the prepared data set in, for machines without a network.
 ARG DATA=

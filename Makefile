@@ -5,7 +5,11 @@ BIN := .venv/bin
 # FFCV is built on the spot and needs OpenCV's headers: its tests run where they are.
 TEST_EXTRAS := test$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,ffcv)
 
-.PHONY: demo test gpu-rehearsal lint bench docker-check install install-test clean
+# Tools that look at .venv from outside, so that they are not part of what they find.
+TOOLS := .venv-tools/bin
+ADVISORIES := https://api.osv.dev/v1
+
+.PHONY: demo test gpu-rehearsal lint bench docker-check sbom audit install install-test clean
 
 demo: install
 	$(BIN)/fastresnet prepare --data shapes10 --root runs/demo/data --train-images 10000 --test-images 2000
@@ -35,6 +39,22 @@ bench: install
 docker-check:
 	tests/docker_check.sh
 
+# A list of all that is installed, in CycloneDX's format.
+sbom: install $(TOOLS)/cyclonedx-py
+	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json .venv
+	@echo "sbom.json lists `grep -c '"bom-ref"' sbom.json` components."
+
+# Known vulnerabilities of all that is installed. pip-audit's other source of advisories, PyPI, would let packages pass
+# that it does not know, or all of them behind a mirror without advisories.
+audit: install $(TOOLS)/pip-audit
+	@$(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(ADVISORIES)/vulns/PYSEC-2022-43145", timeout=30)' \
+		2>/dev/null || { echo "make audit: nothing was audited: cannot read advisories from $(ADVISORIES)." >&2; exit 1; }
+	$(TOOLS)/pip-audit --vulnerability-service osv --progress-spinner off --path .venv/lib/python3.*/site-packages
+
+$(TOOLS)/cyclonedx-py $(TOOLS)/pip-audit:
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/python -m pip install --quiet cyclonedx-bom pip-audit
+
 install: .venv/.installed
 install-test: .venv/.installed-$(TEST_EXTRAS)
 
@@ -50,4 +70,4 @@ install-test: .venv/.installed-$(TEST_EXTRAS)
 	@touch $@
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv .venv-tools runs/demo sbom.json

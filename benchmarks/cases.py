@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import row_of, spread
 from benchmarks.roofline import ByteCounter, memory_per_image, roof, seconds_between, stamp
+from fastresnet.compilation import torch_compile
 from fastresnet.config import CAPTURED, TrainConfig
 from fastresnet.device import DTYPES, autocast, recorded, synchronize
 from fastresnet.models import create_model
@@ -231,7 +232,7 @@ def _training(case: StepCase, device: torch.device) -> Steps:
 
 def _inference(case: StepCase, device: torch.device) -> Steps:
     model, images = _network(case, device).eval(), _random_batch(case, device).images
-    network = model if case.backend in ("eager", "capture") else torch.compile(model, fullgraph=True, dynamic=False)
+    network = model if case.backend in ("eager", "capture") else torch_compile(model, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
     def predict() -> None:

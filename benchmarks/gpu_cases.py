@@ -39,6 +39,7 @@ from benchmarks.cases import (
 )
 from benchmarks.report import SCHEMA, Result, ratio, short, write_result
 from benchmarks.roofline import Limits, seconds_between, stamp
+from fastresnet.compilation import torch_compile
 from fastresnet.device import DTYPES, recorded, resolve_device, synchronize
 from fastresnet.distributed import SINGLE
 from fastresnet.models.batchnorm import fuse_batch_norms
@@ -161,7 +162,7 @@ class TimedRecipe:
             candidate.change(step)
         if candidate.inductor or device.type != "cuda":
             # Each set of settings has its own compiled function, so that no step reuses another's kernels.
-            step._compiled = torch.compile(
+            step._compiled = torch_compile(
                 step._loss_and_hits, fullgraph=True, dynamic=False, **_compiler(device, candidate.inductor)
             )
         captured, uncaptured = ("graph", "compile") if candidate.compiled else ("capture", "eager")

@@ -65,9 +65,10 @@ def _recorded_epochs(pipeline: GatheringPipeline) -> Epochs:
     """Record the gathering of a batch as a CUDA graph, like the start of a training step; replay it for each batch."""
     import torch
 
+    from fastresnet.compilation import torch_compile
     from fastresnet.device import recorded
 
-    gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
+    gather = torch_compile(pipeline.gather, fullgraph=True, dynamic=False)
     step = torch.zeros(1, dtype=torch.int64, device="cuda")
     batch: list[Tensor] = []
 

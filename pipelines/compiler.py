@@ -47,7 +47,7 @@ def compile_c(source: Path, *options: str) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
         raise _error(f"there is no C compiler {compiler[0]!r}")
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch_folder() as folder:
         binary, library = str(Path(folder) / "binary.o"), str(Path(folder) / "library.so")
         for arguments in (
             ["-O3", "-march=native", "-fPIC", *options, "-c", str(source), "-o", binary],
@@ -58,9 +58,28 @@ def compile_c(source: Path, *options: str) -> ctypes.CDLL:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
                 raise _error(f"{shlex.join(compiler)} cannot compile {source.name} ({reason})")
         try:
-            return ctypes.CDLL(library)
+            return _load(Path(library))
         except OSError as error:
             raise _error(f"{source.name} cannot be loaded ({error})") from error
+
+
+def _scratch_folder() -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:  # none of them exists, or none can be written
+        raise CompilerError(f"there is no folder to compile in ({error.strerror}); set TMPDIR to one") from error
+
+
+def _load(library: Path) -> ctypes.CDLL:
+    """Load `library`, from memory if its folder is mounted noexec, as by Docker's `--tmpfs /tmp`. Raises `OSError`."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        if not hasattr(os, "memfd_create"):  # only Linux has it
+            raise
+        memory = os.memfd_create(library.name)  # stays open: the next library under its number would be taken for it
+        os.write(memory, library.read_bytes())
+        return ctypes.CDLL(f"/proc/self/fd/{memory}")
 
 
 def _error(reason: str) -> CompilerError:

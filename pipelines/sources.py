@@ -26,7 +26,7 @@ import numpy as np
 
 from .archives import MEMBER_LIMIT, File, Parts, is_image, list_files
 from .contents import recognise
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, note
 from .files import temporary_folder
 from .image_folders import Listing, find_splits, read_image_folders, read_test_folders
 from .images import Report
@@ -158,7 +158,7 @@ def _content_digest(images: np.ndarray, labels: np.ndarray) -> str:
 def download_cifar10(folder: Path) -> Path:
     """Download the official python version into `folder` with torchvision, which checks its MD5; return the archive.
 
-    Raises `DataError` with the address that failed and the alternatives.
+    A `Note` announces it. Raises `DataError` with the address that failed and the alternatives.
     """
     try:
         from torchvision.datasets import CIFAR10
@@ -170,13 +170,15 @@ def download_cifar10(folder: Path) -> Path:
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / CIFAR10.filename
+    if check_integrity(archive, CIFAR10.tgz_md5):
+        return archive
+    note(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {archive.absolute()}.")
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # torchvision sets none: a silent server would hang the command
     try:
-        if not check_integrity(str(archive), CIFAR10.tgz_md5):
-            with temporary_folder(folder) as temporary:  # torchvision would follow a link
-                download_url(CIFAR10.url, str(temporary), CIFAR10.filename, CIFAR10.tgz_md5)
-                os.replace(temporary / CIFAR10.filename, archive)
+        with temporary_folder(folder) as temporary:  # torchvision would follow a link
+            download_url(CIFAR10.url, str(temporary), CIFAR10.filename, CIFAR10.tgz_md5)
+            os.replace(temporary / CIFAR10.filename, archive)
     except _NETWORK_ERRORS as error:
         raise DataError(
             f"could not download {CIFAR10.url} ({getattr(error, 'reason', error)}). Without a network: fastresnet "

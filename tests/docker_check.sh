@@ -49,5 +49,32 @@ fastresnet prepare --data shapes10 --formats beton
 for pipeline in dali ffcv torchvision; do
   fastresnet train smoke --data shapes10 --iterations 20 --pipeline "$pipeline" --out "/runs/$pipeline"
 done
-buildah run "$container" -- sh -c 'ls -A /runs /runs/.cache && du -sh /opt/fastresnet /usr'
+buildah run "$container" -- sh -c 'ls -A /runs /runs/.cache /runs/.cache/fastresnet && du -sh /opt/fastresnet /usr'
+
+# Any user, with folders of its own, without capabilities, with a read-only root, and with Docker's default of --tmpfs /tmp,
+# from which no code can be loaded. buildah has no option for that.
+container=$(buildah from --pull-never localhost/fastresnet)
+containers+=("$container")
+root=$(buildah mount "$container")
+mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep .)
+echo "+ docker run --user 1234:1234 --cap-drop ALL --security-opt no-new-privileges --read-only --tmpfs /tmp fastresnet"
+unshare --mount bash -euc '
+  root=$0
+  mount --bind "$root" "$root"
+  mount --options remount,bind,ro "$root"
+  if touch "$root/written" 2> /dev/null; then exit 1; fi
+  mount --types proc proc "$root/proc"
+  mount --rbind /dev "$root/dev"
+  mount --types tmpfs --options noexec,nosuid,nodev,mode=1777 tmpfs "$root/tmp"
+  for volume in data runs; do mount --types tmpfs --options mode=755,uid=1234,gid=1234 tmpfs "$root/$volume"; done
+  exec chroot "$root" setpriv --reuid 1234 --regid 1234 --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
+    env --ignore-environment --chdir=/runs HOME=/ "$@"
+' "$root" "${environment[@]}" bash -euc '
+  fastresnet doctor
+  fastresnet train smoke --data shapes10 --iterations 2 --compile on --out run 2> notes
+  cat notes
+  if grep "compiled code\|C compiler" notes; then exit 1; fi
+  fastresnet plot run
+'
+buildah umount "$container" > /dev/null
 echo "The image builds and works."

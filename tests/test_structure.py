@@ -60,6 +60,14 @@ def test_imports_have_no_cycles():
     graphlib.TopologicalSorter({module: set(imported(module)) for module in FILES}).prepare()
 
 
+def test_everything_is_compiled_with_private_caches():
+    attributes = [
+        (module, node) for module in FILES for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)
+    ]
+    calls = {module for module, node in attributes if ast.unparse(node) == "torch.compile"}
+    assert calls == {"fastresnet.compilation"}
+
+
 def test_functions_and_classes_are_within_size_limits():
     nodes = [(module, node) for module in FILES for node in ast.walk(tree(module))]
     functions = [(module, node) for module, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

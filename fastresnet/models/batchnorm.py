@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastresnet.compilation import use_private_caches
 from pipelines.compiler import load_kernels
 
 _LANES = 16  # as in batchnorm.c
@@ -117,6 +118,7 @@ def fuse_batch_norms(model: nn.Module, fused: bool = True) -> None:
             on_cpu = module.weight.device.type == "cpu"
             module.fused = fused and not (on_cpu and _kernels() is None)
             if module.fused and not on_cpu:
+                use_private_caches()
                 from .batchnorm_triton import create_semaphores
 
                 module.register_buffer("semaphores", create_semaphores(module.weight), persistent=False)

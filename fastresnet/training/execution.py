@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fastresnet.compilation import torch_compile
 from fastresnet.config import CAPTURED
 from fastresnet.device import explained_failures, recorded
 from fastresnet.training.step import TrainStep
@@ -78,7 +79,7 @@ class Execution:
         self._replay = recorded(step_once, self._step.restored)
 
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
-        gather = torch.compile(pipeline.gather, fullgraph=True, dynamic=False)
+        gather = torch_compile(pipeline.gather, fullgraph=True, dynamic=False)
         return lambda: self._step(*gather(self._step.count % len(pipeline)))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastresnet.compilation import name_user, use_private_caches
 from fastresnet.config import TrainConfig
 from pipelines.errors import UsageError
 
@@ -28,6 +29,7 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     `sgd` has momentum, as in He et al. 2015; `adamw` is by Loshchilov & Hutter 2019. `muon` trains convolutions and SGD
     the rest, as in Jordan's cifar10-airbench. A schedule scales the `peak_lr` of each group.
     """
+    name_user()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     vectors = [parameter for parameter in trained if parameter.ndim == 1]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
@@ -117,6 +119,7 @@ class Muon(Optimizer):
         if not own:
             self.kernels = None
             return
+        use_private_caches()
         from fastresnet.training.muon_triton import MuonKernels  # Triton is missing where PyTorch has no CUDA
 
         def create(parameters: list[nn.Parameter]) -> MuonKernels:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastresnet.checkpoint import take_prefix, with_prefix
+from fastresnet.compilation import torch_compile
 from fastresnet.device import DTYPES, autocast
 from fastresnet.distributed import SINGLE, World
 from fastresnet.models.batchnorm import compiler_options, fuse_batch_norms
@@ -160,13 +161,13 @@ class TrainStep:
         With several ranks it is one graph for each bucket of gradients. A bucket is exchanged during the backward pass
         of the next one.
         """
-        return torch.compile(
+        return torch_compile(
             self._loss_and_hits, fullgraph=self._world.is_single, dynamic=False, options=compiler_options(self._device)
         )
 
     @functools.cached_property
     def _compiled_account(self) -> Callable[[Tensor, Tensor, Tensor, int], None]:
-        return torch.compile(self._account, fullgraph=True, dynamic=False)
+        return torch_compile(self._account, fullgraph=True, dynamic=False)
 
     def _update_average(self, averaged: nn.Module) -> None:
         old, new = averaged.state_dict().values(), self.model.state_dict().values()

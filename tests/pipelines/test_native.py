@@ -1,10 +1,13 @@
 """Compiled augmentation against the PyTorch operators it replaces, and the fallback without a compiler."""
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from pipelines import Augmentation, augment, open_pipeline
+from pipelines import Augmentation, augment, compiler, open_pipeline
 from pipelines.augment import Augment, NativeAugment, create_augment
 from pipelines.errors import Note
 from pipelines.sampling import draw
@@ -85,6 +88,31 @@ def test_without_a_working_compiler_pytorch_is_used_with_a_note(
 def test_the_compiler_may_be_named_with_options(dataset, monkeypatch, clear_compile_cache):
     monkeypatch.setenv("CC", "cc -Wall -Wextra -Werror")
     assert isinstance(create_augment(dataset, Augmentation(), CPU, torch.float32), NativeAugment)
+
+
+def test_c_files_are_loaded_from_memory_where_no_folder_allows_it(dataset, tmp_path, monkeypatch, clear_compile_cache):
+    loaded, load = [], ctypes.CDLL
+
+    def refuse_files(path):
+        if not path.startswith("/proc/self/fd/"):
+            raise OSError(f"{path}: failed to map segment from shared object")  # as in a folder mounted noexec
+        loaded.append(path)
+        return load(path)
+
+    monkeypatch.setattr(compiler.ctypes, "CDLL", refuse_files)
+    assert isinstance(create_augment(dataset, Augmentation(), CPU, torch.float32), NativeAugment)
+    (tmp_path / "answer.c").write_text("int answer(void) { return 42; }")
+    assert compiler.compile_c(tmp_path / "answer.c").answer() == 42
+    assert len(set(loaded)) == 2
+
+
+def test_without_a_folder_for_temporary_files_there_is_no_compilation(monkeypatch):
+    def fail():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(compiler.tempfile, "TemporaryDirectory", fail)
+    with pytest.raises(compiler.CompilerError, match=r"no folder to compile in .*set TMPDIR to one"):
+        compiler.compile_c(Path("any.c"))
 
 
 def test_buffer_is_reused_once_unreferenced():

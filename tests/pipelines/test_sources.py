@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 
 from pipelines.archives import list_files
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, Note, UsageError
 from pipelines.sources import CIFAR10_CLASSES, download_cifar10, read_source, verify_cifar10
 from pipelines.store import RawData, channel_statistics
 from tests.limits import limits
@@ -837,11 +837,15 @@ def download_from(tmp_path, monkeypatch):
     assert found == 33
 
 
-def test_download_of_the_right_file_returns_it(tmp_path, download_from):
-    with serving(b"the archive") as url:
+def test_download_is_announced_in_one_line_and_returns_the_file(tmp_path, download_from, capsys):
+    with serving(b"the archive") as url, pytest.warns(Note) as notes:
         path = download_from(url, b"the archive")
     assert path.read_bytes() == b"the archive"
     assert path.parent == tmp_path / "downloads"
+    (said,) = [str(note.message) for note in notes]
+    assert all(word in said for word in ("CIFAR-10", "170 MB", url, str(path)))
+    assert url not in "".join(capsys.readouterr())  # torchvision adds a progress bar, not a second announcement
+    assert download_from("http://127.0.0.1:9/x.tar.gz", b"the archive") == path  # which needs no network
 
 
 def test_download_replaces_a_link_in_its_place(tmp_path, download_from):
