@@ -104,17 +104,20 @@ def plant_under_open_folder(folder):
 
 
 def plant_foreign_folder(folder):
-    if os.geteuid():
-        pytest.skip("only root can give a folder away")
     folder.mkdir(mode=0o700)
     os.chown(folder, 4321, 4321)
 
 
 def plant_under_foreign_folder(folder):
-    if os.geteuid():
-        pytest.skip("only root can give a folder away")
     folder.mkdir(mode=0o700)
     os.chown(folder.parent, 4321, 4321)
+
+
+FOREIGN = [
+    (plant_foreign_folder, "fastresnet belongs to another user (4321)"),
+    (plant_under_foreign_folder, "other users can change {cache}, and fastresnet in it"),
+]
+"""Cases that only root can set up, by giving folders away."""
 
 
 @pytest.mark.parametrize(
@@ -125,8 +128,7 @@ def plant_under_foreign_folder(folder):
         (plant_open_folder, "fastresnet is open to other users (mode 777, not 700)"),
         (plant_readable_folder, "fastresnet is open to other users (mode 755, not 700)"),
         (plant_under_open_folder, "other users can change {cache}, and fastresnet in it"),
-        (plant_foreign_folder, "fastresnet belongs to another user (4321)"),
-        (plant_under_foreign_folder, "other users can change {cache}, and fastresnet in it"),
+        *([] if os.geteuid() else FOREIGN),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
