@@ -33,6 +33,7 @@ MEMBER_LIMIT = 64 << 20
 # An archive may list and unpack so much, and so much more by its size. A file with its image takes over 128 bytes of
 # it, and drawn images without compression, which a tar pads, shrink to a hundredth at most.
 _FILES, _BYTES_PER_FILE = 10_000, 128
+_ZIP_FILES, _BYTES_PER_ZIP_FILE = 20_000, 256  # zipfile takes 700 bytes of memory for each, and a listing 250
 _UNPACKED, _RATIO = 8 << 20, 100
 
 _HEADER_LIMIT = 1 << 20  # of the names and attributes of a member of a tar: they take some KB
@@ -156,9 +157,9 @@ class _Allowance:
     """Files that an archive may still list, and bytes that it may still unpack to."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._name, self._size = file.name, os.fstat(file.fileno()).st_size
-        self.files = _FILES + self._size // _BYTES_PER_FILE
-        self.unpacked = _UNPACKED + _RATIO * self._size
+        self._name, self.size = file.name, os.fstat(file.fileno()).st_size
+        self.files = _FILES + self.size // _BYTES_PER_FILE
+        self.unpacked = _UNPACKED + _RATIO * self.size
 
     def take(self, *, files: int = 0, unpacked: int = 0) -> None:
         self.files -= files
@@ -170,7 +171,7 @@ class _Allowance:
 
     def refuse(self, excess: str) -> NoReturn:
         raise ArchiveError(
-            f"{self._name} {excess} than its size of {self._size:,} bytes allows. If you trust it, unpack it and give "
+            f"{self._name} {excess} than its size of {self.size:,} bytes allows. If you trust it, unpack it and give "
             "the folder."
         )
 
@@ -188,11 +189,12 @@ class _ZipStream:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._allowance = file, _Allowance(file)
+        self._most = _ZIP_FILES + self._allowance.size // _BYTES_PER_ZIP_FILE
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
-        if data.count(_ZIP_ENTRY) > self._allowance.files:
+        if data.count(_ZIP_ENTRY) > self._most:
             self._allowance.refuse("lists more files")
         return data
 

@@ -441,8 +441,9 @@ def test_xz_that_declares_a_huge_memory_is_refused(tmp_path, helpers, fake, refu
 
 
 def test_number_of_files_is_limited(tmp_path, helpers, fake, refused, monkeypatch):
-    monkeypatch.setattr("pipelines.archives._FILES", 3)
-    monkeypatch.setattr("pipelines.archives._BYTES_PER_FILE", 1 << 30)
+    for kind in ("", "ZIP_"):
+        monkeypatch.setattr(f"pipelines.archives._{kind}FILES", 3)
+        monkeypatch.setattr(f"pipelines.archives._BYTES_PER_{kind}FILE", 1 << 30)
     for packing in ("zip", "tar.gz"):
         refused(helpers.pack(tmp_path, packing, fake.python()), "lists more files than its size of")
 
