@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ Loaded = Callable[[Tensor], Tensor]
 
 
 def _onnx(network: nn.Module, path: Path) -> Loaded:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime from 1.29 on reports each session to its maker
     try:
         import onnx  # noqa: F401
         import onnxruntime

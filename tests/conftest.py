@@ -21,6 +21,8 @@ from fastresnet import cli, models
 from pipelines import LIBRARIES
 from pipelines.prepare import prepare
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # of onnxruntime in the tests themselves
+
 # PyTorch's modules and all tests live until the end: collecting garbage among them took a tenth of the time.
 gc.set_threshold(20_000, 10, 10)
 

@@ -1,5 +1,7 @@
 """Exported files, loaded by their target runtimes."""
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -40,6 +42,16 @@ def test_onnxruntime_computes_the_same_for_any_batch_size(run, tmp_path, batch, 
     for size in (1, 5):
         (computed,) = session.run(["logits"], {"images": images[:size].numpy()})
         np.testing.assert_allclose(computed, logits[:size].numpy(), rtol=0, atol=1e-4)
+
+
+def test_onnxruntime_reports_nothing(python, tmp_path):
+    """Its telemetry keeps the events to send, and an identifier of the machine, in the user's cache."""
+    pytest.importorskip("onnxruntime")
+    ours = ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [python, "-m", "fastresnet", "export", "--out", tmp_path / "network.onnx"]
+    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, check=True)
+    assert not [*tmp_path.rglob("*onnxruntime*")]
 
 
 def test_torch_export_computes_the_same_for_any_batch_size(run, tmp_path, batch, logits):
