@@ -52,6 +52,8 @@ class Logger:
 
 
 _LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_NO_REPORTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
+"""Variables that keep the libraries from reporting to their makers, unless the user has set them."""
 
 
 def create_loggers(
@@ -61,6 +63,8 @@ def create_loggers(
 
     Raises `UsageError` if a library is missing or has no destination. The caller must close the loggers yielded before.
     """
+    for name, value in _NO_REPORTS.items():
+        os.environ.setdefault(name, value)
     _check_libraries(config, folder)
     if config.mlflow:
         yield MlflowLogger(config, folder)

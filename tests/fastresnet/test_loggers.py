@@ -110,7 +110,9 @@ def test_mlflow_logs_every_epoch_across_a_resume(run, tmp_path, monkeypatch):
     uri = (tmp_path / "mlruns").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(uri)
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     stop_and_resume(run, monkeypatch, tmp_path / "run", "--mlflow")
+    assert mlflow.environment_variables.MLFLOW_DISABLE_TELEMETRY.get()
     (logged,) = mlflow.search_runs(output_format="list")
     assert logged.info.run_name == "run"
     assert logged.info.status == "FINISHED"
