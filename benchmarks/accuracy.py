@@ -200,9 +200,7 @@ def chart(recipe: str, path: Path, folder: Path = RESULTS) -> None:
     Plain networks are on the left, residual ones on the right, with the first seed of each. Raises `DataError` if
     there is no run of `recipe`.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
-
+    from fastresnet.figures import Figure, MaxNLocator, NullFormatter
     from fastresnet.plotting import save_figure
 
     groups = _grouped(run for run in read_summaries(folder) if run["recipe"] == recipe)

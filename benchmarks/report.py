@@ -220,8 +220,7 @@ def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str]
 
     The axis is logarithmic if they differ widely.
     """
-    from matplotlib.figure import Figure
-
+    from fastresnet.figures import Figure
     from fastresnet.plotting import save_figure
     from fastresnet.text import for_figure
 

@@ -349,8 +349,7 @@ def markdown_table(result: report.Result) -> str:
 
 def draw_chart(result: report.Result, path: Path) -> None:
     """Draw images/s by batch size with the roofs, and the parts of a training step by network."""
-    from matplotlib.figure import Figure
-
+    from fastresnet.figures import Figure
     from fastresnet.plotting import save_figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")

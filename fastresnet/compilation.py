@@ -92,13 +92,13 @@ def _private_folder() -> Path:
         home = os.environ.get("XDG_CACHE_HOME", "")
         return _own_folder((Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "fastresnet")
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
+        reason = f"{error.filename} cannot be written ({error.strerror})"
     except RuntimeError as error:  # there is no home, or others could change it
         reason = str(error)
     folder = _temporary_folder()
     message = (
-        f"{reason}. So compiled code is in {folder} until this process ends, and the next one compiles again. Set "
-        "XDG_CACHE_HOME to a folder of your own."
+        f"the cache of compiled code is not used: {reason}. This process keeps its own in {folder}, and the next one "
+        "compiles again. Set XDG_CACHE_HOME to a folder of your own."
     )
     warnings.warn(message, Note, stacklevel=4)
     return folder
@@ -109,8 +109,9 @@ def _own_folder(folder: Path) -> Path:
 
     Raises `RuntimeError` if another user could change what is in it, also by replacing a folder above.
     """
-    for level in (*reversed(folder.absolute().parents), folder):
+    for level in (folder.parent, folder):  # a home or a mount that is missing is not made
         if not level.exists():
+            _check_above(level.parent.resolve(strict=True) / level.name)
             level.mkdir(mode=0o700, exist_ok=True)  # another process may be first
     folder = folder.parent.resolve() / folder.name
     found, user = folder.lstat(), os.geteuid()
@@ -120,19 +121,34 @@ def _own_folder(folder: Path) -> Path:
         raise RuntimeError(f"{folder} belongs to another user ({found.st_uid})")
     if found.st_mode & 0o077:
         raise RuntimeError(f"{folder} is open to other users (mode {found.st_mode & 0o777:o}, not 700)")
-    for level in folder.parents:
-        above = level.stat()
-        if above.st_uid not in (user, 0, _UNMAPPED) or above.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
-            raise RuntimeError(f"other users can change {level}, and {folder.name} in it")
+    _check_above(folder)
     return folder
+
+
+def _check_above(folder: Path) -> None:
+    """Raise `RuntimeError` if another user could replace `folder`, which has no links above it."""
+    trusted = {os.geteuid(), 0} | ({_UNMAPPED} if _in_user_namespace() else set())
+    for level in folder.parents:
+        found = level.stat()
+        if found.st_uid not in trusted or found.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+            raise RuntimeError(f"other users can change {level}, and {folder.name} in it")
+
+
+def _in_user_namespace() -> bool:
+    try:
+        return Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return False
 
 
 def _temporary_folder() -> Path:
     """Create a folder, mode 700, that is removed when this process ends; processes forked from it leave it alone."""
     try:
-        folder, owner = Path(tempfile.mkdtemp(prefix="fastresnet-")), os.getpid()
-    except OSError as error:
-        raise RunError(f"there is no folder to compile in ({error.strerror}). Set TMPDIR or XDG_CACHE_HOME.") from error
+        folder, owner = Path(tempfile.mkdtemp(prefix="fastresnet-")).resolve(), os.getpid()
+        _check_above(folder)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"there is no folder to compile in ({reason}). Set TMPDIR or XDG_CACHE_HOME.") from error
 
     def remove() -> None:
         if os.getpid() == owner:

@@ -32,7 +32,7 @@ from pipelines.sources import CIFAR10_CLASSES, Report
 from pipelines.store import CIFAR10, Dataset
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from fastresnet.figures import Figure
 
 SHOWN_MISTAKES = 24
 _LISTED_NAMES = 12  # in messages

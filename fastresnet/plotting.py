@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fastresnet.figures import Axes, Figure, MaxNLocator, Text
 from fastresnet.text import font_family, for_figure
 from pipelines.files import write_bytes
 
@@ -71,7 +68,10 @@ def confusion(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], t
     Of more than 40 classes, it shows those with the most mistakes. Colours are shares of all images of the true class.
     """
     shown = _most_confused(true, predicted, len(classes))
-    counts = np.array([[((true == row) & (predicted == column)).sum() for column in shown] for row in shown])
+    place = np.full(len(classes), -1)
+    place[shown] = range(len(shown))
+    counts, inside = np.zeros((len(shown), len(shown)), np.int64), (place[true] >= 0) & (place[predicted] >= 0)
+    np.add.at(counts, (place[true][inside], place[predicted][inside]), 1)
     shares = counts / np.maximum(np.bincount(true, minlength=len(classes))[shown, None], 1)
     size = max(4.0, 0.6 * min(len(shown), _NUMBERED_CLASSES) + 2)
     figure = Figure(figsize=(size + 1, size), layout="constrained")

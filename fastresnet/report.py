@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fastresnet.config import TrainConfig, from_toml
 from fastresnet.evaluation import Predictions
+from fastresnet.figures import Figure
 from fastresnet.plotting import curves, rendered
 from fastresnet.recipes import changed_settings
 from fastresnet.run_folder import Run

@@ -16,6 +16,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -330,9 +331,11 @@ def _lock(path: Path) -> Iterator[None]:
     The system releases the lock however the process ends. It locks out processes, not threads: `_HELD` locks out those
     of this process.
     """
-    if (name := path.absolute()) in _HELD:
-        raise UsageError(_in_use(path.parent, f"{os.getpid()}, this one"))
-    _HELD.add(name)
+    name = Path(os.path.realpath(path.parent), path.name)
+    with _HELD_GUARD:
+        if name in _HELD:
+            raise UsageError(_in_use(path.parent, f"{os.getpid()}, this one"))
+        _HELD.add(name)
     try:
         descriptor = _acquire(path)
         try:
@@ -345,6 +348,7 @@ def _lock(path: Path) -> Iterator[None]:
         _HELD.remove(name)
 
 
+_HELD_GUARD = threading.Lock()
 _HELD: set[Path] = set()
 """Lock files that this process holds."""
 
@@ -361,6 +365,8 @@ def _acquire(path: Path) -> int | None:
                 raise
             continue
         except PermissionError:
+            if os.path.lexists(path):
+                raise UsageError(f"{path} belongs to another user. Give another folder with --out.") from None
             return None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by workers
@@ -372,8 +378,9 @@ def _acquire(path: Path) -> int | None:
             pass  # a file system without locks
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+                with contextlib.suppress(OSError):  # a full disk: the holder is only named to others
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
         os.close(descriptor)  # the last holder has removed the file
 

@@ -61,7 +61,7 @@ def font_family(character: str) -> str | None:
 
 @functools.cache
 def _own_characters() -> frozenset[int]:
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from fastresnet.figures import FontProperties, findfont, get_font
 
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
@@ -69,7 +69,7 @@ def _own_characters() -> frozenset[int]:
 @functools.cache
 def _characters_of_other_fonts() -> dict[int, str]:
     """Map the characters of the other installed fonts to their names. Reads all fonts: only if one is missing."""
-    from matplotlib.font_manager import fontManager, get_font
+    from fastresnet.figures import fontManager, get_font
 
     families: dict[int, str] = {}
     for font in sorted(fontManager.ttflist, key=lambda font: font.name):

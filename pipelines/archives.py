@@ -97,7 +97,7 @@ def list_files(path: Path) -> Iterator[File]:
 
 def file_at(path: Path) -> File:
     """Return the file at `path`."""
-    return File((path.name,), str(path), functools.partial(_open_path, path))
+    return File((path.name,), _in_one_line(str(path)), functools.partial(_open_path, path))
 
 
 def _open_path(path: str | Path) -> IO[bytes]:
@@ -116,7 +116,7 @@ def _list_folder(path: Path) -> Iterator[File]:
         above |= {real}
         visits[real] += 1
         if visits[real] > _VISITS:
-            raise DataError(f"{path.joinpath(*parts)} is reached by over {_VISITS} ways, through links. Remove some.")
+            raise DataError(f"{path.joinpath(*parts)} is reached in over {_VISITS} ways, through links. Remove some.")
         with os.scandir(path.joinpath(*parts)) as entries:
             for entry in entries:
                 inner = (*parts, entry.name)
@@ -127,9 +127,11 @@ def _list_folder(path: Path) -> Iterator[File]:
                     if target not in above:
                         _check_path("/".join(inner), path)
                         pending.append((inner, target, above))
-                        yield File(inner, entry.path, functools.partial(_open_path, entry.path), is_folder=True)
+                        yield File(
+                            inner, _in_one_line(entry.path), functools.partial(_open_path, entry.path), is_folder=True
+                        )
                 elif entry.is_file() or entry.is_symlink():  # a broken link cannot be read; a pipe would block
-                    yield File(inner, entry.path, functools.partial(_open_path, entry.path))
+                    yield File(inner, _in_one_line(entry.path), functools.partial(_open_path, entry.path))
 
 
 def _parts(name: str, path: Path) -> Parts:
@@ -150,7 +152,9 @@ def _in_one_line(name: str) -> str:
 
 def _check_size(name: str, size: int) -> None:
     if size > MEMBER_LIMIT:
-        raise DataError(f"{name} claims {size} bytes; up to {MEMBER_LIMIT} are read.")
+        raise DataError(
+            f"{name} claims {size:,} bytes, over {MEMBER_LIMIT:,}: too many for an image or a batch. Leave it out."
+        )
 
 
 class _Allowance:

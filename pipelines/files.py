@@ -22,26 +22,38 @@ from typing import Any
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # it can be written, but not read
+        return
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def open_file(path: str | Path, flags: int) -> int:
-    """Open file `path`, created if missing, and return its descriptor. Raises `OSError` if `path` is a link."""
+def open_file(path: str | Path, flags: int, *, folder: int | None = None) -> int:
+    """Open file `path`, created if missing, and return its descriptor. `folder` is a descriptor that it is relative to.
+
+    Raises `OSError` if `path` is a link, or no file of its own.
+    """
     try:
-        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would block
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
     except OSError as error:
         if error.errno == errno.ELOOP:
             error.strerror = "it is a symbolic link, which is not followed"
         raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a hard link, a pipe or a device, which is not written", str(path))
+    return descriptor
 
 
 # --- temporary folders -------------------------------------------------------------------------------------------
 
 _TEMPORARY = re.compile(r"\.fastresnet-[0-9a-f]{16}\.tmp")
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LIVE: set[str] = set()
 """Names of the temporary folders of this process: locks are only between processes."""
 
@@ -69,10 +81,14 @@ def remove_temporary_folders(parent: Path) -> None:
     """Remove the temporary folders of killed writers from `parent`: those that can be locked."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:  # it may be unreadable, and yet writable
         for entry in entries:
-            if is_temporary(entry.name) and entry.name not in _LIVE and entry.is_dir(follow_symlinks=False):
+            if is_temporary(entry.name) and entry.name not in _LIVE and _is_own_folder(entry):
                 folder = parent / entry.name
                 with contextlib.suppress(OSError):
                     _remove(folder, _lock(folder))
+
+
+def _is_own_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
 
 
 def _create(parent: Path) -> tuple[Path, int | None]:
@@ -85,22 +101,28 @@ def _create(parent: Path) -> tuple[Path, int | None]:
             return folder, _lock(folder)
         except (FileNotFoundError, BlockingIOError):  # another writer found it before it was locked, and removes it
             _LIVE.remove(folder.name)
-        except OSError:
-            return folder, None
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                return folder, None
+            _remove(folder, None)
+            raise
 
 
 def _lock(folder: Path) -> int:
     """Lock `folder` and return the lock's descriptor. Raises `OSError` if another process holds it or removes it."""
-    path = folder / folder.name
-    descriptor = open_file(path, os.O_RDWR)
+    name, opened = folder.name, os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)  # it may have become a link
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by worker processes
-        if not os.path.samestat(os.stat(path), os.fstat(descriptor)):
-            raise FileNotFoundError
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+        descriptor = open_file(name, os.O_RDWR, folder=opened)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by worker processes
+            if not os.path.samestat(os.stat(name, dir_fd=opened), os.fstat(descriptor)):
+                raise FileNotFoundError
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+    finally:
+        os.close(opened)
 
 
 def _remove(folder: Path, lock: int | None) -> None:
@@ -131,8 +153,9 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
             yield new
             with open(new, "rb") as file:
                 os.fsync(file.fileno())
-            if previous is not None and path.exists():
-                os.replace(path, previous)
+            if previous is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(path, previous)
             os.replace(new, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -147,9 +170,24 @@ def _is_stream(path: Path) -> bool:
     """
     if not os.path.lexists(path):
         return False
-    mode, parent = path.lstat().st_mode, os.path.realpath(path.parent)
+    mode = path.lstat().st_mode
     is_special = not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
-    return is_special or parent == "/dev" or re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", parent) is not None
+    return is_special or _is_of_the_system(path)
+
+
+def _is_of_the_system(path: Path) -> bool:
+    parent = os.path.realpath(path.parent)
+    return parent == "/dev" or re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", parent) is not None
+
+
+def _write_stream(path: Path, data: bytes) -> None:
+    if _is_of_the_system(path):
+        path.write_bytes(data)
+        return
+    with open(path, "wb", opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_NOFOLLOW)) as stream:
+        if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # it was a pipe or a device a moment ago
+            raise OSError(errno.EAGAIN, "it has become another file", str(path))
+        stream.write(data)
 
 
 def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:
@@ -158,7 +196,7 @@ def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> Non
     The old file is renamed to `previous`, if given. Raises `OSError` and leaves `path` unchanged.
     """
     if _is_stream(path):
-        path.write_bytes(data)
+        _write_stream(path, data)
         return
     with replacing(path, previous=previous) as new:
         new.write_bytes(data)

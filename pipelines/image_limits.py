@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 from .archives import ArchiveError
 from .errors import DataError
 
-# Photos have one or two pixels for each byte, and drawings of few colours hundreds. One image may have as many as
-# decode in 32 MB, and more by its size. All images of a source have a budget too: 100 million pixels take a second.
+# Photos have one to thirty pixels for each byte, and drawings of few colours hundreds. One image may have as many as
+# decode in 32 MB, and more by its size. All images of a source have a budget too: 100 million opaque pixels take a
+# second, transparent ones four.
 _DECODED, _PIXELS_PER_BYTE = 32 << 20, 16
-_ALL_PIXELS, _ALL_PIXELS_PER_BYTE = 128 << 20, 128
+_ALL_PIXELS, _ALL_PIXELS_PER_BYTE = 128 << 20, 32
+_COST_OF_TRANSPARENCY = 4
 _BYTES_PER_PIXEL = {"WEBP": 16, "TIFF": 8}  # while decoding: libwebp keeps three canvases, libtiff a strip
 _BYTES_PER_PIXEL_OF_SCANS = 10  # libjpeg keeps the coefficients
 _SIDE = 0xFFFF  # as in JPEG
@@ -81,7 +83,7 @@ def limited(content: bytes, name: str) -> LimitedStream:
     if _is_tiff(content):
         _check_tags(content, name)
     if _canvas_of_webp(content) > _most_pixels("WEBP", content):
-        refuse_pixels(name)  # Pillow allocates it at once
+        _refuse_pixels(name)  # Pillow allocates it at once
     if (scans := _count_scans(content)) > _SCANS + len(content) // _BYTES_A_SCAN:
         _refuse(name, f"has {scans:,} scans")
     if content[:2] in (b"P1", b"P2", b"P3") and content.count(b"#") > _COMMENTS:
@@ -99,10 +101,16 @@ def check_pixels(image: Any, content: bytes, name: str, effort: Effort) -> None:
     kind = "grey" if image.mode in ("1", "L", "P") else image.format
     most = _PIXELS_IN_PYTHON if in_python else _most_pixels(kind, content)
     if pixels > most or max(width, height) > _SIDE:
-        refuse_pixels(name)
+        _refuse_pixels(name)
     if in_python and size > (64 << 10) + _BYTES_A_PIXEL * pixels:
         _refuse(name, f"has {size:,} bytes for {pixels:,} pixels")
-    effort.take(128 * pixels + 16 * size if in_python else pixels * (1 + _count_scans(content) // 8), size, name)
+    cost = pixels * (_COST_OF_TRANSPARENCY if is_transparent(image) else 1)
+    effort.take(128 * pixels + 16 * size if in_python else cost * (1 + _count_scans(content) // 8), size, name)
+
+
+def is_transparent(image: Any) -> bool:
+    """Return True if pixels of an opened image may be transparent."""
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def _most_pixels(kind: str, content: bytes) -> int:
@@ -121,12 +129,12 @@ def _canvas_of_webp(content: bytes) -> int:
     return ((bits & 0x3FFF) + 1) * ((bits >> (14 if kind == b"VP8L" else 16) & 0x3FFF) + 1)
 
 
-def refuse_pixels(name: str) -> NoReturn:
+def _refuse_pixels(name: str) -> NoReturn:
     raise DataError(f"{name} has too many pixels for its size in bytes, or over {_SIDE:,} in a row. Scale it down.")
 
 
 def _refuse(name: str, excess: str) -> NoReturn:
-    raise DataError(f"{name} {excess}, as no honest image has. Save it again, as PNG.")
+    raise DataError(f"{name} {excess}, which no decoder needs. Save it again, as PNG.")
 
 
 def _is_tiff(content: bytes) -> bool:

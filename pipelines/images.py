@@ -14,7 +14,7 @@ import numpy as np
 from .archives import MEMBER_LIMIT, ArchiveError, File
 from .contents import WINDOW, describe
 from .errors import DataError, list_some, note
-from .image_limits import Effort, check_pixels, limited, refuse_pixels
+from .image_limits import Effort, check_pixels, is_transparent, limited
 from .sampling import IMAGE_SIZE
 
 Report = Callable[[str, int, int], None]
@@ -115,7 +115,7 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
                 image.load()
                 return _fit(image), image.size != (IMAGE_SIZE, IMAGE_SIZE)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            refuse_pixels(file.name)
+            raise DataError(f"{file.name} has over {Image.MAX_IMAGE_PIXELS:,} pixels. Scale it down.") from None
         except Image.UnidentifiedImageError:
             reason = describe(head, head, "image") or "cannot be read as an image: unknown format"
             raise DataError(f"{file.name} {reason}.") from None
@@ -185,7 +185,7 @@ def _flatten(image: Any) -> Any:
     """Convert to RGB, over `BACKGROUND` where pixels are transparent."""
     from PIL import Image
 
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+    if not is_transparent(image):
         return image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, BACKGROUND), layer).convert("RGB")

@@ -68,6 +68,15 @@ def test_everything_is_compiled_with_private_caches():
     assert calls == {"fastresnet.compilation"}
 
 
+def test_matplotlib_is_imported_in_one_place():
+    imports = [
+        (module, node) for module in FILES for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom)
+    ]
+    assert {module for module, node in imports if (node.module or "").startswith("matplotlib")} == {
+        "fastresnet.figures"
+    }
+
+
 def test_functions_and_classes_are_within_size_limits():
     nodes = [(module, node) for module in FILES for node in ast.walk(tree(module))]
     functions = [(module, node) for module, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -13,7 +13,7 @@ from fastresnet.terminal import check_output, parse, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from fastresnet.figures import Figure
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

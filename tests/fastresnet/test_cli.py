@@ -60,6 +60,15 @@ def test_processes_import_nothing_from_the_working_folder(tmp_path, start):
     assert done.stdout == "\n", done.stderr
 
 
+def test_settings_of_matplotlib_in_the_working_folder_are_not_read(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    program = (
+        "import os, fastresnet.figures, matplotlib; print(matplotlib.rcParams['text.usetex'], os.path.exists('.'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
+
+
 def signal_in_cleanup():
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -177,6 +177,22 @@ def test_without_a_home_the_folder_is_temporary_and_removed_by_its_process(home,
     assert not inductor.parent.exists()
 
 
+def test_nothing_is_made_in_a_home_that_others_can_change(home):
+    home.chmod(0o777)
+    with pytest.warns(Note, match=f"other users can change {home}"):
+        use_private_caches()
+    assert not (home / ".cache").exists()
+
+
+def test_a_temporary_folder_that_others_can_replace_is_not_used(home, tmp_path, monkeypatch):
+    os.environ["HOME"] = "/proc/nowhere"
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "open"))
+    with pytest.raises(RunError, match=r"other users can change .*open"):
+        use_private_caches()
+
+
 def test_nowhere_to_compile_is_an_error_in_words(home, monkeypatch):
     def fail(**_):
         raise FileNotFoundError(2, "No usable temporary directory found")

@@ -81,12 +81,31 @@ def test_second_training_in_the_same_process_is_refused(tmp_path):
         pass
 
 
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+def test_second_training_by_another_name_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with RunFolder(tmp_path / "run").locked():
+        for other in (tmp_path / "link" / "run", tmp_path / "run" / ".." / "run"):
+            with pytest.raises(UsageError, match="this one"), RunFolder(other).locked():
+                pass
+
+
+def test_a_lock_that_another_user_holds_is_respected(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / ".lock").write_text("123 on there")
+    monkeypatch.setattr(run_folder, "open_file", denied)
+    with pytest.raises(UsageError, match="belongs to another user"), RunFolder(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize(("link", "words"), [(os.symlink, "is a symbolic link"), (os.link, "is a hard link")])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path, link, words):
     (tmp_path / "run").mkdir()
     (tmp_path / "file").write_text("someone's")
-    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
+    link(tmp_path / "file", tmp_path / "run" / ".lock")
     with (
-        pytest.raises(OSError, match="is a symbolic link, which is not followed"),
+        pytest.raises(OSError, match=f"{words}, which is not followed" if link is os.symlink else words),
         RunFolder(tmp_path / "run").locked(),
     ):
         pass

@@ -1,4 +1,4 @@
-"""usage: python -m tests.faults.kills [--kills N] [--seed N] [--scenarios NAME,...] [--json FILE]
+"""usage: python -m tests.faults.kills [--kills N] [--seed N] [--scenarios 'NAME;...'] [--json FILE]
 
 Kill `fastresnet` at random moments, repeat the command until it ends, and compare the result with an undisturbed run.
 Some scenarios start a command twice at once.

@@ -129,6 +129,28 @@ def test_a_folder_taken_before_it_was_locked_is_given_up_for_another(tmp_path, m
     assert names(tmp_path) == ["a"]
 
 
+def test_a_lock_that_fails_for_another_reason_ends_the_write(tmp_path, monkeypatch):
+    """Without a lock, the next writer would remove the files of this one."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fcntl, "lockf", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "a", b"new")
+    assert names(tmp_path) == []
+
+
+def test_a_pipe_that_becomes_a_link_or_a_file_is_not_written(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    monkeypatch.setattr(files, "_is_stream", lambda _: True)  # as it was a moment ago
+    for name in ("precious", "link"):
+        with pytest.raises(OSError):  # noqa: PT011  the link's error is the system's
+            write_bytes(tmp_path / name, b"new")
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 def test_a_file_system_without_locks_is_written_and_nothing_on_it_removed(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
