@@ -335,7 +335,7 @@ def test_tar_member_that_claims_a_huge_size_is_refused(tmp_path, refused):
     path, entry = tmp_path / "huge.tar", tarfile.TarInfo("data_batch_1")
     entry.size = 10 << 30
     path.write_bytes(entry.tobuf() + bytes(10240))
-    refused(path, "data_batch_1", "10737418240 bytes")
+    refused(path, "data_batch_1", "10,737,418,240 bytes")
 
 
 def change_first_zip_entry(path: Path, local: int, central: int, value: bytes) -> None:
@@ -350,7 +350,7 @@ def change_first_zip_entry(path: Path, local: int, central: int, value: bytes) -
 def test_zip_member_that_claims_a_huge_size_is_refused(tmp_path, helpers, fake, refused):
     path = helpers.make_zip(tmp_path / "huge.zip", fake.python())
     change_first_zip_entry(path, 22, 24, struct.pack("<I", 1 << 30))
-    refused(path, "data_batch_1", "1073741824 bytes")
+    refused(path, "data_batch_1", "1,073,741,824 bytes")
 
 
 def test_zip_member_that_unpacks_to_more_than_it_claims_is_refused(tmp_path, helpers, fake, refused):
