@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from .archives import ArchiveError
@@ -35,7 +36,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 _PNG_TEXTS, _PNG_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"), 64 << 10  # they may tell the orientation
 
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+_COMPRESSION, _TILE_WIDTH, _TILE_HEIGHT = 259, 322, 323  # tags of TIFF
+_JPEG_IN_TIFF = (6, 7)  # no other code of a compression has such a byte
 _TIFF_TAGS, _TIFF_VALUES = range(254, 533), 1 << 16  # of the pixels, and numbers in one of them: a strip may be a row
 _ASCII = 2
 _OPAQUE = (1, _ASCII, 7)  # types of values that stay bytes
@@ -142,8 +144,16 @@ def _is_tiff(content: bytes) -> bool:
 
 
 def _count_scans(content: bytes) -> int:
-    """Count the scans of a JPEG, or those within a TIFF."""
-    return content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") or _is_tiff(content) else 0
+    """Count the scans of a JPEG, or of those within a TIFF."""
+    return content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") or _has_jpegs(content) else 0
+
+
+def _has_jpegs(content: bytes) -> bool:
+    """Return True if the pixels of a TIFF are, or may be, packed as JPEG."""
+    for tag, _, values, value in _tags(content) if _is_tiff(content) else ():
+        if tag == _COMPRESSION and (values != 1 or any(packing in value for packing in _JPEG_IN_TIFF)):
+            return True
+    return False
 
 
 def _without_texts(content: bytes, name: str) -> bytes:
@@ -162,15 +172,19 @@ def _without_texts(content: bytes, name: str) -> bytes:
 
 def _check_tags(content: bytes, name: str) -> None:
     """Refuse tags of a TIFF that have many numbers, each of which would become an object of Python."""
+    for tag, kind, values, _ in _tags(content):
+        if values > _TIFF_VALUES and kind != _ASCII and (tag in _TIFF_TAGS or kind not in _OPAQUE):
+            _refuse(name, f"has {values:,} values in one tag")
+
+
+def _tags(content: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield the tags of a TIFF's first image: the tag, type and count of its values, and them or their place."""
     order, is_big = "<" if content.startswith(b"II") else ">", content[2:3] == b"+"
-    entry = struct.Struct(order + ("HHQ8x" if is_big else "HHI4x"))
+    entry = struct.Struct(order + ("HHQ8s" if is_big else "HHI4s"))
     try:
         (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), content, 8 if is_big else 4)
         (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), content, start)
         start += 8 if is_big else 2
-        entries = entry.iter_unpack(content[start : start + entry.size * min(count, _PARTS)])
-        for tag, kind, values in entries:
-            if values > _TIFF_VALUES and kind != _ASCII and (tag in _TIFF_TAGS or kind not in _OPAQUE):
-                _refuse(name, f"has {values:,} values in one tag")
+        yield from entry.iter_unpack(content[start : start + entry.size * min(count, _PARTS)])
     except (struct.error, OverflowError):
         pass  # damaged, as Pillow will say

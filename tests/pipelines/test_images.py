@@ -349,6 +349,7 @@ EXCESSES = {
     "pixels in a row": (lambda: saved(Image.new("1", (70_000, 8))), "too many pixels"),
     "pixels of a WebP": (lambda: b"RIFF\x64\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0" + CANVAS + bytes(80), "too many pixels"),
     "scans of a JPEG": (lambda: jpeg_of_scans(3000), "scans"),
+    "scans of a JPEG in a TIFF": (lambda: grey_tiff((259, 3, 1, 7)) + b"\xff\xda" * 3000, "scans"),
     "segments of a JPEG": (lambda: saved(BLANK, "jpeg")[:2] + b"\xff\xfe\0\2" * 100_000, "metadata without end"),
     "chunks of a PNG": (lambda: blank_png(32, 2, chunk(b"IDAT", b"") * 100_000), "chunks"),
     "strips of a TIFF": (lambda: grey_tiff((273, 4, 1 << 20, 200)) + bytes(4 << 20), "values in one tag"),
@@ -379,6 +380,12 @@ def test_image_that_would_take_much_more_than_its_size_is_refused(refused, make,
     content = make()
     with limits(len(content), seconds=2):
         refused(content, words)
+
+
+@pytest.mark.parametrize("packing", ["raw", "packbits"])
+def test_tiff_whose_colour_has_the_bytes_of_a_scan_of_a_jpeg_is_read(read, packing):
+    peach = Image.new("RGB", (32, 32), (0xFF, 0xDA, 0xB9))
+    np.testing.assert_array_equal(read(saved(peach, "tiff", compression=packing)), np.asarray(peach))
 
 
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS_WIDE], ids=["Latin", "wide"])
