@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from .errors import DataError
+from .texts import open_regular
 
 Parts = tuple[str, ...]
 """Names of the folders above a file, from the top of the source, and its own name."""
@@ -102,9 +103,11 @@ def file_at(path: Path) -> File:
 
 def _open_path(path: str | Path) -> IO[bytes]:
     try:
-        return open(path, "rb")
+        return open_regular(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise DataError(f"{path} is a pipe or a device. Give a file.") from None
 
 
 def _list_folder(path: Path) -> Iterator[File]:
@@ -130,7 +133,7 @@ def _list_folder(path: Path) -> Iterator[File]:
                         yield File(
                             inner, _in_one_line(entry.path), functools.partial(_open_path, entry.path), is_folder=True
                         )
-                elif entry.is_file() or entry.is_symlink():  # a broken link cannot be read; a pipe would block
+                elif entry.is_file() or entry.is_symlink():  # one that is broken or leads to a pipe is refused
                     yield File(inner, _in_one_line(entry.path), functools.partial(_open_path, entry.path))
 
 

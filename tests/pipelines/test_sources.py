@@ -335,7 +335,7 @@ def test_tar_member_that_claims_a_huge_size_is_refused(tmp_path, refused):
     path, entry = tmp_path / "huge.tar", tarfile.TarInfo("data_batch_1")
     entry.size = 10 << 30
     path.write_bytes(entry.tobuf() + bytes(10240))
-    refused(path, "data_batch_1", "10737418240 bytes")
+    refused(path, "data_batch_1", "10,737,418,240 bytes")
 
 
 def change_first_zip_entry(path: Path, local: int, central: int, value: bytes) -> None:
@@ -350,7 +350,7 @@ def change_first_zip_entry(path: Path, local: int, central: int, value: bytes) -
 def test_zip_member_that_claims_a_huge_size_is_refused(tmp_path, helpers, fake, refused):
     path = helpers.make_zip(tmp_path / "huge.zip", fake.python())
     change_first_zip_entry(path, 22, 24, struct.pack("<I", 1 << 30))
-    refused(path, "data_batch_1", "1073741824 bytes")
+    refused(path, "data_batch_1", "1,073,741,824 bytes")
 
 
 def test_zip_member_that_unpacks_to_more_than_it_claims_is_refused(tmp_path, helpers, fake, refused):
@@ -591,6 +591,19 @@ def test_folders_that_link_to_each_other_are_refused(tmp_path, refused):
             (tmp_path / "links" / name / f"to_{other}").symlink_to(tmp_path / "links" / other)
     with limits(0):
         refused(tmp_path / "links", "through links. Remove some.")
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize("name", ["data_batch_1", "train/a/1.png"])
+def test_link_to_a_pipe_or_a_device_is_refused_at_once(tmp_path, refused, name, target):
+    folder = tmp_path / "source"
+    os.mkfifo(tmp_path / "pipe")
+    for inner in (folder / "train" / "a", folder / "test" / "a"):
+        inner.mkdir(parents=True)
+        (inner / "2.png").touch()
+    (folder / name).symlink_to(tmp_path / target)
+    with limits(0, seconds=2):
+        refused(folder, f"{folder / name} is a pipe or a device. Give a file.")
 
 
 EXHAUSTING = {
