@@ -96,14 +96,15 @@ def list_files(path: Path) -> Iterator[File]:
             yield file
 
 
-def file_at(path: Path) -> File:
-    """Return the file at `path`."""
-    return File((path.name,), _in_one_line(str(path)), functools.partial(_open_path, path))
+def file_at(path: Path, *, may_be_pipe: bool = False) -> File:
+    """Return the file at `path`; it `may_be_pipe` only if the user names it."""
+    content = functools.partial(_open_path, path, may_be_pipe=may_be_pipe)
+    return File((path.name,), _in_one_line(str(path)), content)
 
 
-def _open_path(path: str | Path) -> IO[bytes]:
+def _open_path(path: str | Path, *, may_be_pipe: bool = False) -> IO[bytes]:
     try:
-        return open_regular(path)
+        return open(path, "rb") if may_be_pipe else open_regular(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:

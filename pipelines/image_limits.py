@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -34,7 +35,8 @@ _METADATA = 4 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
-_PNG_TEXTS, _PNG_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"), 64 << 10  # they may tell the orientation
+_PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # they may tell the orientation
+_EXIF = 64 << 10  # a JPEG has no more in one segment
 
 _COMPRESSION, _TILE_WIDTH, _TILE_HEIGHT = 259, 322, 323  # tags of TIFF
 _JPEG_IN_TIFF = (6, 7)  # no other code of a compression has such a byte
@@ -110,6 +112,12 @@ def check_pixels(image: Any, content: bytes, name: str, effort: Effort) -> None:
     effort.take(128 * pixels + 16 * size if in_python else cost * (1 + _count_scans(content) // 8), size, name)
 
 
+def leave_out_long_exif(image: Any) -> None:
+    """Leave out Exif of an opened image that is longer than a JPEG's: Pillow makes an object of each number."""
+    if len(image.info.get("exif", b"")) > _EXIF:
+        del image.info["exif"]
+
+
 def is_transparent(image: Any) -> bool:
     """Return True if pixels of an opened image may be transparent."""
     return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
@@ -158,16 +166,32 @@ def _has_jpegs(content: bytes) -> bool:
 
 def _without_texts(content: bytes, name: str) -> bytes:
     """Leave out the chunks of a PNG that do not concern its pixels; texts unpack to megabytes each."""
-    kept, start = [content[: len(_PNG)]], len(_PNG)
+    kept, start, texts = [content[: len(_PNG)]], len(_PNG), set(_PNG_TEXTS)
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
         kind = content[start + 4 : start + 8]
-        if kind in _PNG_CHUNKS or (content[start + 8 : end].startswith(_PNG_TEXTS) and end - start < _PNG_TEXT):
+        text = _short_text(kind, content[start + 8 : end - 4]) if kind in (b"tEXt", b"zTXt", b"iTXt") else None
+        if (kind in _PNG_CHUNKS and (kind != b"eXIf" or end - start - 12 <= _EXIF)) or text in texts:
             kept.append(content[start:end])
+            texts.discard(text)
         start = end
     if len(kept) > _PARTS + len(content) // _BYTES_A_CHUNK:
         _refuse(name, f"has {len(kept):,} chunks")
     return b"".join(kept)
+
+
+def _short_text(kind: bytes, data: bytes) -> bytes | None:
+    """Return the keyword of a text in a PNG that may tell the orientation, or None if it is another or a long one."""
+    keyword, _, text = data[:_EXIF].partition(b"\0")
+    if keyword not in _PNG_TEXTS or len(data) > _EXIF:
+        return None
+    if kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1"):
+        packed = text[1:] if kind == b"zTXt" else text[2:].split(b"\0", 2)[-1]
+        try:
+            text = zlib.decompressobj().decompress(packed, _EXIF + 1)
+        except zlib.error:
+            return None
+    return keyword if len(text) <= _EXIF else None
 
 
 def _check_tags(content: bytes, name: str) -> None:

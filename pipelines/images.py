@@ -14,7 +14,7 @@ import numpy as np
 from .archives import MEMBER_LIMIT, ArchiveError, File
 from .contents import WINDOW, describe
 from .errors import DataError, list_some, note
-from .image_limits import Effort, check_pixels, is_transparent, limited
+from .image_limits import Effort, check_pixels, is_transparent, leave_out_long_exif, limited
 from .sampling import IMAGE_SIZE
 
 Report = Callable[[str, int, int], None]
@@ -164,6 +164,7 @@ def _upright(image: Any) -> Any:
 def _orientation(image: Any) -> int:
     """Read the place of the first row and column, 1..8 as Exif numbers them, 1 if it is unknown."""
     try:
+        leave_out_long_exif(image)
         orientation = image.getexif().get(_ORIENTATION)
         return orientation if orientation in range(1, 9) else 1
     except Exception:  # noqa: BLE001  damaged metadata can raise nearly anything, and the pixels are there

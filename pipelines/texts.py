@@ -14,7 +14,7 @@ _MEMORY, _DEEPEST = 32 << 20, 100
 
 def open_regular(path: str | Path) -> IO[bytes]:
     """Open a file that is no pipe or device, which could block for ever or never end. Raises `ValueError` if it is."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115  the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError("it is a pipe or a device")

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.archives import file_at
 from pipelines.errors import DataError, Note
@@ -127,11 +128,11 @@ def test_photo_of_a_phone_with_several_pictures_is_read(read):
     assert (read(file.getvalue()) == 120).all()
 
 
-def test_pipe_is_read(tmp_path, drawn):
+def test_pipe_that_the_user_names_is_read(tmp_path, drawn):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[saved(drawn)])
     writer.start()
-    np.testing.assert_array_equal(read_image(file_at(tmp_path / "pipe"))[0], drawn)
+    np.testing.assert_array_equal(read_image(file_at(tmp_path / "pipe", may_be_pipe=True))[0], drawn)
     writer.join()
 
 
@@ -394,6 +395,35 @@ def test_texts_of_a_png_are_not_unpacked(read, drawn, texts):
     content = content[:33] + b"".join(texts) + content[33:]  # after the header
     with limits(len(content)):
         np.testing.assert_array_equal(read(content), drawn)
+
+
+LONG_EXIF = b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 0x112, 3, 3 << 20, 26) + bytes(4) + b"\6\1" * (3 << 20)
+
+
+def test_texts_of_exif_in_a_png_are_unpacked_once(read, drawn):
+    content, text = saved(drawn), chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n" * 1_000_000))
+    content = content[:33] + text * 2000 + content[33:]
+    with limits(len(content), seconds=2):
+        np.testing.assert_array_equal(read(content), drawn)
+
+
+@pytest.mark.parametrize("kind", ["webp", "png", "png at its end"])
+def test_long_exif_is_left_out(read, drawn, kind):
+    content = saved(drawn, "png")
+    if kind == "webp":
+        content = saved(drawn, "webp", lossless=True, exif=LONG_EXIF)
+    else:
+        place = 33 if kind == "png" else len(content) - 12
+        content = content[:place] + chunk(b"eXIf", LONG_EXIF) + content[place:]
+    with limits(len(content), seconds=2):
+        np.testing.assert_array_equal(read(content), drawn)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_orientation_in_a_text_of_a_png_is_applied(read, drawn, packed):
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", 'tiff:Orientation="3"', zip=packed)
+    np.testing.assert_array_equal(read(saved(drawn, pnginfo=info)), drawn[::-1, ::-1])
 
 
 @pytest.mark.parametrize("colour", [2, 6])
