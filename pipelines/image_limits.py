@@ -31,6 +31,7 @@ _COMMENTS = 1000  # of a plain PPM: Pillow copies a megabyte to pass over one
 _SCANS, _BYTES_A_SCAN = 100, 8192  # of a JPEG; one of a few bytes takes as long as any, and encoders write ten
 _PARTS = 10_000  # read from a file before its pixels, and chunks of a PNG
 _BYTES_A_CHUNK = 1024
+_FREE_PARTS, _COST_OF_A_PART, _COST_OF_A_TILE = 100, 200, 5000  # in pixels
 _METADATA = 4 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -66,6 +67,11 @@ class LimitedStream(io.BytesIO):
         super().__init__(content)
         self._name, self._parts, self._bytes = name, _PARTS, _METADATA + len(content) * _is_tiff(content)
         self.is_opened = False
+
+    @property
+    def cost(self) -> int:
+        """Pixels that take as long as reading the parts did, beyond those of honest files."""
+        return _COST_OF_A_PART * max(0, _PARTS - self._parts - _FREE_PARTS)
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
@@ -109,7 +115,8 @@ def check_pixels(image: Any, content: bytes, name: str, effort: Effort) -> None:
     if in_python and size > (64 << 10) + _BYTES_A_PIXEL * pixels:
         _refuse(name, f"has {size:,} bytes for {pixels:,} pixels")
     cost = pixels * (_COST_OF_TRANSPARENCY if is_transparent(image) else 1)
-    effort.take(128 * pixels + 16 * size if in_python else cost * (1 + _count_scans(content) // 8), size, name)
+    cost = cost * (1 + _count_scans(content) // 8) + _COST_OF_A_TILE * max(0, len(image.tile) - 1)
+    effort.take(128 * pixels + 16 * size if in_python else cost, size, name)
 
 
 def leave_out_long_exif(image: Any) -> None:

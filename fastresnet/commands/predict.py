@@ -150,7 +150,7 @@ def _image_files(given: tuple[Path, ...]) -> list[Path]:
 
 
 def _read(files: list[Path], named: set[Path], skip_unreadable: bool) -> tuple[list[Path], Tensor]:
-    """Read images in 0..1, [N, 3, 32, 32]; return the files that could be read, and the images. `named` may be pipes."""
+    """Read images in 0..1, [N, 3, 32, 32]; return those that could be read, and the images. `named` may be pipes."""
     import torch
 
     from pipelines.archives import file_at

@@ -461,6 +461,25 @@ def test_images_that_have_too_many_pixels_in_all_are_refused_and_not_skipped(tmp
         read_images(files, len(files), skip_unreadable=True, source_bytes=source_bytes)
 
 
+MARKERS = saved(BLANK, "jpeg")[:2] + b"\xff\xe5\0\2" * 2000
+COSTLY = {
+    "markers": MARKERS + saved(BLANK, "jpeg")[2:],
+    "refused": MARKERS,
+    "strips": grey_tiff((273, 4, 4000, 134), (278, 3, 1, 1), (279, 3, 4000, 134 + 16_000)).replace(
+            struct.pack("<HHII", 257, 3, 1, 64), struct.pack("<HHII", 257, 3, 1, 4000)
+        )
+        + struct.pack("<I", 8) * 4000 + struct.pack("<H", 1) * 4000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", COSTLY.values(), ids=COSTLY)
+def test_effort_of_parts_and_strips_is_limited(tmp_path, content):
+    (tmp_path / "1").write_bytes(content)
+    files = [(row, file_at(tmp_path / "1")) for row in range(400)]
+    with pytest.raises(DataError, match="and those before it have too many pixels for their bytes"):
+        read_images(files, len(files), skip_unreadable=True, source_bytes=0)
+
+
 @pytest.mark.parametrize("kind", [*LOSSLESS, "jpeg"])
 def test_mutated_image_gives_pixels_or_data_error(read, drawn, kind):
     image = Image.fromarray(drawn) if kind != "gif" else Image.fromarray(drawn).quantize(64)
