@@ -31,13 +31,14 @@ _COMMENTS = 1000  # of a plain PPM: Pillow copies a megabyte to pass over one
 _SCANS, _BYTES_A_SCAN = 100, 8192  # of a JPEG; one of a few bytes takes as long as any, and encoders write ten
 _PARTS = 10_000  # read from a file before its pixels, and chunks of a PNG
 _BYTES_A_CHUNK = 1024
+_FREE_BYTES, _COST_OF_A_BYTE = 4096, 16  # Exif has numbers, and each becomes an object of Python
 _FREE_PARTS, _COST_OF_A_PART, _COST_OF_A_TILE = 100, 200, 5000  # in pixels
 _METADATA = 4 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 _PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # they may tell the orientation
-_EXIF = 64 << 10  # a JPEG has no more in one segment
+_EXIF, _EXIFS = 64 << 10, 16  # a JPEG has no more in one segment; Pillow joins those of several
 
 _COMPRESSION, _TILE_WIDTH, _TILE_HEIGHT = 259, 322, 323  # tags of TIFF
 _JPEG_IN_TIFF = (6, 7)  # no other code of a compression has such a byte
@@ -65,13 +66,16 @@ class LimitedStream(io.BytesIO):
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
-        self._name, self._parts, self._bytes = name, _PARTS, _METADATA + len(content) * _is_tiff(content)
+        share = 1 if _is_tiff(content) else 0.5 if _is_jpeg(content) else 0  # Pillow copies a profile of a JPEG twice
+        self._name, self._parts, self._most = name, _PARTS, _METADATA + int(share * len(content))
+        self._bytes = self._most
         self.is_opened = False
 
     @property
     def cost(self) -> int:
-        """Pixels that take as long as reading the parts did, beyond those of honest files."""
-        return _COST_OF_A_PART * max(0, _PARTS - self._parts - _FREE_PARTS)
+        """Pixels that take as long as reading and parsing the parts did, beyond those of honest files."""
+        parts, size = _PARTS - self._parts, self._most - self._bytes
+        return _COST_OF_A_PART * max(0, parts - _FREE_PARTS) + _COST_OF_A_BYTE * max(0, size - _FREE_BYTES)
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
@@ -92,6 +96,8 @@ def limited(content: bytes, name: str) -> LimitedStream:
         content = _without_texts(content, name)
     if _is_tiff(content):
         _check_tags(content, name)
+    if _is_jpeg(content) and content.count(b"Exif\0\0") > _EXIFS:
+        _refuse(name, f"has over {_EXIFS} parts of Exif")
     if _canvas_of_webp(content) > _most_pixels("WEBP", content):
         _refuse_pixels(name)  # Pillow allocates it at once
     if (scans := _count_scans(content)) > _SCANS + len(content) // _BYTES_A_SCAN:
@@ -158,9 +164,13 @@ def _is_tiff(content: bytes) -> bool:
     return content.startswith((b"II", b"MM"))
 
 
+def _is_jpeg(content: bytes) -> bool:
+    return content.startswith(b"\xff\xd8")
+
+
 def _count_scans(content: bytes) -> int:
     """Count the scans of a JPEG, or of those within a TIFF."""
-    return content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") or _has_jpegs(content) else 0
+    return content.count(b"\xff\xda") if _is_jpeg(content) or _has_jpegs(content) else 0
 
 
 def _has_jpegs(content: bytes) -> bool:

@@ -351,6 +351,7 @@ EXCESSES = {
     "pixels of a WebP": (lambda: b"RIFF\x64\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0" + CANVAS + bytes(80), "too many pixels"),
     "scans of a JPEG": (lambda: jpeg_of_scans(3000), "scans"),
     "scans of a JPEG in a TIFF": (lambda: grey_tiff((259, 3, 1, 7)) + b"\xff\xda" * 3000, "scans"),
+    "Exif of a JPEG": (lambda: jpeg_with_exif(60), "parts of Exif"),
     "segments of a JPEG": (lambda: saved(BLANK, "jpeg")[:2] + b"\xff\xfe\0\2" * 100_000, "metadata without end"),
     "chunks of a PNG": (lambda: blank_png(32, 2, chunk(b"IDAT", b"") * 100_000), "chunks"),
     "strips of a TIFF": (lambda: grey_tiff((273, 4, 1 << 20, 200)) + bytes(4 << 20), "values in one tag"),
@@ -374,6 +375,23 @@ EXCESSES = {
 def jpeg_of_scans(count: int) -> bytes:
     content = saved(BLANK, "jpeg", progressive=True)
     return with_before(content, b"\xff\xd9", content[content.rindex(b"\xff\xda") : -2] * count)
+
+
+def jpeg_with_exif(segments: int) -> bytes:
+    """A JPEG with a horizontal resolution of many numbers."""
+    numbers = 8000 * segments
+    resolution, unit = struct.pack("<HHII", 282, 5, numbers, 38), struct.pack("<HHII", 296, 3, 1, 2)
+    data = b"II*\0\x08\0\0\0\2\0" + resolution + unit + bytes(4) + b"\7\0\0\0\3\0\0\0" * numbers
+    parts = [data[start : start + 65_000] for start in range(0, len(data), 65_000)]
+    exifs = (b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts)
+    content = saved(BLANK, "jpeg")
+    return content[:2] + b"".join(exifs) + content[20:]  # without JFIF, which has a resolution
+
+
+def test_large_profile_of_a_jpeg_is_read(read):
+    content = saved(BLANK, "jpeg", icc_profile=bytes(6 << 20))
+    with limits(len(content), seconds=2):
+        assert (read(content) == 0).all()
 
 
 @pytest.mark.parametrize(("make", "words"), EXCESSES.values(), ids=EXCESSES)
@@ -465,6 +483,7 @@ MARKERS = saved(BLANK, "jpeg")[:2] + b"\xff\xe5\0\2" * 2000
 COSTLY = {
     "markers": MARKERS + saved(BLANK, "jpeg")[2:],
     "refused": MARKERS,
+    "Exif": jpeg_with_exif(1),
     "strips": grey_tiff((273, 4, 4000, 134), (278, 3, 1, 1), (279, 3, 4000, 134 + 16_000)).replace(
             struct.pack("<HHII", 257, 3, 1, 64), struct.pack("<HHII", 257, 3, 1, 4000)
         )
