@@ -38,6 +38,7 @@ _METADATA = 4 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 _PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # they may tell the orientation
+_KEYWORD = 80  # the longest, and its end
 _EXIF, _EXIFS = 64 << 10, 16  # a JPEG has no more in one segment; Pillow joins those of several
 
 _COMPRESSION, _TILE_WIDTH, _TILE_HEIGHT = 259, 322, 323  # tags of TIFF
@@ -187,28 +188,28 @@ def _without_texts(content: bytes, name: str) -> bytes:
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
         kind = content[start + 4 : start + 8]
-        text = _short_text(kind, content[start + 8 : end - 4]) if kind in (b"tEXt", b"zTXt", b"iTXt") else None
-        if (kind in _PNG_CHUNKS and (kind != b"eXIf" or end - start - 12 <= _EXIF)) or text in texts:
+        keyword = content[start + 8 : start + 8 + _KEYWORD].partition(b"\0")[0]
+        is_kept = kind in _PNG_CHUNKS and (kind != b"eXIf" or end - start - 12 <= _EXIF)
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and keyword in texts:
+            texts.discard(keyword)  # the first is tried, as each may take long
+            is_kept = _is_short(kind, content[start + 8 + len(keyword) + 1 : end - 4])
+        if is_kept:
             kept.append(content[start:end])
-            texts.discard(text)
         start = end
     if len(kept) > _PARTS + len(content) // _BYTES_A_CHUNK:
         _refuse(name, f"has {len(kept):,} chunks")
     return b"".join(kept)
 
 
-def _short_text(kind: bytes, data: bytes) -> bytes | None:
-    """Return the keyword of a text in a PNG that may tell the orientation, or None if it is another or a long one."""
-    keyword, _, text = data[:_EXIF].partition(b"\0")
-    if keyword not in _PNG_TEXTS or len(data) > _EXIF:
-        return None
+def _is_short(kind: bytes, text: bytes) -> bool:
+    """Return True if a text of a PNG, from after its keyword, does not unpack to more than Exif of a JPEG may have."""
     if kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1"):
         packed = text[1:] if kind == b"zTXt" else text[2:].split(b"\0", 2)[-1]
         try:
-            text = zlib.decompressobj().decompress(packed, _EXIF + 1)
+            return len(zlib.decompressobj().decompress(packed, _EXIF + 1)) <= _EXIF
         except zlib.error:
-            return None
-    return keyword if len(text) <= _EXIF else None
+            return False
+    return len(text) <= _EXIF
 
 
 def _check_tags(content: bytes, name: str) -> None:
