@@ -240,16 +240,16 @@ def from_dict(values: dict[str, Any], where: str) -> TrainConfig:
 
 def from_toml(path: Path) -> TrainConfig:
     """Read the `config.toml` of a run: settings newer than the run have their defaults. Raises as `read_settings`."""
-    return TrainConfig(**read_settings(path))
+    return TrainConfig(**read_settings(path, may_be_pipe=False))
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, *, may_be_pipe: bool = True) -> dict[str, Any]:
     """Read the settings in a TOML file, some or all.
 
     Raises `UsageError` if the file is missing, damaged or has unknown settings or values of another type.
     """
     try:
-        text = read_text(path, _LONGEST).decode()
+        text = read_text(path, _LONGEST, may_be_pipe=may_be_pipe).decode()
         if text.count(".") > _MOST_DOTS:
             raise ValueError("it has very many dots")
         values = tomllib.loads(text)

@@ -13,6 +13,8 @@ import gzip
 import io
 import lzma
 import os
+import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from .errors import DataError
+from .texts import open_regular
 
 Parts = tuple[str, ...]
 """Names of the folders above a file, from the top of the source, and its own name."""
@@ -34,7 +37,10 @@ MEMBER_LIMIT = 64 << 20
 # it, and drawn images without compression, which a tar pads, shrink to a hundredth at most.
 _FILES, _BYTES_PER_FILE = 10_000, 128
 _ZIP_FILES, _BYTES_PER_ZIP_FILE = 20_000, 256  # zipfile takes 700 bytes of memory for each, and a listing 250
+_BYTES_OF_NAMES = 256  # of memory; longer ones count as more files
 _UNPACKED, _RATIO = 8 << 20, 100
+
+_BYTES_OF_ZIP_ENTRIES, _BYTES_A_ZIP_ENTRY = 1 << 20, 512
 
 _HEADER_LIMIT = 1 << 20  # of the names and attributes of a member of a tar: they take some KB
 _PATH_LIMIT, _DEPTH_LIMIT = 4096, 64  # Linux has no longer paths
@@ -95,16 +101,19 @@ def list_files(path: Path) -> Iterator[File]:
             yield file
 
 
-def file_at(path: Path) -> File:
-    """Return the file at `path`."""
-    return File((path.name,), _in_one_line(str(path)), functools.partial(_open_path, path))
+def file_at(path: Path, *, may_be_pipe: bool = False) -> File:
+    """Return the file at `path`; it `may_be_pipe` only if the user names it."""
+    content = functools.partial(_open_path, path, may_be_pipe=may_be_pipe)
+    return File((path.name,), _in_one_line(str(path)), content)
 
 
-def _open_path(path: str | Path) -> IO[bytes]:
+def _open_path(path: str | Path, *, may_be_pipe: bool = False) -> IO[bytes]:
     try:
-        return open(path, "rb")
+        return open(path, "rb") if may_be_pipe else open_regular(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise DataError(f"{path} is a pipe or a device. Give a file.") from None
 
 
 def _list_folder(path: Path) -> Iterator[File]:
@@ -130,7 +139,7 @@ def _list_folder(path: Path) -> Iterator[File]:
                         yield File(
                             inner, _in_one_line(entry.path), functools.partial(_open_path, entry.path), is_folder=True
                         )
-                elif entry.is_file() or entry.is_symlink():  # a broken link cannot be read; a pipe would block
+                elif entry.is_file() or entry.is_symlink():  # one that is broken or leads to a pipe is refused
                     yield File(inner, _in_one_line(entry.path), functools.partial(_open_path, entry.path))
 
 
@@ -200,7 +209,27 @@ class _ZipStream:
         data = self._file.read(size)
         if data.count(_ZIP_ENTRY) > self._most:
             self._allowance.refuse("lists more files")
+        if data.startswith(_ZIP_ENTRY) and not _has_short_entries(data):
+            self._allowance.refuse("lists longer names")
         return data
+
+
+def _has_short_entries(directory: bytes) -> bool:
+    """Return True if what zipfile keeps of the entries of a zip's directory is some hundred bytes each, in the mean."""
+    memory = entries = start = 0
+    while start + 46 <= len(directory):
+        name, extra, comment = struct.unpack_from("<3H", directory, start + 28)
+        text = directory[start + 46 : start + 46 + name]
+        if not text.isascii():
+            is_utf8 = int.from_bytes(directory[start + 8 : start + 10], "little") & _ZIP_UTF8
+            name_memory = sys.getsizeof(text.decode("utf-8" if is_utf8 else "cp437", "replace"))
+        else:
+            name_memory = name
+        memory += name_memory * (2 if b"\0" in text else 1) + comment + extra
+        memory += extra * extra // 1024  # zipfile searches extra fields in quadratic time
+        entries += 1
+        start += 46 + name + extra + comment
+    return memory <= _BYTES_OF_ZIP_ENTRIES + _BYTES_A_ZIP_ENTRY * entries
 
 
 def _list_zip(path: Path) -> Iterator[File]:
@@ -247,7 +276,7 @@ def _list_tar(path: Path) -> Iterator[File]:
         allowance = _Allowance(file)
         stream = _TarStream(file, allowance)
         for member in _tar_members(stream):
-            allowance.take(files=1)
+            allowance.take(files=1 + sum(map(sys.getsizeof, member.name.split("/"))) // _BYTES_OF_NAMES)
             if member.isdir() or member.isreg() or member.islnk() or member.issym():
                 name = f"{path}: {_in_one_line(member.name)}"
                 content = functools.partial(_open_tar_member, stream, member, name)

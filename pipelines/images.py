@@ -14,7 +14,7 @@ import numpy as np
 from .archives import MEMBER_LIMIT, ArchiveError, File
 from .contents import WINDOW, describe
 from .errors import DataError, list_some, note
-from .image_limits import Effort, check_pixels, is_transparent, limited
+from .image_limits import Effort, LimitedStream, check_pixels, is_transparent, leave_out_long_exif, limited
 from .sampling import IMAGE_SIZE
 
 Report = Callable[[str, int, int], None]
@@ -102,16 +102,15 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
         content = opened.read(MEMBER_LIMIT + 1)
     if len(content) > MEMBER_LIMIT:
         raise DataError(f"{file.name} has over {MEMBER_LIMIT:,} bytes. Scale the image down.")
-    head = content[:WINDOW]
+    head, effort = content[:WINDOW], effort or Effort()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             stream = limited(content, file.name)
-            with Image.open(stream, formats=_FORMATS) as image:
-                stream.is_opened = True
+            with _open(stream, file.name, effort) as image:
                 _check_depth(image, head, file.name)
-                check_pixels(image, content, file.name, effort or Effort())
+                check_pixels(image, content, file.name, effort)
                 image.load()
                 return _fit(image), image.size != (IMAGE_SIZE, IMAGE_SIZE)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -124,6 +123,17 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
         except Exception as error:  # noqa: BLE001  a damaged image can raise nearly anything
             reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
             raise DataError(f"{file.name} cannot be read as an image: {reason}.") from None
+
+
+def _open(stream: LimitedStream, name: str, effort: Effort) -> Any:
+    """Open an image. It takes effort whether or not it succeeds."""
+    from PIL import Image
+
+    try:
+        return Image.open(stream, formats=_FORMATS)
+    finally:
+        stream.is_opened = True
+        effort.take(stream.cost, 0, name)
 
 
 def _check_depth(image: Any, head: bytes, name: str) -> None:
@@ -164,6 +174,7 @@ def _upright(image: Any) -> Any:
 def _orientation(image: Any) -> int:
     """Read the place of the first row and column, 1..8 as Exif numbers them, 1 if it is unknown."""
     try:
+        leave_out_long_exif(image)
         orientation = image.getexif().get(_ORIENTATION)
         return orientation if orientation in range(1, 9) else 1
     except Exception:  # noqa: BLE001  damaged metadata can raise nearly anything, and the pixels are there

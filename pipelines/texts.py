@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LONGEST_TEXT = 8 << 20
 _MEMORY, _DEEPEST = 32 << 20, 100
 
 
-def read_text(path: Path, longest: int = LONGEST_TEXT) -> bytes:
-    """Read a file whole. Raises `ValueError` if it has more than `longest` bytes, and `OSError`."""
-    with open(path, "rb") as file:
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file that is no pipe or device, which could block for ever or never end. Raises `ValueError` if it is."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115  the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("it is a pipe or a device")
+    return file
+
+
+def read_text(path: Path, longest: int = LONGEST_TEXT, *, may_be_pipe: bool = False) -> bytes:
+    """Read a file whole. Raises `ValueError` if it has more than `longest` bytes or is a pipe, and `OSError`."""
+    with open(path, "rb") if may_be_pipe else open_regular(path) as file:
         data = file.read(longest + 1)
     if len(data) > longest:
         raise ValueError(f"it has more than {longest:,} bytes")

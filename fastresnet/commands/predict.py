@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
     device = resolve_device(options.device)
     weights = load_weights(find_weights(options.weights), options.model)
     note_assumptions(weights, options.weights)
-    files, pixels = _read(files, options.skip_unreadable)
+    files, pixels = _read(files, set(options.images), options.skip_unreadable)
     network = Normalized(weights).to(device)
     batches = pixels.split(BATCH_SIZE)
 
@@ -149,14 +149,15 @@ def _image_files(given: tuple[Path, ...]) -> list[Path]:
     return files
 
 
-def _read(files: list[Path], skip_unreadable: bool) -> tuple[list[Path], Tensor]:
-    """Read images in 0..1, [N, 3, 32, 32]; return the files that could be read, and the images."""
+def _read(files: list[Path], named: set[Path], skip_unreadable: bool) -> tuple[list[Path], Tensor]:
+    """Read images in 0..1, [N, 3, 32, 32]; return those that could be read, and the images. `named` may be pipes."""
     import torch
 
     from pipelines.archives import file_at
     from pipelines.images import read_images
 
-    pixels, is_read = read_images(enumerate(map(file_at, files)), len(files), skip_unreadable=skip_unreadable)
+    opened = (file_at(file, may_be_pipe=file in named) for file in files)
+    pixels, is_read = read_images(enumerate(opened), len(files), skip_unreadable=skip_unreadable)
     if not is_read.any():
         raise DataError("none of the images can be read.")
     readable = [file for file, good in zip(files, is_read, strict=True) if good]

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.archives import file_at
 from pipelines.errors import DataError, Note
@@ -127,11 +128,11 @@ def test_photo_of_a_phone_with_several_pictures_is_read(read):
     assert (read(file.getvalue()) == 120).all()
 
 
-def test_pipe_is_read(tmp_path, drawn):
+def test_pipe_that_the_user_names_is_read(tmp_path, drawn):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[saved(drawn)])
     writer.start()
-    np.testing.assert_array_equal(read_image(file_at(tmp_path / "pipe"))[0], drawn)
+    np.testing.assert_array_equal(read_image(file_at(tmp_path / "pipe", may_be_pipe=True))[0], drawn)
     writer.join()
 
 
@@ -349,6 +350,8 @@ EXCESSES = {
     "pixels in a row": (lambda: saved(Image.new("1", (70_000, 8))), "too many pixels"),
     "pixels of a WebP": (lambda: b"RIFF\x64\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0" + CANVAS + bytes(80), "too many pixels"),
     "scans of a JPEG": (lambda: jpeg_of_scans(3000), "scans"),
+    "scans of a JPEG in a TIFF": (lambda: grey_tiff((259, 3, 1, 7)) + b"\xff\xda" * 3000, "scans"),
+    "Exif of a JPEG": (lambda: jpeg_with_exif(60), "parts of Exif"),
     "segments of a JPEG": (lambda: saved(BLANK, "jpeg")[:2] + b"\xff\xfe\0\2" * 100_000, "metadata without end"),
     "chunks of a PNG": (lambda: blank_png(32, 2, chunk(b"IDAT", b"") * 100_000), "chunks"),
     "strips of a TIFF": (lambda: grey_tiff((273, 4, 1 << 20, 200)) + bytes(4 << 20), "values in one tag"),
@@ -374,11 +377,34 @@ def jpeg_of_scans(count: int) -> bytes:
     return with_before(content, b"\xff\xd9", content[content.rindex(b"\xff\xda") : -2] * count)
 
 
+def jpeg_with_exif(segments: int) -> bytes:
+    """A JPEG with a horizontal resolution of many numbers."""
+    numbers = 8000 * segments
+    resolution, unit = struct.pack("<HHII", 282, 5, numbers, 38), struct.pack("<HHII", 296, 3, 1, 2)
+    data = b"II*\0\x08\0\0\0\2\0" + resolution + unit + bytes(4) + b"\7\0\0\0\3\0\0\0" * numbers
+    parts = [data[start : start + 65_000] for start in range(0, len(data), 65_000)]
+    exifs = (b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts)
+    content = saved(BLANK, "jpeg")
+    return content[:2] + b"".join(exifs) + content[20:]  # without JFIF, which has a resolution
+
+
+def test_large_profile_of_a_jpeg_is_read(read):
+    content = saved(BLANK, "jpeg", icc_profile=bytes(6 << 20))
+    with limits(len(content), seconds=2):
+        assert (read(content) == 0).all()
+
+
 @pytest.mark.parametrize(("make", "words"), EXCESSES.values(), ids=EXCESSES)
 def test_image_that_would_take_much_more_than_its_size_is_refused(refused, make, words):
     content = make()
     with limits(len(content), seconds=2):
         refused(content, words)
+
+
+@pytest.mark.parametrize("packing", ["raw", "packbits"])
+def test_tiff_whose_colour_has_the_bytes_of_a_scan_of_a_jpeg_is_read(read, packing):
+    peach = Image.new("RGB", (32, 32), (0xFF, 0xDA, 0xB9))
+    np.testing.assert_array_equal(read(saved(peach, "tiff", compression=packing)), np.asarray(peach))
 
 
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS_WIDE], ids=["Latin", "wide"])
@@ -387,6 +413,35 @@ def test_texts_of_a_png_are_not_unpacked(read, drawn, texts):
     content = content[:33] + b"".join(texts) + content[33:]  # after the header
     with limits(len(content)):
         np.testing.assert_array_equal(read(content), drawn)
+
+
+LONG_EXIF = b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 0x112, 3, 3 << 20, 26) + bytes(4) + b"\6\1" * (3 << 20)
+
+
+def test_texts_of_exif_in_a_png_are_unpacked_once(read, drawn):
+    content, text = saved(drawn), chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\n" * 1_000_000))
+    content = content[:33] + text * 2000 + content[33:]
+    with limits(len(content), seconds=2):
+        np.testing.assert_array_equal(read(content), drawn)
+
+
+@pytest.mark.parametrize("kind", ["webp", "png", "png at its end"])
+def test_long_exif_is_left_out(read, drawn, kind):
+    content = saved(drawn, "png")
+    if kind == "webp":
+        content = saved(drawn, "webp", lossless=True, exif=LONG_EXIF)
+    else:
+        place = 33 if kind == "png" else len(content) - 12
+        content = content[:place] + chunk(b"eXIf", LONG_EXIF) + content[place:]
+    with limits(len(content), seconds=2):
+        np.testing.assert_array_equal(read(content), drawn)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_orientation_in_a_text_of_a_png_is_applied(read, drawn, packed):
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", 'tiff:Orientation="3"', zip=packed)
+    np.testing.assert_array_equal(read(saved(drawn, pnginfo=info)), drawn[::-1, ::-1])
 
 
 @pytest.mark.parametrize("colour", [2, 6])
@@ -422,6 +477,26 @@ def test_images_that_have_too_many_pixels_in_all_are_refused_and_not_skipped(tmp
     files = [(row, file_at(tmp_path / "1.png")) for row in range(12)]
     with pytest.raises(DataError, match="and those before it have too many pixels for their bytes"):
         read_images(files, len(files), skip_unreadable=True, source_bytes=source_bytes)
+
+
+MARKERS = saved(BLANK, "jpeg")[:2] + b"\xff\xe5\0\2" * 2000
+COSTLY = {
+    "markers": MARKERS + saved(BLANK, "jpeg")[2:],
+    "refused": MARKERS,
+    "Exif": jpeg_with_exif(1),
+    "strips": grey_tiff((273, 4, 4000, 134), (278, 3, 1, 1), (279, 3, 4000, 134 + 16_000)).replace(
+            struct.pack("<HHII", 257, 3, 1, 64), struct.pack("<HHII", 257, 3, 1, 4000)
+        )
+        + struct.pack("<I", 8) * 4000 + struct.pack("<H", 1) * 4000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", COSTLY.values(), ids=COSTLY)
+def test_effort_of_parts_and_strips_is_limited(tmp_path, content):
+    (tmp_path / "1").write_bytes(content)
+    files = [(row, file_at(tmp_path / "1")) for row in range(400)]
+    with pytest.raises(DataError, match="and those before it have too many pixels for their bytes"):
+        read_images(files, len(files), skip_unreadable=True, source_bytes=0)
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, "jpeg"])

@@ -550,6 +550,44 @@ def test_zip_of_too_many_entries_is_refused_before_they_are_listed(tmp_path, ref
         refused(path, "lists more files than its size of")
 
 
+SMILE, CAT, KAPPA = "\U0001f600", "\u732b", "\u03ba"
+LONG_ENTRIES = {
+    "wide names": [(SMILE + "a" * 65_000).encode()] * 300,
+    "names with NUL": [(SMILE + "a" * 65_000 + "\0b").encode()] * 300,
+    "long names": [(f"train/c/{SMILE}" + "a" * 4050 + ".png").encode()] * 5000,
+    "extra fields": [b"a"] * 300,
+}
+
+
+@pytest.mark.parametrize("kind", LONG_ENTRIES)
+def test_long_entries_of_a_zip_are_refused(tmp_path, refused, kind):
+    extra = struct.pack("<HH", 0x9999, 0) * 16_383 if kind == "extra fields" else b""
+    head = struct.pack("<4s4B4H3L", b"PK\1\2", 20, 3, 20, 0, 0x800, 0, 0, 0, 0, 0, 0)
+    entries = [head + struct.pack("<5H2L", len(n), len(extra), 0, 0, 0, 0, 0) + n + extra for n in LONG_ENTRIES[kind]]
+    path = tmp_path / "long.zip"
+    path.write_bytes(zip_directory(b"".join(entries), len(entries)))
+    with limits(path.stat().st_size, seconds=3):
+        refused(path, "lists longer names than its size of")
+
+
+@pytest.mark.parametrize("name", [SMILE + "a" * 4000, 30 * f"{SMILE}a/" + "1"], ids=["long", "deep"])
+def test_long_names_in_a_compressed_tar_are_refused(tmp_path, refused, name):
+    path, headers = tmp_path / "names.tar.gz", io.BytesIO()
+    for number in range(9000):
+        headers.write(tarfile.TarInfo(f"{name}{number}").tobuf(tarfile.GNU_FORMAT))
+    content = headers.getvalue()
+    path.write_bytes(gzip.compress(content + bytes(1024) + os.urandom(len(content) // 95)))
+    with limits(path.stat().st_size):
+        refused(path, "lists more files than its size of")
+
+
+@pytest.mark.parametrize("packing", ["zip", "tar.gz"])
+def test_long_names_of_other_alphabets_are_read(tmp_path, helpers, packing):
+    names = [f"train/{40 * KAPPA}/{100 * CAT}{number:05}.png" for number in range(12_000)]
+    path = helpers.pack(tmp_path, packing, {name: random.Random(name).randbytes(300) for name in names})
+    assert {"/".join(file.parts[1:]) for file in list_files(path)} >= set(names)
+
+
 def test_entries_of_a_zip_that_share_their_data_are_refused(tmp_path, refused):
     packer, name = zlib.compressobj(wbits=-15), "train/a/1.png"
     data = packer.compress(bytes(8 << 20)) + packer.flush()
@@ -591,6 +629,19 @@ def test_folders_that_link_to_each_other_are_refused(tmp_path, refused):
             (tmp_path / "links" / name / f"to_{other}").symlink_to(tmp_path / "links" / other)
     with limits(0):
         refused(tmp_path / "links", "through links. Remove some.")
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize("name", ["data_batch_1", "train/a/1.png"])
+def test_link_to_a_pipe_or_a_device_is_refused_at_once(tmp_path, refused, name, target):
+    folder = tmp_path / "source"
+    os.mkfifo(tmp_path / "pipe")
+    for inner in (folder / "train" / "a", folder / "test" / "a"):
+        inner.mkdir(parents=True)
+        (inner / "2.png").touch()
+    (folder / name).symlink_to(tmp_path / target)
+    with limits(0, seconds=2):
+        refused(folder, f"{folder / name} is a pipe or a device. Give a file.")
 
 
 EXHAUSTING = {

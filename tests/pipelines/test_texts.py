@@ -1,6 +1,7 @@
 """Texts from outside: limits of size, memory and depth."""
 
 import json
+import os
 
 import pytest
 
@@ -49,3 +50,11 @@ def test_a_large_file_is_not_read(tmp_path):
         file.truncate(1 << 40)
     with limits(LONGEST_TEXT), pytest.raises(ValueError, match="more than 8,388,608 bytes"):
         read_text(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "meta.json").symlink_to(tmp_path / "pipe" if kind == "pipe" else "/dev/zero")
+    with limits(0, seconds=2), pytest.raises(ValueError, match="is a pipe or a device"):
+        read_text(tmp_path / "meta.json")
