@@ -253,8 +253,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         if text.count(".") > _MOST_DOTS:
             raise ValueError("it has very many dots")
         values = tomllib.loads(text)
-        if any(type(value) is int and abs(value) >= 1 << 63 for value in values.values()):
-            raise ValueError("it has a number of over 64 bits")
+        if huge := [name for name, value in values.items() if type(value) is int and abs(value) >= 1 << 63]:
+            raise ValueError(f"{huge[0][:60]} is a number of over 64 bits")
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
