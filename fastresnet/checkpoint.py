@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -94,7 +95,7 @@ def open_tensors(file: BinaryIO, path: Path) -> tuple[dict[str, StoredTensor], d
         description = None
     schema = description.get("schema") if isinstance(description, dict) else None
     if schema != SCHEMA:
-        raise DataError(f"{path} was written by another version (schema {schema!r}).")
+        raise DataError(f"{path} was written by another version (schema {reprlib.repr(schema)}).")
     return tensors, description
 
 
@@ -124,6 +125,8 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str
     metadata, tensors = header.pop("__metadata__", None) or {}, {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
+        if type(first) is not int or type(last) is not int:
+            raise ValueError("its tensors are at places that are not whole numbers")
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{name} has values of type {entry['dtype']}")
         tensors[name] = place(file, begin, begin + last - first, _DTYPES[entry["dtype"]], 0, entry["shape"])
@@ -134,6 +137,8 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str
         raise ValueError("its tensors do not fill it")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no texts")
+    for word in (*tensors, *metadata.values()):
+        word.encode()  # half a character raises `ValueError`
     return tensors, metadata
 
 

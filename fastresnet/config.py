@@ -253,6 +253,8 @@ def read_settings(path: Path, *, may_be_pipe: bool = True) -> dict[str, Any]:
         if text.count(".") > _MOST_DOTS:
             raise ValueError("it has very many dots")
         values = tomllib.loads(text)
+        if huge := [name for name, value in values.items() if type(value) is int and abs(value) >= 1 << 63]:
+            raise ValueError(f"{huge[0][:60]} is a number of over 64 bits")
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
@@ -296,12 +298,19 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except (ValueError, RecursionError):  # a huge number, deep lists
+        return f"a {type(value).__name__}"
+
+
 def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         hint = str  # `TrainConfig` checks the value
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UsageError(f"{where}: {name} = {value!r:.200}: expected a list.")
+            raise UsageError(f"{where}: {name} = {_shown(value)}: expected a list.")
         element = get_args(hint)[0]
         return tuple(_coerce(name, item, element, where) for item in value)
     kinds = get_args(hint) or (hint,)
@@ -315,5 +324,5 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
     if type(value) not in kinds:
         names = [kind.__name__ for kind in kinds if isinstance(kind, type) and kind is not type(None)]
         expected = " or ".join([*names, *words])
-        raise UsageError(f"{where}: {name} = {value!r:.200}: expected {expected}.")
+        raise UsageError(f"{where}: {name} = {_shown(value)}: expected {expected}.")
     return value

@@ -109,7 +109,9 @@ def _first(data: Any, *_: Any) -> Any:
 
 
 def _subclass(rebuild: Any, _: Any, arguments: Any, *__: Any) -> Any:
-    return rebuild(*arguments) if rebuild in _TORCH.values() else _Inert()
+    if rebuild is _subclass or type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
+        raise pickle.UnpicklingError("a tensor in it has impossible properties")
+    return rebuild(*arguments) if any(rebuild is known for known in _TORCH.values()) else _Inert()
 
 
 _TORCH: dict[str, Callable[..., Any]] = {
@@ -254,10 +256,13 @@ def _open_legacy(file: BinaryIO, size: int) -> tuple[Any, _Find]:
     unpickler = _Unpickler(file, size)
     if unpickler.load() != _MAGIC or unpickler.load() != _PROTOCOL:
         raise pickle.UnpicklingError("it does not begin as they do")
-    if dict(unpickler.load()).get("little_endian") is not True:
+    system = unpickler.load()
+    if type(system) is not dict or system.get("little_endian") is not True:
         raise pickle.UnpicklingError("it was written on a big-endian machine")
-    content, places = unpickler.load(), {}
-    for key in list(unpickler.load()):
+    content, keys, places = unpickler.load(), unpickler.load(), {}
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise pickle.UnpicklingError("it has no list of storages")
+    for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         begin = file.tell()
         places[key] = begin, begin + count * unpickler.storages[key].dtype.itemsize

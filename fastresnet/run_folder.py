@@ -80,6 +80,7 @@ class Progress:
 class Checkpoint:
     """Contents of last.ckpt."""
 
+    path: Path
     tensors: dict[str, Tensor]
     """Tensors of `TrainStep.state_dict`."""
     progress: Progress
@@ -89,6 +90,18 @@ class Checkpoint:
     """Settings by `TrainConfig.to_dict`."""
     data: str
     data_sha256: str | None
+
+    @contextlib.contextmanager
+    def checked(self, total_steps: int, epoch_steps: int) -> Iterator[None]:
+        """Raise `DataError` if the position is not in a run of so many steps, or the block cannot load the tensors."""
+        step, epoch = self.progress.step, self.progress.epoch
+        first, last = (min(number * epoch_steps, total_steps) for number in (epoch, epoch + 1))
+        if not first <= step <= last or (epoch - 1) * epoch_steps >= total_steps:
+            raise DataError(f"{self.path} is at step {step} of epoch {epoch}, which the run does not have. {_REMEDY}")
+        try:
+            yield
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{self.path} has other tensors than the run. {_REMEDY}") from None
 
 
 def check_folder(folder: Path) -> None:
@@ -307,21 +320,48 @@ class RunFolder:
         return "no checkpoint had been written yet"
 
 
+_REMEDY = "Remove it, or give another folder with --out."
+_NEEDED = {"epoch", "step", "lr", "train_loss", "train_accuracy"}
+
+
 def _load_checkpoint(path: Path) -> Checkpoint:
     tensors, description = load_tensors(path)
     try:
         if description is None:
             raise TypeError
+        if not isinstance(description["config"], dict) or not isinstance(description["scaler"], dict):
+            raise TypeError
         return Checkpoint(
+            path,
             tensors,
-            Progress(**description["progress"]),
+            _checked_progress(**description["progress"]),
             description["scaler"],
             description["config"],
             description["data"],
             description.get("data_sha256"),
         )
     except (KeyError, TypeError):
-        raise DataError(f"{path} is no checkpoint of a run. Remove it, or give another folder with --out.") from None
+        raise DataError(f"{path} is no checkpoint of a run. {_REMEDY}") from None
+
+
+def _checked_progress(**saved: Any) -> Progress:
+    """Build the position of a run from a file. Raises `TypeError` if it is none."""
+    progress = Progress(**saved)
+    counts = (progress.step, progress.epoch)
+    seconds = (progress.train_seconds, progress.total_seconds)
+    best = () if progress.best_accuracy is None else (progress.best_accuracy,)
+    if not all(_is_a(count, int) and 0 <= count < 1 << 53 for count in counts):
+        raise TypeError
+    if not all(_is_a(figure, int | float) for figure in (*seconds, *best)) or min(seconds) < 0:
+        raise TypeError
+    rows = progress.rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        raise TypeError
+    if not all(type(value) in (int, float) for row in rows for value in row.values()):
+        raise TypeError
+    if rows and not any(rows[0].keys() >= {*_NEEDED, f"{name}_loss", f"{name}_accuracy"} for name in ("test", "val")):
+        raise TypeError
+    return progress
 
 
 @contextlib.contextmanager

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pipelines.sources import Report
 
 
+_LONGEST_MESSAGE = 4000
+
+
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `command`; report an error that a user can fix as one line on stderr and the documented exit code.
 
@@ -36,7 +39,9 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
             sys.stdout.flush()  # at exit it would be too late for an error
             return code
         except UserError as error:
-            print(for_terminal(f"{prefix}: {error}"), file=sys.stderr)
+            text = str(error)
+            text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}…"
+            print(for_terminal(f"{prefix}: {text}"), file=sys.stderr)
             return error.exit_code
         except OSError as error:
             name = f" {error.filename}" if error.filename else ""

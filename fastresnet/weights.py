@@ -35,6 +35,9 @@ CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
 # Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not require.
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
+_LEAST_DEVIATION = 1e-6
+"""Least standard deviation of images in 0..1: a division by a smaller one could overflow."""
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -175,8 +178,10 @@ def _planes(values: Any, size: int, path: Path) -> Tensor:
 
 def _deviations(values: Any, path: Path) -> Tensor:
     std = _planes(values, 1, path)
-    if not (std > 0).all():
-        raise DataError(f"{path} describes standard deviations {std.flatten().tolist()}: they must be above 0.")
+    if not (std >= _LEAST_DEVIATION).all():
+        raise DataError(
+            f"{path} describes standard deviations {std.flatten().tolist()}: they must be at least {_LEAST_DEVIATION}."
+        )
     return std
 
 

@@ -17,6 +17,9 @@ _Python: Any = pickle._Unpickler
 _KEYS = (str, bytes, int, float, type(None))
 """Kinds of keys that are kept: hashing a tuple of tuples may take forever."""
 
+_LARGEST_KEY, _LARGEST_MEMO = 1 << 60, 1 << 32
+"""Larger numbers as keys could all have the same hash; a dict of them takes quadratic time."""
+
 _MOST_MARKS, _SHORT = 1000, 4096
 
 # Bytes that an opcode takes in the end, at most. The contents of long texts and numbers are charged when they are read.
@@ -46,10 +49,12 @@ class BoundedUnpickler(_Python):
     """Unpickler of plain values; other opcodes call methods that subclasses define."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
+    readline: Callable[[], bytes]
 
     def __init__(self, file: BinaryIO, memory: int, *, longest: int, **options: Any) -> None:
         """Read from `file` what takes at most `memory` bytes. Texts of more than `longest` bytes become empty."""
-        super().__init__(_Pieces(file, longest, self.charge), **options)
+        self._pieces = _Pieces(file, longest, self.charge)
+        super().__init__(self._pieces, **options)
         self._left, self._longest = memory, longest
 
     def load(self) -> Any:
@@ -90,12 +95,29 @@ class BoundedUnpickler(_Python):
             self.charge(3 * size)
         self.append(str(self.read(size), "utf-8", "surrogatepass"))
 
+    def load_string(self) -> None:
+        readline, self.readline = self.readline, self._pieces.read_text
+        super().load_string()
+        self.readline = readline
+
     def load_unicode(self) -> None:
-        text = self.readline()[:-1]
+        text = self._pieces.read_text()[:-1]
         self.charge(3 * len(text))
         self.append(str(text, "raw-unicode-escape"))
 
     load_bytearray8 = _Python.load_binbytes8
+
+    def load_put(self) -> None:
+        self.memo[self._memo_number()] = self.stack[-1]
+
+    def load_get(self) -> None:
+        self.append(self.memo[self._memo_number()])
+
+    def _memo_number(self) -> int:
+        number = int(self.readline())
+        if not 0 <= number < _LARGEST_MEMO:
+            raise pickle.UnpicklingError("it refers to a very large number of an object")
+        return number
 
     def load_mark(self) -> None:
         if len(self.metastack) > _MOST_MARKS:
@@ -116,7 +138,7 @@ class BoundedUnpickler(_Python):
 
     def _set_items(self, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, _KEYS):
+            if isinstance(key, _KEYS) and not (isinstance(key, int | float) and not abs(key) < _LARGEST_KEY):
                 self.set_item(self.stack[-1], key, value)
 
     def load_empty_set(self) -> None:
@@ -176,7 +198,14 @@ class _Pieces:
         return self._file.read(size)
 
     def readline(self) -> bytes:
-        line = self._file.readline(self._longest)
+        return self._read_line(_SHORT)
+
+    def read_text(self) -> bytes:
+        """Read a line that may be as long as other texts."""
+        return self._read_line(self._longest)
+
+    def _read_line(self, longest: int) -> bytes:
+        line = self._file.readline(longest)
         if not line.endswith(b"\n"):
             raise pickle.UnpicklingError("it ends within a line, or has a very long one")
         self._charge(4 * len(line) if len(line) <= _SHORT else len(line))

@@ -245,14 +245,23 @@ def _parse_member(file: File, path: Path) -> Any:
         content = _CifarUnpickler(data).load()
         del data  # before the pixels are copied
         if name == "batches.meta":
-            return tuple(label.decode() for label in content[b"label_names"])
+            return _parse_names(content[b"label_names"])
         return _parse_python_batch(content)
     except DataError as error:
         raise DataError(f"{path}: {name} {error}") from None
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: {name} is not a CIFAR batch: {error}.") from None
+        raise DataError(f"{path}: {name} is not a CIFAR batch: {str(error)[:200]}.") from None
     except Exception as error:  # noqa: BLE001  a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: {name} is damaged ({type(error).__name__}: {error}).") from None
+        raise DataError(f"{path}: {name} is damaged ({type(error).__name__}: {str(error)[:200]}).") from None
+
+
+def _parse_names(labels: Any) -> tuple[str, ...]:
+    """Decode the names of classes in batches.meta. A few bytes of it repeat a name, and each would become a string."""
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, bytes) for label in labels):
+        raise DataError("has no list of the names of classes.")
+    if len(labels) > MOST_CLASSES or sum(map(len, labels)) > _NAMES_LIMIT:
+        raise DataError(f"has over {MOST_CLASSES:,} classes, or very long names.")
+    return tuple(label.decode() for label in labels)
 
 
 def _parse_binary_batch(data: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -280,8 +289,8 @@ def _channels_last(planes: np.ndarray) -> np.ndarray:
 class _PickledDtype:
     """Stand-in for `numpy.dtype` while unpickling."""
 
-    def __init__(self, code: str, *_: Any) -> None:
-        self.code = code
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code if isinstance(code, str | bytes) and len(code) <= 10 else "unknown"
 
     def set_state(self, state: Any) -> None:
         pass
@@ -325,7 +334,9 @@ class _CifarUnpickler(BoundedUnpickler):
         try:
             return self._ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR batch needs") from None
+            raise pickle.UnpicklingError(
+                f"it refers to {module[:100]}.{name[:100]}, which no CIFAR batch needs"
+            ) from None
 
     def make(self, call: Any, arguments: Any) -> Any:
         if not any(call is known for known in self._ALLOWED.values()) or len(arguments) > _MOST_ARGUMENTS:

@@ -35,6 +35,7 @@ def parse_json(data: bytes) -> Any:
     text = data.decode()
     copies = 8 if not text.isascii() else 5 if "\\u" in text else 2  # Python stores some texts in 4 bytes a character
     memory = 300 * text.count("{") + 72 * text.count("[") + 80 * text.count(",") + copies * len(text)
+    memory += 8 * (len(data) - len(text)) + 12 * text.count("\x7f")  # a digest writes them as escapes of six bytes
     if memory > _MEMORY + len(data):
         raise ValueError("its JSON would take too much memory")
     try:

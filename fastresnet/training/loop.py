@@ -99,7 +99,8 @@ def train(
         factors = lr_factors(config, total_steps)
         step = create_step(config, dataset, factors, world)
         if checkpoint is not None:
-            step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
+            with checkpoint.checked(total_steps, epoch_steps):
+                step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
             run.write_metrics(progress.rows)  # the run may have been killed between the checkpoint and this
         log(announcement(config, step.model, dataset, world, total_steps, pipeline_reason, progress.step))
 

@@ -184,6 +184,10 @@ HOSTILE = {
     "a negative size": '{"a":{"dtype":"U8","shape":[-8],"data_offsets":[0,8]}}',
     "a negative place": '{"a":{"dtype":"U8","shape":[16],"data_offsets":[-8,8]}}',
     "a huge size": '{"a":{"dtype":"U8","shape":[1' + 4000 * "0" + '],"data_offsets":[0,8]}}',
+    "half a character as a name": '{"\\ud800":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}',
+    "half a character as a description": '{"__metadata__":{"fastresnet":"\\ud800"},"a":'
+    '{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}',
+    "fractions as places": '{"a":{"dtype":"U8","shape":[8],"data_offsets":[0.0,8.0]}}',
     "a fraction": '{"a":{"dtype":"U8","shape":[8.0],"data_offsets":[0,8]}}',
     "very many sizes": '{"a":{"dtype":"U8","shape":[8' + 100 * ",1" + '],"data_offsets":[0,8]}}',
     "a type that is a list": '{"a":{"dtype":["U8"],"shape":[8],"data_offsets":[0,8]}}',

@@ -437,6 +437,8 @@ NO_TOML = {
     "a table with many dots": b"[" + b"a." * 30_000 + b"a]",
     "large": b"# a" * 1_000_000,
     "large value": b'epochs = "' + b"a" * 60_000 + b'"',
+    "a huge number": b"epochs = 0x" + 50_000 * b"f",
+    "a huge number in a list": b"milestones = [0x" + 50_000 * b"f" + b"]",
     "text": b"hello world",
     "open bracket": b"milestones = [0.5",
     "twice": b"epochs = 1\nepochs = 2",

@@ -10,10 +10,12 @@ import io
 import json
 import math
 import os
+import pickle
 import pickletools
 import re
 import struct
 import subprocess
+import sys
 import types
 import warnings
 import zipfile
@@ -444,6 +446,14 @@ HOSTILE = {
     "deep mappings": b"X\x01\x00\x00\x00aq\x00" + 200_000 * b"}h\x00" + b"]" + 200_000 * b"s",
     "names of objects": b"\x8c\xffdatetime" + 247 * b"x" + b"q\x00" + 500_000 * b"h\x00h\x00\x93",
     "line of a claim": b"c" + 20_000_000 * b"a",
+    "keys of one hash": b"}("
+    + b"".join(b"\x8a\x0b" + (n * sys.hash_info.modulus).to_bytes(11, "little") + b"N" for n in range(1, 80_000))
+    + b"u",
+    "subclass of many arguments": b"ctorch._tensor\n_rebuild_from_type_v2\nq\x02ctorch\nSize\nq\x03]("
+    + 500_000 * b"N"
+    + b"eq\x010h\x03Nh\x01\x87q\x0500"
+    + 20_000 * b"h\x02h\x05R0"
+    + b"N",
     "copies of large arguments": b"("
     + b"("
     + 20_000 * b"N"
@@ -487,6 +497,20 @@ def test_a_legacy_storage_that_claims_more_than_the_file_is_refused(tmp_path, cl
     assert struct.unpack("<q", data[place : place + 8]) == (432,)
     (tmp_path / "w.pt").write_bytes(data[:place] + struct.pack("<q", claim) + data[place + 8 :])
     assert_refused(tmp_path / "w.pt")
+
+
+DOUBLED = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(60)) + b"0"
+
+
+@pytest.mark.parametrize(
+    "parts", [(b"](" + DOUBLED + b"h\x3cK\x01\x86e",), (b"}(\x8c\x0dlittle_endian\x88u", b"}", DOUBLED + b"](h\x3ce")]
+)
+def test_keys_of_a_legacy_file_that_take_forever_to_hash_are_refused(tmp_path, parts):
+    head = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2)]
+    content = b"".join([*head, *(b"\x80\x02" + part + b"." for part in parts), bytes(8)])
+    (tmp_path / "w.pt").write_bytes(content)
+    with limits(len(content)):
+        assert_refused(tmp_path / "w.pt")
 
 
 def test_a_zip_whose_entries_overlap_or_are_compressed_is_refused(tmp_path):

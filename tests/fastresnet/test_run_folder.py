@@ -313,6 +313,9 @@ def test_a_save_that_is_waited_for_replaces_one_that_has_failed(tmp_path, monkey
     assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 3
 
 
+SAVED = {"progress": {}, "scaler": {}, "config": {}, "data": "x"}
+
+
 @pytest.mark.parametrize(
     "description",
     [
@@ -320,9 +323,31 @@ def test_a_save_that_is_waited_for_replaces_one_that_has_failed(tmp_path, monkey
         {"progress": {}},
         {"progress": {"step": 1, "odd": 2}, "scaler": {}, "config": {}, "data": "x"},
         {"progress": []},
+        *({**SAVED, name: [1]} for name in ("config", "scaler", "progress")),
+        *({**SAVED, "progress": {"step": step}} for step in ("x", 10**30, -1, 1.5, True)),
+        *({**SAVED, "progress": {"rows": rows}} for rows in (5, ["x"], [{}], [{"epoch": 1}])),
+        *({**SAVED, "progress": odd} for odd in ({"epoch": "x"}, {"best_accuracy": "x"}, {"total_seconds": None})),
     ],
 )
 def test_file_that_is_no_checkpoint_is_refused_in_words(tmp_path, description):
     save_tensors(tmp_path / "last.ckpt", {"a": torch.zeros(1)}, description)
     with pytest.raises(DataError, match=r"last.ckpt is no checkpoint of a run"):
         RunFolder(tmp_path).read_checkpoint(resume=True)
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(21, 2), (11, 0), (9, 1), (20, 1000)])
+def test_position_that_a_run_does_not_have_is_refused(tmp_path, step, epoch):
+    description = {**SAVED, "progress": {"step": step, "epoch": epoch}}
+    save_tensors(tmp_path / "last.ckpt", {"a": torch.zeros(1)}, description)
+    checkpoint = RunFolder(tmp_path).read_checkpoint(resume=True)
+    with pytest.raises(DataError, match=r"last.ckpt is at step .* --out"), checkpoint.checked(20, 10):
+        pass
+
+
+@pytest.mark.parametrize(("step", "epoch", "total"), [(0, 0, 20), (10, 0, 20), (10, 1, 20), (20, 2, 20), (15, 2, 15)])
+def test_tensors_that_do_not_fit_are_refused(tmp_path, step, epoch, total):
+    description = {**SAVED, "progress": {"step": step, "epoch": epoch}}
+    save_tensors(tmp_path / "last.ckpt", {"weight": torch.zeros(3)}, description)
+    checkpoint = RunFolder(tmp_path).read_checkpoint(resume=True)
+    with pytest.raises(DataError, match=r"last.ckpt has other tensors .* --out"), checkpoint.checked(total, 10):
+        nn.Linear(2, 2).load_state_dict(checkpoint.tensors)

@@ -375,6 +375,7 @@ NAN, INF = float("nan"), float("inf")
         {"mean": [0.5, INF, 0.5]},
         {"std": [NAN] * 3},
         {"std": [0.5, 0, 0.5]},
+        {"std": [1e-45] * 3},
         {"std": [-1] * 3},
     ],
     ids=str,

@@ -34,6 +34,7 @@ HOSTILE = {
     "open lists": 4_000_000 * b"[",
     "nested lists": 900 * b"[" + 900 * b"]",
     "wide text": b'"' + 5_000_000 * b"a" + '\U0001f600"'.encode(),
+    "text that is written longer": b'"' + 8_000_000 * b"\x7f" + b'"',
     "many digits": 1_000_000 * b"9",
     "no text": b'"\xff"',
 }
