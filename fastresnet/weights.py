@@ -35,7 +35,7 @@ CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
 # Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not require.
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
-_LEAST_DEVIATION = 1e-6
+_LEAST_DEVIATION = 1e-9
 """Least standard deviation of images in 0..1: a division by a smaller one could overflow."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

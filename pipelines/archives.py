@@ -111,9 +111,9 @@ def _open_path(path: str | Path, *, may_be_pipe: bool = False) -> IO[bytes]:
     try:
         return open(path, "rb") if may_be_pipe else open_regular(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        raise DataError(f"{_in_one_line(str(path))} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise DataError(f"{path} is a pipe or a device. Give a file.") from None
+        raise DataError(f"{_in_one_line(str(path))} is a pipe or a device. Give a file.") from None
 
 
 def _list_folder(path: Path) -> Iterator[File]:

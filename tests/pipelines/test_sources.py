@@ -645,6 +645,13 @@ def test_link_to_a_pipe_or_a_device_is_refused_at_once(tmp_path, refused, name, 
         refused(folder, f"{folder / name} is a pipe or a device. Give a file.")
 
 
+def test_name_with_a_line_end_is_escaped_where_a_file_cannot_be_read(tmp_path):
+    (tmp_path / "a\nb.png").symlink_to("missing")
+    (file,) = list_files(tmp_path)
+    with pytest.raises(DataError, match=r"a\\nb\.png cannot be read"):
+        file.open()
+
+
 HASHED = sys.hash_info.modulus
 
 
