@@ -143,7 +143,9 @@ def _weights(folder: Path) -> Iterator[Kind]:
     config = TrainConfig(precision="fp32", threads=1)
     facts = {"data": "cifar10", "data_sha256": 64 * "0", "classes": list(CIFAR10_CLASSES)}
     constants = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    progress = dataclasses.asdict(Progress(3, 1, [{"epoch": 1, "step": 3, "lr": 0.1}], 10.0, 1.5, 2.5))
+    figures = {f"{split}_{figure}": 1.5 for split in ("train", "test") for figure in ("loss", "accuracy")}
+    row = {"epoch": 1, "step": 3, "lr": 0.1, **figures, "overflows": 0}
+    progress = dataclasses.asdict(Progress(3, 1, [row], 10.0, 1.5, 2.5))
     description = {"config": config.to_dict(), **facts, **constants, "progress": progress, "scaler": {}}
     save_tensors(place / "last.ckpt", state, description)
     yield Kind("checkpoint", place, ("last.ckpt",), lambda f: _tensors(load_tensors(f / "last.ckpt")[0]))
