@@ -53,7 +53,7 @@ _DATA = re.compile(
 """Names of data, which checkpoints have beside tensors: those of Python, NumPy, and libraries of configurations."""
 
 _MOST_ARGUMENTS, _LONGEST_NAME = 16, 200
-_STRUCTURE, _MORE_STRUCTURE = 40 << 20, 64 << 20
+_STRUCTURE, _MORE_STRUCTURE = 32 << 20, 64 << 20
 """Memory for what a file has beside the values of its tensors: always, and at most as much more as the file has."""
 
 

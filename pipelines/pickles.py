@@ -45,10 +45,9 @@ _UNUSED = (
 )
 
 
-class BoundedUnpickler(_Python):
-    """Unpickler of plain values; other opcodes call methods that subclasses define."""
+class _BoundedReader(_Python):
+    """Unpickler whose opcodes are charged, and whose texts and numbers of objects are bounded."""
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]]
     readline: Callable[[], bytes]
 
     def __init__(self, file: BinaryIO, memory: int, *, longest: int, **options: Any) -> None:
@@ -61,19 +60,6 @@ class BoundedUnpickler(_Python):
         """Read the next pickle of the file."""
         self.memo.clear()
         return super().load()
-
-    def make(self, call: Any, arguments: Any) -> Any:
-        """Return what stands for the result of `call(*arguments)`."""
-        raise pickle.UnpicklingError("it makes objects")
-
-    def set_state(self, target: Any, state: Any) -> None:
-        """Keep of `state` what is needed in `target`."""
-        raise pickle.UnpicklingError("it changes objects")
-
-    def set_item(self, target: Any, key: Any, value: Any) -> None:
-        """Keep an entry of `target`, usually a dict."""
-        self.charge(_ENTRY)
-        target[key] = value
 
     def charge(self, memory: int) -> None:
         """Raise `UnpicklingError` if nothing is left for another `memory` bytes."""
@@ -123,6 +109,25 @@ class BoundedUnpickler(_Python):
         if len(self.metastack) > _MOST_MARKS:
             raise pickle.UnpicklingError("it is nested too deeply")
         super().load_mark()
+
+
+class BoundedUnpickler(_BoundedReader):
+    """Unpickler of plain values; other opcodes call methods that subclasses define."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]]
+
+    def make(self, call: Any, arguments: Any) -> Any:
+        """Return what stands for the result of `call(*arguments)`."""
+        raise pickle.UnpicklingError("it makes objects")
+
+    def set_state(self, target: Any, state: Any) -> None:
+        """Keep of `state` what is needed in `target`."""
+        raise pickle.UnpicklingError("it changes objects")
+
+    def set_item(self, target: Any, key: Any, value: Any) -> None:
+        """Keep an entry of `target`, usually a dict."""
+        self.charge(_ENTRY)
+        target[key] = value
 
     def load_dict(self) -> None:
         items = self.pop_mark()
