@@ -23,7 +23,7 @@ import torch
 
 from fastresnet.tensors import StoredTensor, check_distinct, place
 from pipelines.archives import open_zip
-from pipelines.errors import DataError, Note, list_some
+from pipelines.errors import DataError, Note, list_some, reason_of
 from pipelines.pickles import BoundedUnpickler
 
 # --- pickles -----------------------------------------------------------------------------------------------------
@@ -210,8 +210,7 @@ def open_network(file: BinaryIO, path: Path) -> dict[str, StoredTensor]:
             "and load that."
         ) from None
     except Exception as error:  # noqa: BLE001  a damaged pickle can raise nearly anything
-        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
-        raise DataError(f"{path} is damaged or not a file of torch.save: {reason}.") from None
+        raise DataError(f"{path} is damaged or not a file of torch.save: {reason_of(error)}.") from None
     return tensors
 
 

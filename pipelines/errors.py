@@ -55,6 +55,11 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     raise UsageError(f"unknown {what} {value!r:.200}: {hint}Valid: {', '.join(names)}.")
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of a library's message, 200 characters at most, or the name of an error without one."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
 def nearest(value: str, names: Iterable[str], similarity: float = 0.5) -> str | None:
     """Return the name most similar to `value`, if at least by `similarity` in 0..1; case and punctuation are equal."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .archives import MEMBER_LIMIT, ArchiveError, File
 from .contents import WINDOW, describe
-from .errors import DataError, list_some, note
+from .errors import DataError, list_some, note, reason_of
 from .image_limits import Effort, LimitedStream, check_pixels, is_transparent, leave_out_long_exif, limited
 from .sampling import IMAGE_SIZE
 
@@ -121,8 +121,7 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001  a damaged image can raise nearly anything
-            reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
-            raise DataError(f"{file.name} cannot be read as an image: {reason}.") from None
+            raise DataError(f"{file.name} cannot be read as an image: {reason_of(error)}.") from None
 
 
 def _open(stream: LimitedStream, name: str, effort: Effort) -> Any:

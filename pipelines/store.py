@@ -22,7 +22,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, reason_of
 from .files import sha256, sync_folder, temporary_folder, write_json
 from .prng import Stream, permutation, stream_key
 from .sampling import IMAGE_SIZE
@@ -342,8 +342,7 @@ def _open_array(folder: Path, key: str, files: dict[str, Any]) -> np.ndarray:
         with np.errstate(over="ignore"):  # a shape is multiplied before it is compared with the size
             array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, accepts only .npy
     except (KeyError, TypeError, ValueError, OverflowError, tokenize.TokenError, RecursionError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
-        raise DataError(f"{path} cannot be read: {reason}. {_remedy(folder)}") from None
+        raise DataError(f"{path} cannot be read: {reason_of(error)}. {_remedy(folder)}") from None
     if array.dtype != _ARRAYS[key]:
         raise DataError(f"{path} holds {str(array.dtype)[:100]}, not {_ARRAYS[key]}. {_remedy(folder)}")
     if not array.flags.c_contiguous:  # compiled code reads its memory in order
