@@ -21,6 +21,9 @@ _LARGEST_KEY, _LARGEST_MEMO = 1 << 60, 1 << 32
 """Larger numbers as keys could all have the same hash; a dict of them takes quadratic time."""
 
 _MOST_MARKS, _SHORT = 1000, 4096
+_MOST_ITEMS = 100_000
+"""Most values of a container in one piece: pickle writes pieces of a thousand. A list that grows is copied again and
+again, which takes several times its memory."""
 
 # Bytes that an opcode takes in the end, at most. The contents of long texts and numbers are charged when they are read.
 _MEMO, _ENTRY, _OBJECT, _TEXT, _NUMBER, _OTHER = 128, 300, 200, 80, 40, 16
@@ -173,6 +176,8 @@ def _charged(code: int, load: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def charged(self: BoundedUnpickler) -> None:
         self.charge(memory)
+        if len(self.stack) > _MOST_ITEMS:
+            raise pickle.UnpicklingError("it has a very long list in one piece")
         load(self)
 
     return charged
