@@ -35,6 +35,16 @@ COMPILE: dict[Compile, str] = {"off": "eager", "on": "compile", "capture": "capt
 CAPTURED = ("capture", "graph")
 """Backends, and values of --compile, that replay a step as a CUDA graph."""
 Kernels = Literal["auto", "torch", "own"]
+Tta = Literal["none", "flip", "shift"]
+"""Test-time augmentation, measured beside the single view: its logits are those of several views, averaged.
+
+`flip`: the image and its mirror image. `shift`: these count half; the other half are the image shifted by one pixel
+towards either end of the diagonal, its edges reflected, and the mirror images of these (Jordan's cifar10-airbench).
+`shift` measures `flip` too.
+"""
+
+_SMALLEST_IMAGE = 16
+"""Side in pixels; of smaller images, ResNet-9's poolings leave nothing."""
 
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
 # the data by its digest, not by its folder.
@@ -91,6 +101,8 @@ class TrainConfig:
     """Fraction of the run in which the learning rate grows linearly to its peak (with step: stays at a tenth of it)."""
     momentum: float = 0.9
     """Momentum of SGD and muon."""
+    sgd_momentum: float | None = None
+    """Momentum of SGD with muon. Without it: --momentum."""
     nesterov: bool = False
     """Nesterov's momentum for SGD; what muon orthogonalises always has it."""
     weight_decay: float = 1e-4
@@ -120,6 +132,9 @@ class TrainConfig:
     """Stochastic depth: drop rate of the last block, decreasing linearly towards the first; 0: none."""
     zero_init_residual: bool = False
     """Start every residual branch at zero, by the weights of its last batch norm."""
+    resolutions: tuple[int, ...] = (IMAGE_SIZE,)
+    """Sides of the training images in equal parts of the run, in pixels: 24 28 32 trains on small images first, which
+    are shrunk bilinearly."""
     normalization: NormalizationMode = "half"
     """half (mean = std = 0.5), channel (the data set's mean and std) or pixel (the paper's per-pixel mean)."""
 
@@ -176,6 +191,7 @@ class TrainConfig:
             ("norm_lr", 0, 1e6),
             ("warmup", 0, 1),
             ("momentum", 0, 1),
+            ("sgd_momentum", 0, 1),
             ("weight_decay", 0, 1),
             ("clip_norm", 0, 1e6),
             ("ema_decay", 0, 1 - 1e-9),
@@ -193,8 +209,11 @@ class TrainConfig:
         _ = self.augmentation  # checks its own fields
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"--batch-size {self.batch_size}: mixup and CutMix mix pairs; give an even number.")
-        if self.nesterov and (self.optimizer == "adamw" or not self.momentum):
-            raise UsageError("--nesterov needs --optimizer sgd or muon, and a --momentum above 0.")
+        if self.nesterov and (self.optimizer == "adamw" or not self.momentum_of_sgd):
+            raise UsageError("--nesterov needs --optimizer sgd or muon, and momentum above 0 for SGD.")
+        if not self.resolutions or any(not _SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
+            given = " ".join(map(str, self.resolutions))
+            raise UsageError(f"--resolutions {given}: give sides of {_SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"--milestones {self.milestones}: give increasing fractions of the run between 0 and 1.")
 
@@ -204,9 +223,18 @@ class TrainConfig:
         return Augmentation(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)})
 
     @property
+    def momentum_of_sgd(self) -> float:
+        """Momentum of SGD, alone or with muon."""
+        return self.momentum if self.sgd_momentum is None or self.optimizer != "muon" else self.sgd_momentum
+
+    @property
     def lr_scale(self) -> float:
         """Factor of all learning rates."""
         return self.batch_size / (self.lr_batch_size or self.batch_size)
+
+    def sides(self, total_steps: int) -> list[int]:
+        """List the side of the images of each step of the run, in pixels."""
+        return [self.resolutions[step * len(self.resolutions) // total_steps] for step in range(total_steps)]
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Compute the optimisation steps of the whole run."""

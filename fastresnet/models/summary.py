@@ -54,8 +54,10 @@ def layer_kind(module: nn.Module) -> str:
     return f"{name} {size}x{size}" + (f", stride {stride}" if stride > 1 else "") + groups
 
 
-def flops_per_image(model: nn.Module, *, training: bool) -> int:
-    """Count the floating-point operations for one image, 2 for a multiply-add, of convolutions and linear layers.
+def flops_per_image(model: nn.Module, *, training: bool, side: int = IMAGE_SIZE) -> int:
+    """Count the floating-point operations for one image [3, side, side], 2 for a multiply-add.
+
+    Only convolutions and linear layers are counted.
 
     With `training`, count the backward pass too: as many again for the gradient of a layer's weights and for that of
     its input, if they are needed. `torch.utils.flop_counter` counts the same, but ignores groups in the gradients of
@@ -72,13 +74,13 @@ def flops_per_image(model: nn.Module, *, training: bool) -> int:
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     with torch.set_grad_enabled(training):
-        copied(one_image())
+        copied(one_image(side))
     return 2 * macs
 
 
-def one_image() -> Tensor:
-    """Create an image on the meta device, without memory."""
-    return torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
+def one_image(side: int = IMAGE_SIZE) -> Tensor:
+    """Create an image [1, 3, side, side] on the meta device, without memory."""
+    return torch.empty(1, 3, side, side, device="meta")
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -31,52 +31,65 @@ class Execution:
     kernels.
     """
 
-    def __init__(self, step: TrainStep, pipeline: Pipeline, backend: str) -> None:
+    def __init__(self, step: TrainStep, pipeline: Pipeline, backend: str, sides: Sequence[int | None] = ()) -> None:
+        """Create a runner. `sides` lists the side of the images of each step of the run; without it they stay whole."""
         self.backend = backend
         self.wait_seconds = 0.0
         """Time that the host spent waiting for batches."""
         self._step, self._pipeline = step, pipeline
         step.compiled = backend in ("compile", "graph")
-        self._replay: Callable[[], None] | None = None
+        self._sides = sides
+        self._replays: dict[int | None, Callable[[], None]] = {}
+        """Recorded steps, by the side of their images."""
         self._images = self._labels = torch.empty(0)  # inputs of a recorded step that does not gather its batch
 
     def prepare(self, batch: Batch) -> None:
-        """Compile and record in a trial step on `batch`, which restores the state. Otherwise, the first step would."""
-        if self._step.compiled:
-            self._step.trial(batch.images, batch.labels)
-        if self.backend in CAPTURED:
-            self._record(batch)
+        """Compile and record in trial steps on `batch`, which restore the state. Otherwise, the first steps would."""
+        for side in set(self._sides) or {None}:
+            self._step.side = side
+            if self._step.compiled:
+                self._step.trial(batch.images, batch.labels)
+            if self.backend in CAPTURED:
+                self._replays[side] = self._recorded(batch)
 
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
         """Take `count` steps from batch `start` of `epoch` on; yield after each, which a GPU may not have finished."""
-        if self._replay is not None and isinstance(self._pipeline, GatheringPipeline):
+        first = epoch * len(self._pipeline) + start
+        sides = list(self._sides[first : first + count]) or [None] * count
+        if self._replays and isinstance(self._pipeline, GatheringPipeline):
             self._pipeline.load(epoch)
-            for _ in range(count):
-                self._replay()
+            for side in sides:
+                self._replays[side]()
                 yield
             return
         batches = itertools.islice(self._pipeline.epoch(epoch, start), count)
-        while (batch := self._next(batches)) is not None:
-            if self._replay is None:
-                self._step(batch.images, batch.labels)
-            else:
+        for side, batch in zip(sides, self._timed(batches), strict=True):
+            if self._replays:
                 self._images.copy_(batch.images, non_blocking=True)
                 self._labels.copy_(batch.labels, non_blocking=True)
-                self._replay()
+                self._replays[side]()
+            else:
+                self._step.side = side
+                self._step(batch.images, batch.labels)
             yield
 
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        self.wait_seconds += time.perf_counter() - started
-        return batch
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and add the time of waiting for each to `wait_seconds`."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
-    def _record(self, batch: Batch) -> None:
-        self._images, self._labels = batch.images.clone(), batch.labels.clone()
+    def _recorded(self, batch: Batch) -> Callable[[], None]:
+        if not self._images.numel():
+            self._images, self._labels = batch.images.clone(), batch.labels.clone()
         step_once: Callable[[], None] = functools.partial(self._step, self._images, self._labels)
         if isinstance(self._pipeline, GatheringPipeline):
             step_once = self._gathering_step(self._pipeline)
-        self._replay = recorded(step_once, self._step.restored)
+        return recorded(step_once, self._step.restored)
 
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
         gather = torch_compile(pipeline.gather, fullgraph=True, dynamic=False)

@@ -62,10 +62,9 @@ def _groups(
 
 
 def _sgd(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
-    optimizer = torch.optim.SGD(
-        groups, momentum=config.momentum, nesterov=config.nesterov, fused=True, lr=groups[0]["lr"]
-    )
-    if config.momentum:
+    momentum = config.momentum_of_sgd
+    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=config.nesterov, fused=True, lr=groups[0]["lr"])
+    if momentum:
         for parameter in _parameters(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

@@ -92,6 +92,8 @@ class TrainStep:
         self._label_smoothing, self._mixer = label_smoothing, mixer
         self.compiled = False
         """Use of torch.compile; the first such step compiles."""
+        self.side: int | None = None
+        """Height and width to which images are shrunk, in pixels; None leaves them as they are."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on `images` [B, 3, 32, 32] with `labels` [B]."""
@@ -141,11 +143,11 @@ class TrainStep:
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the mean loss and the number of correct predictions."""
         if self._mixer is None:
-            logits = self._network(images).float()
+            logits = self._network(self._shrunk(images)).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         else:
             images, others, share = self._mixer(images, labels, self.count)
-            logits = self._network(images).float()
+            logits = self._network(self._shrunk(images)).float()
             losses = [
                 F.cross_entropy(logits, target, label_smoothing=self._label_smoothing, reduction="none")
                 for target in (labels, others)
@@ -153,6 +155,11 @@ class TrainStep:
             loss = (share * losses[0] + (1 - share) * losses[1]).mean()
             labels = torch.where(share < 0.5, others, labels)
         return loss, (logits.argmax(1) == labels).sum()
+
+    def _shrunk(self, images: Tensor) -> Tensor:
+        if self.side in (None, images.shape[-1]):
+            return images
+        return F.interpolate(images, size=self.side, mode="bilinear")
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -179,6 +179,8 @@ OUT_OF_RANGE = [
     *(("seed", value) for value in (-1, 2**63)),
     *(("lr", value) for value in (-0.1, 1e7, math.inf, math.nan)),
     *(("momentum", value) for value in (-0.1, 1.1, math.nan)),
+    *(("sgd_momentum", value) for value in (-0.1, 1.1, math.nan)),
+    *(("resolutions", value) for value in ((), (15,), (33,), (24, 0, 32))),
     *(("weight_decay", value) for value in (-1e-4, 1.1, math.inf, math.nan)),
     *(("clip_norm", value) for value in (-0.1, 1e7, math.inf, math.nan)),
     *(("ema_decay", value) for value in (-0.1, 1.0, math.nan)),
@@ -203,6 +205,8 @@ LIMITS = [
     *(("seed", value) for value in (0, 2**63 - 1)),
     *(("lr", value) for value in (0.0, 1e6)),
     *(("momentum", value) for value in (0.0, 1.0)),
+    *(("sgd_momentum", value) for value in (None, 0.0, 1.0)),
+    *(("resolutions", value) for value in ((16,), (32, 32), (24, 28, 32))),
     *(("weight_decay", value) for value in (0.0, 1.0)),
     *(("clip_norm", value) for value in (0.0, 1e6)),
     *(("ema_decay", value) for value in (0.0, 0.9999)),
@@ -310,6 +314,8 @@ CHANGED = {
     "drop_path": 0.2,
     "zero_init_residual": True,
     "momentum": 0.85,
+    "sgd_momentum": 0.8,
+    "resolutions": (24, 28, 32),
     "weight_decay": 5e-4,
     "clip_norm": 1.5,
     "ema_decay": 0.99,
@@ -584,6 +590,8 @@ VALID = {
     "drop_path": st.floats(0, 0.99),
     "zero_init_residual": st.booleans(),
     "momentum": st.floats(0, 1),
+    "sgd_momentum": st.none() | st.floats(0, 1),
+    "resolutions": st.lists(st.integers(16, 32), min_size=1, max_size=4).map(tuple),
     "weight_decay": st.floats(0, 1),
     "clip_norm": st.floats(0, 1e6),
     "ema_decay": st.floats(0, 0.9999),
@@ -621,7 +629,7 @@ def made_valid(values):
         values["shortcut"] = "B"
     if values["pipeline"] not in ("auto", "dali"):
         values["decode"] = "raw"
-    if values["optimizer"] == "adamw" or not values["momentum"]:
+    if values["optimizer"] == "adamw" or 0 in (values["momentum"], values["sgd_momentum"]):
         values["nesterov"] = False
     values["batch_size"] += values["batch_size"] % 2
     return values

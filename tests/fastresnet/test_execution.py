@@ -106,12 +106,13 @@ class FakeStep:
 
     def __init__(self, cost=None, error=None):
         self.compiled, self.taken, self.now, self._cost, self._error = False, [], 0.0, cost, error
-        self.count = torch.zeros(1)
+        self.count, self.side, self.sides = torch.zeros(1), None, []
 
     def __call__(self, images, labels):
         if self.compiled and self._error:
             raise self._error
         self.taken.append((int(images), int(labels)))
+        self.sides.append(self.side)
         self.now += self._cost[self.compiled] if self._cost else 0
 
     def restored(self):
@@ -124,6 +125,31 @@ def test_steps_take_exactly_the_requested_batches(start, count):
     for _ in Execution(step, FakePipeline(), "eager").steps(7, start, count):
         pass
     assert step.taken == [(7, number) for number in range(start, start + count)]
+    assert step.sides == [None] * count
+
+
+@pytest.mark.parametrize("backend", ["eager", "capture"])
+def test_each_step_has_images_of_its_own_size(monkeypatch, backend):
+    """Of two epochs of five steps, the first seven have images of 24 pixels. A recorded step keeps its size."""
+
+    def record(work, restored):
+        side = step.side
+
+        def replay():
+            step.side = side
+            work()
+
+        return replay
+
+    monkeypatch.setattr(execution, "recorded", record)
+    step, sides = FakeStep(), [24] * 7 + [32] * 3
+    made = Execution(step, FakePipeline(), backend, sides)
+    made.prepare(next(FakePipeline().epoch(0)))
+    for epoch, start, count in ((0, 0, 5), (1, 0, 1), (1, 1, 4)):
+        for _ in made.steps(epoch, start, count):
+            pass
+    assert step.sides == sides
+    assert step.taken == [(epoch, number) for epoch in (0, 1) for number in range(5)]
 
 
 @pytest.mark.parametrize(

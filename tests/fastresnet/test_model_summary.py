@@ -47,9 +47,10 @@ def test_parameters_and_multiply_adds_match_pytorch(name):
 def test_flops_of_training_match_pytorch(name):
     with torch.device("meta"):
         model = create_model(name).train()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, 32, 32, device="meta")).sum().backward()
-    assert flops_per_image(model, training=True) == counter.get_total_flops()
+    for side in (32, 24):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, side, side, device="meta")).sum().backward()
+        assert flops_per_image(model, training=True, side=side) == counter.get_total_flops()
 
 
 def test_flops_of_training_with_grouped_convolutions():

@@ -126,15 +126,18 @@ def test_muon_equals_the_published_update():
         np.testing.assert_allclose(network[i].weight.detach().reshape(8, -1).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm_lr", [None, 0.5])
-def test_muon_uses_sgd_for_parameters_other_than_convolutions(norm_lr):
+@pytest.mark.parametrize(("norm_lr", "sgd_momentum"), [(None, None), (0.5, 0.85)])
+def test_muon_uses_sgd_for_parameters_other_than_convolutions(norm_lr, sgd_momentum):
     """Norms and biases use `norm_lr` if it is set."""
     network, reference = small_network(), small_network()
-    optimizers = create_optimizers(network, TrainConfig(**OPTIMIZERS["muon"], norm_lr=norm_lr))
+    config = TrainConfig(**OPTIMIZERS["muon"], norm_lr=norm_lr, sgd_momentum=sgd_momentum)
+    optimizers = create_optimizers(network, config)
     take_steps(network, optimizers, range(3))
     rates = [(reference[4].weight, 0.02), *((p, norm_lr or 0.02) for p in reference.parameters() if p.ndim == 1)]
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in rates]
-    take_steps(reference, [torch.optim.SGD(groups, momentum=0.6, nesterov=True, weight_decay=5e-3)], range(3))
+    take_steps(
+        reference, [torch.optim.SGD(groups, momentum=sgd_momentum or 0.6, nesterov=True, weight_decay=5e-3)], range(3)
+    )
     for i in (1, 4):
         for a, b in zip(network[i].parameters(), reference[i].parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -71,6 +71,20 @@ def test_steps_equal_the_textbook_loop():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_images_are_shrunk_bilinearly_to_the_side_of_the_step():
+    """Weights of the two nearest pixels by distance, with pixels as areas: coordinates are those of their centers."""
+    seen = []
+    network, step = make_step(dtype=torch.float64)
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images, labels = next(small_batches(1))
+    step.side = 12
+    step(images.double(), labels)
+    place = (np.arange(12) + 0.5) * 16 / 12 - 0.5
+    weights = np.maximum(0, 1 - abs(place[:, None] - np.arange(16)))
+    expected = weights @ images.double().numpy() @ weights.T
+    np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_overfits_one_batch(precision):
     _, step = make_step(precision, rates=[0.02] * 12)
