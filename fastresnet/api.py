@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastresnet.config import Tta
     from fastresnet.evaluation import Evaluation
     from fastresnet.run_folder import Run
     from fastresnet.threads import Threads
@@ -48,7 +49,7 @@ def evaluate(
     precision: str = "fp32",
     device: str = "auto",
     threads: Threads = "auto",
-    mirror: bool = False,
+    tta: Tta = "none",
 ) -> Evaluation:
     """Measure accuracy and loss on the test set of `data`: top-1 in percent, cross-entropy in nats.
 
@@ -57,7 +58,7 @@ def evaluate(
     `normalization` is that of its images: `half`, `channel` or `pixel` (see `pipelines.Augmentation`). Files contain
     theirs, and their classes are matched by name. `data` is a name, or a folder or archive of images by class; by
     default that of their training, else cifar10. `threads` is the number of CPU threads; for a file, `auto` is the
-    fastest in trial steps. `mirror` adds the accuracy with horizontal-flip TTA. Raises `UsageError` on invalid
+    fastest in trial steps. `tta` adds the accuracy with `flip` or `shift` TTA. Raises `UsageError` on invalid
     arguments and on a network with other outputs, `DataError` if a file or the data set is missing, damaged or does
     not match, `RunError` if logits are not finite.
     """
@@ -91,4 +92,4 @@ def evaluate(
         unchanged_modes(network),
         evaluation_threads(threads, network, pipeline, precision=precision, device=on),
     ):
-        return evaluate_network(network, pipeline, dataset.classes, precision=precision, device=on, mirror=mirror)
+        return evaluate_network(network, pipeline, dataset.classes, precision=precision, device=on, tta=tta)

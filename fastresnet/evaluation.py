@@ -1,4 +1,4 @@
-"""Accuracy and loss on a split: single view, every image counted once; optionally with horizontal-flip TTA too."""
+"""Accuracy and loss on a split: single view, every image counted once; optionally with TTA too."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastresnet.config import Tta
 from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
 from fastresnet.run_folder import find_run_data
@@ -24,6 +25,7 @@ from fastresnet.text import for_figure
 from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
+from pipelines.augment import reflect
 from pipelines.base import GatheringPipeline, Pipeline
 from pipelines.errors import DataError, Note, RunError, UsageError, list_some
 from pipelines.prepare import find_test_data
@@ -54,7 +56,9 @@ class Evaluation:
     """Top-1 accuracy of each class, percent; classes without images are left out."""
     images_per_s: float
     mirror_accuracy: float | None = None
-    """Top-1 accuracy with horizontal-flip TTA, percent: mean logits of each image and its mirror image."""
+    """Top-1 accuracy with flip TTA, percent."""
+    shift_accuracy: float | None = None
+    """Top-1 accuracy with shift TTA, percent."""
 
 
 def find_dataset_for(
@@ -238,22 +242,23 @@ class Evaluator:
         precision: str,
         device: torch.device,
         *,
-        mirror: bool = False,
+        tta: Tta = "none",
         captured: bool = False,
         world: World = SINGLE,
     ) -> None:
         """Create an evaluator of `model`, which its calls set to evaluation mode.
 
-        `mirror` adds `mirror_accuracy`, at twice the cost. `captured` records the evaluation of a batch as a CUDA
-        graph in the first call, at the cost of four batches, if the pipeline gathers batches on the GPU. Weights then
-        have to change in place.
+        `tta` adds the accuracy with `flip`, at twice the cost, or `shift`, at six times. `captured` records the
+        evaluation of a batch as a CUDA graph in the first call, at the cost of four batches, if the pipeline gathers
+        batches on the GPU. Weights then have to change in place.
         """
         self._model, self._pipeline, self._classes = model, pipeline, classes
-        self._precision, self._device, self._mirror = precision, device, mirror
+        self._precision, self._device, self._tta = precision, device, tta
         self._captured, self._world = captured, world
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._counts = torch.zeros(1 + 2 * len(classes), dtype=torch.int64, device=device)
-        self._mirror_correct, (self._correct, self._count) = self._counts[0], self._counts[1:].view(2, -1)
+        self._counts = torch.zeros(2 + 2 * len(classes), dtype=torch.int64, device=device)
+        self._mirror_correct, self._shift_correct = self._counts[:2]
+        self._correct, self._count = self._counts[2:].view(2, -1)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._replay: Callable[[], None] | None = None
 
@@ -280,7 +285,8 @@ class Evaluator:
                 if images
             },
             images_per_s=total / (time.perf_counter() - started),
-            mirror_accuracy=100 * int(self._mirror_correct) / total if self._mirror else None,
+            mirror_accuracy=100 * int(self._mirror_correct) / total if self._tta != "none" else None,
+            shift_accuracy=100 * int(self._shift_correct) / total if self._tta == "shift" else None,
         )
 
     def _batches(self) -> Iterator[None]:
@@ -301,9 +307,15 @@ class Evaluator:
         self._loss += (F.cross_entropy(logits, labels, reduction="none") * real).sum()
         self._correct.index_add_(0, labels, ((logits.argmax(1) == labels) & real).long())
         self._count.index_add_(0, labels, real.long())
-        if self._mirror:
+        if self._tta != "none":
             logits = logits + self._logits(images.flip(3))
             self._mirror_correct += ((logits.argmax(1) == labels) & real).sum()
+        if self._tta == "shift":
+            logits = 2 * logits
+            for pixels in (-1, 1):
+                view = shifted(images, pixels)
+                logits = logits + self._logits(view) + self._logits(view.flip(3))
+            self._shift_correct += ((logits.argmax(1) == labels) & real).sum()
 
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self._precision, self._device):
@@ -329,17 +341,28 @@ class Evaluator:
         return add_next
 
 
+def shifted(images: Tensor, pixels: int) -> Tensor:
+    """Shift `images` [N, C, H, W] up and to the left by `pixels`, down and to the right if negative.
+
+    The edges are reflected.
+    """
+    for side in (2, 3):
+        size = images.shape[side]
+        images = images.index_select(side, reflect(torch.arange(size, device=images.device) + pixels, size))
+    return images
+
+
 def evaluate(
     model: nn.Module,
     pipeline: Pipeline,
     classes: tuple[str, ...],
     precision: str,
     device: torch.device,
-    mirror: bool = False,
+    tta: Tta = "none",
     world: World = SINGLE,
 ) -> Evaluation:
     """Evaluate `model` once; see `Evaluator`. Raises `RunError` if its logits are not finite."""
-    result = Evaluator(model, pipeline, classes, precision, device, mirror=mirror, world=world)()
+    result = Evaluator(model, pipeline, classes, precision, device, tta=tta, world=world)()
     if not math.isfinite(result.loss):
         remedy = "" if precision == "fp32" else "; try --precision fp32"
         raise RunError(f"the network's logits are not finite in {precision}: its accuracy has no meaning{remedy}.")

@@ -13,7 +13,7 @@ from fastresnet.evaluation import Predictions
 from fastresnet.figures import Figure
 from fastresnet.plotting import curves, rendered
 from fastresnet.recipes import changed_settings
-from fastresnet.run_folder import Run
+from fastresnet.run_folder import Run, tta_accuracies
 from fastresnet.text import for_terminal
 from fastresnet.training.loggers import format_duration
 
@@ -50,7 +50,7 @@ def page(run: Run, predictions: Predictions) -> str:
     chosen_on = "held-out images" if summary["best_chosen_on"] == "validation" else "the test set itself"
     tiles = [
         (f"{summary['test_accuracy']:.2f} %", "test accuracy, last epoch, single view"),
-        (f"{summary['test_accuracy_mirror']:.2f} %", "with horizontal-flip TTA"),
+        *((f"{accuracy:.2f} %", f"with {name}") for name, accuracy in tta_accuracies(summary)),
         (f"{summary['best_accuracy']:.2f} %", f"best epoch, chosen on {chosen_on}"),
         (f"{summary['epochs']}", f"epochs, {summary['steps']:,} steps"),
         (f"{summary['images_per_s']:,.0f}", "images/s in training"),

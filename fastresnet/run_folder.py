@@ -501,6 +501,14 @@ _FIGURES = (
 )
 _TABLES = ("cold_start", "environment")
 
+TTA = {"test_accuracy_mirror": "flip TTA", "test_accuracy_shift": "shift TTA"}
+"""Figures of a summary with test-time augmentation, and their names in tables."""
+
+
+def tta_accuracies(figures: dict[str, Any]) -> list[tuple[str, float]]:
+    """List the accuracies with test-time augmentation, in percent, by name. Older runs lack that with shifts."""
+    return [(text, figures[name]) for name, text in TTA.items() if name in figures]
+
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Read summary.json. Raises `DataError` if it is missing or damaged, or lacks a field that this program shows."""
@@ -512,6 +520,7 @@ def read_summary(path: Path) -> dict[str, Any]:
             (_TEXTS, str, "a text"),
             (_COUNTS, int, "a whole number"),
             (_FIGURES, int | float, "a number"),
+            (TTA.keys() & summary.keys(), int | float, "a number"),
             (_TABLES, dict, "a table"),
         ):
             for name in names:

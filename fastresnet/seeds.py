@@ -43,6 +43,12 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def format_accuracy(runs: Sequence[dict[str, Any]], figure: str) -> str:
+    """Format an accuracy of `runs`, named as in their summaries: mean, spread and unit, or – if one run lacks it."""
+    values = [run[figure] for run in runs if figure in run]
+    return f"{mean_and_spread(values)} %" if len(values) == len(runs) else "–"
+
+
 def train_seeds(
     arguments: Sequence[str], folders: dict[int, Path], gpus: int, per_gpu: int = 1
 ) -> list[dict[str, Any]]:

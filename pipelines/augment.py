@@ -81,7 +81,7 @@ def crop_flip_cutout(images: Tensor, draws: Draws, augmentation: Augmentation, f
     columns = torch.where(draws.flip[:, None] == 1, width - 1 - x, x) + (draws.left - padding)[:, None]
     batch = torch.arange(count, device=images.device)[:, None, None]
     if augmentation.padding_mode == "reflect":
-        out = images[batch, _reflect(rows, height)[:, :, None], _reflect(columns, width)[:, None, :]]
+        out = images[batch, reflect(rows, height)[:, :, None], reflect(columns, width)[:, None, :]]
     else:
         out = images[batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
         inside = _between(rows, 0, height)[:, :, None] & _between(columns, 0, width)[:, None, :]
@@ -100,7 +100,8 @@ def normalize(images: Tensor, normalization: Normalization, dtype: torch.dtype) 
     return images.permute(0, 3, 1, 2)
 
 
-def _reflect(index: Tensor, size: int) -> Tensor:
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Move an `index` outside of 0..size - 1 to its place mirrored at the edge, which is not repeated."""
     return size - 1 - (size - 1 - index.abs()).abs()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from fastresnet.config import Device, Precision
+from fastresnet.config import Device, Precision, Tta
 from fastresnet.terminal import check_output, parse, print_table, progress_line, say
 from fastresnet.text import as_utf8
 from fastresnet.threads import Threads, check_threads
@@ -38,8 +38,9 @@ class Options:
     """Number of CPU threads, or auto: the fastest in a few trial steps."""
     precision: Precision = "auto"
     """fp32, bf16 or fp16; auto: as in training, fp32 for foreign and pretrained weights."""
-    mirror: bool = False
-    """Measure with horizontal-flip TTA too: average the logits of each image and its mirror image."""
+    tta: Tta = "none"
+    """Measure with test-time augmentation too: flip averages the logits of each image and its mirror image, shift also
+    those of both shifted by one pixel."""
     json: Path | None = None
     """JSON file to write the figures to."""
 
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     from fastresnet.evaluation import evaluate, evaluation_threads, find_dataset_for, open_evaluation
     from fastresnet.pretrained import find_weights, is_pretrained
     from fastresnet.provenance import environment
+    from fastresnet.run_folder import tta_accuracies
     from fastresnet.weights import load_weights
 
     device = resolve_device(options.device)
@@ -94,7 +96,9 @@ def run(arguments: list[str]) -> int:
         if reason:
             print(reason)
         measured_on = environment(device)
-        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, mirror=options.mirror)
+        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, tta=options.tta)
+    augmented = {"test_accuracy_mirror": result.mirror_accuracy, "test_accuracy_shift": result.shift_accuracy}
+    augmented = {name: accuracy for name, accuracy in augmented.items() if accuracy is not None}
     if options.json is not None:
         from pipelines.files import write_json
 
@@ -103,7 +107,7 @@ def run(arguments: list[str]) -> int:
             "model": weights.name,
             "data": dataset.name,
             "test_accuracy": result.accuracy,
-            **({"test_accuracy_mirror": result.mirror_accuracy} if options.mirror else {}),
+            **augmented,
             "loss": result.loss,
             "per_class": {as_utf8(name): accuracy for name, accuracy in result.per_class.items()},
             "images_per_s": result.images_per_s,
@@ -114,7 +118,7 @@ def run(arguments: list[str]) -> int:
         f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
         [
             ("top-1 accuracy", f"{result.accuracy:.2f} %"),
-            *([("  with horizontal-flip TTA", f"{result.mirror_accuracy:.2f} %")] if options.mirror else ()),
+            *((f"  with {name}", f"{accuracy:.2f} %") for name, accuracy in tta_accuracies(augmented)),
             ("loss", f"{result.loss:.4f}"),
             *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),
             ("throughput", f"{result.images_per_s:,.0f} images/s"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastresnet.config import TrainConfig
-from fastresnet.seeds import parse_seeds
+from fastresnet.seeds import format_accuracy, parse_seeds
 from fastresnet.terminal import check_output, outlived_output, parse, print_table, progress_line, say
 from pipelines.errors import UsageError, check_choice
 
@@ -200,7 +200,7 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
         _seed_lines(train_seeds(arguments, folders, gpus, per_gpu)),
-        header=("seed", "test accuracy", "with horizontal-flip TTA", "training time"),
+        header=("seed", "test accuracy", "with flip TTA", "with shift TTA", "training time"),
     )
     return 0
 
@@ -214,18 +214,15 @@ def _find_dataset(config: TrainConfig) -> Dataset:
 
 def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Format a line for each run, and one for all of them."""
-    from fastresnet.seeds import mean_and_spread
+    from fastresnet.run_folder import TTA
     from fastresnet.training.loggers import format_duration
 
-    measures = ("test_accuracy", "test_accuracy_mirror")
-    lines = [
-        (str(run["seed"]), *(f"{run[measure]:.2f} %" for measure in measures), format_duration(run["train_seconds"]))
-        for run in summaries
-    ]
+    def accuracies(runs: list[dict[str, Any]]) -> list[str]:
+        return [format_accuracy(runs, figure) for figure in ("test_accuracy", *TTA)]
+
+    lines = [(str(run["seed"]), *accuracies([run]), format_duration(run["train_seconds"])) for run in summaries]
     if len(summaries) > 1:
-        columns = [[run[measure] for run in summaries] for measure in measures]
-        spread = (f"{mean_and_spread(column)} %" for column in columns)
-        lines.append(("mean ± standard deviation", *spread, ""))
+        lines.append(("mean ± standard deviation", *accuracies(summaries), ""))
     return lines
 
 
@@ -239,6 +236,7 @@ def _extract(arguments: list[str], *options: str) -> tuple[argparse.Namespace, l
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Format the main figures of `summary.json`, as (name, value)."""
+    from fastresnet.run_folder import tta_accuracies
     from fastresnet.training.loggers import format_duration
 
     chosen_on = "the held-out split" if summary["best_chosen_on"] == "validation" else "the test set itself"
@@ -246,7 +244,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", summary["data"]),
         ("model", summary["model"]),
         ("test accuracy, last epoch", f"{summary['test_accuracy']:.2f} %"),
-        ("  with horizontal-flip TTA", f"{summary['test_accuracy_mirror']:.2f} %"),
+        *((f"  with {name}", f"{accuracy:.2f} %") for name, accuracy in tta_accuracies(summary)),
         (f"test accuracy, best epoch (chosen on {chosen_on})", f"{summary['best_accuracy']:.2f} %"),
         ("epochs / steps", f"{summary['epochs']} / {summary['steps']:,}"),
         ("training throughput", f"{summary['images_per_s']:,.0f} images/s"),

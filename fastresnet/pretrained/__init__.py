@@ -40,7 +40,9 @@ class Card:
     test_accuracy: float
     """Accuracy of the last epoch, single view, in fp32 on a CPU, percent."""
     test_accuracy_mirror: float
-    """Accuracy of the last epoch with horizontal-flip TTA, in fp32 on a CPU, percent."""
+    """Accuracy of the last epoch with flip TTA, in fp32 on a CPU, percent."""
+    test_accuracy_shift: float
+    """Accuracy of the last epoch with shift TTA, in fp32 on a CPU, percent."""
     mean: tuple[float, ...]
     """Constants of the normalisation (image - mean) / std of images in 0..1."""
     std: tuple[float, ...]

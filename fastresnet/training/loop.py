@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import signal
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -136,7 +136,7 @@ def train(
             lr = config.lr * factors[number - 1]
             return Status(progress.epoch + 1, number, *step.metrics(), lr, speed, eta_s)
 
-        def evaluator(model: nn.Module, images: Pipeline, **options: bool) -> Evaluator:
+        def evaluator(model: nn.Module, images: Pipeline, **options: Any) -> Evaluator:
             return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
 
         evaluate = evaluator(step.eval_model, evaluated, captured=execution.backend in CAPTURED)
@@ -179,7 +179,7 @@ def train(
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
             test = resources.enter_context(_evaluation(config, dataset, world)) if config.val_split else evaluated
-            last, best = evaluator(step.eval_model, test, mirror=True)(stop_on_signal), progress.best_accuracy
+            last, best = evaluator(step.eval_model, test, tta="shift")(stop_on_signal), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
                 best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
             clock.update(progress)
@@ -338,7 +338,7 @@ def create_execution(
     backend = COMPILE[config.compile]
     if steps:  # a run may have been stopped after its last step
         config = _settle_kernels(config, step, batch, world, log)
-    execution = Execution(step, pipeline, backend)
+    execution = Execution(step, pipeline, backend, config.sides(config.total_steps(len(pipeline))))
     if steps:
         execution.prepare(batch)
     log(f"backend {backend}{reason}")
@@ -469,7 +469,8 @@ def _summary(
     After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
     checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
-    flops = flops_per_image(_create_model(config, dataset), training=True) * config.batch_size * progress.step
+    model, sides = _create_model(config, dataset), Counter(config.sides(progress.step))
+    flops_of_images = (count * flops_per_image(model, training=True, side=side) for side, count in sides.items())
     return {
         "schema": 1,
         "recipe": config.recipe,
@@ -480,13 +481,14 @@ def _summary(
         "steps": progress.step,
         "test_accuracy": last.accuracy,
         "test_accuracy_mirror": last.mirror_accuracy,
+        "test_accuracy_shift": last.shift_accuracy,
         "best_accuracy": best_accuracy,
         "best_chosen_on": "validation" if config.val_split else "test",
         "images_per_s": progress.step * config.batch_size / progress.train_seconds,
         "train_seconds": progress.train_seconds,
         "total_seconds": progress.total_seconds,
         "cold_start": clock.cold_start(),
-        "flops": flops,
+        "flops": config.batch_size * sum(flops_of_images),
         "settings": config.to_dict(),
         "environment": {**origin, "threads": torch.get_num_threads()},
     }

@@ -72,15 +72,21 @@ def dry_run(config: TrainConfig, dataset: Dataset, console: PlainConsole) -> dic
             evaluate(step.model, evaluated, dataset.classes, precision=config.precision, device=device)
 
         total_steps = config.total_steps(len(pipeline))
-        with step.restored():
-            count = min(_DRY_STEPS, len(pipeline), total_steps)
-            steps = execution.steps(0, 0, count)
-            per_step = statistics.median(seconds(lambda: next(steps)) for _ in range(count))
+
+        def step_seconds(first: int) -> float:
+            epoch, start = divmod(first, len(pipeline))
+            count = min(_DRY_STEPS, len(pipeline) - start, total_steps - first)
+            steps = execution.steps(epoch, start, count)
+            return statistics.median(seconds(lambda: next(steps)) for _ in range(count))
+
+        with step.restored():  # equal parts of the run may have images of different sizes
+            parts = {part * total_steps // len(config.resolutions) for part in range(len(config.resolutions))}
+            per_step = statistics.mean(map(step_seconds, parts))
         epochs = -(-total_steps // len(pipeline))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "train_seconds": per_step * total_steps,
-            "evaluation_seconds": seconds(evaluation) * (epochs + 2),  # the last one is with horizontal-flip TTA
+            "evaluation_seconds": seconds(evaluation) * (epochs + 6),  # after the last one, six views
             "memory_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else peak,
         }
 

@@ -9,7 +9,15 @@ import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks import accuracy
-from benchmarks.accuracy import PUBLISHED, RESULTS, read_summaries, reproduction_table, runs_table, speedrun_table
+from benchmarks.accuracy import (
+    PUBLISHED,
+    PUBLISHED_SPEEDRUNS,
+    RESULTS,
+    read_summaries,
+    reproduction_table,
+    runs_table,
+    speedrun_table,
+)
 from fastresnet.recipes import RECIPES, create_config
 from pipelines.errors import DataError
 
@@ -60,7 +68,7 @@ def test_gpu_runs_have_their_own_row_and_enter_the_overall_mean():
     gpu = {"environment": {"device": "H100", "threads": 16}, "settings": {"device": "cuda"}, "train_seconds": 21.0}
     runs = [summary(0, 92.0, **gpu), summary(1, 93.0, **gpu), summary(0, 91.0)]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in runs_table(runs).splitlines()[2:]]
-    assert [(row[3], row[4], row[7], row[8]) for row in rows] == [
+    assert [(row[3], row[4], row[8], row[9]) for row in rows] == [
         ("0", "91.00 %", "10", "a CPU, 2 used"),
         ("0, 1", "92.50 ± 0.71 %", "0.3", "H100"),
     ]
@@ -72,11 +80,12 @@ def test_speedrun_table_lists_airbench_then_speedruns_and_no_other_recipe():
         summary(seed, percent, recipe="speedrun", model="resnet9-narrow") for seed, percent in ((0, 93.9), (1, 94.3))
     ]
     table = speedrun_table([*runs, summary(0, 91.0)])
-    assert len(table.splitlines()) == 2 + 3
+    assert len(table.splitlines()) == 2 + len(PUBLISHED_SPEEDRUNS) + 1
     row = cells(table, ["airbench94_muon.py"])
-    assert (row["PFLOP"], row["shifts and flips"]) == ("0.29", "94.01 %")
+    assert (row["PFLOP"], row["shift TTA"]) == ("0.277", "94.01 %")
     row = cells(table, ["`speedrun`, resnet9-narrow"])
-    assert (row["PFLOP"], row["runs"], row["single view"]) == ("2.00", "2", "94.10 ± 0.28 %")
+    assert (row["PFLOP"], row["runs"], row["single view"]) == ("2.000", "2", "94.10 ± 0.28 %")
+    assert (row["flip TTA"], row["shift TTA"]) == ("94.60 ± 0.28 %", "–")
     assert statistics.stdev([93.9, 94.3]) == pytest.approx(0.28, abs=0.005)
 
 

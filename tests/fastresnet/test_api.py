@@ -108,13 +108,13 @@ def test_settings_accept_command_line_and_python_types(data_root, tmp_path):
 
 def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trained, data_root):
     file = trained.folder / "model.safetensors"
-    of_file = fastresnet.evaluate(file, data="shapes10", root=data_root, mirror=True)
+    of_file = fastresnet.evaluate(file, data="shapes10", root=data_root, tta="shift")
     network = load_weights(file).model
-    of_network = fastresnet.evaluate(network, data="shapes10", root=data_root, normalization="half", mirror=True)
+    of_network = fastresnet.evaluate(network, data="shapes10", root=data_root, normalization="half", tta="shift")
     changing = {"images_per_s": 0.0}
     assert dataclasses.replace(of_file, **changing) == dataclasses.replace(of_network, **changing)
-    _, out, _ = run("eval", "--weights", file, "--mirror", "--precision", "fp32")
-    for value in (of_file.accuracy, of_file.mirror_accuracy):
+    _, out, _ = run("eval", "--weights", file, "--tta", "shift", "--precision", "fp32")
+    for value in (of_file.accuracy, of_file.mirror_accuracy, of_file.shift_accuracy):
         assert f"{value:.2f} %" in out
     assert of_file.accuracy == pytest.approx(trained.summary["test_accuracy"])
     assert fastresnet.evaluate(file, root=data_root).loss == of_file.loss  # on the data set that the file names

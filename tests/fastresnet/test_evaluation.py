@@ -72,17 +72,27 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(
 
 
 @pytest.mark.parametrize("batch_size", [7, BATCH_SIZE])
-def test_mirror_accuracy_sums_the_logits_of_both_views(network, dataset, monkeypatch, batch_size):
+def test_augmented_accuracies_are_those_of_the_weighted_views(network, dataset, monkeypatch, batch_size):
     monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
     batches = open_evaluation(dataset, "half", "fp32", CPU)
-    result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, mirror=True)
-    images = torch.from_numpy(dataset.test.images / 127.5 - 1).permute(0, 3, 1, 2).float()
-    mirrored = torch.from_numpy(dataset.test.images[:, :, ::-1] / 127.5 - 1).permute(0, 3, 1, 2).float()
-    with torch.no_grad():
-        predicted = (network(images) + network(mirrored)).argmax(1)
-    hits = (predicted == torch.from_numpy(dataset.test.labels.copy())).double()
-    assert result.mirror_accuracy == pytest.approx(100 * hits.mean().item())
-    assert result.accuracy == pytest.approx(expected_figures(network, dataset)[0])
+    padded = np.pad(dataset.test.images / 127.5 - 1, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    center, shifts = padded[:, 1:-1, 1:-1], (padded[:, :-2, :-2], padded[:, 2:, 2:])
+    labels = torch.from_numpy(dataset.test.labels.copy())
+
+    @torch.no_grad()
+    def both(images):
+        views = (torch.from_numpy(view.copy()).permute(0, 3, 1, 2).float() for view in (images, images[:, :, ::-1]))
+        return sum(network(view) for view in views)
+
+    def percent(logits):
+        return pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+
+    flip, shift = both(center), 0.25 * both(center) + 0.125 * sum(map(both, shifts))
+    expected = {"none": (None, None), "flip": (percent(flip), None), "shift": (percent(flip), percent(shift))}
+    for tta, figures in expected.items():
+        result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, tta=tta)
+        assert (result.mirror_accuracy, result.shift_accuracy) == figures
+        assert result.accuracy == pytest.approx(expected_figures(network, dataset)[0])
 
 
 def test_classes_without_images_are_left_out(network, dataset, monkeypatch):
@@ -110,9 +120,9 @@ def figures(evaluation):
     return dataclasses.replace(evaluation, images_per_s=0)
 
 
-@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("tta", ["none", "shift"])
 def test_recorded_evaluation_gives_the_numbers_of_the_eager_one_while_weights_change(
-    network, dataset, monkeypatch, mirror
+    network, dataset, monkeypatch, tta
 ):
     """A stand-in for the recording runs the work three times before, as the recording does, and then as a replay."""
     runs = []
@@ -129,7 +139,7 @@ def test_recorded_evaluation_gives_the_numbers_of_the_eager_one_while_weights_ch
     monkeypatch.setattr("fastresnet.evaluation.recorded", record)
     pipeline, network = open_resident(dataset, CPU, monkeypatch), copy.deepcopy(network)
     captured, eager = (
-        Evaluator(network, pipeline, dataset.classes, "fp32", CPU, mirror=mirror, captured=captured)
+        Evaluator(network, pipeline, dataset.classes, "fp32", CPU, tta=tta, captured=captured)
         for captured in (True, False)
     )
     for _ in range(2):
