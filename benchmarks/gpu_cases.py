@@ -94,7 +94,7 @@ SGD, LARGE, MUON = (
     RecipeCase("baseline", "resnet20", 1024),
     RecipeCase("fast", "resnet20", 128),
 )
-CASES = (SGD, LARGE, MUON, RecipeCase("speedrun", "resnet9-medium", 512))
+CASES = (SGD, LARGE, MUON, RecipeCase("speedrun", "speednet", 1536))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ set -uo pipefail
 STAGES=(ceilings smoke steps candidates tests peers accuracy)
 declare -A LIMITS=([ceilings]=30 [smoke]=90 [steps]=120 [candidates]=150 [tests]=150 [peers]=150 [accuracy]=86400)
 TRAININGS=( # recipe, network, seed
-  "speedrun resnet9-medium 0" "fast resnet20 0" "fast resnet56 0" "baseline resnet20 0" "paper resnet20 0"
+  "speedrun speednet 0" "fast resnet20 0" "fast resnet56 0" "baseline resnet20 0" "paper resnet20 0"
   "fast resnet20 1" "fast resnet20 2" "fast resnet20 3" "fast resnet20 4"
   "fast resnet56 1" "fast resnet56 2"
   "baseline resnet32 0" "baseline resnet44 0" "baseline resnet56 0"
@@ -171,7 +171,7 @@ peers() {
 accuracy() {
   local training recipe model seed code finished=0 failed=0 data=()
   local -x FASTRESNET_DATA=$out.data
-  ((${#rehearse[@]})) && TRAININGS=("fast resnet20 0" "speedrun resnet9-narrow 0")
+  ((${#rehearse[@]})) && TRAININGS=("fast resnet20 0" "speedrun speednet 0")
   if ((${#parts[@]})); then
     find_cifar10 || return
   else

@@ -43,8 +43,8 @@ towards either end of the diagonal, its edges reflected, and the mirror images o
 `shift` measures `flip` too.
 """
 
-_SMALLEST_IMAGE = 16
-"""Side in pixels; of smaller images, ResNet-9's poolings leave nothing."""
+_SMALLEST_IMAGE = 20
+"""Side in pixels; of images of 16, SpeedNet's poolings leave one pixel."""
 
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
 # the data by its digest, not by its folder.

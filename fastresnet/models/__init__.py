@@ -43,7 +43,14 @@ _PLAIN = functools.partial(
 )
 _PRERESNET = functools.partial(ModelSpec, "fastresnet.models.preresnet:create_preresnet", supports_zero_init=False)
 _RESNEXT29 = functools.partial(ModelSpec, "fastresnet.models.resnext:create_resnext", 29, shortcuts=("B",))
-_RESNET9 = functools.partial(ModelSpec, "fastresnet.models.resnet9:create_resnet9", 9, uses_shortcut=False)
+_SPEEDNET = functools.partial(
+    ModelSpec,
+    "fastresnet.models.speednet:create_speednet",
+    8,
+    uses_shortcut=False,
+    supports_drop_path=False,
+    supports_zero_init=False,
+)
 
 MODELS = {
     **{f"resnet{depth}": _RESNET(depth) for depth in DEPTHS},
@@ -53,9 +60,10 @@ MODELS = {
     "preresnet164": _PRERESNET(164, {"bottleneck": True}, ("B",)),
     **{f"wrn{depth}-{k}": _PRERESNET(depth, {"widening": k}, ("B",)) for depth, k in ((16, 2), (16, 8), (28, 10))},
     **{f"resnext29-{c}x{w}d": _RESNEXT29({"cardinality": c, "width": w}) for c, w in ((2, 16), (4, 64), (8, 64))},
-    "resnet9": _RESNET9({"widths": (128, 256, 512), "whitening": False}),
-    "resnet9-medium": _RESNET9({"widths": (96, 320, 320), "whitening": True}),
-    "resnet9-narrow": _RESNET9({"widths": (64, 256, 256), "whitening": True}),
+    "resnet9": ModelSpec(
+        "fastresnet.models.resnet9:create_resnet9", 9, {"widths": (128, 256, 512)}, uses_shortcut=False
+    ),
+    "speednet": _SPEEDNET({"widths": (64, 256, 256)}),
 }
 
 
@@ -82,11 +90,11 @@ def check_model(name: str, shortcut: str, drop_path: float, zero_init_residual: 
     if not 0 <= drop_path < 1:
         raise UsageError(f"drop path rate {drop_path} is not in 0..1 (1 excluded).")
     if drop_path and not spec.supports_drop_path:
-        raise UsageError(f"drop path rate {drop_path}: {name} has no shortcuts to bridge a dropped block. Use 0.")
+        raise UsageError(f"drop path rate {drop_path}: {name} has no shortcuts that can bridge a dropped block. Use 0.")
     if zero_init_residual and not spec.supports_zero_init:
         raise UsageError(
-            f"zero-init residual: {name} has no residual branches that end in a batch norm, whose weights would be 0. "
-            "Leave it out."
+            f"zero-init residual: {name} has no residual branches that end in a batch norm with trained weights, which "
+            "would be 0. Leave it out."
         )
 
 
@@ -97,9 +105,9 @@ def create_model(
 
     The network maps images [N, 3, 32, 32] to logits [N, num_classes]. `shortcut` selects how a residual network bridges
     a change of width. `A` is the identity, subsampled and padded with zero channels. `B` is a 1x1 convolution, followed
-    by batch norm unless the network is a pre-activation one. Plain networks and ResNet-9 ignore it. `drop_path` is the
-    rate of stochastic depth in the last block; `stochastic_depth.seed_stochastic_depth` sets the seed.
-    `zero_init_residual` sets the weights of each residual branch's last batch norm to zero (Goyal et al. 2017,
+    by batch norm unless the network is a pre-activation one. Plain networks, ResNet-9 and SpeedNet ignore it.
+    `drop_path` is the rate of stochastic depth in the last block; `stochastic_depth.seed_stochastic_depth` sets the
+    seed. `zero_init_residual` sets the weights of each residual branch's last batch norm to zero (Goyal et al. 2017,
     "Accurate, Large Minibatch SGD", section 5.1), so that a deep network begins as a shallow one. Raise `UsageError` as
     `check_model` does.
     """

@@ -13,13 +13,14 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from .batchnorm import BatchNorm2d
 from .resnet import SqueezeExcitation
-from .resnet9 import PatchWhitening
+from .speednet import PatchWhitening
 from .summary import layer_kind, one_image
 
 _FUNCTIONS = {
     "add": "sum",
     "mul": "scaling",
     "relu": "ReLU",
+    "gelu": "GELU",
     "mean": "mean of all pixels",
     "amax": "maximum of all pixels",
     "max_pool2d": "2x2 max pooling",
@@ -115,7 +116,7 @@ def _kind(node: Node, module: nn.Module | None) -> str:
         return (
             "BatchNorm2d" + (" + shortcut" if len(node.all_input_nodes) > 1 else "") + (", ReLU" if module.relu else "")
         )
-    return layer_kind(module) + (", ReLU" if isinstance(module, PatchWhitening) else "")
+    return layer_kind(module)
 
 
 def draw_graph(boxes: Sequence[Box], title: str, subtitle: str) -> str:

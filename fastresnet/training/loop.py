@@ -28,7 +28,7 @@ from fastresnet.distributed import World, connected, world_of_torchrun
 from fastresnet.evaluation import Evaluation, Evaluator, open_evaluation
 from fastresnet.models import MODELS, create_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
-from fastresnet.models.resnet9 import PatchWhitening
+from fastresnet.models.speednet import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.models.summary import flops_per_image
 from fastresnet.provenance import environment

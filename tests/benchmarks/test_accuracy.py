@@ -76,14 +76,12 @@ def test_gpu_runs_have_their_own_row_and_enter_the_overall_mean():
 
 
 def test_speedrun_table_lists_airbench_then_speedruns_and_no_other_recipe():
-    runs = [
-        summary(seed, percent, recipe="speedrun", model="resnet9-narrow") for seed, percent in ((0, 93.9), (1, 94.3))
-    ]
+    runs = [summary(seed, percent, recipe="speedrun", model="speednet") for seed, percent in ((0, 93.9), (1, 94.3))]
     table = speedrun_table([*runs, summary(0, 91.0)])
     assert len(table.splitlines()) == 2 + len(PUBLISHED_SPEEDRUNS) + 1
     row = cells(table, ["airbench94_muon.py"])
     assert (row["PFLOP"], row["shift TTA"]) == ("0.277", "94.01 %")
-    row = cells(table, ["`speedrun`, resnet9-narrow"])
+    row = cells(table, ["`speedrun`, speednet"])
     assert (row["PFLOP"], row["runs"], row["single view"]) == ("2.000", "2", "94.10 ± 0.28 %")
     assert (row["flip TTA"], row["shift TTA"]) == ("94.60 ± 0.28 %", "–")
     assert statistics.stdev([93.9, 94.3]) == pytest.approx(0.28, abs=0.005)

@@ -158,7 +158,7 @@ def test_only_small_files_of_each_training_are_packed(suite, tmp_path):
     assert suite.run("accuracy", DATA=str(tmp_path / "data"))[0] == 0
     trainings = [call.split(" --out")[0].split(" train ")[1] for call in suite.calls() if " train " in call]
     kinds = (
-        ("speedrun", "resnet9-medium"),
+        ("speedrun", "speednet"),
         ("fast", "resnet20"),
         ("fast", "resnet56"),
         ("baseline", "resnet20"),
@@ -233,7 +233,7 @@ def test_timed_out_training_is_left_out(suite, tmp_path):
     assert "passed, 1 of 14 trainings" in out
     assert suite.calls_file.with_suffix(".saved").exists()
     assert [name for name in suite.packed() if name.endswith("summary.json")] == [
-        "accuracy/speedrun-model-resnet9-medium-seed-0/summary.json"
+        "accuracy/speedrun-model-speednet-seed-0/summary.json"
     ]
 
 

@@ -143,7 +143,7 @@ def test_sums_over_a_large_batch_fill_the_gpu():
     assert mean >= 132
 
 
-FAMILIES = ["plain20", "se-resnet20", "preresnet20", "wrn16-2", "resnext29-2x16d", "resnet9", "resnet9-medium"]
+FAMILIES = ["plain20", "se-resnet20", "preresnet20", "wrn16-2", "resnext29-2x16d", "resnet9", "speednet"]
 VARIANTS = [
     *({"model": model} for model in FAMILIES),
     {"shortcut": "A", "optimizer": "adamw"},

@@ -12,7 +12,7 @@ from fastresnet.models import create_model
 LARGEST = ("resnet1202", "plain1202", "wrn16-8", "wrn28-10", "resnext29-4x64d", "resnext29-8x64d")
 SMALLEST = [
     *(("resnet20", "A"), ("resnet20", "B"), ("plain20", "B"), ("se-resnet20", "A"), ("se-resnet20", "B")),
-    *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B"), ("resnet9-narrow", "B")),
+    *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B"), ("speednet", "B")),
 ]
 
 
@@ -37,7 +37,7 @@ def random_network(name, shortcut, seed=0, **options):
     torch.manual_seed(seed)
     network = create_model(name, shortcut=shortcut, **options)
     for module in network.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.normal_(module.bias, std=0.5)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.5)
@@ -112,11 +112,7 @@ class Layers:
         def norm_relu(name, x):
             return F.relu(self.norm(name, x))
 
-        if "bn1.weight" in self.state:
-            x = norm_relu("bn1", self.conv("conv1", x, padding=1))
-        else:
-            x = F.relu(self.conv("conv1", x) + self.state["conv1.bias"][:, None, None])
-        number = 0
+        x, number = norm_relu("bn1", self.conv("conv1", x, padding=1)), 0
         for stage in (1, 2, 3):
             x = norm_relu(f"layer{stage}.0.bn1", F.max_pool2d(self.conv(f"layer{stage}.0.conv1", x, padding=1), 2))
             if stage != 2:
@@ -125,6 +121,14 @@ class Layers:
                 out = self.norm(f"{block}.bn2", self.conv(f"{block}.conv2", out, padding=1))
                 x, number = F.relu(self.scaled(number, out) + x), number + 1
         return self.linear("fc", x.flatten(2).max(2).values / 8)
+
+    def speednet(self, x):
+        x = F.gelu(self.conv("conv1", x) + self.state["conv1.bias"][:, None, None])
+        for stage in ("layer1", "layer2", "layer3"):
+            x = F.gelu(self.norm(f"{stage}.bn1", F.max_pool2d(self.conv(f"{stage}.conv1", x, padding=1), 2)))
+            out = self.norm(f"{stage}.bn2", self.conv(f"{stage}.conv2", x, padding=1))
+            x = F.gelu(out + x if stage == "layer2" else out)
+        return x.flatten(2).max(2).values @ self.state["fc.weight"].T
 
     def pre_activation(self, x, blocks, option, bottleneck=False):
         x = self.conv("conv1", x, padding=1)
@@ -183,7 +187,7 @@ REFERENCES = [
     ("wrn16-2", "B", lambda layers, x: layers.pre_activation(x, 2, "B")),
     ("resnext29-2x16d", "B", lambda layers, x: layers.resnext(x, 2)),
     ("resnet9", "B", lambda layers, x: layers.resnet9(x)),
-    ("resnet9-narrow", "B", lambda layers, x: layers.resnet9(x)),
+    ("speednet", "B", lambda layers, x: layers.speednet(x)),
 ]
 
 

@@ -18,7 +18,7 @@ def loss_of(network):
     return F.cross_entropy(logits, torch.arange(4))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "se-resnet20", "preresnet20", "resnext29-2x16d", "resnet9-medium"])
+@pytest.mark.parametrize("name", ["resnet20", "se-resnet20", "preresnet20", "resnext29-2x16d", "speednet"])
 def test_loss_gradients_and_statistics_have_the_bits_of_autocast(name):
     torch.manual_seed(0)
     reference, network = (create_model(name).to(memory_format=torch.channels_last) for _ in range(2))

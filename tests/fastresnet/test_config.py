@@ -43,9 +43,9 @@ def test_every_recipe_takes_every_model(recipe, model):
     assert (config.recipe, config.model) == (recipe, model)
 
 
-def test_recipes_default_to_resnet20_and_the_speedrun_to_resnet9_medium():
+def test_recipes_default_to_resnet20_and_the_speedrun_to_speednet():
     models = {name: recipe().model for name, recipe in RECIPES.items()}
-    assert models.pop("speedrun") == "resnet9-medium"
+    assert models.pop("speedrun") == "speednet"
     assert set(models.values()) == {"resnet20"}
 
 
@@ -180,7 +180,7 @@ OUT_OF_RANGE = [
     *(("lr", value) for value in (-0.1, 1e7, math.inf, math.nan)),
     *(("momentum", value) for value in (-0.1, 1.1, math.nan)),
     *(("sgd_momentum", value) for value in (-0.1, 1.1, math.nan)),
-    *(("resolutions", value) for value in ((), (15,), (33,), (24, 0, 32))),
+    *(("resolutions", value) for value in ((), (19,), (33,), (24, 0, 32))),
     *(("weight_decay", value) for value in (-1e-4, 1.1, math.inf, math.nan)),
     *(("clip_norm", value) for value in (-0.1, 1e7, math.inf, math.nan)),
     *(("ema_decay", value) for value in (-0.1, 1.0, math.nan)),
@@ -206,7 +206,7 @@ LIMITS = [
     *(("lr", value) for value in (0.0, 1e6)),
     *(("momentum", value) for value in (0.0, 1.0)),
     *(("sgd_momentum", value) for value in (None, 0.0, 1.0)),
-    *(("resolutions", value) for value in ((16,), (32, 32), (24, 28, 32))),
+    *(("resolutions", value) for value in ((20,), (32, 32), (24, 28, 32))),
     *(("weight_decay", value) for value in (0.0, 1.0)),
     *(("clip_norm", value) for value in (0.0, 1e6)),
     *(("ema_decay", value) for value in (0.0, 0.9999)),
@@ -591,7 +591,7 @@ VALID = {
     "zero_init_residual": st.booleans(),
     "momentum": st.floats(0, 1),
     "sgd_momentum": st.none() | st.floats(0, 1),
-    "resolutions": st.lists(st.integers(16, 32), min_size=1, max_size=4).map(tuple),
+    "resolutions": st.lists(st.integers(20, 32), min_size=1, max_size=4).map(tuple),
     "weight_decay": st.floats(0, 1),
     "clip_norm": st.floats(0, 1e6),
     "ema_decay": st.floats(0, 0.9999),

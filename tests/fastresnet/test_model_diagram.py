@@ -68,7 +68,7 @@ def test_plain_network_is_one_chain():
     assert [box.row for box in boxes] == list(range(len(boxes)))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d", "resnet9"])
+@pytest.mark.parametrize("name", ["resnet20", "preresnet164", "se-resnet20", "resnext29-2x16d", "resnet9", "speednet"])
 def test_boxes_do_not_overlap_and_lie_inside_the_picture(name):
     *_, picture = pictured(name, "B")
     width, height = (float(picture.get(side)) for side in ("width", "height"))

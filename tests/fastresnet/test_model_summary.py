@@ -43,7 +43,7 @@ def test_parameters_and_multiply_adds_match_pytorch(name):
     assert 2 * sum(layer.macs for layer in found) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["resnet20", "plain20", "preresnet20", "se-resnet20", "wrn16-2", "resnet9-narrow"])
+@pytest.mark.parametrize("name", ["resnet20", "plain20", "preresnet20", "se-resnet20", "wrn16-2", "speednet"])
 def test_flops_of_training_match_pytorch(name):
     with torch.device("meta"):
         model = create_model(name).train()

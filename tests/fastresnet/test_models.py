@@ -132,28 +132,30 @@ def tally_resnet9():
     tally = Tally()
     tally.conv(3, 64, 3, 32)
     tally.norm(64)
-    return tally_pooled(tally, 32, (64, 128, 256, 512))
+    tally_pooled(tally, 32, (64, 128, 256, 512), (2, 0, 2))
+    tally.linear(512, 10)
+    return tally
 
 
-def tally_whitened_resnet9(*widths):
-    """Add up a ResNet-9 whose first layer has biases in place of a norm, and no padding."""
+def tally_speednet(*widths):
+    """Add up a SpeedNet: its first layer has biases in place of a norm, and no padding, and its last one no biases."""
     tally = Tally()
     tally.conv(3, 24, 2, 31)
-    tally.parameters += 24
-    return tally_pooled(tally, 31, (24, *widths))
+    tally_pooled(tally, 31, (24, *widths), (1, 1, 1))
+    tally.linear(widths[-1], 10)
+    tally.parameters += 24 - 10
+    return tally
 
 
-def tally_pooled(tally, side, widths):
-    """Add the stages and linear layer of a ResNet-9. Their input is [`widths[0]`, `side`, `side`]."""
-    for stage, (in_channels, channels) in enumerate(itertools.pairwise(widths)):
+def tally_pooled(tally, side, widths, more):
+    """Add three stages of a pooled convolution and `more` others. Their input is [`widths[0]`, `side`, `side`]."""
+    for (in_channels, channels), others in zip(itertools.pairwise(widths), more, strict=True):
         tally.conv(in_channels, channels, 3, side)
         tally.norm(channels)
         side //= 2
-        for _ in range(0 if stage == 1 else 2):
+        for _ in range(others):
             tally.conv(channels, channels, 3, side)
             tally.norm(channels)
-    tally.linear(widths[-1], 10)
-    return tally
 
 
 LATER_NETWORKS = {
@@ -170,8 +172,7 @@ LATER_NETWORKS = {
     "resnext29-4x64d": (29, lambda: tally_resnext(4, 64)),
     "resnext29-8x64d": (29, lambda: tally_resnext(8, 64)),
     "resnet9": (9, tally_resnet9),
-    "resnet9-medium": (9, lambda: tally_whitened_resnet9(96, 320, 320)),
-    "resnet9-narrow": (9, lambda: tally_whitened_resnet9(64, 256, 256)),
+    "speednet": (8, lambda: tally_speednet(64, 256, 256)),
 }
 """Depth and sizes of the networks of papers after 2015."""
 WITHOUT_SHORTCUT_A = ["preresnet164", *(name for name in LATER_NETWORKS if name.startswith(("wrn", "resnext")))]
@@ -336,7 +337,7 @@ def test_depth_of_later_networks(name):
     network = on_meta(name)
     convolutions = {key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     projections = {key for key in convolutions if "downsample" in key}
-    in_stages = 0 if name.startswith("resnet9") else 2 if "resnet" in name and name != "preresnet164" else 3
+    in_stages = 0 if name in ("resnet9", "speednet") else 2 if "resnet" in name and name != "preresnet164" else 3
     assert len(projections) == in_stages
     others = len(convolutions - projections)
     assert find_model(name).depth == (others + len(projections) if name.startswith("wrn") else others + 1)
@@ -369,7 +370,10 @@ def test_parameter_names_match_torchvision(family, shortcut, depth):
     assert set(on_meta(f"{family}{depth}", shortcut=shortcut).state_dict()) == expected
 
 
-@pytest.mark.parametrize(("name", "shortcut"), [*SMALLEST, ("resnet56", "B"), ("preresnet164", "B")])
+HE_INITIALIZED = [pair for pair in SMALLEST if pair[0] != "speednet"]
+
+
+@pytest.mark.parametrize(("name", "shortcut"), [*HE_INITIALIZED, ("resnet56", "B"), ("preresnet164", "B")])
 def test_he_initialization_of_convolutions(name, shortcut):
     """Chance exceeds five standard errors in 1 of 1.7 million draws.
 
@@ -385,7 +389,7 @@ def test_he_initialization_of_convolutions(name, shortcut):
             assert module.weight.mean().item() == pytest.approx(0, abs=5 * expected / n**0.5)
 
 
-@pytest.mark.parametrize(("name", "shortcut"), SMALLEST)
+@pytest.mark.parametrize(("name", "shortcut"), HE_INITIALIZED)
 def test_initial_batch_norms_and_biases(name, shortcut):
     state = create_model(name, shortcut=shortcut).state_dict()
     ones = [key for key in state if key.endswith("running_var") or (state[key].ndim == 1 and key.endswith("weight"))]
@@ -394,6 +398,22 @@ def test_initial_batch_norms_and_biases(name, shortcut):
     assert len(ones) + len(zeros) + len(matrices) == len(state)
     assert all((state[key] == 1).all() for key in ones)
     assert not any(state[key].any() for key in zeros)
+
+
+def test_speednet_starts_with_identities_and_random_weights_beside_the_shortcut():
+    """Its first output channels are then the input channels; the others, and the linear layer, are random."""
+    torch.manual_seed(0)
+    network = create_model("speednet")
+    image = torch.randn(1, 256, 7, 7)
+    for name in ("layer1.conv1", "layer1.conv2", "layer2.conv1", "layer3.conv1", "layer3.conv2"):
+        convolution = network.get_submodule(name)
+        channels = convolution.in_channels
+        out = convolution(image[:, :channels])
+        torch.testing.assert_close(out[:, :channels], image[:, :channels])
+        assert convolution.weight[channels:].std() > 0 or convolution.out_channels == channels
+    beside = network.layer2.conv2.weight
+    assert beside.std().item() == pytest.approx((3 * 9 * 256) ** -0.5, rel=0.01)  # PyTorch's uniform initialisation
+    assert network.fc.weight.std().item() == pytest.approx(1 / 256, rel=5 / (2 * 2560) ** 0.5)
 
 
 def initial_weights(seed):

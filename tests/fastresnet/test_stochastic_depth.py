@@ -24,7 +24,7 @@ GAMMA = 0x9E3779B97F4A7C15
 WITH_SHORTCUTS = [name for name, spec in MODELS.items() if spec.supports_drop_path]
 DROPPING = [
     *(("resnet20", "A"), ("se-resnet20", "B"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B")),
-    ("resnet9-narrow", "B"),
+    ("resnet9", "B"),
 ]
 
 

@@ -32,7 +32,7 @@ from fastresnet import cli, models, plotting, run_folder
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
 from fastresnet.config import from_toml
 from fastresnet.models import create_model
-from fastresnet.models.resnet9 import PatchWhitening
+from fastresnet.models.speednet import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import RECIPES
 from fastresnet.training import loop
@@ -562,7 +562,7 @@ def test_averaged_weights_are_saved_and_evaluated(run, tmp_path):
 
 def test_whitening_is_fitted_to_training_images_and_not_trained(run, tmp_path, dataset):
     """Held-out images are not used."""
-    arguments = ("--model", "resnet9-narrow", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
+    arguments = ("--model", "speednet", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
     assert run("train", *SMALL, *arguments)[0] == 0
     found = load_file(tmp_path / "run" / "model.safetensors")
     images = dataset.hold_out(30)[0].train
@@ -570,7 +570,7 @@ def test_whitening_is_fitted_to_training_images_and_not_trained(run, tmp_path, d
     layer = PatchWhitening()
     layer.fit(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     torch.testing.assert_close(found["conv1.weight"], layer.weight.data, rtol=1e-4, atol=1e-4)
-    assert found["conv1.bias"].all()
+    assert (found["conv1.bias"] == layer.bias).all()
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "best.ckpt", "model.safetensors"])
