@@ -64,6 +64,7 @@ MODELS = {
         "fastresnet.models.resnet9:create_resnet9", 9, {"widths": (128, 256, 512)}, uses_shortcut=False
     ),
     "speednet": _SPEEDNET({"widths": (64, 256, 256)}),
+    "speednet-wide": _SPEEDNET({"widths": (96, 320, 320)}),
 }
 
 

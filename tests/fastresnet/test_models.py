@@ -173,6 +173,7 @@ LATER_NETWORKS = {
     "resnext29-8x64d": (29, lambda: tally_resnext(8, 64)),
     "resnet9": (9, tally_resnet9),
     "speednet": (8, lambda: tally_speednet(64, 256, 256)),
+    "speednet-wide": (8, lambda: tally_speednet(96, 320, 320)),
 }
 """Depth and sizes of the networks of papers after 2015."""
 WITHOUT_SHORTCUT_A = ["preresnet164", *(name for name in LATER_NETWORKS if name.startswith(("wrn", "resnext")))]
@@ -337,7 +338,9 @@ def test_depth_of_later_networks(name):
     network = on_meta(name)
     convolutions = {key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     projections = {key for key in convolutions if "downsample" in key}
-    in_stages = 0 if name in ("resnet9", "speednet") else 2 if "resnet" in name and name != "preresnet164" else 3
+    in_stages = (
+        0 if name.startswith(("resnet9", "speednet")) else 2 if "resnet" in name and name != "preresnet164" else 3
+    )
     assert len(projections) == in_stages
     others = len(convolutions - projections)
     assert find_model(name).depth == (others + len(projections) if name.startswith("wrn") else others + 1)
