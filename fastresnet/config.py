@@ -212,8 +212,7 @@ class TrainConfig:
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum_of_sgd):
             raise UsageError("--nesterov needs --optimizer sgd or muon, and momentum above 0 for SGD.")
         if not self.resolutions or any(not _SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
-            given = " ".join(map(str, self.resolutions))
-            raise UsageError(f"--resolutions {given}: give sides of {_SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
+            raise UsageError(f"--resolutions {self.resolutions}: give sides of {_SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"--milestones {self.milestones}: give increasing fractions of the run between 0 and 1.")
 

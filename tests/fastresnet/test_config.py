@@ -623,7 +623,7 @@ def made_valid(values):
     """Return `values` with incompatible ones reset."""
     if not MODELS[values["model"]].supports_drop_path:
         values["drop_path"] = 0.0
-    if values["model"].startswith(("plain", "preresnet", "wrn")):
+    if values["model"].startswith(("plain", "preresnet", "wrn", "speednet")):
         values["zero_init_residual"] = False
     if not values["model"].startswith(("resnet", "plain", "se-resnet")):
         values["shortcut"] = "B"

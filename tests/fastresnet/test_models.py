@@ -413,7 +413,7 @@ def test_speednet_starts_with_identities_and_random_weights_beside_the_shortcut(
         channels = convolution.in_channels
         out = convolution(image[:, :channels])
         torch.testing.assert_close(out[:, :channels], image[:, :channels])
-        assert convolution.weight[channels:].std() > 0 or convolution.out_channels == channels
+        assert convolution.out_channels == channels or convolution.weight[channels:].std() > 0
     beside = network.layer2.conv2.weight
     assert beside.std().item() == pytest.approx((3 * 9 * 256) ** -0.5, rel=0.01)  # PyTorch's uniform initialisation
     assert network.fc.weight.std().item() == pytest.approx(1 / 256, rel=5 / (2 * 2560) ** 0.5)
