@@ -166,7 +166,7 @@ def test_steps_of_all_recipes_and_options_are_captured(dataset, precision):
         with open_pipelines(config, dataset, SINGLE) as (pipeline, _):
             step = loop.create_step(config, dataset, [1.0] * 8, SINGLE)
             step.use_kernels(True)
-            engine = Execution(step, pipeline, "capture")
+            engine = Execution(step, pipeline, "capture", config.sides(8))
             engine.prepare(next(pipeline.epoch(0)))
             assert_only_replays(engine.steps(0, 0, 6))
         fused = sum(1 for norm in step.model.modules() if isinstance(norm, BatchNorm2d))
