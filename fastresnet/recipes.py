@@ -107,7 +107,8 @@ def speedrun(model: str = "speednet") -> TrainConfig:
     config = dataclasses.replace(
         fast(model),
         recipe="speedrun",
-        epochs=10,
+        epochs=9,
+        iterations=282,  # 8.8 epochs
         batch_size=1536,
         lr=0.205,
         momentum=0.655,
@@ -117,9 +118,13 @@ def speedrun(model: str = "speednet") -> TrainConfig:
         weight_decay=0.0,
         crop_padding=2,
         label_smoothing=0.09,
-        resolutions=(20, 24, 28, 32),
+        resolutions=(24, 28, 32),
     )
-    return dataclasses.replace(config, epochs=16, crop_padding=4, cutout=8) if model == "speednet-wide" else config
+    if model != "speednet-wide":
+        return config
+    return dataclasses.replace(
+        config, epochs=16, iterations=None, crop_padding=4, cutout=8, resolutions=(20, 24, 28, 32)
+    )
 
 
 def smoke(model: str = "resnet20") -> TrainConfig:
