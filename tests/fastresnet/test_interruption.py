@@ -143,10 +143,13 @@ def test_signal_saves_all_files_that_were_to_be_written_later(start, uninterrupt
 EVERYTHING = [
     *("--flip", "alternating", "--cutout", "8", "--mixup", "0.4", "--cutmix", "1", "--label-smoothing", "0.1"),
     *("--drop-path", "0.3", "--ema-decay", "0.9", "--clip-norm", "1", "--schedule", "cosine", "--warmup", "0.2"),
+    *("--resolutions", "20", "32"),
 ]
 
 
-@pytest.mark.parametrize("optimizer", [["muon", "--nesterov"], ["adamw"]], ids=["muon", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", [["muon", "--sgd-momentum", "0.5", "--nesterov"], ["adamw"]], ids=["muon", "adamw"]
+)
 def test_killed_run_with_all_features_resumes_to_the_uninterrupted_result(start, tmp_path, optimizer):
     arguments = [*EVERYTHING, "--optimizer", *optimizer]
     start(tmp_path / "uninterrupted", arguments=arguments, expect=0)

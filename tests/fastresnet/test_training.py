@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector
+from torchvision.transforms.v2.functional import resize
 
 from fastresnet import cli, models, plotting, run_folder
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
@@ -451,6 +452,7 @@ def test_run_with_many_settings_matches_a_reference_loop(run, tmp_path, dataset)
     """Seven steps put together by hand: five in the first epoch, two in the second."""
     settings = [text for name, value in EVERYTHING.items() for text in (f"--{name}", value)]
     switches = ("--nesterov", "--no-decay-norms", "--zero-init-residual", "--compile", "off")
+    switches += ("--resolutions", 24, 32)
     arguments = (*SMALL, "--epochs", 2, "--iterations", 7, *settings, *switches, "--out", tmp_path / "run")
     assert run("train", *arguments)[0] == 0
 
@@ -483,6 +485,8 @@ def test_run_with_many_settings_matches_a_reference_loop(run, tmp_path, dataset)
         for group in optimizer.param_groups:
             group["lr"] = rate
         images, others, share = mixer(batch.images, batch.labels, step)
+        if step < 4:  # the first half of seven steps
+            images = resize(images, [24, 24], antialias=False)
         pairs = [one_hot(labels, 10) for labels in (batch.labels, others)]
         targets = 0.9 * (share[:, None] * pairs[0] + (1 - share[:, None]) * pairs[1]) + 0.1 / 10
         loss = -(targets * network(images).log_softmax(1)).sum(1).mean()
