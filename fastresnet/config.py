@@ -46,6 +46,8 @@ towards either end of the diagonal, its edges reflected, and the mirror images o
 _SMALLEST_IMAGE = 20
 """Side in pixels; of images of 16, SpeedNet's poolings leave one pixel."""
 
+_MOST_RESOLUTIONS = 8  # as many graphs torch.compile makes of a step
+
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
 # the data by its digest, not by its folder.
 _FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard", "wandb", "mlflow"}
@@ -210,8 +212,10 @@ class TrainConfig:
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UsageError(f"--batch-size {self.batch_size}: mixup and CutMix mix pairs; give an even number.")
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum_of_sgd):
-            raise UsageError("--nesterov needs --optimizer sgd or muon, and momentum above 0 for SGD.")
-        if not self.resolutions or any(not _SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
+            raise UsageError("--nesterov needs --optimizer sgd or muon, and a --momentum (or --sgd-momentum) above 0.")
+        if not 0 < len(self.resolutions) <= _MOST_RESOLUTIONS:
+            raise UsageError(f"--resolutions {self.resolutions}: give one to {_MOST_RESOLUTIONS} sides.")
+        if any(not _SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
             raise UsageError(f"--resolutions {self.resolutions}: give sides of {_SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"--milestones {self.milestones}: give increasing fractions of the run between 0 and 1.")

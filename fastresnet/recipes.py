@@ -94,6 +94,9 @@ def best(model: str = "resnet20") -> TrainConfig:
     return dataclasses.replace(fast(model), recipe="best", epochs=60, norm_lr=3.0, crop_padding=4, cutout=8)
 
 
+SPEEDNETS = ("speednet", "speednet-wide")
+
+
 def speedrun(model: str = "speednet") -> TrainConfig:
     """Reach 94.0 % by the least arithmetic: with shift TTA by `speednet`, in a single view by `speednet-wide`.
 
@@ -103,7 +106,12 @@ def speedrun(model: str = "speednet") -> TrainConfig:
     images at first, as in fulcrumresearch/cifar-10-speedrun. Rates differ by orders of magnitude: the biases of norms
     have the highest, as the weights of norms are constant, and the linear layer starts with small weights and has the
     lowest. The wide network learns for longer, so its images vary more. Experiments: `docs/speedrun.md`.
+
+    Raises `UsageError` for other networks, which do not learn at these rates.
     """
+    find_model(model)
+    if model not in SPEEDNETS:
+        raise UsageError(f"recipe speedrun is for {' and '.join(SPEEDNETS)}, not {model}. Try fast.")
     config = dataclasses.replace(
         fast(model),
         recipe="speedrun",

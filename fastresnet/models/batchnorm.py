@@ -43,7 +43,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Map `x` and `shortcut` [N, C, H, W] to [N, C, H, W]."""
         if x.is_cuda and shortcut is not None and not self.relu:
-            return self(x) + shortcut  # the kernels for GPUs add shortcuts before ReLU only
+            return self.forward(x) + shortcut  # the kernels for GPUs add shortcuts before ReLU only
         if self.synchronized and self.training:
             out = self._over_all_ranks(x)
         elif self.fused and self.training and self.fits(x, shortcut):

@@ -32,7 +32,7 @@ class PatchWhitening(nn.Conv2d):
 
     def __init__(self) -> None:
         super().__init__(3, 24, 2)
-        nn.init.constant_(self.bias, _WHITENED_BIAS)
+        nn.init.constant_(self.bias, _WHITENED_BIAS)  # type: ignore[arg-type]  # it has biases
         self.requires_grad_(False)
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ class Execution:
 
     def prepare(self, batch: Batch) -> None:
         """Compile and record in trial steps on `batch`, which restore the state. Otherwise, the first steps would."""
-        for side in set(self._sides) or {None}:
+        for side in dict.fromkeys(self._sides) or [None]:
             self._step.side = side
             if self._step.compiled:
                 self._step.trial(batch.images, batch.labels)

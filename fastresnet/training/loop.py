@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
+import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -318,7 +319,8 @@ def create_execution(
     On a CPU, trial steps resolve `auto` for threads and compilation; the returned config has their results.
     """
     clock.enter("data")
-    batch = next(pipeline.epoch(epoch))
+    batch, sides = next(pipeline.epoch(epoch)), config.sides(config.total_steps(len(pipeline)))
+    step.side = statistics.mode(sides)  # for the trial steps
     if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
         clock.enter("threads")
         threads, reason = fastest_threads(
@@ -338,7 +340,7 @@ def create_execution(
     backend = COMPILE[config.compile]
     if steps:  # a run may have been stopped after its last step
         config = _settle_kernels(config, step, batch, world, log)
-    execution = Execution(step, pipeline, backend, config.sides(config.total_steps(len(pipeline))))
+    execution = Execution(step, pipeline, backend, sides)
     if steps:
         execution.prepare(batch)
     log(f"backend {backend}{reason}")
@@ -423,10 +425,11 @@ def announcement(
     rows, each = world.rows(config.batch_size), ""
     if not world.is_single:
         each = f" ({rows.stop - rows.start} on each of {world.world_size} processes)"
+    limit = " (--iterations)" if total_steps == config.iterations else ""
     scaled = f"learning rate {config.lr:g} x {config.lr_scale:g}; " if config.lr_batch_size else ""
     return (
         f"{config.model} ({parameters:,} parameters{shortcut}) on {dataset.name}, recipe {config.recipe}: "
-        f"{total_steps:,} steps of {config.batch_size} images{each}; {scaled}"
+        f"{total_steps:,} steps{limit} of {config.batch_size} images{each}; {scaled}"
         f"{config.pipeline} pipeline{pipeline_reason}, {config.precision} on {config.device}; run folder "
         f"{run_path(config, dataset)}" + (f"\nresuming after step {step:,}" if step else "")
     )

@@ -96,7 +96,7 @@ class TrainStep:
         """Height and width to which images are shrunk, in pixels; None leaves them as they are."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Train on `images` [B, 3, 32, 32] with `labels` [B]."""
+        """Train on `images` [B, 3, 32, 32], shrunk to `side`, with `labels` [B]."""
         torch.index_select(self._schedule, 0, self.count, out=self._rates)
         if self._cast is not None:
             self._cast.refresh()

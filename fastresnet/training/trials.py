@@ -73,19 +73,23 @@ def dry_run(config: TrainConfig, dataset: Dataset, console: PlainConsole) -> dic
 
         total_steps = config.total_steps(len(pipeline))
 
-        def step_seconds(first: int) -> float:
+        def step_seconds(first: int, end: int) -> float:
             epoch, start = divmod(first, len(pipeline))
-            count = min(_DRY_STEPS, len(pipeline) - start, total_steps - first)
+            count = min(_DRY_STEPS, len(pipeline) - start, end - first)
             steps = execution.steps(epoch, start, count)
-            return statistics.median(seconds(lambda: next(steps)) for _ in range(count))
+            with step.restored():
+                step.count.fill_(first)
+                return statistics.median(seconds(lambda: next(steps)) for _ in range(count))
 
-        with step.restored():  # equal parts of the run may have images of different sizes
-            parts = {part * total_steps // len(config.resolutions) for part in range(len(config.resolutions))}
-            per_step = statistics.mean(map(step_seconds, parts))
+        # Parts of the run may have images of different sizes.
+        sides = config.sides(total_steps)
+        starts = [step for step in range(total_steps) if step == 0 or sides[step] != sides[step - 1]]
+        ends = [*starts[1:], total_steps]
+        train_seconds = sum(step_seconds(*part) * (part[1] - part[0]) for part in zip(starts, ends, strict=True))
         epochs = -(-total_steps // len(pipeline))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
-            "train_seconds": per_step * total_steps,
+            "train_seconds": train_seconds,
             "evaluation_seconds": seconds(evaluation) * (epochs + 6),  # after the last one, six views
             "memory_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else peak,
         }
@@ -142,7 +146,11 @@ def find_lr(config: TrainConfig, dataset: Dataset, report: Report) -> Sweep:
     rates = np.geomspace(LOWEST, HIGHEST, STEPS).tolist()
     factors = [config.lr_scale * rate / config.lr for rate in rates]
     config = dataclasses.replace(
-        config, iterations=STEPS, epochs=STEPS, compile="off" if config.compile == "auto" else config.compile
+        config,
+        iterations=STEPS,
+        epochs=STEPS,
+        compile="off" if config.compile == "auto" else config.compile,
+        resolutions=(max(config.resolutions),),
     )
     losses: list[float] = []
     with contextlib.closing(step_losses(config, dataset, factors)) as steps:

@@ -427,11 +427,17 @@ def test_the_module_runs_as_a_program():
     assert "did you mean 'paper'?" in done.stderr
 
 
-@pytest.mark.parametrize("recipe", ["fast", "best", "speedrun", "paper", "baseline", "smoke"])
-@pytest.mark.parametrize("switch", ["nesterov", "decay-norms", "zero-init-residual", "sync-bn"])
+RECIPES_AND_SWITCHES = {
+    (recipe, switch)
+    for recipe in ("fast", "best", "speedrun", "paper", "baseline", "smoke")
+    for switch in ("nesterov", "decay-norms", "zero-init-residual", "sync-bn")
+} - {("speedrun", "zero-init-residual")}  # the networks of speedrun have no such branches
+
+
+@pytest.mark.parametrize(("recipe", "switch"), sorted(RECIPES_AND_SWITCHES))
 def test_a_switch_takes_both_forms_whatever_the_recipe_has_set(run, recipe, switch):
     for flag, value in ((f"--{switch}", "true"), (f"--no-{switch}", "false")):
-        code, out, err = run("train", recipe, "--model", "resnet56", flag, "--print-config")
+        code, out, err = run("train", recipe, flag, "--print-config")
         assert (code, err) == (0, "")
         assert f"\n{switch.replace('-', '_')} = {value}\n" in out
 

@@ -745,8 +745,10 @@ def test_dry_run_prints_estimates_and_writes_nothing(run, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_of_a_three_step_run_succeeds(run):
-    code, _, err = run("train", "smoke", "--data", "shapes10", "--batch-size", 16, "--iterations", 3, "--dry-run")
+@pytest.mark.parametrize("resolutions", [(32,), (20, 24, 28, 32)])
+def test_dry_run_of_a_three_step_run_succeeds(run, resolutions):
+    settings = ("--batch-size", 16, "--iterations", 3, "--resolutions", *resolutions)
+    code, _, err = run("train", "smoke", "--data", "shapes10", *settings, "--dry-run")
     assert (code, err) == (0, "")
 
 
