@@ -111,7 +111,11 @@ def check_folder(folder: Path) -> None:
     """
     if folder.is_symlink():
         raise UsageError(f"{folder} is a symbolic link, which is not followed. Give its target with --out.")
-    for path in folder.iterdir() if folder.is_dir() else ():
+    try:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    except FileNotFoundError:  # another run has removed the folder, as it was empty
+        paths = []
+    for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{path} is a pipe or a device. Remove it, or give another folder with --out.")
 

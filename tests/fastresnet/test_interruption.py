@@ -96,12 +96,18 @@ IN_THE_BACKGROUND = ("--checkpoint-steps", "0")
 """Saves at the end of epochs, that is after steps 5, 10 and 15."""
 
 
+def first_save(folder):
+    """Return a statement that waits for the end of the first save in `folder`."""
+    return f"while not os.path.exists({str(folder / 'metrics.csv')!r}): time.sleep(0.01)"
+
+
 @pytest.mark.parametrize("number", range(1, 6))
 def test_run_killed_at_a_rename_of_a_background_save_resumes_to_the_same_result(start, uninterrupted, tmp_path, number):
     """Each save renames best.ckpt if there is a new one, last.ckpt to previous.ckpt, then last.ckpt and metrics.csv."""
     folder = tmp_path / "run"
     fault = (
-        "import itertools, pipelines.files as files\n"
+        f"{first_save(folder)}\n"
+        "        import itertools, pipelines.files as files\n"
         "        calls, replace = itertools.count(1), files.os.replace\n"
         f"        files.os.replace = lambda *a: os.kill(os.getpid(), 9) if next(calls) == {number} else replace(*a)"
     )
@@ -112,8 +118,7 @@ def test_run_killed_at_a_rename_of_a_background_save_resumes_to_the_same_result(
 
 def killed_in_the_third_epoch(start, folder):
     """Kill a run after its first save; the next would come later than the end of the second epoch."""
-    first_save = f"while not os.path.exists({str(folder / 'metrics.csv')!r}): time.sleep(0.01)"
-    kill = {"fault": f"{first_save}\n        os.kill(os.getpid(), signal.SIGKILL)", "expect": -signal.SIGKILL}
+    kill = {"fault": f"{first_save(folder)}\n        os.kill(os.getpid(), signal.SIGKILL)", "expect": -signal.SIGKILL}
     start(folder, step=12, save_every_s=1000, arguments=IN_THE_BACKGROUND, **kill)
 
 
