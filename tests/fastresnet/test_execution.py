@@ -130,7 +130,7 @@ def test_steps_take_exactly_the_requested_batches(start, count):
 
 @pytest.mark.parametrize("backend", ["eager", "capture"])
 def test_each_step_has_images_of_its_own_size(monkeypatch, backend):
-    """Of two epochs of five steps, the first seven have images of 24 pixels. A recorded step keeps its size."""
+    """The first seven steps of two epochs of five have images of 24 pixels. A recorded step keeps its size."""
 
     def record(work, restored):
         side = step.side
