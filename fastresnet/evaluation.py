@@ -304,18 +304,22 @@ class Evaluator:
         """Add the first `valid` images of a batch to loss and counts."""
         logits = self._logits(images)
         real = torch.arange(len(labels), device=self._device) < valid
+
+        def hits(logits: Tensor) -> Tensor:
+            return (logits.argmax(1) == labels) & real
+
         self._loss += (F.cross_entropy(logits, labels, reduction="none") * real).sum()
-        self._correct.index_add_(0, labels, ((logits.argmax(1) == labels) & real).long())
+        self._correct.index_add_(0, labels, hits(logits).long())
         self._count.index_add_(0, labels, real.long())
         if self._tta != "none":
             logits = logits + self._logits(images.flip(3))
-            self._mirror_correct += ((logits.argmax(1) == labels) & real).sum()
+            self._mirror_correct += hits(logits).sum()
         if self._tta == "shift":
             logits = 2 * logits
             for pixels in (-1, 1):
                 view = shifted(images, pixels)
                 logits = logits + self._logits(view) + self._logits(view.flip(3))
-            self._shift_correct += ((logits.argmax(1) == labels) & real).sum()
+            self._shift_correct += hits(logits).sum()
 
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self._precision, self._device):
