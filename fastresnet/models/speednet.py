@@ -95,7 +95,7 @@ class SpeedNet(nn.Module):
         nn.init.normal_(self.fc.weight, std=1 / widths[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [N, 3, H, W] of at least 20x20 pixels to logits [N, num_classes]."""
+        """Map images [N, 3, H, W] of at least 16x16 pixels to logits [N, num_classes]."""
         x = self.layer3(self.layer2(self.layer1(F.gelu(self.conv1(x)))))
         return self.fc(x.amax(dim=(2, 3)))
 
