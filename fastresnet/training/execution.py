@@ -18,9 +18,9 @@ from pipelines.base import Batch, GatheringPipeline, Pipeline
 from pipelines.errors import RunError
 
 PAYS_AFTER_STEPS = {"cpu": 5000, "cuda": 60_000}
-"""Number of steps from which `auto` compiles a run on a GPU, and tries to on a CPU. For ResNet-20 compiling takes as
-long as 300 eager steps on a CPU (50 s on 2 cores). On an H100 it takes 27 s, and saves 0.45 ms of a captured step with
-PyTorch's kernels; with this program's: not measured."""
+"""Number of steps for each size of images from which `auto` compiles a run on a GPU, and tries to on a CPU. For
+ResNet-20 compiling takes as long as 300 eager steps on a CPU (50 s on 2 cores). On an H100 it takes 27 s, and saves
+0.45 ms of a captured step with PyTorch's kernels; with this program's: not measured."""
 
 
 class Execution:
@@ -43,9 +43,12 @@ class Execution:
         """Recorded steps, by the side of their images."""
         self._images = self._labels = torch.empty(0)  # inputs of a recorded step that does not gather its batch
 
-    def prepare(self, batch: Batch) -> None:
-        """Compile and record in trial steps on `batch`, which restore the state. Otherwise, the first steps would."""
-        for side in dict.fromkeys(self._sides) or [None]:
+    def prepare(self, batch: Batch, done: int = 0) -> None:
+        """Compile and record in trial steps on `batch`, which restore the state. Otherwise, the first steps would.
+
+        Sizes of images that only the first `done` steps of the run have are left out.
+        """
+        for side in dict.fromkeys(self._sides[done:]) or [None]:
             self._step.side = side
             if self._step.compiled:
                 self._step.trial(batch.images, batch.labels)
@@ -96,15 +99,16 @@ class Execution:
         return lambda: self._step(*gather(self._step.count % len(pipeline)))
 
 
-def choose_backend(step: TrainStep, batch: Batch, steps: int) -> tuple[str, str]:
+def choose_backend(step: TrainStep, batch: Batch, steps: int, sizes: int = 1) -> tuple[str, str]:
     """Return the backend that finishes `steps` more steps earlier, and the reason.
 
+    `sizes` is the number of sizes of their images: each is compiled.
     On a CPU it is `eager` or `compile`, measured in trial steps, which restore the state. On a GPU it is `capture` or
     `graph`.
     """
     device = step.count.device.type
     plain, compiled = ("eager", "compile") if device == "cpu" else ("capture", "graph")
-    if steps < PAYS_AFTER_STEPS[device]:
+    if steps < sizes * PAYS_AFTER_STEPS[device]:
         return plain, "the run is too short to pay for compilation"
     if device != "cpu":
         return compiled, "the run is long enough to pay for compilation"

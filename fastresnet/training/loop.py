@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import signal
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +98,7 @@ def train(
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
         clock.enter("model")
         factors = lr_factors(config, total_steps)
+        pixels = list(itertools.accumulate(side**2 for side in config.sides(total_steps)))  # up to each step
         step = create_step(config, dataset, factors, world)
         if checkpoint is not None:
             with checkpoint.checked(total_steps, epoch_steps):
@@ -132,10 +133,9 @@ def train(
 
         def status() -> Status:
             clock.update(progress)
-            number, seconds = progress.step, progress.train_seconds / progress.step
-            speed, eta_s = config.batch_size / seconds, (total_steps - number) * seconds
-            lr = config.lr * factors[number - 1]
-            return Status(progress.epoch + 1, number, *step.metrics(), lr, speed, eta_s)
+            number, seconds = progress.step, progress.train_seconds
+            speed, eta_s = config.batch_size * number / seconds, seconds * (pixels[-1] / pixels[number - 1] - 1)
+            return Status(progress.epoch + 1, number, *step.metrics(), config.lr * factors[number - 1], speed, eta_s)
 
         def evaluator(model: nn.Module, images: Pipeline, **options: Any) -> Evaluator:
             return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
@@ -320,7 +320,8 @@ def create_execution(
     """
     clock.enter("data")
     batch, sides = next(pipeline.epoch(epoch)), config.sides(config.total_steps(len(pipeline)))
-    step.side = statistics.mode(sides)  # for the trial steps
+    left = sides[-steps:] if steps else []
+    step.side = max(left, default=None)  # for the trial steps
     if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
         clock.enter("threads")
         threads, reason = fastest_threads(
@@ -332,7 +333,7 @@ def create_execution(
             log(reason)
     clock.enter("compile")
     if config.compile == "auto":
-        backend, why = choose_backend(step, batch, steps)
+        backend, why = choose_backend(step, batch, steps, sizes=len(set(left)))
         compile_ = {backend: value for value, backend in COMPILE.items()}[backend]
         config, reason = dataclasses.replace(config, compile=compile_), f": {why}"
     else:
@@ -342,7 +343,7 @@ def create_execution(
         config = _settle_kernels(config, step, batch, world, log)
     execution = Execution(step, pipeline, backend, sides)
     if steps:
-        execution.prepare(batch)
+        execution.prepare(batch, done=len(sides) - steps)
     log(f"backend {backend}{reason}")
     return config, execution
 

@@ -152,18 +152,31 @@ def test_each_step_has_images_of_its_own_size(monkeypatch, backend):
     assert step.taken == [(epoch, number) for epoch in (0, 1) for number in range(5)]
 
 
+@pytest.mark.parametrize(("done", "recorded"), [(0, [24, 32]), (6, [24, 32]), (7, [32])])
+def test_a_resumed_run_records_only_the_sizes_to_come(monkeypatch, done, recorded):
+    step = FakeStep()
+    monkeypatch.setattr(execution, "recorded", lambda work, restored: step.sides.append(step.side))
+    Execution(step, FakePipeline(), "capture", [24] * 7 + [32] * 3).prepare(next(FakePipeline().epoch(0)), done)
+    assert step.sides == recorded
+
+
 @pytest.mark.parametrize(
-    ("cost", "steps", "backend", "reason"),
+    ("cost", "steps", "sizes", "backend", "reason"),
     [
-        ({False: 1.0, True: 0.5}, 4999, "eager", "too short"),
-        ({False: 1.0, True: 0.5}, 5000, "compile", "takes 0.50 of the time"),
-        ({False: 1.0, True: 1.25}, 5000, "eager", "takes 1.25 of the time"),
+        ({False: 1.0, True: 0.5}, 4999, 1, "eager", "too short"),
+        ({False: 1.0, True: 0.5}, 5000, 1, "compile", "takes 0.50 of the time"),
+        ({False: 1.0, True: 1.25}, 5000, 1, "eager", "takes 1.25 of the time"),
+        ({False: 1.0, True: 0.5}, 24_999, 5, "eager", "too short"),
+        ({False: 1.0, True: 0.5}, 25_000, 5, "compile", "takes 0.50 of the time"),
     ],
 )
-def test_auto_on_a_cpu_picks_the_choose_backend_if_compilation_can_pay_off(monkeypatch, cost, steps, backend, reason):
+def test_auto_on_a_cpu_picks_the_faster_backend_if_compilation_can_pay_off(
+    monkeypatch, cost, steps, sizes, backend, reason
+):
+    """Each size of images is compiled."""
     step = FakeStep(cost)
     monkeypatch.setattr(execution.time, "perf_counter", lambda: step.now)
-    chosen, why = choose_backend(step, next(FakePipeline().epoch(0)), steps)
+    chosen, why = choose_backend(step, next(FakePipeline().epoch(0)), steps, sizes)
     assert chosen == backend
     assert reason in why
 

@@ -761,6 +761,18 @@ def test_dry_run_ignores_a_run_in_the_folder(finished, run):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+def test_expected_time_of_a_run_grows_with_the_pixels_to_come(run, tmp_path, monkeypatch):
+    """Steps of 32x32 pixels take four times as long as those of 16x16, of which there are as many."""
+    logger, seen = loop.Logger(), []
+    monkeypatch.setattr(logger, "status", seen.append)
+    monkeypatch.setattr(loop, "create_loggers", lambda *_: [logger])
+    code, _, err = run("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    elapsed = [32 * status.step / status.images_per_s for status in seen]
+    rest = [status.eta_s / seconds for status, seconds in zip(seen, elapsed, strict=True)]
+    assert rest == pytest.approx([9, 4, 4 / 6, 0])
+
+
 def test_print_config_prints_valid_toml(run, tmp_path):
     code, out, _ = run("train", "paper", "--lr", "0.03", "--print-config")
     assert code == 0
