@@ -43,7 +43,7 @@ towards either end of the diagonal, its edges reflected, and the mirror images o
 `shift` measures `flip` too.
 """
 
-_SMALLEST_IMAGE = 16
+SMALLEST_IMAGE = 16
 """Side in pixels, of which SpeedNet's poolings leave one."""
 
 _MOST_RESOLUTIONS = 8  # as many graphs torch.compile makes of a step
@@ -215,8 +215,8 @@ class TrainConfig:
             raise UsageError("--nesterov needs --optimizer sgd or muon, and a --momentum (or --sgd-momentum) above 0.")
         if not 0 < len(self.resolutions) <= _MOST_RESOLUTIONS:
             raise UsageError(f"--resolutions {self.resolutions}: give one to {_MOST_RESOLUTIONS} sides.")
-        if any(not _SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
-            raise UsageError(f"--resolutions {self.resolutions}: give sides of {_SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
+        if any(not SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
+            raise UsageError(f"--resolutions {self.resolutions}: give sides of {SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
             raise UsageError(f"--milestones {self.milestones}: give increasing fractions of the run between 0 and 1.")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastresnet.config import SMALLEST_IMAGE
 from fastresnet.models import MODELS, check_model, create_model, find_model, list_models
 from pipelines.errors import UsageError
 from tests.fastresnet.reference_networks import SMALLEST, block_names, on_meta, with_slow_ones
@@ -221,6 +222,14 @@ def test_shortcut_a_is_an_error_if_the_first_stage_widens(check, name):
 def test_uses_shortcut_if_a_shortcut_has_a_convolution(name):
     names = on_meta(name, shortcut="B").state_dict()
     assert find_model(name).uses_shortcut == any(".downsample.0." in each for each in names)
+
+
+@pytest.mark.parametrize("name", with_slow_ones(list_models()))
+def test_networks_train_on_small_images(name):
+    """SpeedNet's poolings leave one pixel of the smallest. Strides and poolings round an odd side."""
+    network = on_meta(name).train()
+    for side in (SMALLEST_IMAGE, 21):
+        assert network(torch.empty(2, 3, side, side, device="meta")).shape == (2, 10)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

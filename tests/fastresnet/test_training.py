@@ -766,8 +766,9 @@ def test_expected_time_of_a_run_grows_with_the_pixels_to_come(run, tmp_path, mon
     logger, seen = loop.Logger(), []
     monkeypatch.setattr(logger, "status", seen.append)
     monkeypatch.setattr(loop, "create_loggers", lambda *_: [logger])
-    code, _, err = run("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--out", tmp_path / "run")
+    code, out, err = run("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
+    assert "4 steps (--iterations) of 32 images of 16, 32 pixels in turn; " in out
     elapsed = [32 * status.step / status.images_per_s for status in seen]
     rest = [status.eta_s / seconds for status, seconds in zip(seen, elapsed, strict=True)]
     assert rest == pytest.approx([9, 4, 4 / 6, 0])
