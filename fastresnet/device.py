@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -117,13 +118,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def recorded(
-    work: Callable[[], None], trial: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    work: Callable[[], None],
+    trial: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    pool: Any = None,
 ) -> Callable[[], None]:
     """Record `work` as a CUDA graph and return its replay.
 
+    Graphs with the same `pool` (`torch.cuda.graph_pool_handle`) share memory, so a replay must leave no result there.
     Three warm-up runs precede it, each in a `trial`, on a side stream, as PyTorch's notes on CUDA graphs require.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = _side_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     for _ in range(3):
         with trial():
             stream.wait_stream(torch.cuda.current_stream())
@@ -131,9 +135,15 @@ def recorded(
                 work()
             torch.cuda.current_stream().wait_stream(stream)
     # Other threads, such as those of DALI and FFCV, continue to use the GPU.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
+
+
+@functools.cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """Return the stream for recording, the same each time: memory is not shared between streams."""
+    return torch.cuda.Stream()
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Execution:
     kernels.
     """
 
-    def __init__(self, step: TrainStep, pipeline: Pipeline, backend: str, sides: Sequence[int | None] = ()) -> None:
+    def __init__(self, step: TrainStep, pipeline: Pipeline, backend: str, sides: Sequence[int] = ()) -> None:
         """Create a runner. `sides` lists the side of the images of each step of the run; without it they stay whole."""
         self.backend = backend
         self.wait_seconds = 0.0
@@ -48,17 +49,20 @@ class Execution:
 
         Sizes of images that only the first `done` steps of the run have are left out.
         """
-        for side in dict.fromkeys(self._sides[done:]) or [None]:
+        pool = torch.cuda.graph_pool_handle() if self.backend in CAPTURED else None
+        # The largest first: the others fit into its memory.
+        sides: list[int | None] = [*sorted(set(self._sides[done:]), reverse=True)]
+        for side in sides or [None]:
             self._step.side = side
             if self._step.compiled:
                 self._step.trial(batch.images, batch.labels)
             if self.backend in CAPTURED:
-                self._replays[side] = self._recorded(batch)
+                self._replays[side] = self._recorded(batch, pool)
 
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
         """Take `count` steps from batch `start` of `epoch` on; yield after each, which a GPU may not have finished."""
         first = epoch * len(self._pipeline) + start
-        sides = list(self._sides[first : first + count]) or [None] * count
+        sides: list[int | None] = [*self._sides[first : first + count]] or [None] * count
         if self._replays and isinstance(self._pipeline, GatheringPipeline):
             self._pipeline.load(epoch)
             for side in sides:
@@ -86,13 +90,13 @@ class Execution:
                 return
             yield batch
 
-    def _recorded(self, batch: Batch) -> Callable[[], None]:
+    def _recorded(self, batch: Batch, pool: Any) -> Callable[[], None]:
         if not self._images.numel():
             self._images, self._labels = batch.images.clone(), batch.labels.clone()
         step_once: Callable[[], None] = functools.partial(self._step, self._images, self._labels)
         if isinstance(self._pipeline, GatheringPipeline):
             step_once = self._gathering_step(self._pipeline)
-        return recorded(step_once, self._step.restored)
+        return recorded(step_once, self._step.restored, pool)
 
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:
         gather = torch_compile(pipeline.gather, fullgraph=True, dynamic=False)

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import re
@@ -171,6 +172,26 @@ def test_steps_of_all_recipes_and_options_are_captured(dataset, precision):
             assert_only_replays(engine.steps(0, 0, 6))
         fused = sum(1 for norm in step.model.modules() if isinstance(norm, BatchNorm2d))
         assert fakegpu.nodes().count("_batch_norm_forward") == fused, config.model
+
+
+def reserved_by_steps(dataset, *resolutions):
+    """Return the bytes that PyTorch reserves for the recorded steps of each size of images."""
+    config = TrainConfig(batch_size=128, device="cuda", pipeline="resident", precision="bf16", resolutions=resolutions)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with open_pipelines(config, dataset, SINGLE) as (pipeline, _):
+        step = loop.create_step(config, dataset, [1.0] * 8, SINGLE)
+        engine = Execution(step, pipeline, "capture", config.sides(8))
+        engine.prepare(next(pipeline.epoch(0)))
+        torch.cuda.empty_cache()  # what the warm-up used
+        return torch.cuda.memory_reserved() - before
+
+
+def test_steps_of_several_sizes_share_memory(dataset):
+    whole = reserved_by_steps(dataset, 32)
+    assert whole > 100e6
+    assert reserved_by_steps(dataset, 16, 20, 24, 28, 32) < 1.1 * whole
 
 
 def test_a_sum_of_gradients_with_another_use_stays_a_kernel():
