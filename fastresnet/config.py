@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -291,6 +292,11 @@ def read_settings(path: Path, *, may_be_pipe: bool = True) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a TOML file: {error}.") from None
     return _typed(values, str(path))
+
+
+def in_turn(resolutions: Sequence[int]) -> str:
+    """Return the words for the sizes of training images, which follow "images"; none if all images are whole."""
+    return "" if set(resolutions) == {IMAGE_SIZE} else f" of {', '.join(map(str, resolutions))} pixels in turn"
 
 
 def is_complete(values: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
-from fastresnet.config import TrainConfig, differences, from_dict, from_toml
+from fastresnet.config import TrainConfig, differences, from_dict, from_toml, in_turn
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.files import open_file, remove_temporary_folders, write_bytes, write_json
@@ -306,6 +306,8 @@ class RunFolder:
         if rows and self._writes:
             config, data = self._description["config"], self._description["data"]
             title = f"{config['model']} on {data}, recipe {config['recipe']}, seed {config['seed']}"
+            if sizes := in_turn(config["resolutions"]):
+                title += f"; training images{sizes}"
             from fastresnet.plotting import curves, save_figure  # matplotlib takes half a second to load
 
             save_figure(curves({title: (rows, _evaluated_split(rows))}), self.path / "curves.png")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastresnet.config import CAPTURED, COMPILE, TrainConfig
+from fastresnet.config import CAPTURED, COMPILE, TrainConfig, in_turn
 from fastresnet.console import PlainConsole
 from fastresnet.device import (
     DTYPES,
@@ -47,7 +47,6 @@ from pipelines import choose_pipeline, open_pipeline
 from pipelines.augment import Normalization, normalize
 from pipelines.base import Batch, Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
-from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
 
 # Reading the metrics waits for a GPU, which then idles; on a CPU it costs nothing.
@@ -428,12 +427,10 @@ def announcement(
     if not world.is_single:
         each = f" ({rows.stop - rows.start} on each of {world.world_size} processes)"
     limit = " (--iterations)" if total_steps == config.iterations else ""
-    sides = dict.fromkeys(config.sides(total_steps))
-    size = "" if list(sides) == [IMAGE_SIZE] else f" of {', '.join(map(str, sides))} pixels in turn"
     scaled = f"learning rate {config.lr:g} x {config.lr_scale:g}; " if config.lr_batch_size else ""
     return (
         f"{config.model} ({parameters:,} parameters{shortcut}) on {dataset.name}, recipe {config.recipe}: "
-        f"{total_steps:,} steps{limit} of {config.batch_size} images{each}{size}; {scaled}"
+        f"{total_steps:,} steps{limit} of {config.batch_size} images{each}{in_turn(config.resolutions)}; {scaled}"
         f"{config.pipeline} pipeline{pipeline_reason}, {config.precision} on {config.device}; run folder "
         f"{run_path(config, dataset)}" + (f"\nresuming after step {step:,}" if step else "")
     )

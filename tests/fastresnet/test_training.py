@@ -763,12 +763,14 @@ def test_dry_run_ignores_a_run_in_the_folder(finished, run):
 
 def test_expected_time_of_a_run_grows_with_the_pixels_to_come(run, tmp_path, monkeypatch):
     """Steps of 32x32 pixels take four times as long as those of 16x16, of which there are as many."""
-    logger, seen = loop.Logger(), []
+    logger, seen, titles = loop.Logger(), [], []
     monkeypatch.setattr(logger, "status", seen.append)
+    monkeypatch.setattr(plotting, "rendered", lambda figure, _: titles.append(figure.get_suptitle()) or b"a picture")
     monkeypatch.setattr(loop, "create_loggers", lambda *_: [logger])
     code, out, err = run("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
     assert "4 steps (--iterations) of 32 images of 16, 32 pixels in turn; " in out
+    assert titles == ["resnet20 on shapes10, recipe smoke, seed 0; training images of 16, 32 pixels in turn"]
     elapsed = [32 * status.step / status.images_per_s for status in seen]
     rest = [status.eta_s / seconds for status, seconds in zip(seen, elapsed, strict=True)]
     assert rest == pytest.approx([9, 4, 4 / 6, 0])
