@@ -43,8 +43,8 @@ towards either end of the diagonal, its edges reflected, and the mirror images o
 `shift` measures `flip` too.
 """
 
-_SMALLEST_IMAGE = 20
-"""Side in pixels; of images of 16, SpeedNet's poolings leave one pixel."""
+_SMALLEST_IMAGE = 16
+"""Side in pixels, of which SpeedNet's poolings leave one."""
 
 _MOST_RESOLUTIONS = 8  # as many graphs torch.compile makes of a step
 
