@@ -26,8 +26,9 @@ set -uo pipefail
 
 STAGES=(ceilings smoke steps candidates tests peers accuracy)
 declare -A LIMITS=([ceilings]=30 [smoke]=90 [steps]=120 [candidates]=150 [tests]=150 [peers]=150 [accuracy]=86400)
-TRAININGS=( # recipe, network, seed
-  "speedrun speednet 0" "fast resnet20 0" "fast resnet56 0" "baseline resnet20 0" "paper resnet20 0"
+TRAININGS=( # recipe, network, seed, options
+  "speedrun speednet 0" "fast resnet20 0" "fast resnet20 0 --resolutions 32" "fast resnet56 0"
+  "baseline resnet20 0" "paper resnet20 0"
   "fast resnet20 1" "fast resnet20 2" "fast resnet20 3" "fast resnet20 4"
   "fast resnet56 1" "fast resnet56 2"
   "baseline resnet32 0" "baseline resnet44 0" "baseline resnet56 0"
@@ -169,7 +170,7 @@ peers() {
 }
 
 accuracy() {
-  local training recipe model seed code finished=0 failed=0 data=()
+  local training recipe model seed options code finished=0 failed=0 data=()
   local -x FASTRESNET_DATA=$out.data
   ((${#rehearse[@]})) && TRAININGS=("fast resnet20 0" "speedrun speednet 0")
   if ((${#parts[@]})); then
@@ -179,8 +180,9 @@ accuracy() {
     draw || return
   fi
   for training in "${TRAININGS[@]}"; do
-    read -r recipe model seed <<<"$training"
-    train "$recipe" --model "$model" --seed "$seed" "${data[@]}"
+    read -r recipe model seed options <<<"$training"
+    # shellcheck disable=SC2086  # options are words
+    train "$recipe" --model "$model" --seed "$seed" $options "${data[@]}"
     code=$?
     if was_cut "$code"; then break; fi
     if ((code)); then ((failed += 1)); else ((finished += 1)); fi

@@ -142,7 +142,7 @@ def test_all_stages_run_in_order_and_pass(suite, tmp_path):
     assert heading.startswith("a stand-in, ")
     assert [stage_and_result(line) for line in lines] == [
         *((stage, "passed") for stage in STAGES[:-1]),
-        ("accuracy", "passed, 14 of 14 trainings"),
+        ("accuracy", "passed, 15 of 15 trainings"),
     ]
     assert all(line in out for line in lines)
     assert f"install --quiet --no-index --no-deps --upgrade --target {suite.out}.packages" in suite.calls()[0]
@@ -157,18 +157,18 @@ def test_only_small_files_of_each_training_are_packed(suite, tmp_path):
     (tmp_path / "data/cifar10/meta.json").touch()
     assert suite.run("accuracy", DATA=str(tmp_path / "data"))[0] == 0
     trainings = [call.split(" --out")[0].split(" train ")[1] for call in suite.calls() if " train " in call]
-    kinds = (
-        ("speedrun", "speednet"),
-        ("fast", "resnet20"),
-        ("fast", "resnet56"),
-        ("baseline", "resnet20"),
-        ("paper", "resnet20"),
-    )
-    assert trainings[:5] == [f"{recipe} --model {model} --seed 0" for recipe, model in kinds]
-    assert trainings[5:9] == [f"fast --model resnet20 --seed {seed}" for seed in range(1, 5)]
-    assert len(trainings) == len(set(trainings)) == 14
+    assert trainings[:6] == [
+        "speedrun --model speednet --seed 0",
+        "fast --model resnet20 --seed 0",
+        "fast --model resnet20 --seed 0 --resolutions 32",
+        "fast --model resnet56 --seed 0",
+        "baseline --model resnet20 --seed 0",
+        "paper --model resnet20 --seed 0",
+    ]
+    assert trainings[6:10] == [f"fast --model resnet20 --seed {seed}" for seed in range(1, 5)]
+    assert len(trainings) == len(set(trainings)) == 15
     names = sorted(Path(name).name for name in suite.packed() if name.startswith("accuracy/"))
-    assert names == ["config.toml"] * 14 + ["metrics.csv"] * 14 + ["summary.json"] * 14
+    assert names == ["config.toml"] * 15 + ["metrics.csv"] * 15 + ["summary.json"] * 15
     assert not list(Path(f"{suite.out}.runs").iterdir())
 
 
@@ -230,7 +230,7 @@ def test_timed_out_training_is_left_out(suite, tmp_path):
     suite.inject('*"fast --model resnet20"*', "trap 'touch \"$CALLS.saved\"; exit 143' TERM; sleep 60 & wait")
     code, out, _ = suite.run("--seconds", "13", "accuracy", DATA=str(tmp_path / "archive"))
     assert code == 0
-    assert "passed, 1 of 14 trainings" in out
+    assert "passed, 1 of 15 trainings" in out
     assert suite.calls_file.with_suffix(".saved").exists()
     assert [name for name in suite.packed() if name.endswith("summary.json")] == [
         "accuracy/speedrun-model-speednet-seed-0/summary.json"
