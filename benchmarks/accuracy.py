@@ -118,9 +118,8 @@ def speedrun_table(summaries: Iterable[Summary]) -> str:
     for (recipe, model), runs in _grouped(summaries).items():
         if recipe == "speedrun":
             cells = _described(recipe, model, runs)
-            pflop = f"{statistics.mean(run['flops'] for run in runs) / 1e15:.3f}"
             figures = [cells[column] for column in ("test accuracy", "flip TTA", "shift TTA")]
-            lines.append([f"`speedrun`, {model}", cells["epochs"], pflop, str(len(runs)), *figures])
+            lines.append([f"`speedrun`, {model}", cells["epochs"], cells["PFLOP"], str(len(runs)), *figures])
     return markdown_table(head, lines)
 
 
@@ -135,7 +134,7 @@ def _described(recipe: str, model: str, runs: list[Summary]) -> dict[str, str]:
         "test accuracy": format_accuracy(runs, "test_accuracy"),
         "flip TTA": format_accuracy(runs, "test_accuracy_mirror"),
         "shift TTA": format_accuracy(runs, "test_accuracy_shift"),
-        "PFLOP": f"{statistics.mean(run['flops'] for run in runs) / 1e15:.2f}",
+        "PFLOP": f"{statistics.mean(run['flops'] for run in runs) / 1e15:.3g}",
         "minutes": f"{minutes:.0f}" if minutes >= 1 else f"{minutes:.1f}",
         "device": _device(runs[0]),
     }
