@@ -143,6 +143,7 @@ def test_each_step_has_images_of_its_own_size(monkeypatch, backend):
         return replay
 
     monkeypatch.setattr(execution, "recorded", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     step, sides = FakeStep(), [24] * 7 + [32] * 3
     made = Execution(step, FakePipeline(), backend, sides)
     made.prepare(next(FakePipeline().epoch(0)))
@@ -157,6 +158,7 @@ def test_each_step_has_images_of_its_own_size(monkeypatch, backend):
 def test_a_resumed_run_records_only_the_sizes_to_come(monkeypatch, done, recorded):
     step = FakeStep()
     monkeypatch.setattr(execution, "recorded", lambda work, restored, pool: step.sides.append(step.side))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     Execution(step, FakePipeline(), "capture", [24] * 7 + [32] * 3).prepare(next(FakePipeline().epoch(0)), done)
     assert step.sides == recorded
 
