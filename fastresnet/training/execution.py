@@ -51,8 +51,8 @@ class Execution:
         """
         pool = torch.cuda.graph_pool_handle() if self.backend in CAPTURED else None
         # The largest first: the others fit into its memory.
-        sides: list[int | None] = [*sorted(set(self._sides[done:]), reverse=True)]
-        for side in sides or [None]:
+        sides: Sequence[int | None] = sorted(set(self._sides[done:]), reverse=True) or [None]
+        for side in sides:
             self._step.side = side
             if self._step.compiled:
                 self._step.trial(batch.images, batch.labels)
@@ -62,7 +62,7 @@ class Execution:
     def steps(self, epoch: int, start: int, count: int) -> Iterator[None]:
         """Take `count` steps from batch `start` of `epoch` on; yield after each, which a GPU may not have finished."""
         first = epoch * len(self._pipeline) + start
-        sides: list[int | None] = [*self._sides[first : first + count]] or [None] * count
+        sides: Sequence[int | None] = self._sides[first : first + count] or [None] * count
         if self._replays and isinstance(self._pipeline, GatheringPipeline):
             self._pipeline.load(epoch)
             for side in sides:

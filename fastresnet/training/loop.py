@@ -320,7 +320,8 @@ def create_execution(
     """
     clock.enter("data")
     batch, sides = next(pipeline.epoch(epoch)), config.sides(config.total_steps(len(pipeline)))
-    left = sides[-steps:] if steps else []
+    done = len(sides) - steps
+    left = sides[done:]
     step.side = max(left, default=None)  # for the trial steps
     if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
         clock.enter("threads")
@@ -343,7 +344,7 @@ def create_execution(
         config = _settle_kernels(config, step, batch, world, log)
     execution = Execution(step, pipeline, backend, sides)
     if steps:
-        execution.prepare(batch, done=len(sides) - steps)
+        execution.prepare(batch, done)
     log(f"backend {backend}{reason}")
     return config, execution
 
