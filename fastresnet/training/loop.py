@@ -92,7 +92,7 @@ def train(
             if (summary := run.read_summary()) is not None:
                 return summary
         if changed:
-            log(f"Note: {', '.join(changed)} differ from the run's settings; the last bits will differ too.")
+            log(f"Note: changed since the run began: {', '.join(changed)}. The last bits will differ too.")
 
         pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)

@@ -221,7 +221,7 @@ def test_run_resumes_with_another_pipeline_and_prints_a_note(
     monkeypatch.setattr(TrainStep, "__call__", original)
     code, out, err = run(*arguments, "--pipeline", need(second), "--resume")
     assert (code, err) == (0, "")
-    assert "Note: pipeline differ from the run's settings" in out
+    assert "Note: changed since the run began: pipeline." in out
     assert "resuming after step 4" in out
     assert f"{second} pipeline" in out
     assert_same_curve(tmp_path, resident, first, second)
@@ -375,7 +375,7 @@ def test_run_resumes_in_another_precision_and_prints_a_note(tiny, run, tmp_path,
     (tmp_path / "run" / "summary.json").unlink()
     code, out, _ = run("train", *small, "--precision", precision, "--resume")
     assert code == 0
-    assert "precision differ from the run's settings" in out
+    assert "changed since the run began: precision." in out
 
 
 def test_training_time_excludes_writing_checkpoints(run, tmp_path, monkeypatch):
