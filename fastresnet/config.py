@@ -238,7 +238,11 @@ class TrainConfig:
 
     def sides(self, total_steps: int) -> list[int]:
         """List the side of the images of each step of the run, in pixels."""
-        return [self.resolutions[step * len(self.resolutions) // total_steps] for step in range(total_steps)]
+        return [self.side(step, total_steps) for step in range(total_steps)]
+
+    def side(self, step: int, total_steps: int) -> int:
+        """Return the side of the images of step `step`, from 0, of a run of `total_steps`, in pixels."""
+        return self.resolutions[step * len(self.resolutions) // total_steps]
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Compute the optimisation steps of the whole run."""
@@ -296,7 +300,9 @@ def read_settings(path: Path, *, may_be_pipe: bool = True) -> dict[str, Any]:
 
 def in_turn(resolutions: Sequence[int]) -> str:
     """Return the words for the sizes of training images, which follow "images"; none if all images are whole."""
-    return "" if set(resolutions) == {IMAGE_SIZE} else f" of {', '.join(map(str, resolutions))} pixels in turn"
+    if set(resolutions) == {IMAGE_SIZE}:
+        return ""
+    return f" of {', '.join(map(str, resolutions)).replace(', ', ', then ', 1)} pixels (test: {IMAGE_SIZE})"
 
 
 def is_complete(values: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from fastresnet.console import PlainConsole
 from fastresnet.run_folder import Row
 from fastresnet.text import as_utf8, for_terminal
 from pipelines.errors import UsageError
+from pipelines.sampling import IMAGE_SIZE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,7 +35,10 @@ class Status:
     """Training accuracy of this epoch so far, percent."""
     lr: float
     """Learning rate of the last step."""
+    side: int
+    """Side of the last step's images, pixels."""
     images_per_s: float
+    """Throughput of this epoch so far: it depends on `side`."""
     eta_s: float
 
 
@@ -105,10 +109,7 @@ class TerminalLogger(Logger):
         self._progress.start()
 
     def status(self, status: Status) -> None:
-        text = (
-            f"loss {status.loss:.3f}  acc {status.accuracy:.1f} %  lr {status.lr:g}  "
-            f"{status.images_per_s:,.0f} images/s  ETA {format_duration(status.eta_s)}"
-        )
+        text = f"loss {status.loss:.3f}  acc {status.accuracy:.1f} %  lr {status.lr:.3g}  {_pace(status)}"
         self._progress.update(self._task, completed=status.step, epoch=status.epoch, text=text)
 
     def epoch(self, row: Row, status: Status) -> None:
@@ -133,7 +134,7 @@ class PlainLogger(Logger):
             return
         self._print(
             f"  step {status.step}/{self._total_steps}  loss {status.loss:.3f}  acc {status.accuracy:.1f} %  "
-            f"lr {status.lr:g}  {status.images_per_s:,.0f} images/s  ETA {format_duration(status.eta_s)}"
+            f"lr {status.lr:.3g}  {_pace(status)}"
         )
 
     def epoch(self, row: Row, status: Status) -> None:
@@ -255,11 +256,16 @@ def epoch_line(row: Row, status: Status) -> str:
     split = "val" if "val_loss" in row else "test"
     overflows = f"{row['overflows']} overflows  " if row["overflows"] else ""
     return (
-        f"epoch {row['epoch']:>3}  step {row['step']:>6}  lr {row['lr']:<6g}  "
+        f"epoch {row['epoch']:>3}  step {row['step']:>6}  lr {row['lr']:<8.3g}  "
         f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:6.2f} %  "
         f"{split} loss {row[f'{split}_loss']:.4f} acc {row[f'{split}_accuracy']:6.2f} %  "
-        f"{overflows}{status.images_per_s:,.0f} images/s  ETA {format_duration(status.eta_s)}"
+        f"{overflows}{_pace(status)}"
     )
+
+
+def _pace(status: Status) -> str:
+    pixels = f"{status.side} px  " if status.side != IMAGE_SIZE else ""
+    return f"{pixels}{status.images_per_s:,.0f} images/s  ETA {format_duration(status.eta_s)}"
 
 
 def format_duration(seconds: float) -> str:

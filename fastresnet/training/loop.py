@@ -132,10 +132,10 @@ def train(
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
 
         def status() -> Status:
-            clock.update(progress)
-            number, seconds = progress.step, progress.train_seconds
-            speed, eta_s = config.batch_size * number / seconds, seconds * (pixels[-1] / pixels[number - 1] - 1)
-            return Status(progress.epoch + 1, number, *step.metrics(), config.lr * factors[number - 1], speed, eta_s)
+            last, speed = progress.step - 1, config.batch_size * clock.steps_per_s(progress)
+            lr, side = config.lr * factors[last], config.side(last, total_steps)
+            eta_s = progress.train_seconds * (pixels[-1] / pixels[last] - 1)
+            return Status(progress.epoch + 1, progress.step, *step.metrics(), lr, side, speed, eta_s)
 
         def evaluator(model: nn.Module, images: Pipeline, **options: Any) -> Evaluator:
             return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
@@ -144,7 +144,7 @@ def train(
         with recorded_stops() as signals:
             # A run may have been stopped between its last step and the evaluation.
             while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
-                clock.enter("training")
+                clock.begin_epoch(progress)
                 step.model.train()
                 start = progress.step - progress.epoch * epoch_steps  # batches of this epoch already taken
                 for _ in execution.steps(progress.epoch, start, min(epoch_steps - start, total_steps - progress.step)):
@@ -179,12 +179,12 @@ def train(
 
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
+            log("evaluating with shift TTA")
             test = resources.enter_context(_evaluation(config, dataset, world)) if config.val_split else evaluated
-            last, best = evaluator(step.eval_model, test, tta="shift")(stop_on_signal), progress.best_accuracy
+            final, best = evaluator(step.eval_model, test, tta="shift")(stop_on_signal), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
                 best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
-            clock.update(progress)
-            return run.write_summary(_summary(config, dataset, progress, last, best, clock, origin))
+            return run.write_summary(_summary(config, dataset, progress, final, best, clock, origin))
 
 
 # --- parts of a training -----------------------------------------------------------------------------------------
@@ -386,6 +386,7 @@ class Stopwatch:
         self.seconds = defaultdict(float, {"import": 0.0, "data": 0.0, **(spent or {})})
         self.earlier = Progress()
         """Position, and seconds, before the first step of this process."""
+        self._epoch_start = Progress()
         self.first_step: float | None = None
         self.phase, self._mark = "data", time.perf_counter()
 
@@ -405,6 +406,18 @@ class Stopwatch:
         """Update the seconds of `progress`."""
         progress.total_seconds = self.earlier.total_seconds + self.read()
         progress.train_seconds = self.earlier.train_seconds + self.seconds["training"]
+
+    def begin_epoch(self, progress: Progress) -> None:
+        """Enter phase `training` at `progress`, where an epoch begins or goes on."""
+        self.update(progress)
+        self.phase = "training"
+        self._epoch_start = dataclasses.replace(progress)
+
+    def steps_per_s(self, progress: Progress) -> float:
+        """Update the seconds of `progress`; return its steps per second since `begin_epoch`, of all if none since."""
+        self.update(progress)
+        start = self._epoch_start if progress.step > self._epoch_start.step else Progress()
+        return (progress.step - start.step) / (progress.train_seconds - start.train_seconds)
 
     def cold_start(self) -> dict[str, float]:
         """Return the seconds up to the end of the first step of this process, by phase; it may have taken no step."""
@@ -474,6 +487,7 @@ def _summary(
     After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
     checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
+    clock.update(progress)
     model, sides = _create_model(config, dataset), Counter(config.sides(progress.step))
     flops_of_images = (count * flops_per_image(model, training=True, side=side) for side, count in sides.items())
     return {

@@ -769,11 +769,35 @@ def test_expected_time_of_a_run_grows_with_the_pixels_to_come(run, tmp_path, mon
     monkeypatch.setattr(loop, "create_loggers", lambda *_: [logger])
     code, out, err = run("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
-    assert "4 steps (--iterations) of 32 images of 16, 32 pixels in turn; " in out
-    assert titles == ["resnet20 on shapes10, recipe smoke, seed 0; training images of 16, 32 pixels in turn"]
+    assert "4 steps (--iterations) of 32 images of 16, then 32 pixels (test: 32); " in out
+    assert titles == ["resnet20 on shapes10, recipe smoke, seed 0; training images of 16, then 32 pixels (test: 32)"]
     elapsed = [32 * status.step / status.images_per_s for status in seen]
     rest = [status.eta_s / seconds for status, seconds in zip(seen, elapsed, strict=True)]
     assert rest == pytest.approx([9, 4, 4 / 6, 0])
+    assert [status.side for status in seen] == [16, 16, 32, 32]
+
+
+def test_throughput_is_that_of_the_epoch_or_of_the_whole_run_before_its_first_step(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock, progress = loop.Stopwatch(), loop.Progress()
+    rates = []
+    for seconds, steps in ((2.0, 10), (1.0, 10), (0.0, 0)):
+        clock.enter("evaluation")
+        now += 5
+        clock.begin_epoch(progress)
+        now += seconds
+        progress.step += steps
+        rates.append(clock.steps_per_s(progress))
+    assert rates == [5, 10, 20 / 3]
+
+
+def test_lines_name_the_size_of_small_training_images(run, tmp_path):
+    code, out, err = run("train", *SMALL, "--epochs", 2, "--resolutions", 16, 32, "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    first, last = (line for line in out.splitlines() if line.startswith("epoch"))
+    assert " %  16 px  " in first
+    assert " px " not in last
 
 
 def test_print_config_prints_valid_toml(run, tmp_path):
