@@ -9,7 +9,7 @@ from fastresnet.checkpoint import load_tensors
 
 ARGUMENTS = [
     "train", "smoke", "--data", "shapes10", "--batch-size", "16", "--epochs", "3", "--precision", "fp32",
-    "--checkpoint-steps", "2",
+    "--threads", "1", "--checkpoint-steps", "2",
 ]  # fmt: skip
 
 
