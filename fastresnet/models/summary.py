@@ -63,7 +63,7 @@ def flops_per_image(model: nn.Module, *, training: bool, side: int = IMAGE_SIZE)
     its input, if they are needed. `torch.utils.flop_counter` counts the same, but ignores groups in the gradients of
     weights, and imports torch.compile, which takes seconds.
     """
-    copied, macs = copy.deepcopy(model).to("meta").train(training), 0
+    copied, macs = copy.deepcopy(model).to("meta").eval(), 0  # in training, batch norm refuses a single value
 
     def count(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         nonlocal macs

@@ -155,7 +155,7 @@ def test_whitened_patches_have_unit_variance_and_no_correlation(size):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", with_slow_ones(list_models()))
 def test_every_network_trains(name, precision):
-    """Two steps change every trained parameter. Images have 8x8 pixels to save time, or 20x20 for SpeedNet.
+    """Two steps change every trained parameter. Images have 8x8 pixels to save time, or 16x16 for SpeedNet.
 
     Without shortcuts, gradients grow by a factor of about 1.2 with each layer (Yang et al., "A mean field theory of
     batch normalization", 2019). They overflow fp32 in 1202 layers, and fp16 in 110.

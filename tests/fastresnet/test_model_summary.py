@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastresnet.config import SMALLEST_IMAGE
 from fastresnet.models import MODELS, create_model
 from fastresnet.models.summary import flops_per_image, layers
 
@@ -47,10 +48,10 @@ def test_parameters_and_multiply_adds_match_pytorch(name):
 def test_flops_of_training_match_pytorch(name):
     with torch.device("meta"):
         model = create_model(name).train()
-    for side in (32, 24):
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, side, side, device="meta")).sum().backward()
-        assert flops_per_image(model, training=True, side=side) == counter.get_total_flops()
+    for side in (32, 24, SMALLEST_IMAGE):
+        with FlopCounterMode(display=False) as counter:  # batch norm needs two of the smallest
+            model(torch.empty(2, 3, side, side, device="meta")).sum().backward()
+        assert 2 * flops_per_image(model, training=True, side=side) == counter.get_total_flops()
 
 
 def test_flops_of_training_with_grouped_convolutions():

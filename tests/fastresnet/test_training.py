@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import one_hot
 from torch.nn.utils import parameters_to_vector
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
 
 from fastresnet import cli, models, plotting, run_folder
@@ -47,7 +48,7 @@ from pipelines.errors import UserError
 from pipelines.prepare import prepare
 from pipelines.store import RawData, write_store
 
-SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32")
+SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--threads", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,7 +166,7 @@ def tiny(tmp_path_factory):
     prepare("shapes10", root, lambda *_: None, train_images=50, test_images=20, formats=formats)
     return (
         "train", "smoke", "--data", "shapes10", "--root", root, "--batch-size", 16, "--epochs", 2,
-        "--precision", "fp32",
+        "--precision", "fp32", "--threads", 1,
     )  # fmt: skip
 
 
@@ -420,6 +421,7 @@ def test_times_of_a_resumed_run(tmp_path, dataset, monkeypatch, end, steps):
     monkeypatch.setattr(TrainStep, "__call__", step)
     config = dataclasses.replace(
         RECIPES["smoke"](), data="shapes10", batch_size=32, epochs=2, checkpoint_steps=3, out=tmp_path, resume=True,
+        threads=1,
     )  # fmt: skip
     spent = {"import": 2.0, "data": 1.0}
     with pytest.raises(UserError):
@@ -746,10 +748,31 @@ def test_dry_run_prints_estimates_and_writes_nothing(run, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("resolutions", [(32,), (20, 24, 28, 32)])
-def test_dry_run_of_a_three_step_run_succeeds(run, resolutions):
-    settings = ("--batch-size", 16, "--iterations", 3, "--resolutions", *resolutions)
+def test_dry_run_of_a_three_step_run_succeeds_and_measures_each_size(run, monkeypatch, resolutions):
+    taken = []
+
+    def note(step, images, labels, original=TrainStep.__call__):
+        taken.append(step.side)
+        original(step, images, labels)
+
+    monkeypatch.setattr(TrainStep, "__call__", note)
+    settings = ("--batch-size", 16, "--iterations", 3, "--resolutions", *resolutions, "--threads", 1)
     code, _, err = run("train", "smoke", "--data", "shapes10", *settings, "--dry-run")
     assert (code, err) == (0, "")
+    assert set(taken) == set(resolutions[:3])
+
+
+def test_flops_of_small_images_are_those_of_pytorchs_counter(run, tmp_path):
+    """SpeedNet leaves one pixel of the smallest images, and batch norm needs two values."""
+    settings = ("--batch-size", 32, "--iterations", 5, "--threads", 1, "--out", tmp_path / "run")
+    code, _, err = run("train", "fast", "--model", "speednet", "--data", "shapes10", *settings)
+    assert (code, err) == (0, "")
+    with torch.device("meta"):
+        network = create_model("speednet")
+    with FlopCounterMode(display=False) as counter:
+        for side in (16, 20, 24, 28, 32):
+            network(torch.empty(32, 3, side, side, device="meta")).sum().backward()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["flops"] == counter.get_total_flops()
 
 
 def test_dry_run_ignores_a_run_in_the_folder(finished, run):
