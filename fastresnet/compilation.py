@@ -7,12 +7,14 @@ that is in it runs.
 from __future__ import annotations
 
 import atexit
+import functools
 import getpass
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,10 @@ _UNMAPPED = 65534
 
 
 def torch_compile(function: Callable[..., Any], **options: Any) -> Any:
-    """Return `torch.compile(function, **options)`, with the caches of `use_private_caches`."""
+    """Return `torch.compile(function, **options)`, with the caches of `use_private_caches`.
+
+    Each call may compile as many graphs as PyTorch allows a function, whatever others in this process have.
+    """
     import torch
 
     use_private_caches()
@@ -40,7 +45,24 @@ def torch_compile(function: Callable[..., Any], **options: Any) -> Any:
         codecache._HEADER_LOCK_DIR = os.path.join(codecache._HEADER_DIR, "locks")
     else:
         config.cpp_cache_precompile_headers = False
-    return torch.compile(function, **options)
+    return torch.compile(_with_own_code(function), **options)
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a function or a method: PyTorch counts graphs by code object, and refuses the ninth."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_with_own_code(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    copied = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(copied, function)
 
 
 def use_private_caches() -> None:

@@ -10,9 +10,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastresnet import compilation
-from fastresnet.compilation import name_user, use_private_caches
+from fastresnet.compilation import name_user, torch_compile, use_private_caches
 from pipelines.errors import Note, RunError
 
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -242,3 +243,26 @@ def test_kernels_are_kept_apart_by_the_instructions_of_the_processor(home, monke
             (tmp_path / flags).write_text(f"model name\t: a processor\nflags\t\t: {flags}\n")
         folders.add(caches()[0])
     assert len(folders) == 3
+
+
+class Scale:
+    """A function and a method to compile."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def scaled(self, x, *, offset=1):
+        return self.factor * x + offset
+
+
+def test_graphs_of_one_function_do_not_count_for_another_of_the_same_code(home):
+    """PyTorch refuses the ninth graph of a code object; two networks with five sizes of images have ten."""
+
+    def through_closure(x):
+        return factor * x + 1
+
+    for factor in (2, 3):
+        for function in (Scale(factor).scaled, through_closure):
+            compiled = torch_compile(function, backend="eager", fullgraph=True, dynamic=False)
+            for size in range(2, 7):
+                assert compiled(torch.ones(size)).tolist() == [factor + 1] * size
