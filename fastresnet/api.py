@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from pipelines.errors import check_choice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,13 +28,13 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     """
     from fastresnet.config import from_dict
     from fastresnet.console import PlainConsole
-    from fastresnet.recipes import create_config
+    from fastresnet.recipes import create_config, without_limit
     from fastresnet.run_folder import read_run, run_path
     from fastresnet.terminal import outlived_output
     from fastresnet.training.loop import train as train_run
     from pipelines.prepare import find_dataset
 
-    base = create_config(recipe, settings.get("model"))
+    base = without_limit(create_config(recipe, settings.get("model")), settings)
     config = from_dict(base.to_dict() | settings, "fastresnet.train")
     dataset = find_dataset(config.data, config.root)
     with outlived_output():
@@ -64,7 +66,7 @@ def evaluate(
     """
     import torch
 
-    from fastresnet.config import plain
+    from fastresnet.config import Precision, Tta, plain
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
     from fastresnet.evaluation import evaluation_threads, find_dataset_for, note_order, open_evaluation, unchanged_modes
@@ -72,8 +74,12 @@ def evaluate(
     from fastresnet.threads import check_threads
     from fastresnet.weights import load_weights
     from pipelines.prepare import find_test_data
+    from pipelines.sampling import NormalizationMode
 
     check_threads(threads := plain(threads))
+    check_choice("tta", tta, get_args(Tta))
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("normalization", normalization, get_args(NormalizationMode))
     if isinstance(weights, str | Path):
         loaded, dataset = find_dataset_for(load_weights(find_weights(weights)), weights, data, root)
         network = loaded.model

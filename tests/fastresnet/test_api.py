@@ -137,6 +137,15 @@ def test_invalid_settings_are_usage_errors(data_root, tmp_path, settings, messag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"tta": "Shift"}, "did you mean 'shift'"), ({"tta": True}, "unknown tta"), ({"precision": "fp99"}, "'fp32'")],
+)
+def test_invalid_options_of_an_evaluation_are_usage_errors(trained, data_root, settings, message):
+    with pytest.raises(UsageError, match=message):
+        fastresnet.evaluate(trained.folder / "model.safetensors", root=data_root, **settings)
+
+
 def test_unknown_recipe_existing_run_and_missing_file_are_refused(trained, data_root):
     with pytest.raises(UsageError, match="did you mean 'smoke'"):
         fastresnet.train("smokey")

@@ -71,8 +71,21 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(
     assert result.per_class == pytest.approx(per_class)
 
 
+class Scrambled(nn.Module):
+    """A network whose logits for two views of an image have nothing in common."""
+
+    def __init__(self, seed):
+        super().__init__()
+        weights = torch.randn(3 * 32 * 32, 10, generator=torch.Generator().manual_seed(seed))
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, x):
+        return torch.sin(x.flatten(1) @ self.weights)
+
+
 @pytest.mark.parametrize("batch_size", [7, BATCH_SIZE])
-def test_augmented_accuracies_are_those_of_the_weighted_views(network, dataset, monkeypatch, batch_size):
+def test_augmented_accuracies_are_those_of_the_weighted_views(dataset, monkeypatch, batch_size):
+    """Ten networks: a wrong view or weight changes the number of hits of one of them."""
     monkeypatch.setattr("fastresnet.evaluation.BATCH_SIZE", batch_size)
     batches = open_evaluation(dataset, "half", "fp32", CPU)
     padded = np.pad(dataset.test.images / 127.5 - 1, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
@@ -80,19 +93,21 @@ def test_augmented_accuracies_are_those_of_the_weighted_views(network, dataset, 
     labels = torch.from_numpy(dataset.test.labels.copy())
 
     @torch.no_grad()
-    def both(images):
+    def both(network, images):
         views = (torch.from_numpy(view.copy()).permute(0, 3, 1, 2).float() for view in (images, images[:, :, ::-1]))
         return sum(network(view) for view in views)
 
     def percent(logits):
         return pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
 
-    flip, shift = both(center), 0.25 * both(center) + 0.125 * sum(map(both, shifts))
-    expected = {"none": (None, None), "flip": (percent(flip), None), "shift": (percent(flip), percent(shift))}
-    for tta, figures in expected.items():
-        result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, tta=tta)
-        assert (result.mirror_accuracy, result.shift_accuracy) == figures
-        assert result.accuracy == pytest.approx(expected_figures(network, dataset)[0])
+    for network in map(Scrambled, range(10)):
+        flip = both(network, center)
+        shift = 0.25 * flip + 0.125 * sum(both(network, images) for images in shifts)
+        expected = {"none": (None, None), "flip": (percent(flip), None), "shift": (percent(flip), percent(shift))}
+        for tta, figures in expected.items():
+            result = evaluate(network, batches, dataset.classes, precision="fp32", device=CPU, tta=tta)
+            assert (result.mirror_accuracy, result.shift_accuracy) == figures
+            assert result.accuracy == pytest.approx(expected_figures(network, dataset)[0])
 
 
 def test_classes_without_images_are_left_out(network, dataset, monkeypatch):
