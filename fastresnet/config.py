@@ -49,6 +49,9 @@ SMALLEST_IMAGE = 16
 
 _MOST_RESOLUTIONS = 8  # as many graphs torch.compile makes of a step
 
+_ADDED_LATER = {"resolutions"}
+"""Settings without which runs were saved in the past."""
+
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
 # the data by its digest, not by its folder.
 _FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard", "wandb", "mlflow"}
@@ -77,7 +80,7 @@ class TrainConfig:
     """Number of training images held out to choose the best checkpoint; the paper holds out 5000."""
 
     epochs: int = 160
-    """Passes over the training set."""
+    """Passes over the training set. Without --iterations, --epochs replaces a recipe's limit of steps too."""
     iterations: int | None = None
     """Stop after this many optimisation steps, even within an epoch. Without it: after --epochs."""
     batch_size: int = 128
@@ -215,11 +218,13 @@ class TrainConfig:
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum_of_sgd):
             raise UsageError("--nesterov needs --optimizer sgd or muon, and a --momentum (or --sgd-momentum) above 0.")
         if not 0 < len(self.resolutions) <= _MOST_RESOLUTIONS:
-            raise UsageError(f"--resolutions {self.resolutions}: give one to {_MOST_RESOLUTIONS} sides.")
+            raise UsageError(f"--resolutions {_words(self.resolutions)}: give one to {_MOST_RESOLUTIONS} sides.")
         if any(not SMALLEST_IMAGE <= side <= IMAGE_SIZE for side in self.resolutions):
-            raise UsageError(f"--resolutions {self.resolutions}: give sides of {SMALLEST_IMAGE}..{IMAGE_SIZE} pixels.")
+            sides = f"sides of {SMALLEST_IMAGE}..{IMAGE_SIZE} pixels"
+            raise UsageError(f"--resolutions {_words(self.resolutions)}: give {sides}.")
         if any(not 0 < m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
-            raise UsageError(f"--milestones {self.milestones}: give increasing fractions of the run between 0 and 1.")
+            fractions = "increasing fractions of the run between 0 and 1"
+            raise UsageError(f"--milestones {_words(self.milestones)}: give {fractions}.")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -298,6 +303,11 @@ def read_settings(path: Path, *, may_be_pipe: bool = True) -> dict[str, Any]:
     return _typed(values, str(path))
 
 
+def _words(values: Sequence[float]) -> str:
+    """Format the values of an option as on the command line."""
+    return " ".join(map(str, values)) or "without a value"
+
+
 def in_turn(resolutions: Sequence[int]) -> str:
     """Return the words for the sizes of training images, which follow "images"; none if all images are whole."""
     if set(resolutions) == {IMAGE_SIZE}:
@@ -306,8 +316,11 @@ def in_turn(resolutions: Sequence[int]) -> str:
 
 
 def is_complete(values: dict[str, Any]) -> bool:
-    """Return True if `values` has every setting that affects the result, but for those that may be None."""
-    return TrainConfig().to_dict().keys() <= values.keys()
+    """Return True if `values` has every setting that affects the result, but for those that may be None.
+
+    Those of runs from before a setting was added are complete too: its default is what they did.
+    """
+    return TrainConfig().to_dict().keys() - _ADDED_LATER <= values.keys()
 
 
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,11 @@ def create_config(recipe: str, model: str | None = None) -> TrainConfig:
     return RECIPES[recipe](model) if model else RECIPES[recipe]()
 
 
+def without_limit(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """Lift the limit of `config` in steps if epochs, but no such limit, are `given`: names of settings to replace."""
+    return dataclasses.replace(config, iterations=None) if "epochs" in given and "iterations" not in given else config
+
+
 def read_config(path: Path, recipe: str | None = None, model: str | None = None) -> TrainConfig:
     """Read settings from a TOML file. The others are those of its recipe, else of `recipe`, else of the default one.
 
@@ -174,9 +179,16 @@ _FREE = {"model", "data", "seed", "pipeline", "decode", "device", "threads", "pr
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """List the settings in which `config` differs from its recipe, in plain types. Raises as `create_config` does."""
-    recipe = create_config(config.recipe, config.model).to_dict()
+    """List the settings in which `config` differs from its recipe, in plain types.
+
+    Those are all if the recipe is not for this network. Raises `UsageError` on an unknown recipe.
+    """
+    check_choice("recipe", config.recipe, RECIPES)
     settings = config.to_dict()
+    try:
+        recipe = create_config(config.recipe, config.model).to_dict()
+    except UsageError:
+        recipe = {}
     return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}
 
 

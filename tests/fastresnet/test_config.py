@@ -9,13 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastresnet.config import TrainConfig, differences, from_dict, from_toml
 from fastresnet.models import MODELS, list_models
-from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, baseline, best, fast, paper, smoke
+from fastresnet.recipes import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    baseline,
+    best,
+    changed_settings,
+    fast,
+    paper,
+    read_config,
+    smoke,
+    speedrun,
+)
 from fastresnet.training.optimizer import lr_factor
 from pipelines import PIPELINES
 from pipelines.errors import UsageError
@@ -232,7 +244,8 @@ def test_range_tables_cover_every_numeric_setting(table):
 def test_a_value_out_of_range_is_refused_with_its_flag(name, value):
     with pytest.raises(UsageError) as caught:
         TrainConfig(**{name: value})
-    assert f"--{name.replace('_', '-')} {value}" in str(caught.value)
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    assert f"--{name.replace('_', '-')} {shown}" in str(caught.value)
     assert caught.value.exit_code == 2
 
 
@@ -661,3 +674,33 @@ def test_after_warm_up_the_learning_rate_never_grows(config, total, data):
     steps = st.integers(min(round(config.warmup * total), total), total)
     early, late = sorted([data.draw(steps), data.draw(steps)])
     assert 1 >= lr_factor(config, early, total) >= lr_factor(config, late, total) >= 0
+
+
+def test_settings_of_a_run_from_before_small_images_are_complete_without_them(tmp_path):
+    """They depend on no recipe, and its images were whole."""
+    old = dataclasses.replace(fast(), norm_lr=None, resolutions=(32,))
+    saved = {name: value for name, value in old.to_dict().items() if name != "resolutions"}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(saved))
+    assert read_config(tmp_path / "config.toml") == old
+
+
+def test_a_run_of_a_network_that_the_recipe_is_not_for_differs_in_all_settings():
+    config = dataclasses.replace(speedrun(), model="resnet20")
+    assert {"epochs", "lr", "norm_lr", "resolutions"} <= changed_settings(config).keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [((), 282), (("--epochs", 30), None), (("--epochs", 30, "--iterations", 5), 5), (("--batch-size", 512), 282)],
+)
+def test_epochs_alone_lift_a_recipes_limit_in_steps(run, tmp_path, flags, limit):
+    code, out, err = run("train", "speedrun", *flags, "--print-config")
+    assert (code, err) == (0, "")
+    (tmp_path / "config.toml").write_text(out)
+    assert from_toml(tmp_path / "config.toml").iterations == limit
+
+
+def test_momentum_of_sgd_is_the_only_one_unless_muon_has_its_own():
+    assert TrainConfig(optimizer="sgd", momentum=0.9, sgd_momentum=0.5).momentum_of_sgd == 0.9
+    assert TrainConfig(optimizer="muon", momentum=0.9, sgd_momentum=0.5).momentum_of_sgd == 0.5
+    assert TrainConfig(optimizer="muon", momentum=0.9).momentum_of_sgd == 0.9
