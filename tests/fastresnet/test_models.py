@@ -426,6 +426,9 @@ def test_speednet_starts_with_identities_and_random_weights_beside_the_shortcut(
     beside = network.layer2.conv2.weight
     assert beside.std().item() == pytest.approx((3 * 9 * 256) ** -0.5, rel=0.01)  # PyTorch's uniform initialisation
     assert network.fc.weight.std().item() == pytest.approx(1 / 256, rel=5 / (2 * 2560) ** 0.5)
+    assert (network.conv1.bias == 0.6).all()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.4}  # as in airbench
 
 
 def initial_weights(seed):

@@ -800,6 +800,30 @@ def test_expected_time_of_a_run_grows_with_the_pixels_to_come(run, tmp_path, mon
     assert [status.side for status in seen] == [16, 16, 32, 32]
 
 
+def test_backend_and_captures_are_for_the_sizes_to_come(run, tmp_path, monkeypatch):
+    """Trial steps have the largest images. The run fails after its checkpoint of two steps, and is resumed."""
+    chosen, prepared, original = [], [], TrainStep.__call__
+
+    def choose(step, batch, steps, sizes):
+        chosen.append((step.side, steps, sizes))
+        return "eager", "as told"
+
+    def failing(step, *arguments):
+        if int(step.count) == 3:
+            raise MemoryError
+        original(step, *arguments)
+
+    monkeypatch.setattr(loop, "choose_backend", choose)
+    monkeypatch.setattr(loop.Execution, "prepare", lambda execution, batch, done: prepared.append(done))
+    arguments = ("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--checkpoint-steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", failing)
+        assert run(*arguments, "--out", tmp_path / "run")[0] == 1
+    assert run(*arguments, "--out", tmp_path / "run", "--resume")[0] == 0
+    assert chosen == [(32, 4, 2)]  # the run goes on with the same backend
+    assert prepared == [0, 2]
+
+
 def test_throughput_is_that_of_the_epoch_or_of_the_whole_run_before_its_first_step(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)

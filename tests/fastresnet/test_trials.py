@@ -31,23 +31,29 @@ def few_steps(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_rates_grow_by_one_factor_and_keep_their_proportion(run, tmp_path, monkeypatch, few_steps, optimizer):
-    """--lr-batch-size makes the rates of the optimisers a quarter of --lr. 171 images make four epochs of it."""
-    taken = []
+    """--lr-batch-size makes the rates of the optimisers a quarter of --lr. 171 images make four epochs of it.
+
+    All images have the largest of the run's sizes.
+    """
+    taken, sides = [], set()
 
     def note(step, images, labels, original=TrainStep.__call__):
         original(step, images, labels)
+        sides.add(step.side)
         taken.append([float(group["lr"]) for optimizer in step.optimizers for group in optimizer.param_groups])
 
     monkeypatch.setattr(TrainStep, "__call__", note)
     monkeypatch.chdir(tmp_path)
     settings = ["--optimizer", optimizer, "--lr", 0.02, "--sgd-lr", 0.06, "--lr-batch-size", 128, "--iterations", 3]
-    settings += ["--norm-lr", 0.1, "--batch-size", 32, "--find-lr", "lr.png"]
+    settings += ["--norm-lr", 0.1, "--batch-size", 32, "--resolutions", 16, 32, "--threads", 1]
+    settings += ["--find-lr", "lr.png"]
     code, out, err = run("train", "smoke", *SMALL, *settings)
     assert (code, err) == (0, "")
     factors = {"sgd": (1, 1), "muon": (1, 3, 5)}[optimizer]
     expected = [[1e-5 * 1e6 ** (i / 19) / 4 * factor for factor in factors] for i in range(20)]
     assert np.allclose(taken, expected[: len(taken)], rtol=1e-5, atol=0)
     assert len(taken) == 20 or optimizer == "sgd"
+    assert sides == {32}
     noted = "--sgd-lr was 3 times as high; --norm-lr was 5 times as high" in " ".join(out.split())
     assert noted == (optimizer == "muon")
 
