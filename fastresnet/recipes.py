@@ -171,7 +171,7 @@ def read_config(path: Path, recipe: str | None = None, model: str | None = None)
         raise UsageError(f"{path} is for recipe {named}, not {recipe}. Leave out {recipe}, or change the file.")
     if is_complete(values):
         return TrainConfig(**values)
-    return dataclasses.replace(create_config(named, model or values.get("model")), **values)
+    return dataclasses.replace(without_limit(create_config(named, model or values.get("model")), values), **values)
 
 
 # Every run chooses these itself, independent of its recipe.
