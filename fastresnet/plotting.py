@@ -38,7 +38,8 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
             loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style, **markers)
             accuracy.plot(epochs, values, label=f"{caption} ({values[-1]:.2f} %)", **style, **markers)
         style = own if several else {"color": "#555555"}
-        rate.plot(epochs, [row["lr"] for row in rows], drawstyle="steps-mid", **style, **markers)
+        line = "steps-mid" if _falls_in_steps(rows) else "default"
+        rate.plot(epochs, [row["lr"] for row in rows], drawstyle=line, **style, **markers)
     falls_in_steps = all(_falls_in_steps(rows) for rows, _ in runs.values())
     rate.set_yscale("log" if falls_in_steps else "linear")
     for axes in (loss, accuracy, rate):
@@ -58,7 +59,7 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
 
 
 def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return True if the learning rate has few values: a logarithmic axis shows them well, but cannot show 0."""
+    """Return True if the learning rate has few values: stairs on a logarithmic axis, which cannot show 0, suit them."""
     return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
 
 

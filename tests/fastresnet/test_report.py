@@ -125,6 +125,17 @@ def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
 
 
 @pytest.mark.parametrize(
+    ("rates", "scale", "line"),
+    [([0.1] * 4 + [0.01] * 3 + [0.001] * 2, "log", "steps-mid"), ([0.3, 0.2, 0.1, 0.0], "linear", "default")],
+)
+def test_learning_rates_that_fall_in_steps_are_stairs_and_others_a_line(rates, scale, line):
+    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    rows = [{"epoch": epoch, "lr": lr, **dict.fromkeys(names, 1.0)} for epoch, lr in enumerate(rates, 1)]
+    axes = curves({"run": (rows, "test")}).axes[2]
+    assert (axes.get_yscale(), axes.lines[0].get_drawstyle()) == (scale, line)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([], 2, "plot needs run folders"),
