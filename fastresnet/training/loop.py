@@ -131,11 +131,7 @@ def train(
                 world.wait()  # when one process exits, torchrun stops the others
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
 
-        def status() -> Status:
-            last, speed = progress.step - 1, config.batch_size * clock.steps_per_s(progress)
-            lr, side = config.lr * factors[last], config.side(last, total_steps)
-            eta_s = progress.train_seconds * (pixels[-1] / pixels[last] - 1)
-            return Status(progress.epoch + 1, progress.step, *step.metrics(), lr, side, speed, eta_s)
+        status = functools.partial(_status, config, progress, step, clock, factors, pixels)
 
         def evaluator(model: nn.Module, images: Pipeline, **options: Any) -> Evaluator:
             return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
@@ -184,6 +180,7 @@ def train(
             final, best = evaluator(step.eval_model, test, tta="shift")(stop_on_signal), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
                 best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
+            clock.update(progress)
             return run.write_summary(_summary(config, dataset, progress, final, best, clock, origin))
 
 
@@ -414,8 +411,7 @@ class Stopwatch:
         self._epoch_start = dataclasses.replace(progress)
 
     def steps_per_s(self, progress: Progress) -> float:
-        """Update the seconds of `progress`; return its steps per second since `begin_epoch`, of all if none since."""
-        self.update(progress)
+        """Return the steps per second since `begin_epoch`, or of the whole run if there were none since."""
         start = self._epoch_start if progress.step > self._epoch_start.step else Progress()
         return (progress.step - start.step) / (progress.train_seconds - start.train_seconds)
 
@@ -459,6 +455,30 @@ def _cold_start(clock: Stopwatch, device: torch.device) -> str:
     return f"cold start: {', '.join(parts)}"
 
 
+def _status(
+    config: TrainConfig,
+    progress: Progress,
+    step: TrainStep,
+    clock: Stopwatch,
+    factors: Sequence[float],
+    pixels: Sequence[int],
+) -> Status:
+    """Update the seconds of `progress` and describe it; `pixels` has, for each step, those of one image up to it."""
+    clock.update(progress)
+    last = progress.step - 1
+    loss, accuracy = step.metrics()
+    return Status(
+        epoch=progress.epoch + 1,
+        step=progress.step,
+        loss=loss,
+        accuracy=accuracy,
+        lr=config.lr * factors[last],
+        side=config.side(last, len(pixels)),
+        images_per_s=config.batch_size * clock.steps_per_s(progress),
+        eta_s=progress.train_seconds * (pixels[-1] / pixels[last] - 1),
+    )
+
+
 def _row(progress: Progress, status: Status, result: Evaluation, overflows: int, config: TrainConfig) -> dict[str, Any]:
     split = "val" if config.val_split else "test"
     return {
@@ -487,7 +507,6 @@ def _summary(
     After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
     checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
-    clock.update(progress)
     model, sides = _create_model(config, dataset), Counter(config.sides(progress.step))
     flops_of_images = (count * flops_per_image(model, training=True, side=side) for side, count in sides.items())
     return {
