@@ -186,7 +186,7 @@ def changed_settings(config: TrainConfig) -> dict[str, Any]:
     check_choice("recipe", config.recipe, RECIPES)
     settings = config.to_dict()
     try:
-        recipe = create_config(config.recipe, config.model).to_dict()
+        recipe = RECIPES[config.recipe](config.model).to_dict()
     except UsageError:
         recipe = {}
     return {name: settings.get(name) for name in differences(recipe, settings) if name not in _FREE}
