@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
-
-from pipelines.errors import check_choice
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +64,7 @@ def evaluate(
     """
     import torch
 
-    from fastresnet.config import Precision, Tta, plain
+    from fastresnet.config import plain
     from fastresnet.device import resolve_device, resolve_precision
     from fastresnet.evaluation import evaluate as evaluate_network
     from fastresnet.evaluation import evaluation_threads, find_dataset_for, note_order, open_evaluation, unchanged_modes
@@ -74,12 +72,8 @@ def evaluate(
     from fastresnet.threads import check_threads
     from fastresnet.weights import load_weights
     from pipelines.prepare import find_test_data
-    from pipelines.sampling import NormalizationMode
 
     check_threads(threads := plain(threads))
-    check_choice("tta", tta, get_args(Tta))
-    check_choice("precision", precision, get_args(Precision))
-    check_choice("normalization", normalization, get_args(NormalizationMode))
     if isinstance(weights, str | Path):
         loaded, dataset = find_dataset_for(load_weights(find_weights(weights)), weights, data, root)
         network = loaded.model

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.augment import reflect
 from pipelines.base import GatheringPipeline, Pipeline
-from pipelines.errors import DataError, Note, RunError, UsageError, list_some
+from pipelines.errors import DataError, Note, RunError, UsageError, check_choice, list_some
 from pipelines.prepare import find_test_data
 from pipelines.sampling import NormalizationMode
 from pipelines.sources import CIFAR10_CLASSES, Report
@@ -252,6 +252,7 @@ class Evaluator:
         evaluation of a batch as a CUDA graph in the first call, at the cost of four batches, if the pipeline gathers
         batches on the GPU. Weights then have to change in place.
         """
+        check_choice("tta", tta, get_args(Tta))
         self._model, self._pipeline, self._classes = model, pipeline, classes
         self._precision, self._device, self._tta = precision, device, tta
         self._captured, self._world = captured, world
