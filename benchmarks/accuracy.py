@@ -42,8 +42,7 @@ SOURCES = ("paper", "chenyaofo", "akamaster")
 
 # Epochs, PFLOP, runs, and mean accuracy in percent in a single view and with shift TTA: from the README and the logs of
 # fulcrumresearch/cifar-10-speedrun (e1; on 8,000 of the test images), hiverge/cifar10-speedrun and
-# KellerJordan/cifar10-airbench. PFLOP are computed from their code, except for airbench94.py
-# and airbench95.py.
+# KellerJordan/cifar10-airbench. PFLOP are computed from their code, except for airbench94.py and airbench95.py.
 PUBLISHED_SPEEDRUNS = {
     "cifar-10-speedrun, e1": ("8.9", "0.2245", 200, "–", "94.05 ± 0.15 %"),
     "cifar10-speedrun": ("7.65", "0.257", 200, "93.17 ± 0.17 %", "94.02 ± 0.13 %"),
