@@ -731,8 +731,8 @@ def test_mixed_precision_run_has_finite_weights(tiny, run, tmp_path, model, prec
 @pytest.mark.usefixtures("one_block")
 def test_compiled_training_matches_eager_losses_up_to_rounding(run, tmp_path):
     settings = ["smoke", "--data", "shapes10", "--batch-size", 48, "--precision", "fp32", "--iterations", 3]
-    code, *_ = run("train", *settings, "--compile", "on", "--out", tmp_path / "compiled")
-    assert code == 0
+    code, _, err = run("train", *settings, "--compile", "on", "--out", tmp_path / "compiled")
+    assert code == 0, err
     run("train", *settings, "--compile", "off", "--out", tmp_path / "eager")
     compiled, eager = (read_csv(tmp_path / name / "metrics.csv")[0] for name in ("compiled", "eager"))
     assert float(compiled["train_loss"]) == pytest.approx(float(eager["train_loss"]), rel=1e-3)
