@@ -263,21 +263,28 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
 
 @contextlib.contextmanager
 def progress_line() -> Iterator[Report]:
-    """Show a progress bar on a terminal, nothing elsewhere."""
-    from rich.progress import Progress
+    """Show progress bars on a terminal, with amounts, rate and remaining time; nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
 
     from fastresnet.console import PlainConsole
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            rate = task.finished_speed or task.speed or 0
+            return Text(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s" if rate else "")
 
     console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield lambda *_: None
         return
-    with Progress(console=console, transient=True) as progress:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what)
+                tasks[what] = progress.add_task(what, completed=done, total=total)
             progress.update(tasks[what], completed=done, total=total)
 
         yield report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import warnings
@@ -11,11 +12,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import __version__
+from .downloads import download
 from .errors import DataError, Note, UsageError, check_choice, nearest
 from .files import is_temporary, remove_temporary_folders
 from .formats import JpegSettings, open_derived, read_manifest, write_shard, writing_derived
 from .shapes10 import draw_shapes10
-from .sources import CIFAR10_CLASSES, Report, check_exists, download_cifar10, read_source, verify_cifar10
+from .sources import CIFAR10_ARCHIVE, CIFAR10_CLASSES, Report, check_exists, read_source, verify_cifar10
 from .store import (
     CIFAR10,
     DERIVED_FILES,
@@ -218,8 +220,10 @@ def _read(
                 raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
             verify_cifar10(data, source)
         return data, source.name if split is None else f"{source.name}, split {split}"
-    archive = download_cifar10(root / "downloads")
+    archive = download(CIFAR10_ARCHIVE, root / "downloads", report)
     data = read_source(archive, report)
     verify_cifar10(data, archive)
     archive.unlink()
+    with contextlib.suppress(OSError):  # something else is in it
+        archive.parent.rmdir()
     return data, "download"

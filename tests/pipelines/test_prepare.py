@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from pipelines import prepare as preparation
+from pipelines.downloads import Archive
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.prepare import data_root, find_dataset, prepare
 from pipelines.shapes10 import CLASSES, draw_shapes10
-from pipelines.sources import CIFAR10_CLASSES
+from pipelines.sources import CIFAR10_ARCHIVE, CIFAR10_CLASSES
 from pipelines.store import Dataset, open_store
 
 TRAIN, TEST = 40, 20
@@ -338,17 +339,18 @@ def test_other_pixels_in_the_classes_of_cifar10_are_not_cifar10(make, root, tmp_
 def test_cifar10_without_source_is_downloaded_verified_and_the_archive_removed(make, root, archive, monkeypatch):
     verified = []
 
-    def download(folder: Path) -> Path:
+    def download(wanted: Archive, folder: Path, _) -> Path:
+        assert wanted is CIFAR10_ARCHIVE
         folder.mkdir(parents=True)
         return Path(shutil.copy(archive, folder))
 
-    monkeypatch.setattr(preparation, "download_cifar10", download)
+    monkeypatch.setattr(preparation, "download", download)
     monkeypatch.setattr(preparation, "verify_cifar10", lambda data, path: verified.append((data.classes, path.name)))
     dataset, made = make("cifar10")
     assert made
     assert verified == [(dataset.classes, archive.name)]
     assert json.loads((dataset.folder / "meta.json").read_text())["source"] == "download"
-    assert not list((root / "downloads").iterdir())
+    assert not (root / "downloads").exists()
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(make, root, tmp_path):

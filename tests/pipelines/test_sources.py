@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
-import http.server
 import io
 import lzma
 import os
 import pickle
 import random
 import shutil
-import socket
 import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +25,8 @@ import numpy as np
 import pytest
 
 from pipelines.archives import list_files
-from pipelines.errors import DataError, Note, UsageError
-from pipelines.sources import CIFAR10_CLASSES, download_cifar10, read_source, verify_cifar10
+from pipelines.errors import DataError, UsageError
+from pipelines.sources import CIFAR10_CLASSES, read_source, verify_cifar10
 from pipelines.store import RawData, channel_statistics
 from tests.limits import limits
 
@@ -845,144 +840,6 @@ def test_source_that_can_be_read_only_once_is_refused_and_not_read(tmp_path, ref
     refused(tmp_path / "pipe" if kind == "pipe" else Path("/dev/null"), "is a pipe or a device. Save its content")
 
 
-# --- downloads ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(body: bytes, status: int = 200, length: int | None = None) -> Iterator[str]:
-    """A web server on this machine that answers everything with `body`; yields an address on it."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(status)
-            self.send_header("Content-Length", str(length or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    with server, background(server.serve_forever):
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/cifar.tar.gz"
-        finally:
-            server.shutdown()
-
-
-@contextmanager
-def serving_another_protocol() -> Iterator[str]:
-    """Run a server that speaks another protocol; yield an address on it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, background(answer_once, listener):
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/cifar.tar.gz"
-
-
-def answer_once(listener: socket.socket) -> None:
-    listener.settimeout(5)
-    connection, _ = listener.accept()
-    with connection:
-        connection.recv(4096)
-        connection.sendall(b"220 mail.example ESMTP\r\n" * 3)
-
-
-@contextmanager
-def background(function, *arguments) -> Iterator[None]:
-    thread = threading.Thread(target=function, args=arguments)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-@contextmanager
-def unreachable_server() -> Iterator[str]:
-    """Yield an address on which nothing listens."""
-    yield "http://127.0.0.1:9/x.tar.gz"
-
-
-@pytest.fixture
-def download_from(tmp_path, monkeypatch):
-    """Run `download_cifar10` into an empty folder from `url`, whose file should have the MD5 of `body`.
-
-    It must leave the process's default timeout unchanged.
-    """
-    torchvision = pytest.importorskip("torchvision.datasets")
-    monkeypatch.setenv("no_proxy", "*")
-
-    def download(url: str, body: bytes) -> Path:
-        monkeypatch.setattr(torchvision.CIFAR10, "url", url)
-        monkeypatch.setattr(torchvision.CIFAR10, "tgz_md5", hashlib.md5(body).hexdigest())
-        return download_cifar10(tmp_path / "downloads")
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(33)
-    yield download
-    found = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)
-    assert found == 33
-
-
-def test_download_is_announced_in_one_line_and_returns_the_file(tmp_path, download_from, capsys):
-    with serving(b"the archive") as url, pytest.warns(Note) as notes:
-        path = download_from(url, b"the archive")
-    assert path.read_bytes() == b"the archive"
-    assert path.parent == tmp_path / "downloads"
-    (said,) = [str(note.message) for note in notes]
-    assert all(word in said for word in ("CIFAR-10", "170 MB", url, str(path)))
-    assert url not in "".join(capsys.readouterr())  # torchvision adds a progress bar, not a second announcement
-    assert download_from("http://127.0.0.1:9/x.tar.gz", b"the archive") == path  # which needs no network
-
-
-def test_download_replaces_a_link_in_its_place(tmp_path, download_from):
-    archive = tmp_path / "downloads" / "cifar-10-python.tar.gz"
-    archive.parent.mkdir()
-    (tmp_path / "precious").write_text("text")
-    archive.symlink_to(tmp_path / "precious")
-    with serving(b"the archive") as url:
-        assert download_from(url, b"the archive").read_bytes() == b"the archive"
-    assert not archive.is_symlink()
-    assert (tmp_path / "precious").read_text() == "text"
-
-
-def test_download_goes_on_with_an_archive_that_is_complete(tmp_path, download_from):
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / "cifar-10-python.tar.gz").write_bytes(b"the archive")
-    assert download_from("http://127.0.0.1:9/x.tar.gz", b"the archive").read_bytes() == b"the archive"
-
-
-@pytest.mark.parametrize(
-    "server",
-    [
-        unreachable_server,
-        serving_another_protocol,
-        lambda: serving(b"another archive"),
-        lambda: serving(b"not found", status=404),
-        lambda: serving(b"the arch", length=11),
-    ],
-    ids=["refused", "another protocol", "wrong MD5", "404", "cut short"],
-)
-def test_failed_download_names_url_and_alternatives_and_leaves_no_files(tmp_path, download_from, server):
-    with server() as url, pytest.raises(DataError) as caught:
-        download_from(url, b"the archive")
-    assert caught.value.exit_code == 3
-    assert all(word in str(caught.value) for word in (url, "--source", "shapes10"))
-    assert list((tmp_path / "downloads").iterdir()) == []
-
-
-def test_download_from_a_silent_server_times_out(download_from, monkeypatch):
-    timeouts = []
-
-    def silent(*_):
-        timeouts.append(socket.getdefaulttimeout())
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", silent)
-    with pytest.raises(DataError, match="timed out"):
-        download_from("http://127.0.0.1:9/x.tar.gz", b"")
-    assert 1 <= timeouts[0] <= 120
-
-
 # --- the real CIFAR-10 -------------------------------------------------------------------------------------------
 
 
@@ -1056,9 +913,3 @@ def test_real_data_with_one_change_is_refused(real, what, split):
         labels[[0, other]] = labels[[other, 0]]
     with pytest.raises(DataError, match=f"{split} images are not those of CIFAR-10"):
         verify_cifar10(replace(real, **arrays), Path("changed"))
-
-
-def test_download_without_torchvision_names_the_alternatives(tmp_path, break_import):
-    break_import("torchvision", ModuleNotFoundError("No module named 'torchvision'"))
-    with pytest.raises(DataError, match=r"pip install torchvision\. .* prepare --source FILE"):
-        download_cifar10(tmp_path)
