@@ -69,7 +69,7 @@ class TrainConfig:
     """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
 
     data: str = "cifar10"
-    """cifar10, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
+    """cifar10, cifar100, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     pipeline: Literal["auto", PipelineName] = "auto"

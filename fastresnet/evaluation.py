@@ -27,11 +27,12 @@ from fastresnet.weights import Weights, load_weights
 from pipelines import Augmentation, open_pipeline
 from pipelines.augment import reflect
 from pipelines.base import GatheringPipeline, Pipeline
+from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.errors import DataError, Note, RunError, UsageError, check_choice, list_some
+from pipelines.images import Report
 from pipelines.prepare import find_test_data
 from pipelines.sampling import NormalizationMode
-from pipelines.sources import CIFAR10_CLASSES, Report
-from pipelines.store import CIFAR10, Dataset
+from pipelines.store import CIFAR10, CIFAR100, Dataset
 
 if TYPE_CHECKING:
     from fastresnet.figures import Figure
@@ -66,11 +67,12 @@ def find_dataset_for(
 ) -> tuple[Weights, Dataset]:
     """Find the data set on which to evaluate `weights`, loaded from `given`; return both, with the same classes.
 
-    It is `data` (see `find_test_data`), else the one of their training, else cifar10. It is normalised with the
-    constants of their training if these are known. The network's outputs are in the order of its classes, matched by
-    name. Raises `DataError` if it has other classes.
+    It is `data` (see `find_test_data`), else the one of their training, else cifar10, or cifar100 for 100 classes. It
+    is normalised with the constants of their training if these are known. The network's outputs are in the order of its
+    classes, matched by name. Raises `DataError` if it has other classes.
     """
-    dataset = find_test_data(data or (weights.training or {}).get("data", CIFAR10), root, report)
+    usual = CIFAR100 if weights.num_classes == 100 else CIFAR10
+    dataset = find_test_data(data or (weights.training or {}).get("data", usual), root, report)
     if data is None and weights.data_sha256 not in (None, dataset.digest):
         warnings.warn(f"{given} was trained on another data set {dataset.name}; --data and --root name it", Note, 3)
     if not len(dataset.train):  # images in folders, perhaps not of all classes

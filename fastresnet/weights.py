@@ -22,15 +22,16 @@ from fastresnet.checkpoint import open_tensors, take_prefix
 from fastresnet.foreign import open_network, select_network
 from fastresnet.models import MODELS, create_model, list_models
 from fastresnet.tensors import StoredTensor
+from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.contents import recognise
 from pipelines.errors import DataError, Note, check_choice, list_some
 from pipelines.sampling import IMAGE_SIZE, NormalizationMode
-from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import CIFAR10, MOST_CLASSES, Dataset, are_class_names
 
 # Of CIFAR-10's training images, from exact counts of their pixel values.
 CIFAR10_MEAN = (0.49139967861519596, 0.4821584083946079, 0.4465309144454657)
 CIFAR10_STD = (0.24703223246328201, 0.24348512800005553, 0.2615878417279645)
+CIFAR100_MEAN, CIFAR100_STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # as in chenyaofo's recipes
 
 # Those of `device.DTYPES`. That module needs libraries that `torch.hub` should not require.
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -136,8 +137,9 @@ def _load(file: BinaryIO, path: Path, model: str | None) -> Weights:
     network = create_model(name, num_classes=num_classes, shortcut=shortcut)
     _load_state(network, state, path)
     normalization = config["normalization"] if isinstance(config, dict) else "channel"
+    assumed, mean, std = _normalization_of(num_classes)
     if description is not None and not facts.keys() >= {"mean", "std"}:
-        warnings.warn(f"{path} does not say its normalisation: CIFAR-10's is taken", Note, stacklevel=2)
+        warnings.warn(f"{path} does not say its normalisation: {assumed}'s is taken", Note, stacklevel=2)
     classes, named = _names(facts, num_classes)
     return Weights(
         network.eval(),
@@ -147,8 +149,8 @@ def _load(file: BinaryIO, path: Path, model: str | None) -> Weights:
         config,
         classes=classes,
         named=named,
-        mean=_planes(facts.get("mean", CIFAR10_MEAN), 1 if normalization != "pixel" else IMAGE_SIZE, path),
-        std=_deviations(facts.get("std", CIFAR10_STD), path),
+        mean=_planes(facts.get("mean", mean), 1 if normalization != "pixel" else IMAGE_SIZE, path),
+        std=_deviations(facts.get("std", std), path),
         data_sha256=facts.get("data_sha256"),
     )
 
@@ -156,10 +158,18 @@ def _load(file: BinaryIO, path: Path, model: str | None) -> Weights:
 def note_assumptions(weights: Weights, given: object, *, normalized: bool = True) -> None:
     """Say in notes what is assumed of the classes, and if `normalized` of the normalisation, of foreign weights."""
     if weights.training is None and normalized:
-        warnings.warn(f"{given} does not say its normalisation: CIFAR-10's mean and std are taken", Note, stacklevel=2)
+        assumed, *_ = _normalization_of(weights.num_classes)
+        warnings.warn(f"{given} does not say its normalisation: {assumed}'s mean and std are taken", Note, stacklevel=2)
     if not weights.named:
         shown = "CIFAR-10's are assumed" if weights.classes == CIFAR10_CLASSES else "their numbers are shown"
         warnings.warn(f"{given} does not name its classes: {shown}", Note, stacklevel=2)
+
+
+def _normalization_of(num_classes: int) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
+    """Return the data set, mean and standard deviation that are assumed for so many classes."""
+    if num_classes == 100:
+        return "CIFAR-100", CIFAR100_MEAN, CIFAR100_STD
+    return "CIFAR-10", CIFAR10_MEAN, CIFAR10_STD
 
 
 # --- descriptions of this program ---------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .archives import MEMBER_LIMIT, ArchiveError, File
+from .archives import ArchiveError, File
 from .contents import WINDOW, describe
 from .errors import DataError, list_some, note, reason_of
 from .image_limits import Effort, LimitedStream, check_pixels, is_transparent, leave_out_long_exif, limited
 from .sampling import IMAGE_SIZE
+
+_FILE_LIMIT = 64 << 20  # bytes
 
 Report = Callable[[str, int, int], None]
 """Report of progress, called with (current task, amount done, total amount)."""
@@ -99,9 +101,9 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
     from PIL import Image
 
     with file.open() as opened:
-        content = opened.read(MEMBER_LIMIT + 1)
-    if len(content) > MEMBER_LIMIT:
-        raise DataError(f"{file.name} has over {MEMBER_LIMIT:,} bytes. Scale the image down.")
+        content = opened.read(_FILE_LIMIT + 1)
+    if len(content) > _FILE_LIMIT:
+        raise DataError(f"{file.name} has over {_FILE_LIMIT:,} bytes. Scale the image down.")
     head, effort = content[:WINDOW], effort or Effort()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata

@@ -12,13 +12,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import __version__
+from .cifar import CIFAR10_CLASSES, CIFARS, verify
 from .downloads import download
 from .errors import DataError, Note, UsageError, check_choice, nearest
 from .files import is_temporary, remove_temporary_folders
 from .formats import JpegSettings, open_derived, read_manifest, write_shard, writing_derived
 from .shapes10 import draw_shapes10
-from .sources import CIFAR10_ARCHIVE, CIFAR10_CLASSES, Report, check_exists, read_source, verify_cifar10
+from .sources import Report, check_exists, read_source
 from .store import (
+    BUILT_IN,
     CIFAR10,
     DERIVED_FILES,
     SHAPES10,
@@ -50,11 +52,11 @@ def store_folder(data: str, root: Path | None) -> Path:
 def find_dataset(data: str, root: Path | None, report: Report = lambda *_: None) -> Dataset:
     """Open the data set named `data` in `root` (see `data_root`), or the store in folder `data`.
 
-    If missing, `cifar10` is downloaded and `shapes10` is drawn. Raises the same errors as `prepare`.
+    If missing, `cifar10` and `cifar100` are downloaded and `shapes10` is drawn. Raises the same errors as `prepare`.
     """
     folder = store_folder(data, root)
     if not (folder / "meta.json").exists():
-        if data in (CIFAR10, SHAPES10):
+        if data in BUILT_IN:
             return prepare(data, data_root(root), report)[0]
         _check_name_known(data, data_root(root))
     return open_store(folder)
@@ -75,9 +77,9 @@ def prepare(
 ) -> tuple[Dataset, bool]:
     """Create the store `root`/`name` unless it exists and is intact; return it, and True if anything was created.
 
-    Without `source`, `cifar10` is downloaded and `shapes10` drawn with `train_images` and `test_images` images.
-    Images in `source` that come without test images are divided by `split`, the fraction to test on. `skip_unreadable`
-    leaves out images that cannot be read, with a `Note`.
+    Without `source`, `cifar10` and `cifar100` are downloaded, and `shapes10` is drawn with `train_images` and
+    `test_images` images. Images in `source` that come without test images are divided by `split`, the fraction to test
+    on. `skip_unreadable` leaves out images that cannot be read, with a `Note`.
     `formats` other than `raw`, the store itself, are derived from it if missing or damaged. A second process that
     prepares the same store waits for the first. Raises `DataError` on an invalid source, or other files in place of
     the store. Raises `UsageError` on an invalid name or a missing library of a format.
@@ -101,7 +103,7 @@ def prepare(
     derived = [kind for kind in formats if kind != "raw"]
     if (existing := _existing(folder)) is not None and not derived:
         return existing, False
-    if existing is None and source is None and name not in (CIFAR10, SHAPES10):
+    if existing is None and source is None and name not in BUILT_IN:
         if (folder / "meta.json").exists():
             raise DataError(f"{folder} is damaged; prepare it from its files again: --source PATH")
         _check_name_known(name, root)
@@ -127,7 +129,7 @@ def find_test_data(data: str, root: Path | None, report: Report = lambda *_: Non
     Of images in CLASS/ all are for testing. Raises `DataError` as `find_dataset` and `read_source` do.
     """
     path = Path(os.path.expanduser(data))
-    is_store = data in (CIFAR10, SHAPES10) or (store_folder(data, root) / "meta.json").exists()
+    is_store = data in BUILT_IN or (store_folder(data, root) / "meta.json").exists()
     if is_store or not path.exists() or any(path.glob("*/meta.json")):
         return find_dataset(data, root, report)
     return Dataset.of_test_images(path.resolve().name, read_source(path, report, only_test=True), path)
@@ -135,7 +137,7 @@ def find_test_data(data: str, root: Path | None, report: Report = lambda *_: Non
 
 def _check_name_known(data: str, root: Path) -> None:
     """Raise `DataError` if `data`, which is not a store, resembles the name of one."""
-    names = {CIFAR10, SHAPES10, *(meta.parent.name for meta in root.glob("*/meta.json"))}
+    names = {*BUILT_IN, *(meta.parent.name for meta in root.glob("*/meta.json"))}
     if Path(data).parent == Path() and (near := nearest(data, names, similarity=0.8)):
         raise DataError(
             f"there is no data set {data!r} in {root}: did you mean {near!r}? If not, prepare it from its files: "
@@ -215,14 +217,14 @@ def _read(
         return draw_shapes10(train_images, test_images, report), "drawn"
     if source is not None:
         data = read_source(source, report, split=split, skip_unreadable=skip_unreadable)
-        if name == CIFAR10:
-            if data.classes != CIFAR10_CLASSES:
+        if name in CIFARS:
+            if name == CIFAR10 and data.classes != CIFAR10_CLASSES:
                 raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
-            verify_cifar10(data, source)
+            verify(name, data, source)
         return data, source.name if split is None else f"{source.name}, split {split}"
-    archive = download(CIFAR10_ARCHIVE, root / "downloads", report)
+    archive = download(CIFARS[name].archive, root / "downloads", report)
     data = read_source(archive, report)
-    verify_cifar10(data, archive)
+    verify(name, data, archive)
     archive.unlink()
     with contextlib.suppress(OSError):  # something else is in it
         archive.parent.rmdir()

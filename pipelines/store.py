@@ -16,7 +16,8 @@ import mmap
 import os
 import shlex
 import tokenize
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -28,7 +29,7 @@ from .prng import Stream, permutation, stream_key
 from .sampling import IMAGE_SIZE
 from .texts import read_json
 
-CIFAR10, SHAPES10 = "cifar10", "shapes10"
+CIFAR10, CIFAR100, SHAPES10 = BUILT_IN = "cifar10", "cifar100", "shapes10"
 """Data sets that are prepared without files from the user."""
 
 MOST_CLASSES = 1 << 15
@@ -65,6 +66,8 @@ class RawData:
     """Classes of the images, int64 [N], 0..len(classes)-1."""
     test_images: np.ndarray
     test_labels: np.ndarray
+    files_md5: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """MD5 of the files of CIFAR-10 or CIFAR-100 that it was read from, by name."""
 
     def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return images and labels of each split, by its name."""
@@ -274,7 +277,7 @@ def prepare_command(folder: Path) -> str:
 
 def prepare_again_command(folder: Path) -> str:
     """Return the command that prepares a missing or damaged store; a user's own data set needs --source."""
-    source = "" if folder.absolute().name in (CIFAR10, SHAPES10) else " --source PATH"
+    source = "" if folder.absolute().name in BUILT_IN else " --source PATH"
     return f"{prepare_command(folder)}{source}"
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from benchmarks.__main__ import COMMANDS
 from fastresnet import cli, models, terminal
 from fastresnet.models import create_model
+from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.prepare import prepare
-from pipelines.sources import CIFAR10_CLASSES
 from pipelines.store import RawData, write_store
 
 PROJECT = Path(__file__).parents[1]

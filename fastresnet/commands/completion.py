@@ -119,7 +119,7 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
 def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
     """Return the values of options: from their types or, where these list none, from the modules."""
     from fastresnet.models import list_models
-    from pipelines.prepare import CIFAR10, FORMATS, SHAPES10
+    from pipelines.prepare import BUILT_IN, FORMATS
 
     typed = {
         f"--{name.replace('_', '-')}": words
@@ -131,6 +131,6 @@ def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
         "--threads": ("auto",),
         "--model": list_models(),
         "--models": list_models(),
-        "--data": (CIFAR10, SHAPES10),
+        "--data": BUILT_IN,
         "--formats": FORMATS,
     }

@@ -16,9 +16,9 @@ class Options:
     """Prepare a data set once: verified, in plain NumPy files. Intact existing files are kept."""
 
     data: str = "cifar10"
-    """Name: cifar10 (downloaded unless --source is given), shapes10 (drawn), or your own for --source."""
+    """Name: cifar10 or cifar100 (downloaded unless --source is given), shapes10 (drawn), or your own for --source."""
     source: Path | None = None
-    """Folder or archive (.tar, .tar.gz, .tar.xz, .tar.bz2 or .zip) of CIFAR-10's files, python or binary version, or
+    """Folder or archive (.tar, .tar.gz, .tar.xz, .tar.bz2 or .zip) of CIFAR-10's or CIFAR-100's files, or
     of images (PNG, JPEG, BMP, GIF, PPM, TIFF or WebP) in train/CLASS/ and test/CLASS/."""
     split: float | None = None
     """Fraction of the images of --source to test on, if it has no test folder, such as 0.2. Only its own pixels decide

@@ -27,9 +27,10 @@ from fastresnet.evaluation import (
 from fastresnet.models import create_model
 from fastresnet.pretrained import pretrained_file
 from fastresnet.weights import Normalized, Weights, load_weights
+from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.errors import DataError, Note, RunError, UsageError
 from pipelines.resident import DevicePipeline
-from pipelines.sources import CIFAR10_CLASSES, read_source
+from pipelines.sources import read_source
 from pipelines.store import RawData, write_store
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from fastresnet.commands import predict
 from fastresnet.models import create_model
 from fastresnet.pretrained import pretrained_card, pretrained_file
 from fastresnet.weights import Normalized, load_weights
-from pipelines.sources import CIFAR10_CLASSES
+from pipelines.cifar import CIFAR10_CLASSES
 
 
 @pytest.fixture
@@ -149,11 +149,12 @@ def test_the_figure_of_more_than_16_images_says_so(run, images, tmp_path, datase
     assert "shows the first 16 of 19 images" in err
 
 
-def test_foreign_weights_are_normalised_with_a_note(run, images, tmp_path):
-    torch.save(create_model("resnet20").state_dict(), tmp_path / "w.pt")
+@pytest.mark.parametrize("classes", [10, 100])
+def test_foreign_weights_are_normalised_with_a_note(run, images, tmp_path, classes):
+    torch.save(create_model("resnet20", num_classes=classes).state_dict(), tmp_path / "w.pt")
     code, _, err = run("predict", images, "--weights", tmp_path / "w.pt")
     assert code == 0
-    assert "w.pt does not say its normalisation: CIFAR-10's mean and std are taken" in err
+    assert f"w.pt does not say its normalisation: CIFAR-{classes}'s mean and std are taken" in err
     assert "normalisation" not in run("predict", images)[2]
 
 

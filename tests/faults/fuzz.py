@@ -46,12 +46,13 @@ from fastresnet.weights import load_weights
 from pipelines import archives, contents, formats, image_limits, images, pickles, sources, store, texts
 from pipelines.archives import file_at
 from pipelines.base import is_installed
+from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.errors import UserError
 from pipelines.files import write_json
 from pipelines.formats import open_derived, open_shard
 from pipelines.images import read_image
 from pipelines.prepare import prepare
-from pipelines.sources import CIFAR10_CLASSES, read_source
+from pipelines.sources import read_source
 from pipelines.store import DERIVED_FILES, open_store
 from tests.limits import Defect, limits
 from tests.pipelines.conftest import FakeCifar, pack

@@ -1,6 +1,6 @@
-"""Fake CIFAR-10s with random pixels in every official packing, and the batches that a pipeline must deliver.
+"""Fake CIFAR-10s and CIFAR-100s with random pixels in every official packing, and the batches of a pipeline.
 
-NumPy computes them image by image.
+NumPy computes these image by image.
 """
 
 from __future__ import annotations
@@ -69,6 +69,32 @@ class FakeCifar:
             records = np.concatenate([self.labels[row][:, None].astype(np.uint8), self.planes(row)], axis=1)
             members[f"{name}.bin"] = records.tobytes()
         return {**members, "batches.meta.txt": "\n".join([*self.classes, "", ""]).encode()}
+
+
+class FakeCifar100(FakeCifar):
+    """Those of seven batches as one: a training and a test file, with fine and coarse labels."""
+
+    def python(self, dump: Callable[[Any], bytes] | None = None) -> dict[str, bytes]:
+        dump = dump or pickle_like_python2
+        batches = super().python(pickle.dumps)
+        members = {}
+        for name, rows in (("train", self.names[:-1]), ("test", self.names[-1:])):
+            parts = [pickle.loads(batches[row]) for row in rows]
+            labels = [label for part in parts for label in part[b"labels"]]
+            members[name] = dump(
+                {
+                    b"filenames": [file for part in parts for file in part[b"filenames"]],
+                    b"batch_label": b"training batch 1 of 1",
+                    b"fine_labels": labels,
+                    b"coarse_labels": [label // 2 for label in labels],
+                    b"data": np.concatenate([part[b"data"] for part in parts]),
+                }
+            )
+        names = {
+            b"fine_label_names": [name.encode() for name in self.classes],
+            b"coarse_label_names": [b"animals", b"plants"],
+        }
+        return {**members, "meta": dump(names)}
 
 
 def pickle_like_python2(value: Any) -> bytes:
@@ -182,6 +208,7 @@ class Helpers:
     """The functions above, for test modules, which cannot import this one."""
 
     FakeCifar = FakeCifar
+    FakeCifar100 = FakeCifar100
     pack = staticmethod(pack)
     make_tar = staticmethod(make_tar)
     make_zip = staticmethod(make_zip)
@@ -189,6 +216,7 @@ class Helpers:
     open_small = staticmethod(open_small)
     expected_epoch = staticmethod(expected_epoch)
     collect = staticmethod(collect)
+    pickle_like_python2 = staticmethod(pickle_like_python2)
     pickle_like_python3 = staticmethod(lambda value: pickle.dumps(value, protocol=4))
 
     @staticmethod
@@ -216,6 +244,12 @@ class Helpers:
 @pytest.fixture(scope="session")
 def helpers() -> type[Helpers]:
     return Helpers
+
+
+@pytest.fixture(scope="session")
+def fake100() -> FakeCifar100:
+    """A fake CIFAR-100 with five classes."""
+    return FakeCifar100(("ant", "bee", "cat", "daisy", "elm"))
 
 
 @pytest.fixture(scope="session")

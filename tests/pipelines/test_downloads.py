@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import downloads
+from pipelines.cifar import CIFARS
 from pipelines.downloads import Archive, download
 from pipelines.errors import DataError, Note, UsageError
-from pipelines.sources import CIFAR10_ARCHIVE
 
 BODY = bytes(range(251)) * 40  # 10,040 bytes; those at one place are not those at another
 OTHER = BODY[:-1] + b"?"
@@ -284,8 +284,11 @@ def test_a_redirect_is_followed(start, fetch):
         thread.join()
 
 
-def test_cifar10_is_that_of_torchvision(tmp_path):
-    torchvision = pytest.importorskip("torchvision.datasets")
-    addresses = CIFAR10_ARCHIVE.addresses()
-    assert (addresses[0], CIFAR10_ARCHIVE.md5) == (torchvision.CIFAR10.url, torchvision.CIFAR10.tgz_md5)
-    assert {Path(address).name for address in addresses} == {torchvision.CIFAR10.filename}
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_the_archives_are_those_of_torchvision(name):
+    theirs = getattr(pytest.importorskip("torchvision.datasets"), name)
+    archive = CIFARS[name.lower()].archive
+    assert (archive.addresses()[0], archive.md5) == (theirs.url, theirs.tgz_md5)
+    assert {Path(address).name for address in archive.addresses()} == {theirs.filename}
+    files = dict((*theirs.train_list, *theirs.test_list, tuple(theirs.meta.values())[::2]))
+    assert CIFARS[name.lower()].files_md5 in ({}, files)

@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from pipelines import prepare as preparation
+from pipelines.cifar import CIFAR10_CLASSES, CIFARS
 from pipelines.downloads import Archive
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.prepare import data_root, find_dataset, prepare
 from pipelines.shapes10 import CLASSES, draw_shapes10
-from pipelines.sources import CIFAR10_ARCHIVE, CIFAR10_CLASSES
 from pipelines.store import Dataset, open_store
 
 TRAIN, TEST = 40, 20
@@ -336,19 +336,22 @@ def test_other_pixels_in_the_classes_of_cifar10_are_not_cifar10(make, root, tmp_
     assert not (root / "cifar10").exists()
 
 
-def test_cifar10_without_source_is_downloaded_verified_and_the_archive_removed(make, root, archive, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_without_source_is_downloaded_verified_and_the_archive_removed(make, root, archive, monkeypatch, name):
     verified = []
 
     def download(wanted: Archive, folder: Path, _) -> Path:
-        assert wanted is CIFAR10_ARCHIVE
+        assert wanted is CIFARS[name].archive
         folder.mkdir(parents=True)
         return Path(shutil.copy(archive, folder))
 
     monkeypatch.setattr(preparation, "download", download)
-    monkeypatch.setattr(preparation, "verify_cifar10", lambda data, path: verified.append((data.classes, path.name)))
-    dataset, made = make("cifar10")
+    monkeypatch.setattr(
+        preparation, "verify", lambda name, data, path: verified.append((name, data.classes, path.name))
+    )
+    dataset, made = make(name)
     assert made
-    assert verified == [(dataset.classes, archive.name)]
+    assert verified == [(name, dataset.classes, archive.name)]
     assert json.loads((dataset.folder / "meta.json").read_text())["source"] == "download"
     assert not (root / "downloads").exists()
 

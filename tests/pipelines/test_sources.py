@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -25,8 +26,9 @@ import numpy as np
 import pytest
 
 from pipelines.archives import list_files
+from pipelines.cifar import CIFAR10_CLASSES, CIFARS, verify
 from pipelines.errors import DataError, UsageError
-from pipelines.sources import CIFAR10_CLASSES, read_source, verify_cifar10
+from pipelines.sources import read_source
 from pipelines.store import RawData, channel_statistics
 from tests.limits import limits
 
@@ -104,6 +106,77 @@ def test_reading_changes_nothing_on_disk(tmp_path, helpers, fake, read, monkeypa
     before = helpers.tree(tmp_path)
     read(path)
     assert helpers.tree(tmp_path) == before
+
+
+# --- CIFAR-100 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("version", ["python 2", "python 3"])
+def test_cifar100_has_its_fine_labels(tmp_path, helpers, fake100, read, version, packing):
+    dump = helpers.pickle_like_python3 if version == "python 3" else None
+    helpers.assert_equal(read(helpers.pack(tmp_path, packing, fake100.python(dump))), fake100)
+
+
+@pytest.mark.parametrize("missing", ["train", "test", "meta"])
+def test_incomplete_cifar100_names_what_is_missing(tmp_path, helpers, fake100, refused, missing):
+    members = {name: data for name, data in fake100.python().items() if name != missing}
+    refused(helpers.make_folder(tmp_path / "f", members), f"is not a complete CIFAR-100: {missing} missing")
+
+
+def test_a_folder_of_both_is_refused(tmp_path, helpers, fake, fake100, refused):
+    helpers.make_folder(tmp_path / "data" / "cifar-10-batches-py", fake.python())
+    helpers.make_folder(tmp_path / "data" / "cifar-100-python", fake100.python())
+    refused(tmp_path / "data", "CIFAR-10 and CIFAR-100. Give the folder of one of them")
+
+
+def test_other_files_of_the_names_of_cifar100_are_no_part_of_it(tmp_path, helpers, fake, read):
+    path = helpers.make_folder(tmp_path / "f", {**fake.python(), "meta": b"notes", "train": b"", "test": b"\x89PNG"})
+    helpers.assert_equal(read(path), fake)
+
+
+def test_cifar100_is_verified_by_its_files(tmp_path, helpers, fake100, read, monkeypatch):
+    members = fake100.python()
+    path = helpers.pack(tmp_path, "tar.gz", members)
+    with pytest.raises(DataError, match="its files train, test, meta are not those of CIFAR-100"):
+        verify("cifar100", read(path), path)
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in members.items()}
+    monkeypatch.setitem(CIFARS, "cifar100", replace(CIFARS["cifar100"], files_md5=md5))
+    verify("cifar100", read(path), path)
+    other = helpers.pack(
+        tmp_path, "zip", {**members, "test": helpers.FakeCifar100(fake100.classes, 1).python()["test"]}
+    )
+    with pytest.raises(DataError, match="its files test are not those of CIFAR-100") as caught:
+        verify("cifar100", read(other), other)
+    assert str(other) in str(caught.value)
+
+
+def test_other_images_are_not_cifar100(fake, tmp_path):
+    data = RawData(fake.classes, fake.train_images, fake.train_labels, fake.test_images, fake.test_labels)
+    with pytest.raises(DataError, match="its images are not those of CIFAR-100"):
+        verify("cifar100", data, tmp_path)
+
+
+def test_a_cifar100_of_its_true_size_is_read(tmp_path, helpers, read):
+    """Its training file has 155 MB, and names of 50,000 images."""
+    rng = np.random.default_rng(0)
+    members = {}
+    for name, rows in (("train", 50_000), ("test", 10_000)):
+        labels = rng.integers(0, 100, rows).tolist()
+        content = {
+            b"filenames": [b"bos_taurus_s_%06d.png" % row for row in range(rows)],
+            b"batch_label": b"batch 1 of 1",
+            b"fine_labels": labels,
+            b"coarse_labels": [label // 5 for label in labels],
+            b"data": rng.integers(0, 256, (rows, 3072), np.uint8),
+        }
+        members[name] = helpers.pickle_like_python3(content)  # which numbers each name: most memory
+    names = [b"class %d" % number for number in range(100)]
+    members["meta"] = helpers.pickle_like_python2({b"fine_label_names": names, b"coarse_label_names": names[:20]})
+    data = read(helpers.make_tar(tmp_path / "cifar-100-python.tar", members))
+    assert (data.train_images.shape, len(data.classes)) == ((50_000, 32, 32, 3), 100)
+    assert data.test_labels.tolist() == labels
+    np.testing.assert_array_equal(data.test_images[-1].transpose(2, 0, 1).ravel(), content[b"data"][-1])
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
@@ -847,7 +920,7 @@ def test_source_that_can_be_read_only_once_is_refused_and_not_read(tmp_path, ref
 def test_verification_refuses_other_pixels(tmp_path, helpers, read, classes):
     path = helpers.pack(tmp_path, "tar", helpers.FakeCifar(classes).python())
     with pytest.raises(DataError, match="are not those of CIFAR-10") as caught:
-        verify_cifar10(read(path), path)
+        verify("cifar10", read(path), path)
     assert str(path) in str(caught.value)
 
 
@@ -873,7 +946,7 @@ def test_real_archive_equals_torchvision(real, by_torchvision):
 
 
 def test_real_archive_is_accepted(real, cifar10_archive):
-    verify_cifar10(real, cifar10_archive)
+    verify("cifar10", real, cifar10_archive)
 
 
 def test_real_archive_has_the_published_counts_and_statistics(real):
@@ -893,7 +966,7 @@ def test_real_data_in_the_binary_version_and_another_order_is_accepted(tmp_path,
     (tmp_path / "batches.meta.txt").write_text("\n".join(by_torchvision.classes) + "\n\n")
     data = read(tmp_path)
     assert data.train_labels[:10_000].tolist() == labels[30_000:40_000].tolist()
-    verify_cifar10(data, tmp_path)
+    verify("cifar10", data, tmp_path)
 
 
 def write_records(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -912,4 +985,4 @@ def test_real_data_with_one_change_is_refused(real, what, split):
         other = int(np.argmax(labels != labels[0]))
         labels[[0, other]] = labels[[other, 0]]
     with pytest.raises(DataError, match=f"{split} images are not those of CIFAR-10"):
-        verify_cifar10(replace(real, **arrays), Path("changed"))
+        verify("cifar10", replace(real, **arrays), Path("changed"))
