@@ -54,6 +54,7 @@ _SPEEDNET = functools.partial(
 
 MODELS = {
     **{f"resnet{depth}": _RESNET(depth) for depth in DEPTHS},
+    "resnet18": ModelSpec("fastresnet.models.resnet:create_resnet18", 18),
     **{f"plain{depth}": _PLAIN(depth) for depth in DEPTHS},
     **{f"se-resnet{depth}": _RESNET(depth, {"squeeze_excitation": True}) for depth in (20, 56)},
     **{f"preresnet{depth}": _PRERESNET(depth) for depth in (20, 56, 110)},

@@ -3,7 +3,8 @@
 6n + 2 weighted layers: a 3x3 convolution, three stages of n blocks, global average pooling and a linear layer. Each
 block has two 3x3 convolutions. The stages have 16, 32 and 64 channels on 32x32, 16x16 and 8x8 pixels. Parameters are
 named as in torchvision (`layer1.0.conv1`, `downsample.0`, `fc`). Optional squeeze and excitation follows Hu, Shen &
-Sun, "Squeeze-and-Excitation Networks", 2018. The networks in the other files share these parts.
+Sun, "Squeeze-and-Excitation Networks", 2018. ResNet-18 is the one of section 4.1 without the large strides of its
+beginning, as in kuangliu/pytorch-cifar. The networks in the other files share these parts.
 """
 
 from __future__ import annotations
@@ -111,23 +112,26 @@ def create_stages(block: Block, widths: Sequence[int], blocks: int, drop_path: f
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 convolution, three stages of blocks, global average pooling and a linear layer."""
+    """A 3x3 convolution, three or four stages of blocks, global average pooling and a linear layer."""
 
     def __init__(
-        self, block: Block, widths: tuple[int, int, int, int], blocks: int, *, num_classes: int, drop_path: float
+        self, block: Block, widths: tuple[int, ...], blocks: int, *, num_classes: int, drop_path: float
     ) -> None:
         """Create a network with `blocks` blocks a stage. `widths`: channels of the convolution and of the stages."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = BatchNorm2d(widths[0], relu=True)
-        self.layer1, self.layer2, self.layer3 = create_stages(block, widths, blocks, drop_path)
-        self.fc = nn.Linear(widths[3], num_classes)
+        self.layer1, self.layer2, self.layer3, *fourth = create_stages(block, widths, blocks, drop_path)
+        self.layer4 = fourth[0] if fourth else None
+        self.fc = nn.Linear(widths[-1], num_classes)
         self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
         x = self.bn1(self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
+        if self.layer4 is not None:
+            x = self.layer4(x)
         return self.fc(x.mean(dim=(2, 3)))
 
 
@@ -165,3 +169,9 @@ def create_resnet(
     """Create ResNet-`depth`, or with `plain` the same network without shortcuts."""
     block = functools.partial(BasicBlock, shortcut=None if plain else shortcut, squeeze_excitation=squeeze_excitation)
     return CifarResNet(block, (16, 16, 32, 64), (depth - 2) // 6, num_classes=num_classes, drop_path=drop_path)
+
+
+def create_resnet18(depth: int, *, num_classes: int, shortcut: str, drop_path: float) -> CifarResNet:
+    """Create ResNet-`depth` of four stages with 64 to 512 channels, on 32x32 to 4x4 pixels."""
+    block = functools.partial(BasicBlock, shortcut=shortcut, squeeze_excitation=False)
+    return CifarResNet(block, (64, 64, 128, 256, 512), (depth - 2) // 8, num_classes=num_classes, drop_path=drop_path)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastresnet.models import create_model
 
-LARGEST = ("resnet1202", "plain1202", "wrn16-8", "wrn28-10", "resnext29-4x64d", "resnext29-8x64d")
+LARGEST = ("resnet18", "resnet1202", "plain1202", "wrn16-8", "wrn28-10", "resnext29-4x64d", "resnext29-8x64d")
 SMALLEST = [
     *(("resnet20", "A"), ("resnet20", "B"), ("plain20", "B"), ("se-resnet20", "A"), ("se-resnet20", "B")),
     *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B"), ("speednet", "B")),
@@ -69,7 +69,7 @@ class Layers:
         return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
     def classify(self, x):
-        return self.linear("fc", F.avg_pool2d(x, 8).flatten(1))
+        return self.linear("fc", F.avg_pool2d(x, x.shape[-1]).flatten(1))
 
     def scaled(self, block, out):
         """Scale the residual branch `out` of that block as stochastic depth does."""
@@ -95,9 +95,9 @@ class Layers:
         padded[:, first : first + x.shape[1]] = x[:, :, ::2, ::2]
         return padded
 
-    def resnet(self, x, depth, option):
+    def resnet(self, x, depth, option, stages=3):
         x = F.relu(self.norm("bn1", self.conv("conv1", x, padding=1)))
-        for number, name, stride in block_names((depth - 2) // 6):
+        for number, name, stride in block_names((depth - 2) // (2 * stages), stages):
             out = F.relu(self.norm(f"{name}.bn1", self.conv(f"{name}.conv1", x, stride=stride, padding=1)))
             out = self.norm(f"{name}.bn2", self.conv(f"{name}.conv2", out, padding=1))
             out = self.scaled(number, self.excited(name, out))
@@ -166,9 +166,9 @@ class Layers:
         return self.classify(x)
 
 
-def block_names(blocks):
-    """Yield number, name and stride of each block of three stages."""
-    for number in range(3 * blocks):
+def block_names(blocks, stages=3):
+    """Yield number, name and stride of each block of the stages."""
+    for number in range(stages * blocks):
         stage, block = divmod(number, blocks)
         yield number, f"layer{stage + 1}.{block}", 2 if stage and not block else 1
 
@@ -176,6 +176,7 @@ def block_names(blocks):
 REFERENCES = [
     ("resnet20", "A", lambda layers, x: layers.resnet(x, 20, "A")),
     ("resnet20", "B", lambda layers, x: layers.resnet(x, 20, "B")),
+    ("resnet18", "B", lambda layers, x: layers.resnet(x, 18, "B", stages=4)),
     ("plain20", "A", lambda layers, x: layers.resnet(x, 20, None)),
     ("plain20", "B", lambda layers, x: layers.resnet(x, 20, None)),
     ("resnet32", "A", lambda layers, x: layers.resnet(x, 32, "A")),

@@ -87,6 +87,24 @@ def tally_se_resnet(blocks):
     return tally
 
 
+def tally_resnet18():
+    tally, in_channels = Tally(), 64
+    tally.conv(3, 64, 3, 32)
+    tally.norm(64)
+    for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        for _ in range(2):
+            tally.conv(in_channels, channels, 3, side)
+            tally.conv(channels, channels, 3, side)
+            tally.norm(channels)
+            tally.norm(channels)
+            if in_channels != channels:
+                tally.conv(in_channels, channels, 1, side)
+                tally.norm(channels)
+            in_channels = channels
+    tally.linear(512, 10)
+    return tally
+
+
 def tally_pre_activation(blocks, widths, bottleneck=False):
     tally, in_channels = Tally(), 16
     tally.conv(3, 16, 3, 32)
@@ -160,6 +178,7 @@ def tally_pooled(tally, side, widths, more):
 
 
 LATER_NETWORKS = {
+    "resnet18": (18, tally_resnet18),
     "se-resnet20": (20, lambda: tally_se_resnet(3)),
     "se-resnet56": (56, lambda: tally_se_resnet(9)),
     "preresnet20": (20, lambda: tally_pre_activation(3, (16, 32, 64))),
@@ -311,8 +330,15 @@ def test_sizes_of_later_networks(name):
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    # Zagoruyko & Komodakis 2016, table 5, which has He et al. 2016 too; Xie et al. 2017, table 7.
-    [("preresnet110", 1.7), ("preresnet164", 1.7), ("wrn16-8", 11.0), ("wrn28-10", 36.5), ("resnext29-8x64d", 34.4)],
+    # Zagoruyko & Komodakis 2016, table 5, which has He et al. 2016 too; Xie et al. 2017, table 7; for ResNet-18, timm.
+    [
+        ("preresnet110", 1.7),
+        ("preresnet164", 1.7),
+        ("wrn16-8", 11.0),
+        ("wrn28-10", 36.5),
+        ("resnext29-8x64d", 34.4),
+        ("resnet18", 11.2),
+    ],
 )
 def test_parameter_counts_match_the_papers(name, millions):
     assert round(count_parameters(on_meta(name)) / 1e6, 1) == millions
@@ -347,10 +373,8 @@ def test_depth_of_later_networks(name):
     network = on_meta(name)
     convolutions = {key for key, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     projections = {key for key in convolutions if "downsample" in key}
-    in_stages = (
-        0 if name.startswith(("resnet9", "speednet")) else 2 if "resnet" in name and name != "preresnet164" else 3
-    )
-    assert len(projections) == in_stages
+    in_stages = {"resnet9": 0, "speednet": 0, "speednet-wide": 0, "resnet18": 3, "preresnet164": 3}
+    assert len(projections) == in_stages.get(name, 2 if "resnet" in name else 3)
     others = len(convolutions - projections)
     assert find_model(name).depth == (others + len(projections) if name.startswith("wrn") else others + 1)
 

@@ -80,6 +80,25 @@ class ForeignResNet(nn.Module):
         return self.linear(F.avg_pool2d(out, out.size()[3]).view(out.size(0), -1))
 
 
+class ForeignResNet18(ForeignResNet):
+    """kuangliu/pytorch-cifar: ResNet18."""
+
+    def __init__(self, num_classes=10):
+        nn.Module.__init__(self)
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self.stage(64, 64, 2, 1, "B")
+        self.layer2 = self.stage(64, 128, 2, 2, "B")
+        self.layer3 = self.stage(128, 256, 2, 2, "B")
+        self.layer4 = self.stage(256, 512, 2, 2, "B")
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, x):
+        out = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
+        out = F.avg_pool2d(self.layer4(self.layer3(out)), 4)
+        return self.linear(out.view(out.size(0), -1))
+
+
 class TorchvisionStyle(nn.Module):
     """chenyaofo/pytorch-cifar-models: torchvision's blocks and names."""
 
@@ -211,6 +230,16 @@ def test_the_depth_is_inferred(tmp_path, depth, make, shortcut):
     torch.save(reference.state_dict(), tmp_path / "w.pt")
     weights = load_weights(tmp_path / "w.pt")
     assert (weights.name, weights.shortcut) == (f"resnet{depth}", shortcut)
+    assert_same_logits(weights, reference)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_resnet18_of_kuangliu_gives_its_logits(tmp_path, classes):
+    torch.manual_seed(0)
+    reference = trained(ForeignResNet18(classes))
+    torch.save({"net": prefixed("module.", reference.state_dict()), "acc": 95.4, "epoch": 199}, tmp_path / "ckpt.pth")
+    weights = load_weights(tmp_path / "ckpt.pth")
+    assert (weights.name, weights.shortcut, weights.num_classes) == ("resnet18", "B", classes)
     assert_same_logits(weights, reference)
 
 
