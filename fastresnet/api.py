@@ -26,13 +26,13 @@ def train(recipe: str = "fast", *, quiet: bool = False, **settings: Any) -> Run:
     """
     from fastresnet.config import from_dict
     from fastresnet.console import PlainConsole
-    from fastresnet.recipes import create_config, without_limit
+    from fastresnet.recipes import create_config, without_replaced
     from fastresnet.run_folder import read_run, run_path
     from fastresnet.terminal import outlived_output
     from fastresnet.training.loop import train as train_run
     from pipelines.prepare import find_dataset
 
-    base = without_limit(create_config(recipe, settings.get("model")), settings)
+    base = without_replaced(create_config(recipe, settings.get("model")), settings)
     config = from_dict(base.to_dict() | settings, "fastresnet.train")
     dataset = find_dataset(config.data, config.root)
     with outlived_output():

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 from tyro.conf import Suppress
 
-from fastresnet.models import Shortcut, check_model
+from fastresnet.models import OWN, Shortcut, check_model
 from fastresnet.threads import Threads, check_threads
 from pipelines import Augmentation, Decoder, PipelineName
 from pipelines.errors import UsageError, check_choice, check_literals
@@ -49,8 +49,11 @@ SMALLEST_IMAGE = 16
 
 _MOST_RESOLUTIONS = 8  # as many graphs torch.compile makes of a step
 
-_ADDED_LATER = {"resolutions"}
+_ADDED_LATER = {"resolutions", "freeze_backbone", "class_weights", "early_stop", "accumulate"}
 """Settings without which runs were saved in the past."""
+
+ENDING = {"epochs", "iterations", "milestones", "warmup", "early_stop"}
+"""Settings of a run's end, which it may change when it is resumed (`training/extension.py`)."""
 
 # These may differ between a run and its resumption, because they do not affect the result: the checkpoint identifies
 # the data by its digest, not by its folder.
@@ -62,11 +65,18 @@ class TrainConfig:
     """Settings of a training run. Raises `UsageError` on invalid values."""
 
     recipe: Suppress[str] = "baseline"
+    init_sha256: Suppress[str | None] = None
+    """SHA-256 of the file of `init_from`, once it has been read."""
 
     model: str = "resnet20"
     """Network, such as resnet20, preresnet110 or wrn16-8; `fastresnet summary --help` lists all."""
     shortcut: Shortcut = "B"
     """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
+    init_from: str | None = None
+    """Weights to start from: a file as for `eval --weights`, or pretrained:NAME. Other classes get a new linear
+    layer."""
+    freeze_backbone: bool = False
+    """Train the linear layer alone, on the features of --init-from."""
 
     data: str = "cifar10"
     """cifar10, cifar100, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
@@ -78,13 +88,20 @@ class TrainConfig:
     """raw, or jpeg: train on the JPEG shards of `prepare --formats jpeg`, decoded by the dali pipeline."""
     val_split: int = 0
     """Number of training images held out to choose the best checkpoint; the paper holds out 5000."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss; balanced: in inverse proportion to their number of images."""
 
     epochs: int = 160
     """Passes over the training set. Without --iterations, --epochs replaces a recipe's limit of steps too."""
     iterations: int | None = None
     """Stop after this many optimisation steps, even within an epoch. Without it: after --epochs."""
+    early_stop: int = 0
+    """Stop after so many epochs without a higher accuracy on the images of --val-split; 0: never."""
     batch_size: int = 128
     """Images per optimisation step, over all processes of torchrun."""
+    accumulate: int = 1
+    """Number of equal parts of a batch that are computed one after the other, for less memory. Batch norm sees each
+    part by itself."""
     sync_bn: bool = False
     """Compute batch norm over the images of all processes, not of each separately."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
@@ -179,7 +196,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         check_literals(self)
-        for name in ("data", "root", "out"):
+        for name in ("data", "root", "out", "init_from"):
             _check_path(name, getattr(self, name))
         if self.decode == "jpeg" and self.pipeline not in ("auto", "dali"):
             raise UsageError(f"--decode jpeg needs --pipeline dali, not {self.pipeline}.")
@@ -187,6 +204,8 @@ class TrainConfig:
         for name, low, high in (
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1 << 20),
+            ("accumulate", 1, 1 << 20),
+            ("early_stop", 0, 1 << 62),
             ("lr_batch_size", 1, 1 << 20),
             ("iterations", 1, 1 << 62),
             ("val_split", 0, 1 << 62),
@@ -213,8 +232,19 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not in {low}..{high}.")
         check_model(self.model, self.shortcut, self.drop_path, self.zero_init_residual)
         _ = self.augmentation  # checks its own fields
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise UsageError(f"--batch-size {self.batch_size}: mixup and CutMix mix pairs; give an even number.")
+        if self.early_stop and not self.val_split:
+            raise UsageError("--early-stop needs images held out with --val-split: the test set must not end a run.")
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}.")
+        if self.init_from is not None and self.model.startswith(OWN):
+            raise UsageError("--init-from is for networks of this program. Load the weights of your own yourself.")
+        if self.freeze_backbone and self.init_from is None:
+            raise UsageError(
+                "--freeze-backbone trains the linear layer alone: give the other weights with --init-from."
+            )
+        if (self.mixup or self.cutmix) and self.batch_size // self.accumulate % 2:
+            parts = f" in {self.accumulate} parts (--accumulate)" if self.accumulate > 1 else ""
+            raise UsageError(f"--batch-size {self.batch_size}{parts}: mixup and CutMix mix pairs; give an even number.")
         if self.nesterov and (self.optimizer == "adamw" or not self.momentum_of_sgd):
             raise UsageError("--nesterov needs --optimizer sgd or muon, and a --momentum (or --sgd-momentum) above 0.")
         if not 0 < len(self.resolutions) <= _MOST_RESOLUTIONS:
@@ -340,13 +370,14 @@ def plain(value: Any) -> Any:
 def _check_path(name: str, value: Path | str | None) -> None:
     """Raise `UsageError` if no file can have this name, or config.toml cannot contain it."""
     text = str(value)
+    flag = f"--{name.replace('_', '-')}"
     if "\0" in text:
-        raise UsageError(f"--{name} {text!r} contains a NUL, which no file name can.")
+        raise UsageError(f"{flag} {text!r} contains a NUL, which no file name can.")
     try:
         text.encode()
     except UnicodeEncodeError:
         if name != "out":
-            raise UsageError(f"--{name} {text!r} is not UTF-8, as config.toml is. Rename it, or use a link.") from None
+            raise UsageError(f"{flag} {text!r} is not UTF-8, as config.toml is. Rename it, or use a link.") from None
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -377,6 +408,8 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if Path in kinds and isinstance(value, str | Path):
         return Path(os.path.expanduser(value))
+    if str in kinds and isinstance(value, Path):
+        return str(value)
     if type(value) not in kinds:
         names = [kind.__name__ for kind in kinds if isinstance(kind, type) and kind is not type(None)]
         expected = " or ".join([*names, *words])

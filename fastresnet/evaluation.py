@@ -193,6 +193,17 @@ class Reordered(nn.Module):
         return self.network(images).index_select(1, self.order)
 
 
+def check_logits(logits: object, images: Tensor, classes: Sequence[str]) -> None:
+    """Raise `UsageError` unless `logits`, to which a network has mapped `images`, are one for each of `classes`."""
+    if isinstance(logits, Tensor) and logits.shape == (len(images), len(classes)):
+        return
+    got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    raise UsageError(
+        f"the network maps {len(images)} images to {got}; expected are logits {[len(images), len(classes)]}, one for "
+        "each class of the data set."
+    )
+
+
 @contextlib.contextmanager
 def unchanged_modes(model: nn.Module) -> Iterator[None]:
     """Restore training or evaluation mode of each module of `model` at the end of the block."""
@@ -327,12 +338,7 @@ class Evaluator:
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self._precision, self._device):
             logits = self._model(images)
-        if not isinstance(logits, Tensor) or logits.shape != (len(images), len(self._classes)):
-            got = f"{list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise UsageError(
-                f"the network maps {len(images)} images to {got}; expected are logits "
-                f"{[len(images), len(self._classes)]}, one for each class of the data set."
-            )
+        check_logits(logits, images, self._classes)
         return logits.float()
 
     def _gathering_step(self, pipeline: GatheringPipeline) -> Callable[[], None]:

@@ -154,9 +154,14 @@ def create_config(recipe: str, model: str | None = None) -> TrainConfig:
     return RECIPES[recipe](model) if model else RECIPES[recipe]()
 
 
-def without_limit(config: TrainConfig, given: Collection[str]) -> TrainConfig:
-    """Lift the limit of `config` in steps if epochs, but no such limit, are `given`: names of settings to replace."""
-    return dataclasses.replace(config, iterations=None) if "epochs" in given and "iterations" not in given else config
+def without_replaced(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """Reset what depends on settings that are `given`, by name, to replace those of `config`.
+
+    That is the limit in steps, if epochs but no such limit are given, and the digest of other weights to start from.
+    """
+    if "epochs" in given and "iterations" not in given:
+        config = dataclasses.replace(config, iterations=None)
+    return dataclasses.replace(config, init_sha256=None) if "init_from" in given else config
 
 
 def read_config(path: Path, recipe: str | None = None, model: str | None = None) -> TrainConfig:
@@ -171,7 +176,7 @@ def read_config(path: Path, recipe: str | None = None, model: str | None = None)
         raise UsageError(f"{path} is for recipe {named}, not {recipe}. Leave out {recipe}, or change the file.")
     if is_complete(values):
         return TrainConfig(**values)
-    return dataclasses.replace(without_limit(create_config(named, model or values.get("model")), values), **values)
+    return dataclasses.replace(without_replaced(create_config(named, model or values.get("model")), values), **values)
 
 
 # Every run chooses these itself, independent of its recipe.

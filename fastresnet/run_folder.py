@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import UnionType
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastresnet.callbacks import Callback
 from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
-from fastresnet.config import TrainConfig, differences, from_dict, from_toml, in_turn
+from fastresnet.config import ENDING, TrainConfig, differences, from_dict, from_toml, in_turn
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.files import open_file, remove_temporary_folders, write_bytes, write_json
@@ -104,6 +105,11 @@ class Checkpoint:
             raise DataError(f"{self.path} has other tensors than the run. {_REMEDY}") from None
 
 
+def inexact_changes(config: TrainConfig, before: TrainConfig) -> list[str]:
+    """List the settings in which `config` differs from those of a run so far and that affect the last bits."""
+    return [name for name in differences(config.to_dict(), before.to_dict()) if name in _INEXACT_ON_RESUME]
+
+
 def check_folder(folder: Path) -> None:
     """Raise `UsageError` if run `folder` is a link, or contains a pipe, a device or a link to one.
 
@@ -123,8 +129,8 @@ def check_folder(folder: Path) -> None:
 class RunFolder:
     """Files of one run. Of several ranks, only the main one `writes` them."""
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self._writes = path, writes
+    def __init__(self, path: Path, *, writes: bool = True, callbacks: Sequence[Callback] = ()) -> None:
+        self.path, self._writes, self._callbacks = path, writes, callbacks
         self._description: dict[str, Any] = {}
         self._writer = ThreadPoolExecutor(1, "saving")
         self._saving: Future[None] | None = None
@@ -183,10 +189,10 @@ class RunFolder:
 
     def continued(
         self, config: TrainConfig, checkpoint: Checkpoint, dataset: Dataset, *, threads_matter: bool
-    ) -> tuple[TrainConfig, list[str]]:
-        """Return `config` with the run's own measured choices, and the changed settings, which affect the last bits.
+    ) -> tuple[TrainConfig, TrainConfig]:
+        """Return `config` with what the run has measured and read by itself, and the settings of the run so far.
 
-        Raises `DataError` on another data set, `UsageError` on changed settings that affect more.
+        Raises `DataError` on another data set, and `UsageError` on settings that must not change.
         """
         if checkpoint.data_sha256 != dataset.digest:
             raise DataError(
@@ -206,14 +212,16 @@ class RunFolder:
                 config = dataclasses.replace(config, **{name: getattr(saved, name)})  # as measured, for the same bits
         if config.threads == "auto" and threads_matter:
             config = dataclasses.replace(config, threads=saved.threads)
-        changed = [name for name in differences(config.to_dict(), saved.to_dict()) if name != "data"]
-        if decisive := [name for name in changed if name not in _INEXACT_ON_RESUME]:
+        if config.init_sha256 is None:
+            config = dataclasses.replace(config, init_sha256=saved.init_sha256)
+        free = {"data"} | _INEXACT_ON_RESUME | ENDING
+        if decisive := [name for name in differences(config.to_dict(), saved.to_dict()) if name not in free]:
             options = ["--config", str(self.path / "config.toml"), "--out", str(self.path), "--resume"]
             raise UsageError(
                 f"{self.path} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
                 f"fastresnet train {shlex.join(options)}"
             )
-        return config, changed
+        return config, saved
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None if it is missing or unreadable: then the end of the run is repeated."""
@@ -223,8 +231,11 @@ class RunFolder:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def begin(self, config: TrainConfig, dataset: Dataset) -> None:
-        """Write config.toml, and describe `config` and `dataset` in all weights and checkpoints that follow."""
+    def begin(self, config: TrainConfig, dataset: Dataset, epoch: int) -> None:
+        """Write config.toml, and describe `config` and `dataset` in all weights and checkpoints that follow.
+
+        The summary of a finished run that goes on after `epoch` gets its number.
+        """
         constants = Normalization.of(config.normalization, dataset)
         self._description = {
             "config": config.to_dict(),
@@ -239,6 +250,8 @@ class RunFolder:
         if dataset.folder == Path(config.data):
             config = dataclasses.replace(config, data=str(dataset.folder.absolute()))
         if self._writes:
+            if self.read_summary() is not None:  # it was finished
+                os.replace(self.path / "summary.json", self.path / f"summary-{epoch}.json")
             write_bytes(self.path / "config.toml", config.to_toml().encode())
 
     def keep_best(self, model: nn.Module) -> None:
@@ -273,6 +286,8 @@ class RunFolder:
             save_tensors(self.path / "best.ckpt", best(), self._description)
         save_tensors(self.path / "last.ckpt", last(), description, previous=self.path / "previous.ckpt")
         self.write_metrics(description["progress"]["rows"])
+        for callback in self._callbacks:
+            callback.checkpoint(self.path / "last.ckpt")
 
     def _finish_save(self) -> None:
         """Wait for the save in progress, if any. Raises its `OSError`."""

@@ -93,9 +93,11 @@ def _train(config: TrainConfig, began: float) -> int:
 
 def _parse(arguments: list[str]) -> Options:
     """Read the options, whose defaults a recipe or a config file decides."""
-    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config, read_config, without_limit
+    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config, read_config, without_replaced
 
-    given, _ = _extract(arguments, "--config", "--model", "--seeds", "--seed", "--epochs", "--iterations")
+    given, _ = _extract(
+        arguments, "--config", "--model", "--seeds", "--seed", "--epochs", "--iterations", "--init-from", "--init_from"
+    )
     if given.seeds is not None and (given.seed is not None or "RANK" in os.environ):
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     named = bool(arguments) and not arguments[0].startswith("-")
@@ -106,7 +108,7 @@ def _parse(arguments: list[str]) -> Options:
         base = read_config(Path(given.config), recipe, given.model)
     else:
         base = create_config(recipe or DEFAULT_RECIPE, given.model)
-    base = without_limit(base, {name for name, value in vars(given).items() if value is not None})
+    base = without_replaced(base, {name for name, value in vars(given).items() if value is not None})
     read = functools.partial(
         parse,
         Options,

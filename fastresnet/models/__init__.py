@@ -69,13 +69,19 @@ MODELS = {
 }
 
 
+OWN = "own:"
+"""Prefix of the name of a network that a Python program brings along: `own:CLASS`."""
+
+
 def list_models() -> list[str]:
     """List all names that `create_model` accepts."""
     return list(MODELS)
 
 
 def find_model(name: str) -> ModelSpec:
-    """Return the properties of network `name`. Raise `UsageError` on an unknown name."""
+    """Return the properties of network `name`, which may begin with `OWN`. Raise `UsageError` on an unknown name."""
+    if name.startswith(OWN):
+        return ModelSpec("", 0, uses_shortcut=False, supports_drop_path=False, supports_zero_init=False)
     check_choice("model", name, MODELS)
     return MODELS[name]
 
@@ -114,6 +120,8 @@ def create_model(
     `check_model` does.
     """
     check_model(name, shortcut, drop_path, zero_init_residual)
+    if name.startswith(OWN):
+        raise UsageError(f"{name} is a network of a Python program. Train it there: fastresnet.train(model=network).")
     spec = MODELS[name]
     create = pkgutil.resolve_name(spec.creator)
     network = create(spec.depth, num_classes=num_classes, shortcut=shortcut, drop_path=drop_path, **spec.options)

@@ -16,16 +16,19 @@ class StochasticDepth(nn.Module):
     """Dropping of the residual branch of block number `block` with probability `rate`, in training.
 
     The dropped samples are a pure function of (seed, block, step, row), so there is no random generator to save. `step`
-    [1] int64 is a buffer, so that it can change under a captured CUDA graph. It is not part of the weights. `first_row`
-    is the number of the first sample, where other ranks have the rows before it.
+    and `first_row`, the row of the first sample in the whole batch, are buffers [1] int64, so that they can change
+    under a captured CUDA graph. They are not part of the weights.
     """
+
+    step: Tensor
+    first_row: Tensor
 
     def __init__(self, rate: float, block: int) -> None:
         super().__init__()
         self.rate, self.block = rate, block
-        self.first_row = 0
         self.draw_with(0)
-        self.register_buffer("step", torch.zeros(1, dtype=torch.int64), persistent=False)
+        for name in ("step", "first_row"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def draw_with(self, seed: int) -> None:
         self.seed = seed
@@ -48,11 +51,11 @@ def linear_decay(drop_path: float, block: int, blocks: int) -> StochasticDepth |
     return StochasticDepth(drop_path * (block + 1) / blocks, block) if drop_path else None
 
 
-def seed_stochastic_depth(model: nn.Module, seed: int, step: Tensor, first_row: int = 0) -> None:
+def seed_stochastic_depth(model: nn.Module, seed: int, step: Tensor, first_row: Tensor) -> None:
     """Make all of `model` draw with `seed`, for the step whose number is in `step` [1] int64, from `first_row` on.
 
-    The model shares the tensor `step`: the caller increments it in place. Call this when the model is on the device of
-    `step`. A deep copy of the model has one copy of `step`, shared by all its modules.
+    The model shares both tensors, which the caller changes in place. Call this when the model is on their device. A
+    deep copy of the model has one copy of each, shared by all its modules.
     """
     for module in model.modules():
         if isinstance(module, StochasticDepth):

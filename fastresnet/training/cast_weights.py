@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _CAST = (nn.Conv2d, nn.Linear)
 
@@ -36,8 +36,12 @@ class CastWeights:
         torch._foreach_copy_(cast, own)
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Move the gradients of the cast weights to the network's own, in its type and always at the same addresses."""
-        torch._foreach_copy_(self._gradients, [cast.grad for _, cast in self._trained])  # type: ignore[misc]
+    def collect_gradients(self, *, add: bool = False) -> None:
+        """Move the gradients of the cast weights to the network's own, in its type and always at the same addresses.
+
+        With `add`, add them to those that are there.
+        """
+        gradients: list[Tensor] = [cast.grad for _, cast in self._trained]  # type: ignore[misc]
+        (torch._foreach_add_ if add else torch._foreach_copy_)(self._gradients, gradients)
         for (own, cast), gradient in zip(self._trained, self._gradients, strict=True):
             own.grad, cast.grad = gradient, None

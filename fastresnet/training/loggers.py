@@ -1,7 +1,8 @@
-"""Loggers of a run: the terminal and, if requested, TensorBoard, Weights & Biases and MLflow."""
+"""Loggers of a run: the terminal and, if requested, TensorBoard, Weights & Biases, MLflow and a user's callbacks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -9,11 +10,12 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from fastresnet.callbacks import Callback, StopTraining
 from fastresnet.config import TrainConfig
 from fastresnet.console import PlainConsole
 from fastresnet.run_folder import Row
@@ -60,13 +62,47 @@ _NO_REPORTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "fal
 """Variables that keep the libraries from reporting to their makers, unless the user has set them."""
 
 
-def create_loggers(
+@contextlib.contextmanager
+def open_loggers(
+    config: TrainConfig,
+    folder: Path,
+    console: PlainConsole,
+    total_steps: int,
+    start_step: int,
+    callbacks: Sequence[Callback] = (),
+) -> Iterator[list[Logger]]:
+    """Open the loggers that `config` requests, a progress bar on a terminal, or else plain lines, and `callbacks`.
+
+    Raises `UsageError` if a library is missing or has no destination.
+    """
+    with contextlib.ExitStack() as resources:
+        loggers = list[Logger]()
+        for logger in _create_loggers(config, folder, console, total_steps, start_step):
+            resources.callback(logger.close)
+            loggers.append(logger)
+        yield [*loggers, *map(CallbackLogger, callbacks)]
+
+
+def report_status(loggers: Sequence[Logger], status: Status) -> None:
+    """Hand the position within an epoch to all `loggers`."""
+    for logger in loggers:
+        logger.status(status)
+
+
+def report_epoch(loggers: Sequence[Logger], row: Row, status: Status) -> bool:
+    """Hand the metrics of an epoch to all `loggers`; return True if a callback asks to stop."""
+    stopped = False
+    for logger in loggers:
+        try:
+            logger.epoch(row, status)
+        except StopTraining:
+            stopped = True
+    return stopped
+
+
+def _create_loggers(
     config: TrainConfig, folder: Path, console: PlainConsole, total_steps: int, start_step: int
 ) -> Iterator[Logger]:
-    """Create the loggers that `config` requests, and a progress bar on a terminal, or else plain lines.
-
-    Raises `UsageError` if a library is missing or has no destination. The caller must close the loggers yielded before.
-    """
     for name, value in _NO_REPORTS.items():
         os.environ.setdefault(name, value)
     _check_libraries(config, folder)
@@ -91,6 +127,16 @@ def _check_libraries(config: TrainConfig, folder: Path) -> None:
             importlib.import_module(library)
         except ImportError:
             raise UsageError(f"--{option} needs an extra: pip install 'fastresnet[{option}]'") from None
+
+
+class CallbackLogger(Logger):
+    """Caller of a user's callback."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    def epoch(self, row: Row, status: Status) -> None:
+        self._callback.epoch_end(dict(row))
 
 
 class TerminalLogger(Logger):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastresnet.callbacks import Callback
 from fastresnet.config import CAPTURED, COMPILE, TrainConfig, in_turn
 from fastresnet.console import PlainConsole
 from fastresnet.device import (
@@ -27,24 +28,32 @@ from fastresnet.device import (
 )
 from fastresnet.distributed import World, connected, world_of_torchrun
 from fastresnet.evaluation import Evaluation, Evaluator, open_evaluation
-from fastresnet.models import MODELS, create_model
+from fastresnet.models import find_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
-from fastresnet.models.speednet import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.models.summary import flops_per_image
 from fastresnet.provenance import environment
 from fastresnet.recipes import RECIPES
-from fastresnet.run_folder import Progress, RunFolder, run_path
+from fastresnet.run_folder import Progress, RunFolder, inexact_changes, run_path
 from fastresnet.signals import recorded_stops
 from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, choose_backend
+from fastresnet.training.extension import check_extension, extends, has_ended
 from fastresnet.training.kernels import check_kernels, choose_kernels, explained
-from fastresnet.training.loggers import Logger, Status, create_loggers
+from fastresnet.training.loggers import Status, open_loggers, report_epoch, report_status
+from fastresnet.training.loss import balanced_weights
 from fastresnet.training.mixing import Mixer
+from fastresnet.training.network import (
+    checked_network,
+    create_network,
+    fit_whitening,
+    start_from_weights,
+    use_training_mode,
+    with_identified_weights,
+)
 from fastresnet.training.optimizer import create_optimizers, lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import choose_pipeline, open_pipeline
-from pipelines.augment import Normalization, normalize
 from pipelines.base import Batch, Pipeline
 from pipelines.errors import RunError, UsageError, UserError, check_choice
 from pipelines.store import Dataset
@@ -54,7 +63,6 @@ STATUS_EVERY = {"cpu": 1, "cuda": 100}
 """Steps between readings of the metrics."""
 
 _COLD_START = ("import", "data", "model", "threads", "compile", "first_step")
-_WHITENED_FROM = 5000  # images, as in cifar10-airbench
 
 
 class StoppedError(UserError):
@@ -66,54 +74,58 @@ class StoppedError(UserError):
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, console: PlainConsole, spent: dict[str, float] | None = None
+    config: TrainConfig,
+    dataset: Dataset,
+    console: PlainConsole,
+    spent: dict[str, float] | None = None,
+    *,
+    network: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
-    `spent` has the seconds that the caller took before: `import` and `data`. Raises `StoppedError` after a signal, and
-    `RunError` if loss or gradients are not finite or memory runs out. Raises `UsageError` if the config does not match
-    the machine or the run folder.
+    `spent` has the seconds that the caller took before: `import` and `data`. A `network` is trained in place of the one
+    that `config` names. Raises `StoppedError` after a signal, and `RunError` if loss or gradients are not finite or
+    memory runs out. Raises `UsageError` if the config does not match the machine or the run folder.
     """
     clock, log = Stopwatch(spent), functools.partial(console.print, soft_wrap=True)
     device, main = resolve_device(config.device), world_of_torchrun().is_main
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:
-        advice = f"--batch-size {config.batch_size} is too large; try --batch-size {max(config.batch_size // 2, 1)}"
-        resources.enter_context(explained_failures(f"{advice} (and another --out, if the run has started)"))
-        run = resources.enter_context(RunFolder(run_path(config, dataset), writes=main).locked())
+        resources.enter_context(explained_failures(_less_memory(config)))
+        run = RunFolder(run_path(config, dataset), writes=main, callbacks=callbacks)
+        resources.enter_context(run.locked())
         world = resources.enter_context(connected(device))
 
         checkpoint = run.read_checkpoint(resume=config.resume)
-        config, pipeline_reason = resolve(config, dataset, device, world)
-        progress, changed = Progress(), list[str]()
+        config, pipeline_reason = resolve(config, dataset, device, world, started=checkpoint is not None)
+        progress, before = Progress(), config
         if checkpoint is not None:
             progress = checkpoint.progress
-            config, changed = run.continued(config, checkpoint, dataset, threads_matter=_threads_matter(device, world))
-            if (summary := run.read_summary()) is not None:
+            config, before = run.continued(config, checkpoint, dataset, threads_matter=_threads_matter(device, world))
+            if not extends(config, before) and (summary := run.read_summary()) is not None:
+                log(f"{run.path} is finished after {progress.epoch} epochs.")
                 return summary
-        if changed:
-            log(f"Note: changed since the run began: {', '.join(changed)}. The last bits will differ too.")
+            if changed := inexact_changes(config, before):
+                log(f"Note: changed since the run began: {', '.join(changed)}. The last bits will differ too.")
 
         pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
         clock.enter("model")
         factors = lr_factors(config, total_steps)
-        pixels = list(itertools.accumulate(side**2 for side in config.sides(total_steps)))  # up to each step
-        step = create_step(config, dataset, factors, world)
+        sides = config.sides(total_steps)
+        step = create_step(config, dataset, factors, world, network=network, fresh=checkpoint is None)
         if checkpoint is not None:
+            check_extension(run.path, before, config, progress, epoch_steps)
             with checkpoint.checked(total_steps, epoch_steps):
                 step.load_state_dict(checkpoint.tensors, steps=progress.step, scaler=checkpoint.scaler)
             run.write_metrics(progress.rows)  # the run may have been killed between the checkpoint and this
         log(announcement(config, step.model, dataset, world, total_steps, pipeline_reason, progress.step))
 
-        left = total_steps - progress.step
-        config, execution = create_execution(config, step, pipeline, progress.epoch, left, world, log, clock)
-        clock.enter("other")
-        loggers = list[Logger]()
-        for logger in create_loggers(config, run.path, console, total_steps, progress.step) if main else ():
-            resources.callback(logger.close)
-            loggers.append(logger)
-        run.begin(config, dataset)
+        config, execution = create_execution(config, step, pipeline, progress, world, log, clock)
+        opened = open_loggers(config, run.path, console, total_steps, progress.step, callbacks)
+        loggers = resources.enter_context(opened) if main else []
+        run.begin(config, dataset, progress.epoch)
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
         def save(*, wait: bool) -> None:
@@ -131,17 +143,14 @@ def train(
                 world.wait()  # when one process exits, torchrun stops the others
                 raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
 
+        pixels = list(itertools.accumulate(side**2 for side in sides))  # up to each step
         status = functools.partial(_status, config, progress, step, clock, factors, pixels)
-
-        def evaluator(model: nn.Module, images: Pipeline, **options: Any) -> Evaluator:
-            return Evaluator(model, images, dataset.classes, config.precision, device, world=world, **options)
-
+        evaluator = functools.partial(_evaluator, config, dataset, world)
         evaluate = evaluator(step.eval_model, evaluated, captured=execution.backend in CAPTURED)
         with recorded_stops() as signals:
-            # A run may have been stopped between its last step and the evaluation.
-            while progress.step < total_steps or progress.epoch * epoch_steps < total_steps:
+            while not has_ended(config, progress, epoch_steps):
                 clock.begin_epoch(progress)
-                step.model.train()
+                use_training_mode(step.model)
                 start = progress.step - progress.epoch * epoch_steps  # batches of this epoch already taken
                 for _ in execution.steps(progress.epoch, start, min(epoch_steps - start, total_steps - progress.step)):
                     progress.step += 1
@@ -149,9 +158,7 @@ def train(
                         log(_cold_start(clock, device))
                     if progress.step % status_every == 0:
                         _check_finite(step, epoch_steps, run)
-                        now = status()
-                        for logger in loggers:
-                            logger.status(now)
+                        report_status(loggers, status())
                     if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
                         save(wait=True)
                     if world.is_single or progress.step % status_every == 0:  # several ranks wait to agree
@@ -169,10 +176,13 @@ def train(
                 if progress.best_accuracy is None or result.accuracy > progress.best_accuracy:
                     progress.best_accuracy = result.accuracy
                     run.keep_best(step.eval_model)
-                save(wait=progress.step == total_steps)
-                for logger in loggers:
-                    logger.epoch(progress.rows[-1], now)
+                save(wait=has_ended(config, progress, epoch_steps))
+                if world.highest(report_epoch(loggers, progress.rows[-1], now), device):
+                    save(wait=True)
+                    break
 
+            if progress.step < total_steps:
+                log(f"stopped after {progress.epoch} of {config.epochs} epochs, by --early-stop or a callback")
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
             log("evaluating with shift TTA")
@@ -181,16 +191,19 @@ def train(
             if config.val_split:  # the test set is used once, after all choices
                 best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
             clock.update(progress)
-            return run.write_summary(_summary(config, dataset, progress, final, best, clock, origin))
+            return run.write_summary(_summary(config, step.model, sides, dataset, progress, final, best, clock, origin))
 
 
 # --- parts of a training -----------------------------------------------------------------------------------------
 
 
-def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: World) -> tuple[TrainConfig, str]:
+def resolve(
+    config: TrainConfig, dataset: Dataset, device: torch.device, world: World, *, started: bool = False
+) -> tuple[TrainConfig, str]:
     """Resolve `auto` for `device`, except where it is measured later; return the reason for the pipeline too.
 
-    Raises `UsageError` if the machine does not support `config`.
+    The weights to start from are identified, unless the run has `started`. Raises `UsageError` if the machine does not
+    support `config`, and the errors of `with_identified_weights`.
     """
     check_choice("recipe", config.recipe, RECIPES)
     pipeline, reason = config.pipeline, ""
@@ -198,7 +211,7 @@ def resolve(config: TrainConfig, dataset: Dataset, device: torch.device, world: 
         pipeline, why = choose_pipeline(dataset, device, config.decode)
         reason = f" ({why})"
     resolved = dataclasses.replace(
-        config,
+        with_identified_weights(config, started=started),
         device="cuda" if device.type == "cuda" else "cpu",
         precision=resolve_precision(config.precision, device),
         compile=resolve_compile(config.compile, device, single=world.is_single),
@@ -239,13 +252,37 @@ def _evaluation(config: TrainConfig, dataset: Dataset, world: World) -> contextl
     )
 
 
-def create_step(config: TrainConfig, dataset: Dataset, lr_factors: Sequence[float], world: World) -> TrainStep:
-    """Create network, optimisers and the step that trains them; `lr_factors` has one for each step of the run."""
+def _evaluator(
+    config: TrainConfig, dataset: Dataset, world: World, model: nn.Module, pipeline: Pipeline, **options: Any
+) -> Evaluator:
+    device = torch.device(config.device)
+    return Evaluator(model, pipeline, dataset.classes, config.precision, device, world=world, **options)
+
+
+def create_step(
+    config: TrainConfig,
+    dataset: Dataset,
+    lr_factors: Sequence[float],
+    world: World,
+    *,
+    network: nn.Module | None = None,
+    fresh: bool = True,
+) -> TrainStep:
+    """Create network, optimisers and the step that trains them; `lr_factors` has one for each step of the run.
+
+    A `network` of the user is trained itself. Only a `fresh` run reads the weights that it starts from.
+    """
     device, rows = torch.device(config.device), world.rows(config.batch_size)
+    if (rows.stop - rows.start) % config.accumulate:
+        raise UsageError(
+            f"--accumulate {config.accumulate} does not divide the {rows.stop - rows.start} images of each process."
+        )
     torch.manual_seed(config.seed)
-    model = _create_model(config, dataset)
+    model = create_network(config, dataset) if network is None else checked_network(network.to(device), dataset)
     training = dataset.hold_out(config.val_split)[0] if config.val_split else dataset
-    _fit_whitening(model, training, config.normalization)
+    fit_whitening(model, training, config.normalization)
+    if config.init_from is not None and fresh:
+        start_from_weights(model, config, dataset)
     model.to(device).to(memory_format=torch.channels_last)
     if config.sync_bn and not world.is_single:
         synchronize_batch_norms(model)
@@ -258,42 +295,29 @@ def create_step(config: TrainConfig, dataset: Dataset, lr_factors: Sequence[floa
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
         label_smoothing=config.label_smoothing,
+        class_weights=(
+            balanced_weights(training.train, len(dataset.classes), device)
+            if config.class_weights == "balanced"
+            else None
+        ),
+        accumulate=config.accumulate,
         mixer=_create_mixer(config, rows, device, world),
         world=world,
         batch_size=config.batch_size,
     )
-    seed_stochastic_depth(model, config.seed, step.count, rows.start)
+    seed_stochastic_depth(model, config.seed, step.count, step.row)
     return step
-
-
-def _create_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    return create_model(
-        config.model,
-        num_classes=len(dataset.classes),
-        shortcut=config.shortcut,
-        drop_path=config.drop_path,
-        zero_init_residual=config.zero_init_residual,
-    )
-
-
-def _fit_whitening(model: nn.Module, dataset: Dataset, normalization: str) -> None:
-    """Fit the filters of whitening layers to the first training images."""
-    for layer in model.modules():
-        if isinstance(layer, PatchWhitening):
-            images = dataset.train.images[dataset.train.ids[:_WHITENED_FROM]]
-            constants = Normalization.of(normalization, dataset)
-            layer.fit(normalize(torch.as_tensor(images), constants, torch.float32))
 
 
 def _create_mixer(config: TrainConfig, rows: slice, device: torch.device, world: World) -> Mixer | None:
     if not config.mixup and not config.cutmix:
         return None
-    if rows.start % 2 or rows.stop % 2:
+    if rows.start % 2 or (rows.stop - rows.start) // config.accumulate % 2:
         raise UsageError(
             f"--batch-size {config.batch_size}: mixup and CutMix mix pairs; give each of {world.world_size} processes "
             "an even number."
         )
-    return Mixer(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, device=device, first_row=rows.start)
+    return Mixer(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, device=device)
 
 
 def _threads_matter(device: torch.device, world: World) -> bool:
@@ -305,20 +329,19 @@ def create_execution(
     config: TrainConfig,
     step: TrainStep,
     pipeline: Pipeline,
-    epoch: int,
-    steps: int,
+    progress: Progress,
     world: World,
     log: Callable[[str], None],
     clock: Stopwatch,
 ) -> tuple[TrainConfig, Execution]:
-    """Prepare the execution of `steps` steps from `epoch` on, compiled if requested.
+    """Prepare the execution of the steps after `progress`, compiled if requested.
 
     On a CPU, trial steps resolve `auto` for threads and compilation; the returned config has their results.
     """
     clock.enter("data")
-    batch, sides = next(pipeline.epoch(epoch)), config.sides(config.total_steps(len(pipeline)))
-    done = len(sides) - steps
-    left = sides[done:]
+    batch, sides = next(pipeline.epoch(progress.epoch)), config.sides(config.total_steps(len(pipeline)))
+    left = sides[progress.step :]
+    steps = len(left)
     step.side = max(left, default=None)  # for the trial steps
     if config.threads == "auto" and _threads_matter(torch.device(config.device), world) and steps:
         clock.enter("threads")
@@ -341,8 +364,9 @@ def create_execution(
         config = _settle_kernels(config, step, batch, world, log)
     execution = Execution(step, pipeline, backend, sides)
     if steps:
-        execution.prepare(batch, done)
+        execution.prepare(batch, progress.step)
     log(f"backend {backend}{reason}")
+    clock.enter("other")
     return config, execution
 
 
@@ -431,19 +455,34 @@ def announcement(
     step: int = 0,
 ) -> str:
     """Describe the run, which continues after step `step`."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    shortcut = f", shortcut {config.shortcut}" if MODELS[config.model].uses_shortcut else ""
+    parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    if config.freeze_backbone:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        parameters += f", {trained:,} of them trained"
+    start = f", from {config.init_from}" if config.init_from and not step else ""
+    shortcut = f", shortcut {config.shortcut}" if find_model(config.model).uses_shortcut else ""
     rows, each = world.rows(config.batch_size), ""
     if not world.is_single:
         each = f" ({rows.stop - rows.start} on each of {world.world_size} processes)"
+    if config.accumulate > 1:
+        each += f" in {config.accumulate} parts"
     limit = " (--iterations)" if total_steps == config.iterations else ""
     scaled = f"learning rate {config.lr:g} x {config.lr_scale:g}; " if config.lr_batch_size else ""
     return (
-        f"{config.model} ({parameters:,} parameters{shortcut}) on {dataset.name}, recipe {config.recipe}: "
+        f"{config.model} ({parameters}{shortcut}{start}) on {dataset.name}, recipe {config.recipe}: "
         f"{total_steps:,} steps{limit} of {config.batch_size} images{each}{in_turn(config.resolutions)}; {scaled}"
         f"{config.pipeline} pipeline{pipeline_reason}, {config.precision} on {config.device}; run folder "
         f"{run_path(config, dataset)}" + (f"\nresuming after step {step:,}" if step else "")
     )
+
+
+def _less_memory(config: TrainConfig) -> str:
+    """Advise on settings that need less memory than those of `config`."""
+    parts = 2 * config.accumulate
+    in_parts = "" if config.batch_size % parts else f"--accumulate {parts}, which computes it in parts, or "
+    smaller = f"{in_parts}--batch-size {max(config.batch_size // 2, 1)}"
+    another = "(and another --out, if the run has started)"
+    return f"--batch-size {config.batch_size} is too large; try {smaller} {another}"
 
 
 def _cold_start(clock: Stopwatch, device: torch.device) -> str:
@@ -495,6 +534,8 @@ def _row(progress: Progress, status: Status, result: Evaluation, overflows: int,
 
 def _summary(
     config: TrainConfig,
+    model: nn.Module,
+    sides: Sequence[int],
     dataset: Dataset,
     progress: Progress,
     last: Evaluation,
@@ -507,8 +548,8 @@ def _summary(
     After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
     checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
-    model, sides = _create_model(config, dataset), Counter(config.sides(progress.step))
-    flops_of_images = (count * flops_per_image(model, training=True, side=side) for side, count in sides.items())
+    counts = Counter(sides[: progress.step])
+    flops_of_images = (count * flops_per_image(model, training=True, side=side) for side, count in counts.items())
     return {
         "schema": 1,
         "recipe": config.recipe,

@@ -20,12 +20,8 @@ class Mixer:
     of (seed, step, pair).
     """
 
-    def __init__(self, *, mixup: float, cutmix: float, seed: int, device: torch.device, first_row: int = 0) -> None:
-        """Create a mixer; `mixup` and `cutmix` are their alphas, 0 for none.
-
-        The images begin at row `first_row` (even) of the whole batch.
-        """
-        self._first_row = first_row
+    def __init__(self, *, mixup: float, cutmix: float, seed: int, device: torch.device) -> None:
+        """Create a mixer; `mixup` and `cutmix` are their alphas, 0 for none."""
         self._share_key, self._box_key = (stream_key(seed, purpose) for purpose in (Stream.MIX, Stream.MIX_BOX))
         self._mixup, self._cutmix = mixup, cutmix
         self._quantiles = {
@@ -33,10 +29,15 @@ class Mixer:
             for alpha in {mixup, cutmix} - {0.0}
         }
 
-    def __call__(self, images: Tensor, labels: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix `images` [B, 3, 32, 32] of `step`, int64 [1]; return the labels mixed in [B] and shares of `labels`."""
+    def __call__(
+        self, images: Tensor, labels: Tensor, step: Tensor, first_row: Tensor | int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix `images` [B, 3, 32, 32] of `step`, int64 [1]; return the labels mixed in [B] and shares of `labels`.
+
+        The images begin at `first_row` of the whole batch, int64 [1], which is even.
+        """
         partners = torch.arange(len(labels), device=labels.device) ^ 1
-        counters = step_counters(step, (self._first_row + partners) >> 1)
+        counters = step_counters(step, (first_row + partners) >> 1)
         hashes = hash64(self._share_key, counters)
         weight, share = self._blend(hashes) if self._mixup else self._box(hashes, counters)
         if self._mixup and self._cutmix:

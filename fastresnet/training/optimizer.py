@@ -36,11 +36,14 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     if config.optimizer == "muon":
         convolutions = [parameter for parameter in matrices if parameter.ndim == 4]
         rest = [parameter for parameter in matrices if parameter.ndim != 4]
+        norm_lr = config.sgd_lr if config.norm_lr is None else config.norm_lr
+        groups = _groups(rest, config.sgd_lr, vectors, norm_lr, config)
+        sgd = [_sgd(groups, config)] if groups else []
+        if config.freeze_backbone:
+            return sgd
         if not convolutions:
             raise UsageError("--optimizer muon orthogonalises the weights of convolutions, and this network has none.")
-        muon = Muon([_group(convolutions, config.lr)], momentum=config.momentum)
-        norm_lr = config.sgd_lr if config.norm_lr is None else config.norm_lr
-        return [muon, _sgd(_groups(rest, config.sgd_lr, vectors, norm_lr, config), config)]
+        return [Muon([_group(convolutions, config.lr)], momentum=config.momentum), *sgd]
     groups = _groups(matrices, config.lr, vectors, config.lr, config)
     return [_adamw(groups) if config.optimizer == "adamw" else _sgd(groups, config)]
 
@@ -54,7 +57,8 @@ def _groups(
     matrices: list[nn.Parameter], lr: float, vectors: list[nn.Parameter], norm_lr: float, config: TrainConfig
 ) -> list[dict[str, Any]]:
     norm_decay = config.weight_decay if config.decay_norms else 0.0
-    return [_group(matrices, lr, config.weight_decay), _group(vectors, norm_lr, norm_decay)]
+    groups = (matrices, lr, config.weight_decay), (vectors, norm_lr, norm_decay)
+    return [_group(*group) for group in groups if group[0]]
 
 
 # State is created here, initialised. By default the fused updates create it in the first step, where a cancelled update

@@ -19,6 +19,7 @@ from fastresnet.device import DTYPES, autocast
 from fastresnet.distributed import SINGLE, World
 from fastresnet.models.batchnorm import compiler_options, fuse_batch_norms
 from fastresnet.training.cast_weights import CastWeights
+from fastresnet.training.loss import CrossEntropy
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import JointUpdate, Muon, load_optimizer_state, optimizer_state
 
@@ -46,14 +47,17 @@ class TrainStep:
         clip_norm: float = 0.0,
         ema_decay: float = 0.0,
         label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        accumulate: int = 1,
         mixer: Mixer | None = None,
         world: World = SINGLE,
         batch_size: int = 0,
     ) -> None:
         """Create a step; see `TrainConfig` for most arguments, which 0 turns off.
 
-        `lr_factors` has, for each step of the run, a factor of the `peak_lr` of each parameter group. `batch_size`
-        counts the images of all ranks, and is needed if there is more than one.
+        `lr_factors` has, for each step of the run, a factor of the `peak_lr` of each parameter group. `class_weights`
+        [classes] are factors of the losses. `batch_size` counts the images of all ranks, and is needed if there is more
+        than one.
         """
         self._world = world
         if device.type == "cpu":
@@ -75,6 +79,9 @@ class TrainStep:
             self._joint_update.found_inf = torch.zeros((), device=device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
         """Number of steps taken, which is the index of the next one."""
+        self._first_row, self._parts = rows.start, accumulate
+        self.row = torch.full((1,), rows.start, dtype=torch.int64, device=device)
+        """Row in the whole batch, over all ranks, of the first image that is computed."""
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         """Sum of the losses, correct predictions and images since `reset`, of this rank."""
         self.overflows = torch.zeros(2, dtype=torch.int64, device=device)
@@ -89,7 +96,7 @@ class TrainStep:
         for group, rate in zip(groups, self._rates[0], strict=True):
             group["lr"] = rate
         self._precision, self._device, self._clip_norm = precision, device, clip_norm
-        self._label_smoothing, self._mixer = label_smoothing, mixer
+        self._loss, self._mixer = CrossEntropy(label_smoothing, class_weights), mixer
         self.compiled = False
         """Use of torch.compile; the first such step compiles."""
         self.side: int | None = None
@@ -100,22 +107,39 @@ class TrainStep:
         torch.index_select(self._schedule, 0, self.count, out=self._rates)
         if self._cast is not None:
             self._cast.refresh()
+        loss, correct = self._backward(images, labels) if self._parts == 1 else self._backward_in_parts(images, labels)
+        norm = self._clip()
+        account = self._compiled_account if self.compiled and self._device.type == "cuda" else self._account
+        account(loss, norm, correct, len(labels))
+        self.scaler.step(self._joint_update)  # type: ignore[arg-type]
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            _update_average(self.averaged, self.model, self._average, self.count)
+
+    def _backward_in_parts(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients as `_backward` does, for equal parts of the images one after the other."""
+        losses, hits, first_row = list[Tensor](), list[Tensor](), self._first_row
+        for part, expected in zip(images.chunk(self._parts), labels.chunk(self._parts), strict=True):
+            self.row.fill_(first_row)
+            loss, correct = self._backward(part, expected, add=bool(losses))
+            losses.append(loss)
+            hits.append(correct)
+            first_row += len(part)
+        return torch.stack(losses).mean(), torch.stack(hits).sum()
+
+    def _backward(self, images: Tensor, labels: Tensor, *, add: bool = False) -> tuple[Tensor, Tensor]:
+        """Compute the gradients, or `add` them to those that are there; return the mean loss and the hits."""
         with autocast(self._precision, self._device):
             loss, correct = (self._compiled if self.compiled else self._loss_and_hits)(images, labels)
         if self.scaler.is_enabled():
             # The scaler skips an update whose gradients are not finite: a factor of NaN makes them so.
             loss = loss * torch.where(self._record_failure(~loss.detach().isfinite()), torch.nan, 1.0)
-        self.scaler.scale(loss * self._weight if self._weight != 1 else loss).backward()
+        weight = self._weight / self._parts
+        self.scaler.scale(loss * weight if weight != 1 else loss).backward()
         if self._cast is not None:
-            self._cast.collect_gradients()
-        norm = self._clip()
-        account = self._compiled_account if self.compiled and self._device.type == "cuda" else self._account
-        account(loss.detach(), norm, correct, len(labels))
-        self.scaler.step(self._joint_update)  # type: ignore[arg-type]
-        self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self._update_average(self.averaged)
+            self._cast.collect_gradients(add=add)
+        return loss.detach(), correct
 
     def _clip(self) -> Tensor:
         """Clip the gradients, if enabled; return their norm before."""
@@ -143,23 +167,14 @@ class TrainStep:
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the mean loss and the number of correct predictions."""
         if self._mixer is None:
-            logits = self._network(self._shrunk(images)).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+            logits = self._network(_shrunk(images, self.side)).float()
+            loss = self._loss.mean(logits, labels)
         else:
-            images, others, share = self._mixer(images, labels, self.count)
-            logits = self._network(self._shrunk(images)).float()
-            losses = [
-                F.cross_entropy(logits, target, label_smoothing=self._label_smoothing, reduction="none")
-                for target in (labels, others)
-            ]
-            loss = (share * losses[0] + (1 - share) * losses[1]).mean()
+            images, others, share = self._mixer(images, labels, self.count, self.row)
+            logits = self._network(_shrunk(images, self.side)).float()
+            loss = (share * self._loss.each(logits, labels) + (1 - share) * self._loss.each(logits, others)).mean()
             labels = torch.where(share < 0.5, others, labels)
         return loss, (logits.argmax(1) == labels).sum()
-
-    def _shrunk(self, images: Tensor) -> Tensor:
-        if self.side in (None, images.shape[-1]):
-            return images
-        return F.interpolate(images, size=self.side, mode="bilinear")
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -175,14 +190,6 @@ class TrainStep:
     @functools.cached_property
     def _compiled_account(self) -> Callable[[Tensor, Tensor, Tensor, int], None]:
         return torch_compile(self._account, fullgraph=True, dynamic=False)
-
-    def _update_average(self, averaged: nn.Module) -> None:
-        old, new = averaged.state_dict().values(), self.model.state_dict().values()
-        pairs = list(zip(old, new, strict=True))
-        smooth = [(a, b) for a, b in pairs if a.is_floating_point()]
-        self._average([a for a, _ in smooth], [b for _, b in smooth], self.count)
-        counts = [(a, b) for a, b in pairs if not a.is_floating_point()]  # batch norm's, of batches
-        torch._foreach_copy_([a for a, _ in counts], [b for _, b in counts])
 
     def _record_failure(self, failed: Tensor) -> Tensor:
         """Record this step if it `failed`; return, as a tensor, True if this or an earlier one did."""
@@ -267,3 +274,18 @@ class TrainStep:
         """Reset the sums at the start of an epoch."""
         self.totals.zero_()
         self.overflows[0] = 0
+
+
+def _shrunk(images: Tensor, side: int | None) -> Tensor:
+    if side in (None, images.shape[-1]):
+        return images
+    return F.interpolate(images, size=side, mode="bilinear")
+
+
+def _update_average(averaged: nn.Module, model: nn.Module, average: Callable[..., None], count: Tensor) -> None:
+    """Move the state of `averaged` towards that of `model` by `average`, after `count` steps."""
+    pairs = list(zip(averaged.state_dict().values(), model.state_dict().values(), strict=True))
+    smooth = [(old, new) for old, new in pairs if old.is_floating_point()]
+    average([old for old, _ in smooth], [new for _, new in smooth], count)
+    counts = [(old, new) for old, new in pairs if not old.is_floating_point()]  # batch norm's, of batches
+    torch._foreach_copy_([old for old, _ in counts], [new for _, new in counts])

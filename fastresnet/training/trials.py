@@ -22,8 +22,10 @@ from fastresnet.console import PlainConsole
 from fastresnet.device import explained_failures, resolve_device, synchronize
 from fastresnet.distributed import SINGLE
 from fastresnet.evaluation import evaluate
+from fastresnet.run_folder import Progress
 from fastresnet.training.execution import Execution
 from fastresnet.training.loop import Stopwatch, announcement, create_execution, create_step, open_pipelines, resolve
+from fastresnet.training.network import use_training_mode
 from fastresnet.training.optimizer import lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines.base import Pipeline
@@ -47,8 +49,8 @@ def _prepared(
         total_steps = config.total_steps(len(pipeline))
         step = create_step(config, dataset, factors or lr_factors(config, total_steps), SINGLE)
         log(announcement(config, step.model, dataset, SINGLE, total_steps, pipeline_reason))
-        config, execution = create_execution(config, step, pipeline, 0, total_steps, SINGLE, log, Stopwatch())
-        step.model.train()
+        config, execution = create_execution(config, step, pipeline, Progress(), SINGLE, log, Stopwatch())
+        use_training_mode(step.model)
         yield config, execution, step, pipeline, evaluated
 
 

@@ -51,12 +51,12 @@ def train(dtype: torch.dtype, world: World, *, batch_size: int, mix: bool, lr: f
     if not world.is_single:
         synchronize_batch_norms(model)
     rows = world.rows(batch_size)
-    mixer = Mixer(mixup=0.5, cutmix=1.0, seed=5, device=CPU, first_row=rows.start) if mix else None
+    mixer = Mixer(mixup=0.5, cutmix=1.0, seed=5, device=CPU) if mix else None
     step = TrainStep(
         model, create_optimizers(model, TrainConfig(lr=1.0)), [lr] * 4, precision="fp32", device=CPU, clip_norm=1.0,
         ema_decay=0.9, mixer=mixer, world=world, batch_size=batch_size,
     )  # fmt: skip
-    seed_stochastic_depth(model, 7, step.count, rows.start)
+    seed_stochastic_depth(model, 7, step.count, step.row)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(dtype)

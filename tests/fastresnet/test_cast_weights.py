@@ -47,3 +47,20 @@ def test_gradients_stay_at_their_addresses():
         addresses.add(network.conv1.weight.grad.data_ptr())
         network.zero_grad(set_to_none=True)
     assert len(addresses) == 1
+
+
+def test_gradients_of_parts_are_added_in_single_precision():
+    network = create_model("plain20")
+    cast = CastWeights(network, torch.bfloat16)
+    cast.refresh()
+    collected = []
+    for add in (False, True):
+        loss_of(cast.model).backward()
+        part = {
+            name: value.grad.float() for name, value in cast.model.named_parameters() if value.dtype == torch.bfloat16
+        }
+        collected.append(part)
+        cast.collect_gradients(add=add)
+    for name, parameter in network.named_parameters():
+        if name in collected[0]:
+            assert torch.equal(parameter.grad, collected[0][name] + collected[1][name])

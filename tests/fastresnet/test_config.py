@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_own_recipes_zero_init_deep_networks_that_support_it(model):
     deep = not any(model.startswith(f"{family}20") for family in ("resnet", "se-resnet", "plain", "preresnet"))
     normed = model.startswith(("resnet", "se-resnet", "resnext"))
     for recipe in (fast, best):
-        assert recipe(model).zero_init_residual == (deep and normed and not model.startswith("resnet9"))
+        assert recipe(model).zero_init_residual == (deep and normed and model not in ("resnet9", "resnet18"))
     for recipe in (paper, baseline):
         assert not recipe(model).zero_init_residual
 
@@ -180,6 +181,8 @@ def test_without_milestones_the_learning_rate_stays():
 OUT_OF_RANGE = [
     *(("epochs", value) for value in (0, -1, 1_000_001)),
     *(("batch_size", value) for value in (0, -128, 2**21)),
+    *(("accumulate", value) for value in (0, -2, 2**21)),
+    *(("early_stop", value) for value in (-1, 2**63)),
     *(("lr_batch_size", value) for value in (0, -128, 2**21)),
     *(("iterations", value) for value in (0, -1, 2**63)),
     *(("val_split", value) for value in (-1, 2**63)),
@@ -206,6 +209,8 @@ OUT_OF_RANGE = [
 LIMITS = [
     *(("epochs", value) for value in (1, 1_000_000)),
     *(("batch_size", value) for value in (1, 2**20)),
+    *(("accumulate", value) for value in (1, 128)),
+    *(("early_stop", value) for value in (0,)),
     *(("lr_batch_size", value) for value in (None, 1, 2**20)),
     *(("iterations", value) for value in (None, 1, 2**62)),
     *(("val_split", value) for value in (0, 2**62)),
@@ -269,12 +274,15 @@ def test_a_value_at_its_limit_is_accepted(name, value):
         ("padding_mode", "reflection", "reflect"),
         ("flip", "alternate", "alternating"),
         ("normalization", "per-pixel", "pixel"),
+        ("class_weights", "balance", "balanced"),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_nearest_valid_one(name, value, nearest):
     with pytest.raises(UsageError) as caught:
         TrainConfig(**{name: value})
-    assert f"unknown {name.replace('_', ' ')} {value!r}: did you mean {nearest!r}? Valid: " in str(caught.value)
+    assert f"unknown {name.replace('_', ' ').removesuffix('s')} {value!r}: did you mean {nearest!r}? Valid: " in str(
+        caught.value
+    )
     assert caught.value.exit_code == 2
 
 
@@ -283,6 +291,25 @@ def test_decode_jpeg_needs_the_dali_pipeline(pipeline):
     assert {TrainConfig(pipeline=name, decode="jpeg").decode for name in ("auto", "dali")} == {"jpeg"}
     with pytest.raises(UsageError, match=f"--decode jpeg needs --pipeline dali, not {pipeline}") as caught:
         TrainConfig(pipeline=pipeline, decode="jpeg")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"freeze_backbone": True}, "--freeze-backbone trains the linear layer alone"),
+        ({"early_stop": 5}, "--early-stop needs images held out with --val-split"),
+        ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 128"),
+        (
+            {"batch_size": 6, "accumulate": 2, "mixup": 1.0},
+            "--batch-size 6 in 2 parts (--accumulate): mixup and CutMix",
+        ),
+        ({"init_from": "a\0b"}, "--init-from 'a\\x00b' contains a NUL"),
+    ],
+)
+def test_settings_that_need_others_name_them(values, message):
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        TrainConfig(**values)
     assert caught.value.exit_code == 2
 
 
@@ -304,6 +331,12 @@ def test_recipe_round_trips_through_toml(tmp_path, recipe):
 
 CHANGED = {
     "recipe": "paper",
+    "init_sha256": "0" * 64,
+    "init_from": "weights.pt",
+    "freeze_backbone": True,
+    "class_weights": "balanced",
+    "early_stop": 5,
+    "accumulate": 3,
     "model": "se-resnet56",
     "shortcut": "A",
     "data": 'my "data" \\ é',
@@ -579,6 +612,12 @@ def paths():
 
 VALID = {
     "recipe": st.sampled_from(sorted(RECIPES)),
+    "init_sha256": st.none() | st.just("0" * 64),
+    "init_from": st.none() | st.text(min_size=1).filter(lambda text: "\0" not in text),
+    "freeze_backbone": st.booleans(),
+    "class_weights": st.sampled_from(["none", "balanced"]),
+    "early_stop": st.integers(0, 2**62),
+    "accumulate": st.integers(1, 8),
     "model": st.sampled_from(list_models()),
     "shortcut": st.sampled_from(["A", "B"]),
     "data": st.text(min_size=1).filter(lambda text: "\0" not in text),
@@ -588,7 +627,7 @@ VALID = {
     "val_split": st.integers(0, 2**62),
     "epochs": st.integers(1, 1_000_000),
     "iterations": st.none() | st.integers(1, 2**62),
-    "batch_size": st.integers(1, 2**20),
+    "batch_size": st.integers(1, 2**16),
     "lr_batch_size": st.none() | st.integers(1, 2**20),
     "sync_bn": st.booleans(),
     "lr": st.floats(0, 1e6),
@@ -647,7 +686,9 @@ def made_valid(values):
         values["decode"] = "raw"
     if values["optimizer"] == "adamw" or 0 in (values["momentum"], values["sgd_momentum"]):
         values["nesterov"] = False
-    values["batch_size"] += values["batch_size"] % 2
+    values["freeze_backbone"] &= values["init_from"] is not None
+    values["early_stop"] = min(values["early_stop"], values["val_split"])
+    values["batch_size"] *= 2 * values["accumulate"]
     return values
 
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from fastresnet.config import TrainConfig
 from fastresnet.device import resolve_device, resolve_precision
 from fastresnet.models import create_model
+from fastresnet.models.stochastic_depth import StochasticDepth, seed_stochastic_depth
 from fastresnet.training import step as step_module
 from fastresnet.training.cast_weights import CastWeights
+from fastresnet.training.mixing import Mixer
 from fastresnet.training.optimizer import Muon, create_optimizers, load_optimizer_state, optimizer_state
 from fastresnet.training.step import TrainStep
 from pipelines.errors import Note, UsageError
@@ -69,6 +71,88 @@ def test_steps_equal_the_textbook_loop():
     assert accuracy == pytest.approx(100 * correct / 64)
     for a, b in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_batch_in_parts_equals_the_textbook_loop():
+    """Gradients of the parts' mean losses are averaged; batch norm sees each part by itself."""
+    network, step = make_step(dtype=torch.float64, rates=[1e-3] * 3, step_settings={"accumulate": 4})
+    reference = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=False)
+    losses = []
+    for images, labels in small_batches(3):
+        images = images.double()
+        step(images, labels)
+        optimizer.zero_grad()
+        for part in range(4):
+            rows = slice(4 * part, 4 * part + 4)
+            loss = F.cross_entropy(reference(images[rows]), labels[rows])
+            (loss / 4).backward()
+            losses.append(loss.item())
+        optimizer.step()
+    assert step.metrics()[0] == pytest.approx(np.mean(losses), rel=1e-6)
+    for a, b in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_images_in_parts_draw_as_in_the_whole_batch():
+    """Mixed images and dropped branches depend on the row in the batch, also where it is computed in parts."""
+
+    class Dropping(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.fc = StochasticDepth(0.5, 0), torch.nn.Linear(3 * 32 * 32, 10)
+
+        def forward(self, images):
+            return self.fc(self.drop(images).flatten(1))
+
+    updated = []
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(16, 3, 32, 32, generator=generator), torch.arange(16) % 10
+    for parts in (1, 2, 4):
+        torch.manual_seed(0)
+        network = Dropping().double()
+        optimizers = create_optimizers(network, TrainConfig(lr=1.0))
+        mixer = Mixer(mixup=1.0, cutmix=1.0, seed=3, device=CPU)
+        step = TrainStep(network, optimizers, [0.1] * 2, precision="fp32", device=CPU, mixer=mixer, accumulate=parts)
+        seed_stochastic_depth(network, 5, step.count, step.row)
+        for _ in range(2):
+            step(images.double(), labels)
+        updated.append(network.fc.weight.detach())
+    for weight in updated[1:]:
+        torch.testing.assert_close(weight, updated[0], rtol=0, atol=1e-12)
+    assert not torch.allclose(updated[0], Dropping().double().fc.weight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_parts_in_every_precision_give_about_the_same_gradients(precision):
+    """Identical parts have the statistics of the whole batch. A part that is left out would change them by half."""
+    weights = []
+    for parts in (1, 2):
+        network, step = make_step(precision, rates=[0.01], step_settings={"accumulate": parts})
+        ((images, labels),) = small_batches(1)
+        step(torch.cat([images, images]).contiguous(memory_format=torch.channels_last), torch.cat([labels, labels]))
+        assert step.failed_at() is None
+        weights.append(flat_weights(network))
+    assert (weights[0] - weights[1]).norm() < 0.05 * (weights[0] - flat_weights(make_step()[0])).norm()
+
+
+def flat_weights(network):
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_factors_of_each_images_loss(smoothing):
+    """Written out: each class of the smoothed label counts by its weight. The mean is over images, not over weights."""
+    weights = np.linspace(0.2, 2, 10)
+    settings = {"class_weights": torch.tensor(weights).float(), "label_smoothing": smoothing}
+    network, step = make_step(dtype=torch.float64, step_settings=settings)
+    ((images, labels),) = small_batches(1)
+    logits = copy.deepcopy(network)(images.double())
+    step(images.double(), labels)
+    log_shares = F.log_softmax(logits, 1).detach().numpy()
+    targets = np.full((16, 10), smoothing / 10) + (1 - smoothing) * np.eye(10)[labels.numpy()]
+    expected = -(targets * weights * log_shares).sum(1).mean()
+    assert step.metrics()[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_images_are_shrunk_bilinearly_to_the_side_of_the_step():

@@ -19,6 +19,7 @@ from tests.fastresnet.reference_networks import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+START = torch.zeros(1, dtype=torch.int64)
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
 WITH_SHORTCUTS = [name for name, spec in MODELS.items() if spec.supports_drop_path]
@@ -46,7 +47,7 @@ def reference_keep(seed, block, step, rows, rate):
 
 def depth_module(rate=0.5, block=0, seed=0, step=0):
     module = StochasticDepth(rate, block)
-    seed_stochastic_depth(module, seed, torch.tensor([step]))
+    seed_stochastic_depth(module, seed, torch.tensor([step]), START)
     return module
 
 
@@ -87,8 +88,11 @@ def test_draws_of_blocks_steps_seeds_and_rows_are_independent():
 
 def test_draws_do_not_depend_on_the_batch_size():
     module = depth_module()
-    assert torch.equal(keep(module, 1000)[:8], keep(module, 8))
+    whole = keep(module, 1000)
+    assert torch.equal(whole[:8], keep(module, 8))
     assert torch.equal(keep(module, 8), keep(module, 8))
+    seed_stochastic_depth(module, 0, torch.zeros(1, dtype=torch.int64), torch.tensor([600]))
+    assert torch.equal(whole[600:], keep(module, 400))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -137,7 +141,7 @@ def test_network_in_training_matches_reference(name, shortcut):
     seed, step, drop_path, rows = 5, 17, 0.6, 6
     reference = {(name, option): reference for name, option, reference in REFERENCES}[name, shortcut]
     network = random_network(name, shortcut, drop_path=drop_path)
-    seed_stochastic_depth(network, seed, torch.tensor([step]))
+    seed_stochastic_depth(network, seed, torch.tensor([step]), START)
     blocks = len(depth_modules(network))
     rates = [drop_path * (block + 1) / blocks for block in range(blocks)]
     kept = torch.stack([reference_keep(seed, block, step, rows, rate) for block, rate in enumerate(rates)])
@@ -175,7 +179,7 @@ def test_initial_seed_and_step_are_zero():
 
 def test_blocks_of_a_network_share_seed_and_step():
     network, step = create_model("resnet20", drop_path=0.5), torch.zeros(1, dtype=torch.int64)
-    seed_stochastic_depth(network, 3, step)
+    seed_stochastic_depth(network, 3, step, START)
     modules = depth_modules(network)
     assert {module.seed for module in modules} == {3}
     for number in (0, 1, 7):
@@ -186,7 +190,7 @@ def test_blocks_of_a_network_share_seed_and_step():
 
 def test_deep_copy_has_its_own_step():
     network, step = create_model("resnet20", drop_path=0.5), torch.full((1,), 4)
-    seed_stochastic_depth(network, 3, step)
+    seed_stochastic_depth(network, 3, step, START)
     modules = depth_modules(copy.deepcopy(network))
     step += 1
     assert {module.step.data_ptr() for module in modules} == {modules[0].step.data_ptr()}
@@ -199,7 +203,7 @@ def test_deep_copy_has_its_own_step():
 def test_torch_compile_of_a_network_has_no_graph_breaks(name):
     torch._dynamo.reset()
     network = create_model(name, drop_path=0.5)
-    seed_stochastic_depth(network, 1, torch.zeros(1, dtype=torch.int64))
+    seed_stochastic_depth(network, 1, torch.zeros(1, dtype=torch.int64), START)
     explanation = torch._dynamo.explain(network)(torch.randn(2, 3, 32, 32))
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
 
@@ -208,7 +212,7 @@ def test_torch_compile_of_a_network_has_no_graph_breaks(name):
 def test_compiled_draws_are_identical(backend):
     torch._dynamo.reset()
     module, step = depth_module(0.4, 2), torch.zeros(1, dtype=torch.int64)
-    seed_stochastic_depth(module, 2**62 + 1, step)
+    seed_stochastic_depth(module, 2**62 + 1, step, START)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     for number in range(3):
         step.fill_(number)
@@ -220,7 +224,7 @@ def test_compiled_draws_are_identical(backend):
 def test_gpu_draws_are_identical(compile_):
     torch._dynamo.reset()
     module, step = StochasticDepth(0.4, 2).cuda(), torch.full((1,), 9, device="cuda")
-    seed_stochastic_depth(module, 2**62 + 1, step)
+    seed_stochastic_depth(module, 2**62 + 1, step, START.cuda())
     if compile_:
         module = torch.compile(module, fullgraph=True)
     out = module(torch.ones(300, 1, 1, 1, device="cuda"))

@@ -38,6 +38,7 @@ from fastresnet.models.speednet import PatchWhitening
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.recipes import RECIPES
 from fastresnet.training import loop
+from fastresnet.training.loggers import Logger
 from fastresnet.training.loop import train
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.step import TrainStep
@@ -258,7 +259,7 @@ def test_resuming_a_finished_run_shows_its_result_again(finished, run):
     folder, out = finished
     code, again, _ = run("train", *SMALL, "--epochs", 2, "--out", folder, "--resume")
     assert code == 0
-    assert again == out[out.index("result") :]
+    assert again == f"{folder} is finished after 2 epochs.\n{out[out.index('result') :]}"
 
 
 def test_compiled_run_stopped_in_its_last_evaluation_completes_on_resume(run, tmp_path, monkeypatch):
@@ -283,7 +284,7 @@ def test_total_seconds_include_startup(tmp_path, dataset):
 def test_advised_command_continues_a_run_whose_folder_needs_quotes(run, tmp_path):
     folder = tmp_path / "a [b] $c 'd'"
     assert run("train", *SMALL, "--iterations", 1, "--out", folder)[0] == 0
-    _, _, err = run("train", *SMALL, "--iterations", 2, "--out", folder, "--resume")
+    _, _, err = run("train", *SMALL, "--iterations", 1, "--lr", 0.2, "--out", folder, "--resume")
     _, _, advised = err.partition("continue with: fastresnet ")
     assert run(*shlex.split(advised))[0] == 0
 
@@ -330,7 +331,7 @@ def test_resuming_on_the_same_data_at_another_path_is_accepted(finished, run, tm
     elsewhere = [*SMALL[:2], tmp_path / "shapes10", *SMALL[3:]]
     code, again, _ = run("train", *elsewhere, "--epochs", 2, "--out", folder, "--resume")
     assert code == 0
-    assert again == out[out.index("result") :]
+    assert again[again.index("result") :] == out[out.index("result") :]
 
 
 @pytest.mark.parametrize("place", ["root", "folder", "relative folder"])
@@ -403,9 +404,9 @@ def test_times_of_a_resumed_run(tmp_path, dataset, monkeypatch, end, steps):
     now, costs, taken = [0.0], {"create": 100.0, "step": 10.0}, []
     create_original, step_original = loop.create_step, TrainStep.__call__
 
-    def create(*arguments):
+    def create(*arguments, **options):
         now[0] += costs["create"]
-        return create_original(*arguments)
+        return create_original(*arguments, **options)
 
     def step(self, *arguments):
         step_original(self, *arguments)
@@ -469,7 +470,7 @@ def test_run_with_many_settings_matches_a_reference_loop(run, tmp_path, dataset)
     torch.manual_seed(1)
     network = create_model("resnet20", drop_path=0.3, zero_init_residual=True).train()
     names, initial = [name for name, _ in network.named_parameters()], copy.deepcopy(network.state_dict())
-    seed_stochastic_depth(network, 1, step)
+    seed_stochastic_depth(network, 1, step, torch.zeros(1, dtype=torch.int64))
     mixer = Mixer(mixup=0.4, cutmix=1.0, seed=1, device=cpu)
     parameters = list(network.parameters())
     groups = [
@@ -665,6 +666,7 @@ def test_out_of_memory_names_the_batch_size_and_the_one_to_try(run, tmp_path, mo
     code, _, err = run("train", *SMALL, "--out", tmp_path / "run")
     assert code == 1
     assert "--batch-size 32" in err
+    assert "--accumulate 2" in err
     assert "--batch-size 16" in err
 
 
@@ -786,10 +788,10 @@ def test_dry_run_ignores_a_run_in_the_folder(finished, run):
 
 def test_expected_time_of_a_run_grows_with_the_pixels_to_come(run, tmp_path, monkeypatch):
     """Steps of 32x32 pixels take four times as long as those of 16x16, of which there are as many."""
-    logger, seen, titles = loop.Logger(), [], []
+    logger, seen, titles = Logger(), [], []
     monkeypatch.setattr(logger, "status", seen.append)
     monkeypatch.setattr(plotting, "rendered", lambda figure, _: titles.append(figure.get_suptitle()) or b"a picture")
-    monkeypatch.setattr(loop, "create_loggers", lambda *_: [logger])
+    monkeypatch.setattr(loop, "open_loggers", lambda *_: contextlib.nullcontext([logger]))
     code, out, err = run("train", *SMALL, "--iterations", 4, "--resolutions", 16, 32, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
     assert "4 steps (--iterations) of 32 images of 16, then 32 pixels (test: 32); " in out
