@@ -25,6 +25,7 @@ commands:
   predict     classify image files
   plot        plot runs: curves of one or several, confusion matrix, most confident mistakes
   report      write an HTML report of a run
+  list        list networks, recipes, data sets and pretrained networks
   summary     list the layers of a network with their parameters and multiply-adds
   export      export a trained network as ONNX, safetensors or a program for torch.export.load
   doctor      check this machine, and print a remedy for each problem

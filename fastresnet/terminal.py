@@ -290,15 +290,15 @@ def progress_line() -> Iterator[Report]:
         yield report
 
 
-def print_table(title: str, lines: Sequence[tuple[str, ...]], header: Sequence[str] = ("", "")) -> None:
-    """Print a table of one line for each of `lines`, names to the left and figures to the right."""
+def print_table(title: str, lines: Sequence[tuple[str, ...]], header: Sequence[str] = ("", ""), texts: int = 1) -> None:
+    """Print a table of one line for each of `lines`: the first `texts` columns to the left, figures to the right."""
     from rich.table import Table
 
     from fastresnet.console import PlainConsole
 
     table = Table(title=title, show_header=any(header), title_justify="left")
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="left" if number < texts else "right")
     for line in lines:
         table.add_row(*(cell.replace("\n", r"\n") for cell in line))
     PlainConsole().print_table(table)

@@ -103,6 +103,7 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
     of the word to complete.
     """
     from fastresnet.cli import COMMANDS
+    from fastresnet.commands.list import LISTS
     from fastresnet.recipes import RECIPES
 
     benchmarks = [command.removeprefix("bench ") for command in flags if command.startswith("bench ")]
@@ -110,6 +111,7 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
     yield '"2:bench "*', [*benchmarks, "--help"]
     yield '"2:train "[!-]*', RECIPES
     yield '"2:completion "[!-]*', SHELLS
+    yield '"2:list "[!-]*', LISTS
     for command, options in of_commands.items():
         takes_files = any(str(field.type).startswith("Positional") for field in dataclasses.fields(options))
         only_dashes = '" -"*' if takes_files else ""

@@ -29,7 +29,7 @@ def one_or_two_lines(err):
 def test_help_does_not_load_torch():
     """Loading torch takes seconds; the overview, version and every command's help must not."""
     helps = [[command, "--help"] for command in ("prepare", "train", "eval", "bench")]
-    lines = [["--help"], ["--version"], ["completion", "bash"], *helps, ["bench", "loaders", "--help"]]
+    lines = [["--help"], ["--version"], ["completion", "bash"], ["list"], *helps, ["bench", "loaders", "--help"]]
     program = (
         f"import sys\nfrom fastresnet import cli\nfor arguments in {lines}:\n"
         "    try: cli.main(arguments)\n    except SystemExit as stop: assert not stop.code\n    print('end of it')\n"
@@ -131,6 +131,9 @@ def test_the_help_of_bench_names_every_benchmark(run):
     ("arguments", "messages"),
     [
         (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
+        (["list", "modles"], ["unknown list 'modles'", "did you mean 'models'?"]),
+        (["list", "models", "--root", "x"], ["--root x is where data sets are, not models"]),
+        (["list", "--json", "no/such/f.json"], ["there is no folder no/such"]),
         (["train", "papre"], ["unknown recipe 'papre'", "did you mean 'paper'?"]),
         (["train", "--model", "resnet21"], ["unknown model 'resnet21'", "did you mean 'resnet20'?", "plain110"]),
         (["train", "smoke", "--model=rennet56"], ["did you mean 'resnet56'?"]),

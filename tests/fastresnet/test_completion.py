@@ -52,6 +52,8 @@ def complete(run, tmp_path):
         (["plot", "runs/a", "--k"], ["--kind"]),
         (["plot", "runs/a", "--kind", "m"], ["mistakes"]),
         (["completion", ""], ["bash", "zsh"]),
+        (["list", ""], ["models", "recipes", "data", "pretrained"]),
+        (["list", "data", "--r"], ["--root"]),
         (["nonsense", "--"], []),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

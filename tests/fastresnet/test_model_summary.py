@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastresnet.config import SMALLEST_IMAGE
 from fastresnet.models import MODELS, create_model
 from fastresnet.models.summary import flops_per_image, layers
+from fastresnet.zoo import read_zoo
 
 
 @pytest.mark.parametrize(
@@ -28,11 +29,7 @@ def test_totals_match_published_figures(model, shortcut, parameters, millions):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if MODELS[name].depth == 110 else name
-        for name in MODELS
-        if MODELS[name].depth != 1202
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if MODELS[name].depth in (110, 1202) else name for name in MODELS],
 )
 def test_parameters_and_multiply_adds_match_pytorch(name):
     with torch.device("meta"):
@@ -42,6 +39,8 @@ def test_parameters_and_multiply_adds_match_pytorch(name):
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, 3, 32, 32, device="meta"))
     assert 2 * sum(layer.macs for layer in found) == counter.get_total_flops()
+    costs = {"parameters": sum(layer.parameters for layer in found), "macs": sum(layer.macs for layer in found)}
+    assert costs == read_zoo()["networks"][name], "run: python -m benchmarks.zoo"
 
 
 @pytest.mark.parametrize("name", ["resnet20", "plain20", "preresnet20", "se-resnet20", "wrn16-2", "speednet"])

@@ -1,0 +1,33 @@
+"""Figures of `fastresnet list`: the committed ones match the committed runs."""
+
+from benchmarks import zoo
+from benchmarks.accuracy import read_summaries
+from fastresnet.models import list_models
+from fastresnet.zoo import read_zoo
+
+
+def test_accuracies_are_those_of_the_committed_runs():
+    assert read_zoo()["recipes"] == zoo.accuracies(read_summaries()), "run: python -m benchmarks.zoo"
+
+
+def test_accuracies_are_of_the_default_network_in_the_order_of_seeds():
+    runs = [("fast", "resnet20", 1, 91.5), ("fast", "resnet56", 0, 93.0), ("fast", "resnet20", 0, 91.0)]
+    keys = ("recipe", "model", "seed", "test_accuracy")
+    found = zoo.accuracies([dict(zip(keys, run, strict=True)) for run in runs])
+    assert found["fast"] == [91.0, 91.5]
+    assert found["best"] == []
+
+
+def test_command_writes_all_networks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "ZOO", tmp_path / "zoo.json")
+    monkeypatch.setattr(zoo, "costs", lambda model: {"parameters": len(model), "macs": 0})  # takes seconds
+    monkeypatch.setattr("fastresnet.zoo.ZOO", tmp_path / "zoo.json")
+    assert zoo.main([]) == 0
+    assert list(read_zoo()["networks"]) == list_models()
+    assert zoo.main(["--help"]) == 0
+    assert zoo.main(["x"]) == 2
+    assert capsys.readouterr().out.startswith("usage: python -m benchmarks.zoo")
+
+
+def test_costs_are_those_of_the_summary():
+    assert zoo.costs("speednet") == read_zoo()["networks"]["speednet"]
