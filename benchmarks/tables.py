@@ -5,6 +5,7 @@ Write the tables of `benchmarks/results` into each FILE, between one of these li
   <!-- results: FILE -->        a benchmark
   <!-- kernels: FILE,FILE -->   kernels of a step, before and after a change; of one FILE without the change
   <!-- accuracy: TABLE -->      accuracies of all runs
+  <!-- zoo: TABLE -->           all networks, or the pretrained ones
   <!-- reliability: NAME -->    a campaign of `tests/faults`
   <!-- scaling: NAME -->        training in several processes; `predicted` names the prediction for GPUs
 """
@@ -18,14 +19,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, kernels, scaling
+from benchmarks import accuracy, kernels, scaling, zoo
 from benchmarks.report import markdown_table, module_of, read_result
 from fastresnet import terminal
 from pipelines.errors import UsageError
 from pipelines.files import write_bytes
 
 RESULTS = Path(__file__).with_name("results")
-_TABLE = re.compile(r"(<!-- (results|kernels|accuracy|reliability|scaling): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (results|kernels|accuracy|zoo|reliability|scaling): (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL
+)
 
 
 def with_tables(text: str) -> str:
@@ -35,6 +38,8 @@ def with_tables(text: str) -> str:
         begin, kind, name, end = match.groups()
         if kind == "accuracy":
             return f"{begin}\n{accuracy.TABLES[name](accuracy.read_summaries())}\n{end}"
+        if kind == "zoo":
+            return f"{begin}\n{zoo.TABLES[name]()}\n{end}"
         if kind == "scaling" and name == "predicted":
             return f"{begin}\n{scaling.predicted_table()}\n{end}"
         if kind == "kernels":

@@ -22,7 +22,7 @@ def test_every_table_is_up_to_date(path):
 
 def test_the_documents_that_quote_measurements_have_tables():
     names = {path.relative_to(PROJECT).as_posix() for path in WITH_TABLES}
-    pages = ("reproduction", "reliability", "scaling", "speedrun")
+    pages = ("models", "reproduction", "reliability", "scaling", "speedrun")
     assert names == {"README.md", "benchmarks/README.md", *(f"docs/{page}.md" for page in pages)}
 
 

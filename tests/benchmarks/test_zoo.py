@@ -31,3 +31,13 @@ def test_command_writes_all_networks(tmp_path, monkeypatch, capsys):
 
 def test_costs_are_those_of_the_summary():
     assert zoo.costs("speednet") == read_zoo()["networks"]["speednet"]
+
+
+def test_table_of_networks_has_costs_and_the_accuracy_of_each_recipe(monkeypatch):
+    keys = ("recipe", "model", "test_accuracy")
+    runs = [("best", "resnet20", 93.0), ("fast", "resnet20", 91.0), ("fast", "resnet20", 92.0)]
+    monkeypatch.setattr(zoo, "read_summaries", lambda: [dict(zip(keys, run, strict=True)) for run in runs])
+    lines = zoo.networks_table().splitlines()
+    assert "| `resnet20` | 0.27 | 40.8 | `fast` 91.50 ± 0.71 % (2 seeds), `best` 93.00 % (1 seed) |" in lines
+    assert "| `wrn28-10` | 36.48 | 5,243.3 | not run |" in lines  # 36.5 million in Zagoruyko & Komodakis 2016
+    assert len(lines) == 2 + len(list_models())

@@ -622,7 +622,7 @@ def test_command_named_for_a_custom_data_set_prepares_it(run, tmp_path):
 def test_help_of_summary_names_every_network_of_the_document(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     text = (Path(__file__).parents[2] / "docs/models.md").read_text()
-    networks = set(re.findall(r"`(\S+)`", text.partition("## Networks")[2].partition("`--shortcut")[0])) - {"--model"}
+    networks = set(re.findall(r"^\| `(\S+)`", text.partition("## Pretrained")[0], re.MULTILINE))
     assert set(re.findall(r"[a-z0-9-]+", run("summary", "--help")[1])) >= networks
     assert "resnet9" in networks
 
