@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DataError, check_choice
+from pipelines.errors import DataError, UsageError, check_choice
 from pipelines.files import sha256
 
 if TYPE_CHECKING:
@@ -86,12 +86,21 @@ def find_weights(given: str | Path) -> Path:
     return path
 
 
-def load_pretrained(name: str) -> nn.Module:
+def load_pretrained(name: str, num_classes: int | None = None) -> nn.Module:
     """Load pretrained network `name`, in evaluation mode, on the CPU.
 
-    It maps images [N, 3, 32, 32], normalised as `pretrained_card(name)` says, to logits of CIFAR-10's classes
-    [N, 10]. Raises `UsageError` on an unknown name, and `DataError` if the file is damaged.
+    It maps images [N, 3, 32, 32], normalised as `pretrained_card(name)` says, to logits of CIFAR-10's classes [N, 10].
+    For another number of classes, `num_classes`, it gets a new linear layer, freshly initialised from torch's global
+    generator, to be trained. Raises `UsageError` on an unknown name or fewer classes than 1, and `DataError` if the
+    file is damaged.
     """
+    from fastresnet.models import create_model
     from fastresnet.weights import load_weights
 
-    return load_weights(pretrained_file(name)).model
+    if num_classes is not None and num_classes < 1:
+        raise UsageError(f"num_classes {num_classes} is below 1.")
+    weights = load_weights(pretrained_file(name))
+    network = weights.model
+    if num_classes not in (None, weights.num_classes):
+        network.fc = create_model(weights.name, num_classes=num_classes, shortcut=weights.shortcut).fc
+    return network.eval()

@@ -125,5 +125,25 @@ def test_torch_hub_has_the_networks_for_entry_points_and_nothing_else():
     hubconf = hub_module()
     found = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
     assert found == {name.replace("-", "_") for name in fastresnet.list_models()}
-    with pytest.raises(TypeError, match="num_classes"):  # pretrained networks have ten
-        hubconf.resnet20(pretrained=True, num_classes=7)
+
+
+@pytest.mark.parametrize(
+    "load", [load_pretrained, lambda _, **options: hub_module().resnet20(pretrained=True, **options)]
+)
+def test_another_number_of_classes_gets_a_new_linear_layer(load):
+    torch.manual_seed(3)
+    network, trained = load("resnet20", num_classes=7), load_pretrained("resnet20")
+    assert not any(module.training for module in network.modules())
+    state, expected = network.state_dict(), trained.state_dict()
+    assert state["fc.weight"].shape == (7, 64)
+    assert state["fc.weight"].std() > 0.01  # drawn
+    assert all(torch.equal(state[key], expected[key]) for key in expected if not key.startswith("fc."))
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    same = load("resnet20", num_classes=10).state_dict()
+    assert all(torch.equal(same[key], expected[key]) for key in expected)
+
+
+def test_no_classes_are_refused():
+    with pytest.raises(UsageError, match="num_classes 0 is below 1"):
+        load_pretrained("resnet20", num_classes=0)
