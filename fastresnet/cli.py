@@ -27,7 +27,7 @@ commands:
   report      write an HTML report of a run
   list        list networks, recipes, data sets and pretrained networks
   summary     list the layers of a network with their parameters and multiply-adds
-  export      export a trained network as ONNX, safetensors or a program for torch.export.load
+  export      export a trained network as ONNX, safetensors, a program for torch.export.load or a model of the Hub
   doctor      check this machine, and print a remedy for each problem
   bench       measure the speed of this program and of alternatives
   completion  print the completion script for bash or zsh

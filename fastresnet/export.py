@@ -1,4 +1,4 @@
-"""Export of a trained network: ONNX, safetensors, or a program of `torch.export`."""
+"""Export of a trained network: ONNX, safetensors, a program of `torch.export`, or a repository of weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastresnet.weights import Normalized, Weights
+from fastresnet.checkpoint import save_tensors
+from fastresnet.hub import WEIGHTS
+from fastresnet.model_card import Measured, config_json, describe, model_card
+from fastresnet.weights import Normalized, Weights, load_weights
 from pipelines.errors import RunError, UsageError
-from pipelines.files import replacing
+from pipelines.files import replacing, sync_folder, temporary_folder, write_bytes, write_json
 from pipelines.sampling import IMAGE_SIZE
 
 TOLERANCE = 1e-4
@@ -32,17 +35,21 @@ def export(weights: Weights, path: Path, kind: str, *, normalize: bool) -> float
     """
     network = (Normalized(weights) if normalize else weights.model).cpu().eval()
     with replacing(path) as temporary:
-        loaded = FORMATS[kind](network, temporary)
-        generator = torch.Generator().manual_seed(0)
-        batches = [torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for count in (1, 7)]
-        with torch.inference_mode():
-            difference = max(float((loaded(batch) - network(batch)).abs().max()) for batch in batches)
-        if not difference <= TOLERANCE:
-            raise RunError(f"logits of {kind} differ from the network's by {difference:g}; {path} was not written.")
-    return difference
+        return _compare(FORMATS[kind](network, temporary), network, kind, path)
 
 
 Loaded = Callable[[Tensor], Tensor]
+
+
+def _compare(loaded: Loaded, network: nn.Module, kind: str, path: Path) -> float:
+    """Return the largest difference of a logit on random images; raise `RunError` if it is above `TOLERANCE`."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) for count in (1, 7)]
+    with torch.inference_mode():
+        difference = max(float((loaded(batch) - network(batch)).abs().max()) for batch in batches)
+    if not difference <= TOLERANCE:
+        raise RunError(f"logits of {kind} differ from the network's by {difference:g}; {path} was not written.")
+    return difference
 
 
 def _onnx(network: nn.Module, path: Path) -> Loaded:
@@ -99,3 +106,24 @@ FORMATS: dict[str, Callable[[nn.Module, Path], Loaded]] = {
     "safetensors": _safetensors,
     "torch-export": _torch_export,
 }
+
+
+def export_repository(weights: Weights, folder: Path, measured: Measured | None) -> float:
+    """Write the new folder `folder`, to be uploaded as a repository of weights: model.safetensors and its model card.
+
+    `weights` are of this program. Returns the largest difference of a logit. Raises `UsageError` if `folder` has files
+    or a library is missing, `RunError` as `export` does. The folder is complete or unchanged.
+    """
+    if os.path.lexists(folder) and not (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder. Remove it, or give another with --out.")
+    network = weights.model.cpu().eval()
+    with temporary_folder(folder.parent) as temporary:
+        new = temporary / "new"
+        new.mkdir()
+        save_tensors(new / WEIGHTS, network.state_dict(), describe(weights))
+        difference = _compare(load_weights(new / WEIGHTS).model, network, "hub", folder)
+        write_json(new / "config.json", config_json(weights))
+        write_bytes(new / "README.md", model_card(weights, measured).encode())
+        os.rename(new, folder)
+        sync_folder(folder.parent)
+    return difference

@@ -19,7 +19,8 @@ class Options:
 
     weights: Path
     """Checkpoint or model.safetensors of this program, or state dict saved by another (.pt, .th, .safetensors).
-    pretrained:NAME, such as pretrained:resnet20, selects weights included in this program."""
+    pretrained:NAME, such as pretrained:resnet20, selects weights included in this program, and hf-hub:USER/NAME those
+    of a repository of the Hugging Face Hub."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes. Plain networks must be named: they
     have the shapes of residual ones."""

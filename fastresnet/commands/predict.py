@@ -36,7 +36,7 @@ class Options:
     images: Positional[tuple[Path, ...]]
     """Image files (PNG, JPEG, BMP, GIF, PPM, TIFF or WebP), or folders of image files."""
     weights: str = "pretrained:resnet20"
-    """Checkpoint or model.safetensors of this program, state dict of another, or pretrained:NAME."""
+    """Checkpoint or model.safetensors of this program, state dict of another, pretrained:NAME, or hf-hub:USER/NAME."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes."""
     top: int = 3

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastresnet import hub
 from pipelines.errors import DataError, UsageError, check_choice
 from pipelines.files import sha256
 
@@ -75,9 +76,14 @@ def is_pretrained(given: str | Path) -> bool:
 
 
 def find_weights(given: str | Path) -> Path:
-    """Return the file that `given` names. Raises the same errors as `pretrained_file`, and `DataError` on a folder."""
+    """Return the file that `given` names; that of a repository of the Hugging Face Hub is downloaded.
+
+    Raises the same errors as `pretrained_file` and `hub.download`, and `DataError` on a folder.
+    """
     if is_pretrained(given):
         return pretrained_file(str(given).removeprefix(PREFIX))
+    if hub.is_repository(given):
+        return hub.download(str(given))
     path = Path(given)
     if os.path.isdir(path):  # unlike Path.is_dir, without an error for a name that no file can have
         raise DataError(f"{path} is a folder. Give the weights in it, of a run {path / 'model.safetensors'}.")
@@ -89,17 +95,20 @@ def find_weights(given: str | Path) -> Path:
 def load_pretrained(name: str, num_classes: int | None = None) -> nn.Module:
     """Load pretrained network `name`, in evaluation mode, on the CPU.
 
-    It maps images [N, 3, 32, 32], normalised as `pretrained_card(name)` says, to logits of CIFAR-10's classes [N, 10].
-    For another number of classes, `num_classes`, it gets a new linear layer, freshly initialised from torch's global
-    generator, to be trained. Raises `UsageError` on an unknown name or fewer classes than 1, and `DataError` if the
-    file is damaged.
+    `hf-hub:USER/NAME` is the network in a repository of the Hugging Face Hub, and `hf-hub:USER/NAME@REVISION` a certain
+    revision. The network maps images [N, 3, 32, 32] to logits of the classes of its training, [N, 10] for CIFAR-10.
+    Images are normalised as `pretrained_card(name)` says, or the card of the repository. For another number of classes,
+    `num_classes`, it gets a new linear layer, freshly initialised from torch's global generator, to be trained.
+
+    Raises `UsageError` on an unknown name or fewer classes than 1, `DataError` if the file is damaged or cannot be
+    downloaded.
     """
     from fastresnet.models import create_model
     from fastresnet.weights import load_weights
 
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"num_classes {num_classes} is below 1.")
-    weights = load_weights(pretrained_file(name))
+    weights = load_weights(find_weights(name) if hub.is_repository(name) else pretrained_file(name))
     network = weights.model
     if num_classes not in (None, weights.num_classes):
         network.fc = create_model(weights.name, num_classes=num_classes, shortcut=weights.shortcut).fc
