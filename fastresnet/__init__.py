@@ -23,9 +23,47 @@ except ImportError as error:
     print(f"fastresnet: {error}", file=_sys.stderr)  # under python -m fastresnet a traceback would add nothing
     _sys.exit(2)
 
-from fastresnet.api import evaluate, train  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+from fastresnet.api import create_dataset, evaluate, load_dataset, open_pipeline, train  # noqa: E402
+from fastresnet.callbacks import Callback, StopTraining  # noqa: E402
 from fastresnet.models import create_model, list_models  # noqa: E402
 from fastresnet.pretrained import list_pretrained, load_pretrained  # noqa: E402
-from pipelines import __version__  # noqa: E402
+from pipelines import Augmentation, __version__  # noqa: E402
+from pipelines.errors import DataError, RunError, UsageError  # noqa: E402
 
-__all__ = ["__version__", "create_model", "evaluate", "list_models", "list_pretrained", "load_pretrained", "train"]
+if TYPE_CHECKING:
+    from fastresnet.config import TrainConfig
+    from fastresnet.recipes import create_config
+    from pipelines.store import Dataset
+
+__all__ = [
+    "Augmentation",
+    "Callback",
+    "DataError",
+    "Dataset",
+    "RunError",
+    "StopTraining",
+    "TrainConfig",
+    "UsageError",
+    "__version__",
+    "create_config",
+    "create_dataset",
+    "create_model",
+    "evaluate",
+    "list_models",
+    "list_pretrained",
+    "load_dataset",
+    "load_pretrained",
+    "open_pipeline",
+    "train",
+]
+
+# The libraries that these need take long to import, and torch.hub has none of them.
+_LATER = {"TrainConfig": "fastresnet.config", "create_config": "fastresnet.recipes", "Dataset": "pipelines.store"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(__import__(_LATER[name], fromlist=[name]), name)

@@ -63,16 +63,19 @@ class Evaluation:
 
 
 def find_dataset_for(
-    weights: Weights, given: object, data: str | None, root: Path | None, report: Report = lambda *_: None
+    weights: Weights, given: object, data: str | Dataset | None, root: Path | None, report: Report = lambda *_: None
 ) -> tuple[Weights, Dataset]:
     """Find the data set on which to evaluate `weights`, loaded from `given`; return both, with the same classes.
 
-    It is `data` (see `find_test_data`), else the one of their training, else cifar10, or cifar100 for 100 classes. It
-    is normalised with the constants of their training if these are known. The network's outputs are in the order of its
-    classes, matched by name. Raises `DataError` if it has other classes.
+    It is `data`, a data set or its name (see `find_test_data`), else the one of their training, else cifar10, or
+    cifar100 for 100 classes. It is normalised with the constants of their training if these are known. The network's
+    outputs are in the order of its classes, matched by name. Raises `DataError` if it has other classes.
     """
     usual = CIFAR100 if weights.num_classes == 100 else CIFAR10
-    dataset = find_test_data(data or (weights.training or {}).get("data", usual), root, report)
+    if isinstance(data, Dataset):
+        dataset = data
+    else:
+        dataset = find_test_data(data or (weights.training or {}).get("data", usual), root, report)
     if data is None and weights.data_sha256 not in (None, dataset.digest):
         warnings.warn(f"{given} was trained on another data set {dataset.name}; --data and --root name it", Note, 3)
     if not len(dataset.train):  # images in folders, perhaps not of all classes

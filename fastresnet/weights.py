@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastresnet.checkpoint import open_tensors, take_prefix
 from fastresnet.foreign import open_network, select_network
-from fastresnet.models import MODELS, create_model, list_models
+from fastresnet.models import MODELS, OWN, create_model, list_models
 from fastresnet.tensors import StoredTensor
 from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.contents import recognise
@@ -210,6 +210,11 @@ def _described(config: Any, path: Path, model: str | None) -> tuple[str, str]:
     """Return model name and shortcut option from a file of this program."""
     config = config if isinstance(config, dict) else {}
     name, shortcut = model or config.get("model"), config.get("shortcut")
+    if isinstance(name, str) and name.startswith(OWN):
+        raise DataError(
+            f"{path} has the weights of {name:.100}, a network of a Python program. Load them there: "
+            "safetensors.torch.load_file."
+        )
     if name not in list_models() or shortcut not in MODELS[name].shortcuts:
         raise DataError(f"{path} describes an unknown network (model {name!r:.100}, shortcut {shortcut!r:.100}).")
     if not isinstance(config.get("data"), str):

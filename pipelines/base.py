@@ -16,6 +16,7 @@ from .sampling import Augmentation, EpochPlan, Sampler
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from typing_extensions import Self
 
     from .store import Dataset, Split
 
@@ -86,6 +87,12 @@ class Pipeline(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Release memory and worker processes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class GatheringPipeline(Pipeline):

@@ -122,19 +122,44 @@ class Dataset:
     def of_test_images(cls, name: str, data: RawData, folder: Path) -> Dataset:
         """Create a data set in memory, to test on the images of `data`; mean and deviation are theirs."""
         images, labels = data.test_images, data.test_labels
-        rows = np.arange(len(labels), dtype=np.int64)
-        test = Split("test", images, labels, rows)
+        return cls._in_memory(name, RawData(data.classes, images[:0], labels[:0], images, labels), folder)
+
+    @classmethod
+    def of_arrays(
+        cls, name: str, train_images: Any, train_labels: Any, test_images: Any, test_labels: Any, classes: Any = None
+    ) -> Dataset:
+        """Create a data set in memory; see `fastresnet.create_dataset`."""
+        if not isinstance(name, str) or not is_name(name):
+            raise UsageError(f"{name!r:.200} is not a name for a data set: use letters, digits and dashes.")
+        train = _checked_split("train", train_images, train_labels)
+        test = _checked_split("test", test_images, test_labels)
+        highest = max(int(labels.max()) for _, labels in (train, test))
+        names = list(classes if classes is not None else map(str, range(highest + 1)))
+        if not are_class_names(names) or len(set(names)) < len(names) or highest >= len(names):
+            raise UsageError(
+                f"{len(names)} classes for labels up to {highest}: give a name for each class, no two the same."
+            )
+        return cls._in_memory(name, RawData(tuple(names), *train, *test), Path(f"<{name}, in memory>"))
+
+    @classmethod
+    def _in_memory(cls, name: str, data: RawData, folder: Path) -> Dataset:
+        """Create a data set of `data`, with mean and deviation of its training images or, without any, of all."""
+        splits = {split: Split(split, *rows, np.arange(len(rows[1]))) for split, rows in data.splits().items()}
+        images = data.train_images if len(data.train_images) else data.test_images
         mean, std = channel_statistics(images)
-        pixel_mean = (images.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
+        digest = hashlib.sha256(json.dumps(data.classes).encode())
+        for split in splits.values():
+            digest.update(split.images.tobytes())
+            digest.update(split.labels.tobytes())
         return cls(
             name=name,
             classes=data.classes,
-            train=Split("train", images, labels, rows[:0]),
-            test=test,
+            train=splits["train"],
+            test=splits["test"],
             mean=tuple(mean),
             std=_divisors(std),
-            pixel_mean=pixel_mean,
-            digest=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+            pixel_mean=(images.mean(axis=0, dtype=np.float64) / 255).astype(np.float32),
+            digest=digest.hexdigest(),
             folder=folder,
         )
 
@@ -149,6 +174,23 @@ class Dataset:
         order = self.train.ids[permutation(stream_key(0, 0, Stream.HOLD_OUT), self.train.ids)]
         held, kept = np.sort(order[:count]), np.sort(order[count:])
         return (replace(self, train=replace(self.train, ids=kept)), replace(self, test=replace(self.train, ids=held)))
+
+
+def _checked_split(split: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels of a user as arrays of a store. Raises `UsageError` on other shapes, types or values."""
+    images, labels = (np.asarray(array) for array in (images, labels))
+    if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not len(images):
+        raise UsageError(
+            f"{split}_images is {images.dtype} {list(images.shape)}: give uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], "
+            "the pixels of at least one image in RGB, channels last."
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0:
+        lowest = f" from {labels.min()} on" if labels.dtype.kind in "iu" and labels.size else ""
+        raise UsageError(
+            f"{split}_labels is {labels.dtype} {list(labels.shape)}{lowest}: give an integer from 0 on for each of the "
+            f"{len(images)} images."
+        )
+    return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastresnet.config import TrainConfig
 from fastresnet.evaluation import check_logits
+from fastresnet.hub import is_repository
 from fastresnet.models import create_model
 from fastresnet.models.speednet import PatchWhitening
 from fastresnet.pretrained import find_weights, is_pretrained
@@ -83,7 +84,7 @@ def with_identified_weights(config: TrainConfig, *, started: bool) -> TrainConfi
     """
     if config.init_from is None:
         return config
-    if not is_pretrained(config.init_from):
+    if not (is_pretrained(config.init_from) or is_repository(config.init_from)):
         config = dataclasses.replace(config, init_from=os.path.abspath(os.path.expanduser(config.init_from)))
     if started:
         return config

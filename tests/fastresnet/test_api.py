@@ -9,8 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import fastresnet
+import pipelines
+from fastresnet.api import _in_words_of_python
+from fastresnet.checkpoint import load_tensors
 from fastresnet.weights import load_weights
 from pipelines.errors import DataError, UsageError
 
@@ -125,15 +130,24 @@ def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trai
     ("settings", "message"),
     [
         ({"epoch": 3}, "did you mean 'epochs'"),
-        ({"epochs": 0}, "--epochs 0"),
+        ({"epochs": 0}, "^epochs 0 is not in"),
+        ({"model": torch.nn.Identity()}, "Identity has no parameters to train"),
+        ({"model": torch.nn.Conv2d(3, 10, 3)}, r"the network maps 2 images to \[2, 10, 30, 30\]; expected are logits"),
+        ({"model": torch.nn.Conv2d(3, 10, 3), "init_from": "w.pt"}, "^init_from is for networks of this program"),
+        ({"model": "own:Net"}, "own:Net is a network of a Python program"),
+        ({"callbacks": [print]}, "which is no instance of fastresnet.Callback"),
+        ({"data": "shapes11"}, "did you mean 'shapes10'"),
+        ({"freeze_backbone": True}, "the other weights with init_from"),
         ({"epochs": "3"}, "epochs = '3': expected int"),
         ({"milestones": 0.5}, "milestones = 0.5: expected a list"),
         ({"model": "resnet21"}, "did you mean 'resnet20'"),
     ],
 )
 def test_invalid_settings_are_usage_errors(data_root, tmp_path, settings, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         fastresnet.train("smoke", root=data_root, out=tmp_path / "run", **{**SMALL, **settings})
+    assert isinstance(caught.value, fastresnet.UsageError | fastresnet.DataError)
+    assert "--" not in str(caught.value).partition("fastresnet prepare")[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -149,7 +163,9 @@ def test_invalid_options_of_an_evaluation_are_usage_errors(trained, data_root, s
 def test_unknown_recipe_existing_run_and_missing_file_are_refused(trained, data_root):
     with pytest.raises(UsageError, match="did you mean 'smoke'"):
         fastresnet.train("smokey")
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(
+        UsageError, match=r"already holds a run. Continue it with resume=True, or give another .* with out"
+    ):
         fastresnet.train("smoke", root=data_root, out=trained.folder, quiet=True, **SMALL)
     with pytest.raises(DataError, match="not a readable file"):
         fastresnet.evaluate("nothing.pt", data="shapes10", root=data_root)
@@ -158,6 +174,188 @@ def test_unknown_recipe_existing_run_and_missing_file_are_refused(trained, data_
 def test_packages_are_marked_as_typed():
     for package in ("fastresnet", "pipelines"):
         assert (NOTEBOOK.parents[1] / package / "py.typed").exists()
+
+
+# --- what a program brings along ---------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        self.head = torch.nn.Linear(8, classes)
+
+    def forward(self, images):
+        return self.head(self.body(images).mean((2, 3)))
+
+
+def test_an_own_network_is_trained_in_place_and_resumed(data_root, tmp_path):
+    settings = {**SMALL, "root": data_root, "quiet": True, "milestones": (), "seed": 3}
+
+    def create():
+        torch.manual_seed(1)
+        return Net()
+
+    network = create()
+    run = fastresnet.train("smoke", model=network, out=tmp_path / "a", **settings)
+    assert run.summary["model"] == "own:Net"
+    assert not torch.equal(network.head.weight, create().head.weight)
+    saved = load_file(run.folder / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in network.state_dict().items())
+    forward = 8 * 27 * 8 * 8 + 80
+    assert (
+        run.summary["flops"] == 2 * (2 * forward + 80) * 32 * 3
+    )  # gradients: all weights, and the linear layer's input
+    accuracy = fastresnet.evaluate(network, data="shapes10", root=data_root, normalization="half").accuracy
+    assert accuracy == run.summary["test_accuracy"]
+
+    whole = create()
+    settings["iterations"] = 10
+    fastresnet.train("smoke", model=whole, out=tmp_path / "b", epochs=2, **settings)
+    parts = create()
+    fastresnet.train("smoke", model=parts, out=tmp_path / "c", **{**settings, "iterations": 5})
+    parts = create()
+    fastresnet.train("smoke", model=parts, out=tmp_path / "c", resume=True, epochs=2, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+    with pytest.raises(fastresnet.DataError, match=r"has the weights of own:Net, a network of a Python program"):
+        fastresnet.evaluate(run.folder / "model.safetensors", data="shapes10", root=data_root)
+
+
+class Recorder(fastresnet.Callback):
+    def __init__(self, epochs=99):
+        self.rows, self.saved, self.epochs = [], [], epochs
+
+    def epoch_end(self, row):
+        self.rows.append(row)
+        if len(self.rows) == self.epochs:
+            raise fastresnet.StopTraining
+
+    def checkpoint(self, path):
+        self.saved.append((path, load_tensors(path)[1]["progress"]["step"]))
+
+
+def test_callbacks_see_epochs_and_checkpoints_and_can_stop(data_root, tmp_path):
+    settings = {**SMALL, "iterations": None, "epochs": 4, "root": data_root, "quiet": True, "checkpoint_steps": 4}
+    stopper, other = Recorder(epochs=2), Recorder()
+    run = fastresnet.train("smoke", callbacks=[stopper, other], out=tmp_path / "run", **settings)
+    assert stopper.rows == other.rows == run.rows
+    assert [row["epoch"] for row in run.rows] == [1, 2]
+    assert run.summary["epochs"] == 2
+    assert run.summary["test_accuracy"] == run.rows[-1]["test_accuracy"]
+    assert {path for path, _ in other.saved} == {tmp_path / "run" / "last.ckpt"}
+    steps = [step for _, step in other.saved]
+    assert steps == sorted(steps)
+    assert {4, 8, 10} <= set(steps)
+
+
+def test_an_error_of_a_callback_ends_the_run_as_it_is(data_root, tmp_path):
+    class Failing(fastresnet.Callback):
+        def epoch_end(self, row):
+            raise KeyError("mine")
+
+    settings = {**SMALL, "root": data_root, "quiet": True}
+    with pytest.raises(KeyError, match="mine"):
+        fastresnet.train("smoke", callbacks=[Failing()], out=tmp_path / "run", **settings)
+    assert fastresnet.train("smoke", out=tmp_path / "run", resume=True, **settings).summary["steps"] == 3
+
+
+def test_a_config_is_a_typed_recipe(data_root, tmp_path, trained):
+    config = dataclasses.replace(
+        fastresnet.create_config("smoke"),
+        data="shapes10",
+        batch_size=32,
+        precision="fp32",
+        iterations=3,
+        root=data_root,
+    )
+    run = fastresnet.train(config, out=tmp_path / "run", quiet=True)
+    assert run.rows == trained.rows
+    assert (
+        fastresnet.train(dataclasses.replace(config, out=tmp_path / "b"), quiet=True, iterations=1).summary["steps"]
+        == 1
+    )
+
+
+def arrays(dataset):
+    return [array for split in (dataset.train, dataset.test) for array in (split.images, split.labels)]
+
+
+def test_arrays_train_as_the_store_that_has_them(data_root, tmp_path, trained):
+    dataset = fastresnet.load_dataset("shapes10", root=data_root)
+    images, labels, *test = arrays(dataset)
+    own = fastresnet.create_dataset(
+        "own", torch.tensor(images), labels.astype(np.uint8), *test, classes=dataset.classes
+    )
+    assert (own.mean, own.std) == (dataset.mean, dataset.std)
+    np.testing.assert_array_equal(own.pixel_mean, dataset.pixel_mean)
+    settings = {**SMALL, "data": own, "quiet": True}
+    run = fastresnet.train("smoke", out=tmp_path / "run", **settings)
+    assert run.rows == trained.rows
+    assert run.summary["data"] == "own"
+    assert fastresnet.evaluate(run.folder / "model.safetensors", data=own).accuracy == run.summary["test_accuracy"]
+    assert fastresnet.train("smoke", out=tmp_path / "run", resume=True, **settings).rows == run.rows
+    other = fastresnet.create_dataset("own", images, labels[::-1], *test, classes=dataset.classes)
+    with pytest.raises(fastresnet.DataError, match="was trained on another data set"):
+        fastresnet.train("smoke", out=tmp_path / "run", resume=True, **{**settings, "data": other})
+
+
+IMAGES = np.zeros((4, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_images": IMAGES / 255}, r"train_images is float64 \[4, 32, 32, 3\]: give uint8"),
+        ({"test_images": IMAGES.transpose(0, 3, 1, 2)}, r"test_images is uint8 \[4, 3, 32, 32\]"),
+        ({"train_images": IMAGES[:0], "train_labels": []}, "at least one image"),
+        ({"train_labels": [0, 1, 0]}, "give an integer from 0 on for each of the 4 images"),
+        ({"train_labels": [0.0, 1.0, 0.0, 1.0]}, "train_labels is float64"),
+        ({"test_labels": [0, -1, 0, 1]}, "from -1 on"),
+        ({"classes": ["a"]}, "1 classes for labels up to 1"),
+        ({"classes": ["a", "a"]}, "no two the same"),
+        ({"name": "a/b"}, "'a/b' is not a name for a data set"),
+    ],
+)
+def test_arrays_of_other_shapes_and_values_are_refused(change, message):
+    good = {"name": "x", "train_images": IMAGES, "train_labels": [0, 1, 0, 1]}
+    good |= {"test_images": IMAGES, "test_labels": [1, 1, 0, 0]}
+    assert fastresnet.create_dataset(**good).classes == ("0", "1")
+    with pytest.raises(ValueError, match=message):
+        fastresnet.create_dataset(**{**good, **change})
+
+
+def test_the_public_loader_gives_the_batches_of_the_pipelines(data_root):
+    dataset = fastresnet.load_dataset("shapes10", root=data_root)
+    augmentation = fastresnet.Augmentation(flip="alternating", normalization="channel")
+    on, options = torch.device("cpu"), {"batch_size": 32, "seed": 5, "augmentation": augmentation}
+    expected = pipelines.open_pipeline("torchvision", dataset, train=True, device=on, dtype=torch.float32, **options)
+    with expected, fastresnet.open_pipeline(dataset, **options) as loader:
+        assert len(loader) == len(dataset.train) // 32
+        for ours, theirs in zip(loader.epoch(3), expected.epoch(3), strict=True):
+            torch.testing.assert_close(ours.images, theirs.images, rtol=0, atol=1e-6)
+            assert torch.equal(ours.labels, theirs.labels)
+    with fastresnet.open_pipeline(dataset, batch_size=32, train=False, dtype=torch.uint8) as loader:
+        seen = torch.cat([batch.images[: batch.valid] for batch in loader.epoch(0)])
+        np.testing.assert_array_equal(seen.permute(0, 2, 3, 1).numpy(), dataset.test.images)
+    with pytest.raises(ValueError, match="did you mean 'resident'"):
+        fastresnet.open_pipeline(dataset, batch_size=32, pipeline="residnt")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("--batch-size 0 is not in 1..9.", "batch_size 0 is not in 1..9."),
+        (
+            "Continue it with --resume, or give another folder with --out.",
+            "Continue it with resume=True, or give another folder with out.",
+        ),
+        ("Leave out --no-nesterov.", "Leave out nesterov=False."),
+        ("It failed: fastresnet train --config a --resume", "It failed: fastresnet train --config a --resume"),
+        ("a--batch-size, --unknown", "a--batch-size, --unknown"),
+    ],
+)
+def test_messages_name_settings_as_in_python(message, expected):
+    assert _in_words_of_python(message) == expected
 
 
 SMALLER = {
