@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class Options(TrainConfig):
     config: Path | None = None
     """TOML file of some or all settings, such as that of a run: they precede the recipe's, and flags precede them."""
     seeds: str | None = None
-    """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and print a table of all runs."""
+    """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and summarise all runs."""
     per_gpu: int = 1
     """Number of trainings of --seeds that share each GPU at a time."""
     find_lr: Path | None = None
@@ -180,8 +181,10 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
     import torch
 
     from fastresnet.device import resolve_device
+    from fastresnet.provenance import environment
     from fastresnet.run_folder import run_path
-    from fastresnet.seeds import train_seeds
+    from fastresnet.seeds import common_summary_path, finished_seeds, format_seeds, summarize, train_seeds
+    from pipelines.files import write_json
 
     device = resolve_device(config.device)
     if per_gpu > 1 and device.type == "cpu":
@@ -195,16 +198,26 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
         seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), dataset)
         for seed in seeds
     }
+    common = common_summary_path(config.out, folders)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     each = "one" if per_gpu == 1 else f"up to {per_gpu}"
     at_once = min(len(seeds), gpus * per_gpu)
     where = f"{at_once} in parallel, {each} on each GPU" if gpus else "one after the other, on the CPU"
     say(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
+    if config.resume and (finished := finished_seeds(folders)):
+        say(f"finished before, and not trained again: seeds {format_seeds(finished)} ({len(finished)} of {len(seeds)})")
+    sys.stdout.flush()  # the trainings may take hours
+    epoch_steps = max((len(dataset.train) - config.val_split) // config.batch_size, 1)
+    steps = config.total_steps(epoch_steps)
+    summaries = train_seeds(arguments, folders, gpus, per_gpu, epochs=-(-steps // epoch_steps), steps=steps)
+    command = environment(torch.device("cpu"))["command"]  # this process uses no GPU
+    write_json(common, summarize(summaries, folders, command))
     print_table(
         f"{config.recipe}, {config.model} on {dataset.name}, last epoch, single view",
-        _seed_lines(train_seeds(arguments, folders, gpus, per_gpu)),
+        _seed_lines(summaries),
         header=("seed", "test accuracy", "with flip TTA", "with shift TTA", "training time"),
     )
+    say(common)
     return 0
 
 

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.accuracy import RESULTS
 from fastresnet import seeds
-from fastresnet.seeds import parse_seeds
+from fastresnet.console import PlainConsole
+from fastresnet.seeds import format_seeds, parse_seeds, summarize
+from fastresnet.training.loggers import PlainLogger, Status
 from pipelines.errors import DataError, UsageError
 
 SMALL = ["smoke", "--data", "shapes10", "--batch-size", "32", "--precision", "fp32", "--iterations", "2"]
@@ -34,6 +37,11 @@ def test_invalid_seeds_are_refused(text):
         parse_seeds(text)
 
 
+@pytest.mark.parametrize("text", ["3", "0-9", "0-1,7", "2-4,6,8-9"])
+def test_seeds_are_written_as_they_are_read(text):
+    assert format_seeds(parse_seeds(text)[::-1]) == text
+
+
 @pytest.mark.usefixtures("quick_processes")
 def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(run, tmp_path):
     code, out, _ = run("train", *SMALL, "--seeds", "3-4", "--out", tmp_path / "runs")
@@ -48,6 +56,106 @@ def test_each_seed_is_trained_in_its_folder_and_the_table_has_mean_and_spread(ru
     assert run("train", *SMALL, "--seed", 4, "--out", tmp_path / "alone")[0] == 0
     assert (folder / "metrics.csv").read_bytes() == (tmp_path / "alone" / "metrics.csv").read_bytes()
     assert f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %" in out
+    for number, accuracy in enumerate(accuracies):
+        assert f"seed {3 + number}: test accuracy {accuracy:.2f} %, training time 0:0" in out
+        assert f"({1 + number} of 2)\n" in out
+    assert out.endswith(f"{tmp_path / 'runs' / 'summary.json'}\n")
+    common = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    figures = common["figures"]["test_accuracy"]
+    expected = {"mean": np.mean(accuracies), "std": np.std(accuracies, ddof=1)}
+    assert figures == pytest.approx({**expected, "min": min(accuracies), "max": max(accuracies)})
+    assert [(one["seed"], one["folder"], one["test_accuracy"]) for one in common["runs"]] == [
+        (3, "seed3", accuracies[0]),
+        (4, "seed4", accuracies[1]),
+    ]
+    assert (common["recipe"], common["data"], common["seeds"]) == ("smoke", "shapes10", [3, 4])
+    assert "--seed 4" in common["runs"][1]["environment"]["command"]
+    assert common["environment"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.usefixtures("quick_processes")
+def test_finished_seeds_are_announced_and_not_trained_again(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRESNET_RUNS", str(tmp_path))
+    code, out, _ = run("train", *SMALL, "--seeds", 5)
+    assert code == 0
+    assert "finished before" not in out
+    (folder,) = tmp_path.glob("*-seed5")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "train.log"}
+    code, out, _ = run("train", *SMALL, "--seeds", "5-6", "--resume")
+    assert code == 0
+    assert "finished before, and not trained again: seeds 5 (1 of 2)" in out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "train.log"} == before
+    (common,) = tmp_path.glob("*-seeds5-6.json")
+    assert [one["folder"] for one in json.loads(common.read_text())["runs"]] == [folder.name, f"{folder.name[:-1]}6"]
+    alone = json.loads(next(tmp_path.glob("*-seeds5.json")).read_text())
+    assert alone["figures"]["test_accuracy"]["std"] is None
+
+
+def test_a_common_summary_has_what_runs_share_and_for_each_the_rest(tmp_path):
+    first = json.loads(next(RESULTS.glob("fast-resnet20-*.json")).read_text())
+    second = {**first, "environment": {**first["environment"], "device": "another"}}
+    del second["test_accuracy_mirror"]
+    common = summarize([first, second], {0: tmp_path / "a", 1: tmp_path / "b"}, "command")
+    assert "device" not in common["environment"]
+    own = [one["environment"] for one in common["runs"]]
+    assert own == [{"device": first["environment"]["device"]}, {"device": "another"}]
+    assert all(
+        {**common["environment"], **rest} == one["environment"] for rest, one in zip(own, (first, second), strict=True)
+    )
+    assert "test_accuracy_mirror" not in common["figures"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "0-1", "--out", "run"), "run holds a run. Give another folder for those of --seeds"),
+        (("--seeds", ",".join(map(str, range(0, 400, 2)))), "the name of the summary too long"),
+    ],
+    ids=["in a run", "long name"],
+)
+def test_a_place_without_room_for_the_common_summary_is_refused_at_once(run, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTRESNET_RUNS", raising=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    code, _, err = run("train", *SMALL, *options)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path, monkeypatch, capsys):
+    """The lines in the log are those of a training; one is not complete yet."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    display, log = seeds._Display(3, epochs=4, steps=40), tmp_path / "train.log"
+    status = Status(epoch=2, step=20, loss=1.0, accuracy=50.0, lr=0.1, side=32, images_per_s=1000.0, eta_s=60.0)
+    row = {"epoch": 2, "step": 20, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 50.0, "overflows": 0}
+    log.write_text("epoch   3  step     30  lr 0.1  test loss 1.0 acc  99.00 %  of an earlier training\n")
+    with display.bars:
+        display.begin(7, log)
+        with open(log, "a") as file:
+            logger = PlainLogger(PlainConsole(file=file, force_terminal=False), 40)
+            logger.epoch({**row, "val_loss": 1.2, "val_accuracy": 48.5}, status)
+            file.write("epoch   3  step     30  lr 0.1  val lo")
+        display.update()
+        display.bars.refresh()
+        shown = capsys.readouterr().out
+        assert "epoch 3/4  val accuracy 48.50 %" in shown
+        assert "0 of 3 finished" in shown
+        with open(log, "a") as file:
+            file.write("ss 1.0 acc  51.25 %\n")
+            logger = PlainLogger(PlainConsole(file=file, force_terminal=False), 40)
+            logger.interval_s = -1.0
+            logger.status(status.__class__(4, 35, 1.0, 50.0, 0.1, 32, 1000.0, 5.0))
+        display.update()
+        assert [task.completed for task in display.bars.tasks] == [35, 35]
+        display.end(7, "done")
+        display.update()
+        display.bars.refresh()
+    shown = capsys.readouterr().out
+    assert "seed 7: done (1 of 3)" in shown
+    assert "1 of 3 finished  ETA" in shown
 
 
 @pytest.mark.usefixtures("quick_processes")
@@ -62,20 +170,26 @@ def test_failed_training_is_reported_and_the_others_continue(run, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_processes")
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_signals_stop_the_running_training_and_start_no_other(tmp_path, data_root, name, code):
     """A terminal that closes, and schedulers, may send several."""
     command = [sys.executable, "-m", "fastresnet", "train", *SMALL[:-2], "--epochs", "500"]
     command += ["--seeds", "1-2", "--out", tmp_path]
-    process = subprocess.Popen(command, env={**os.environ, "FASTRESNET_DATA": str(data_root)})
+    environment = {**os.environ, "FASTRESNET_DATA": str(data_root)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "seed1" / "train.log"
     while not log.exists() or "epoch   1" not in log.read_text():
         assert process.poll() is None
         time.sleep(0.2)
-    for _ in range(3):
+    for _ in range(1 if name == "SIGINT" else 3):
         process.send_signal(getattr(signal, name))
         time.sleep(0.02)
-    assert process.wait(timeout=60) == code
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err == (
+        f"fastresnet: stopped by {name}. Finished seeds: none (0 of 2). The same command with --resume continues the "
+        "others.\n"
+    )
     assert "stopped by SIGTERM after step" in log.read_text()
     assert not (tmp_path / "seed2" / "train.log").exists()
 
@@ -94,7 +208,9 @@ def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, p
     monkeypatch.setattr(seeds.sys, "executable", str(program))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     folders = {seed: tmp_path / str(seed) for seed in range(2 * per_gpu + 2)}
-    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu) == [json.loads(summary.read_text())] * len(folders)
+    assert seeds.train_seeds([], folders, gpus=2, per_gpu=per_gpu, epochs=1, steps=1) == [
+        json.loads(summary.read_text())
+    ] * len(folders)
     first = [(folders[seed] / "seen").read_text().strip() for seed in range(2 * per_gpu)]
     assert sorted(first) == ["4"] * per_gpu + ["6"] * per_gpu
     assert max(int((folder / "together").read_text()) for folder in folders.values()) <= 2 * per_gpu
@@ -103,10 +219,10 @@ def test_as_many_trainings_as_requested_run_on_each_gpu(tmp_path, monkeypatch, p
 def test_training_without_a_readable_summary_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(seeds.sys, "executable", "true")
     with pytest.raises(DataError, match="is not a finished run"):
-        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0)
+        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0, epochs=1, steps=1)
     (tmp_path / "seed1" / "summary.json").write_text('{"schema": 1}')
     with pytest.raises(DataError, match="damaged: recipe is not a text: null"):
-        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0)
+        seeds.train_seeds([], {1: tmp_path / "seed1"}, gpus=0, epochs=1, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +236,9 @@ def test_training_without_a_readable_summary_is_named(tmp_path, monkeypatch):
 def test_trainings_on_each_gpu_are_announced_and_not_an_option_of_theirs(run, tmp_path, monkeypatch, options, message):
     started = []
 
-    def train_seeds(arguments, folders, gpus, per_gpu):
-        started.append((arguments, gpus * per_gpu))
-        figures = {"test_accuracy": 90.0, "test_accuracy_mirror": 91.0, "train_seconds": 1.0}
-        return [{"seed": seed, **figures} for seed in folders]
+    def train_seeds(arguments, folders, gpus, per_gpu, *, epochs, steps):
+        started.append((arguments, gpus * per_gpu, epochs, steps))
+        return [{**json.loads(next(RESULTS.glob("*.json")).read_text()), "seed": seed} for seed in folders]
 
     monkeypatch.setattr(seeds, "train_seeds", train_seeds)
     monkeypatch.setattr("fastresnet.device.resolve_device", torch.device)
@@ -131,7 +246,7 @@ def test_trainings_on_each_gpu_are_announced_and_not_an_option_of_theirs(run, tm
     code, out, _ = run("train", *SMALL, "--device", "cuda", "--seeds", "0-2", *options, "--out", tmp_path)
     assert code == 0
     assert message in out
-    assert started == [([*SMALL, "--device", "cuda"], 8 if options else 2)]
+    assert started == [([*SMALL, "--device", "cuda"], 8 if options else 2, 1, 2)]
 
 
 @pytest.mark.parametrize(
