@@ -167,8 +167,12 @@ class RunFolder:
     def read_checkpoint(self, *, resume: bool) -> Checkpoint | None:
         """Read last.ckpt or, if it is damaged or missing, previous.ckpt; return None if no run has started.
 
-        Raises `UsageError` if a run exists and `resume` is False, `DataError` if neither file is intact.
+        Raises `UsageError` if a run exists and `resume` is False, or if the folder has runs of several seeds. Raises
+        `DataError` if neither file is intact.
         """
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if "seeds" in read_json(self.path / "summary.json"):
+                raise UsageError(f"{self.path} has the runs of several seeds. Give another folder with --out.")
         if not resume and any((self.path / name).exists() for name in _RUN_FILES):
             raise UsageError(
                 f"{self.path} already holds a run. Continue it with --resume, or give another folder with --out."
@@ -537,6 +541,8 @@ def read_summary(path: Path) -> dict[str, Any]:
         summary = read_json(path)
         if not isinstance(summary, dict) or summary.get("schema") != 1:
             raise ValueError("it is not a summary of schema 1")
+        if "seeds" in summary:
+            raise DataError(f"{path.parent} has the runs of several seeds. Give one of them.")
         for names, kind, expected in (
             (_TEXTS, str, "a text"),
             (_COUNTS, int, "a whole number"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy import RESULTS
+from benchmarks.accuracy import RESULTS, add
 from fastresnet import seeds
 from fastresnet.console import PlainConsole
 from fastresnet.seeds import format_seeds, parse_seeds, summarize
@@ -274,3 +274,24 @@ def test_conflicting_or_invalid_seed_flags_are_refused(run, tmp_path, arguments)
     assert code == 2
     assert "--seed" in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (("plot",), 3, "it is not a run folder"),
+        (("report",), 3, "it is not a run folder"),
+        (("train", *SMALL, "--out"), 2, "has the runs of several seeds. Give another folder with --out"),
+        (("train", *SMALL, "--resume", "--out"), 2, "has the runs of several seeds. Give another folder with --out"),
+    ],
+    ids=["plot", "report", "train", "resume"],
+)
+def test_a_folder_of_several_runs_is_not_taken_for_a_run(run, tmp_path, command, code, message):
+    text = json.dumps({"schema": 1, "seeds": [0, 1]})
+    (tmp_path / "summary.json").write_text(text)
+    got, _, err = run(*command, tmp_path)
+    assert (got, err.count("\n")) == (code, 1)
+    assert message in err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("summary.json", text)]
+    with pytest.raises(DataError, match="has the runs of several seeds"):
+        add([tmp_path])
