@@ -79,15 +79,15 @@ def common_summary_path(out: Path | None, folders: dict[int, Path]) -> Path:
     return folder.with_name(name)
 
 
-def finished_seeds(folders: dict[int, Path]) -> list[int]:
-    """Return the seeds whose run is finished."""
+def finished_seeds(folders: dict[int, Path], steps: int) -> list[int]:
+    """Return the seeds whose run is finished, after `steps` steps."""
     from fastresnet.run_folder import read_summary
 
     finished = []
     for seed, folder in folders.items():
         with contextlib.suppress(DataError):
-            read_summary(folder / "summary.json")
-            finished.append(seed)
+            if read_summary(folder / "summary.json")["steps"] == steps:
+                finished.append(seed)
     return finished
 
 

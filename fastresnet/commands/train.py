@@ -204,11 +204,11 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
     at_once = min(len(seeds), gpus * per_gpu)
     where = f"{at_once} in parallel, {each} on each GPU" if gpus else "one after the other, on the CPU"
     say(f"{len(seeds)} trainings, {where}; each logs to train.log in its folder: {folders[seeds[0]]} ...")
-    if config.resume and (finished := finished_seeds(folders)):
-        say(f"finished before, and not trained again: seeds {format_seeds(finished)} ({len(finished)} of {len(seeds)})")
-    sys.stdout.flush()  # the trainings may take hours
     epoch_steps = max((len(dataset.train) - config.val_split) // config.batch_size, 1)
     steps = config.total_steps(epoch_steps)
+    if config.resume and (finished := finished_seeds(folders, steps)):
+        say(f"finished before, and not trained again: seeds {format_seeds(finished)} ({len(finished)} of {len(seeds)})")
+    sys.stdout.flush()  # the trainings may take hours
     summaries = train_seeds(arguments, folders, gpus, per_gpu, epochs=-(-steps // epoch_steps), steps=steps)
     command = environment(torch.device("cpu"))["command"]  # this process uses no GPU
     write_json(common, summarize(summaries, folders, command))
