@@ -1,14 +1,25 @@
-"""The examples and the Python code of the documents run as they are."""
+"""Programs in examples/, and the Python code of the documents, on small data."""
 
+import dataclasses
+import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastresnet import models
+from fastresnet.config import from_toml
+from fastresnet.run_folder import read_run
+from fastresnet.training import trials
+from pipelines.prepare import prepare
+
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def start(arguments, data_root, folder):
@@ -21,7 +32,7 @@ def start(arguments, data_root, folder):
 @pytest.mark.parametrize(("example", "library"), [("plain_pytorch.py", "torch"), ("lightning_module.py", "lightning")])
 def test_an_example_trains_and_prints_an_accuracy(example, library, data_root, tmp_path):
     pytest.importorskip(library)
-    done = start([ROOT / "examples" / example, "shapes10", 1], data_root, tmp_path)
+    done = start([EXAMPLES / example, "shapes10", 1], data_root, tmp_path)
     assert done.returncode == 0, done.stderr
     (accuracy,) = re.findall(r"test accuracy (\d+\.\d\d) %", done.stdout)
     assert 0 <= float(accuracy) <= 100
@@ -65,3 +76,59 @@ def train_step(images, labels):
     done = start([script], data_root, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "last.ckpt").exists()
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """`sweep(trials=2)` runs examples/sweep.py in `tmp_path`, with two steps an epoch, and an LR range test of 25."""
+    pytest.importorskip("optuna")
+    prepare("shapes10", tmp_path / "data", lambda *_: None, train_images=360, test_images=20)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTRESNET_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # nothing is tried
+    monkeypatch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
+    monkeypatch.setattr(trials, "STEPS", 25)
+    main = runpy.run_path(str(EXAMPLES / "sweep.py"))["main"]
+    return lambda **options: main(data="shapes10", val_split=100, epochs=2, **options)
+
+
+def test_a_sweep_continues_and_names_the_settings_of_its_best_trial(run, sweep, tmp_path, capsys):
+    sweep(trials=2)
+    assert "trial 1: " in capsys.readouterr().out
+    sweep(trials=3)
+    out = capsys.readouterr().out
+    assert re.findall(r"^trial \d+", out, re.MULTILINE) == ["trial 2"]
+    folder = tmp_path / "runs" / "sweep-fast-shapes10-val100-epochs2"
+    runs = [read_run(folder / f"trial{number}") for number in range(3)]
+    own, *others = (from_toml(one.folder / "config.toml") for one in runs)
+    assert (own.lr, own.sgd_lr, own.norm_lr, own.weight_decay, own.label_smoothing) == (0.05, 0.03, 3.0, 5e-4, 0.1)
+    assert all(config.norm_lr / config.lr == pytest.approx(60, rel=0.01) for config in others)
+    assert {(config.val_split, config.epochs) for config in (own, *others)} == {(100, 2)}
+    accuracies = [one.rows[-1]["val_accuracy"] for one in runs]
+    assert re.search(r"held-out images:\n *([\d.]+) %", out)[1] == f"{max(accuracies):.2f}"
+
+    _, *arguments = shlex.split(out.splitlines()[-1])
+    assert arguments[-2:] == ["--seeds", "0-4"]
+    code, printed, _ = run(*arguments, "--print-config")
+    assert code == 0
+    best = from_toml(runs[accuracies.index(max(accuracies))].folder / "config.toml")
+    for name in ("lr", "sgd_lr", "norm_lr", "weight_decay", "label_smoothing"):
+        assert f"{name} = {json.dumps(getattr(best, name))}\n" in printed
+    assert "epochs = 20\n" in printed
+
+
+def test_a_sweep_stops_bad_runs_early(sweep, tmp_path, monkeypatch, capsys):
+    import optuna
+
+    class AllButTheFirst(optuna.pruners.NopPruner):
+        def prune(self, study, trial):
+            return trial.number > 0
+
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: AllButTheFirst())
+    sweep(trials=2)
+    out = capsys.readouterr().out
+    assert re.search(r"^trial 1: [\d.]+ % \(stopped early\)", out, re.MULTILINE)
+    folder = tmp_path / "runs" / "sweep-fast-shapes10-val100-epochs2"
+    assert [len(read_run(folder / f"trial{number}").rows) for number in range(2)] == [2, 1]
+    assert "  trial 0 " in out
+    assert "  trial 1 " not in out
