@@ -16,7 +16,7 @@ import torch
 from benchmarks.accuracy import RESULTS, add
 from fastresnet import seeds
 from fastresnet.console import PlainConsole
-from fastresnet.seeds import format_seeds, parse_seeds, summarize
+from fastresnet.seeds import finished_seeds, format_seeds, parse_seeds, summarize
 from fastresnet.training.loggers import PlainLogger, Status
 from pipelines.errors import DataError, UsageError
 
@@ -89,6 +89,13 @@ def test_finished_seeds_are_announced_and_not_trained_again(run, tmp_path, monke
     assert [one["folder"] for one in json.loads(common.read_text())["runs"]] == [folder.name, f"{folder.name[:-1]}6"]
     alone = json.loads(next(tmp_path.glob("*-seeds5.json")).read_text())
     assert alone["figures"]["test_accuracy"]["std"] is None
+
+
+def test_a_run_that_is_to_take_more_steps_is_not_finished(tmp_path):
+    text = next(RESULTS.glob("*.json")).read_text()
+    (tmp_path / "summary.json").write_text(text)
+    steps, folders = json.loads(text)["steps"], {3: tmp_path, 4: tmp_path / "missing"}
+    assert [finished_seeds(folders, steps), finished_seeds(folders, steps + 1)] == [[3], []]
 
 
 def test_a_common_summary_has_what_runs_share_and_for_each_the_rest(tmp_path):
