@@ -11,12 +11,8 @@ from optuna.storages import JournalStorage, journal
 from optuna.trial import TrialState
 
 import fastresnet
-from fastresnet.config import TrainConfig
-from fastresnet.recipes import create_config
 from fastresnet.training.loop import StoppedError
 from fastresnet.training.trials import find_lr
-from pipelines.errors import RunError, UserError
-from pipelines.prepare import find_dataset
 
 
 class Pruner(fastresnet.Callback):
@@ -33,7 +29,7 @@ class Pruner(fastresnet.Callback):
             raise fastresnet.StopTraining
 
 
-def settings(config: TrainConfig, lr: float, **others: float) -> dict[str, float]:
+def settings(config: fastresnet.TrainConfig, lr: float, **others: float) -> dict[str, float]:
     """Return settings in three digits. The recipe's other learning rates keep their ratio to `lr`."""
     rates = {name: rate for name in ("lr", "sgd_lr", "norm_lr") if (rate := getattr(config, name)) is not None}
     values = {name: rate * lr / config.lr for name, rate in rates.items()} | others
@@ -46,8 +42,8 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
     Repeat the command to continue a study, or start it several times at once to share its trials.
     """
     fixed = {"data": data, "val_split": val_split, "epochs": epochs}
-    config = dataclasses.replace(create_config(recipe), iterations=None, **fixed)
-    dataset = find_dataset(data, config.root)
+    config = dataclasses.replace(fastresnet.create_config(recipe), iterations=None, **fixed)
+    dataset = fastresnet.load_dataset(data)
     folder = Path("runs", f"sweep-{recipe}-{dataset.name}-val{val_split}-epochs{epochs}")
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -74,7 +70,7 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
         tried, run, pruner = settings(config, **trial.params), folder / f"trial{trial.number}", Pruner(trial)
         try:
             fastresnet.train(recipe, quiet=True, callbacks=[pruner], out=run, **fixed, **tried)
-        except RunError as error:  # such as a loss that is not finite
+        except fastresnet.RunError as error:  # such as a loss that is not finite
             print(f"trial {trial.number}: {error}")
             pruner.pruned = True
         study.tell(trial, *((None, TrialState.PRUNED) if pruner.pruned else (pruner.accuracy,)))
@@ -83,7 +79,7 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
 
     best = sorted(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda trial: trial.value, reverse=True)
     if not best:
-        raise RunError("no trial has reached its last epoch.")
+        raise fastresnet.RunError("no trial has reached its last epoch.")
     print("\nbest on held-out images:")
     for trial in best[:5]:
         print(f"{trial.value:6.2f} %  trial {trial.number:<3} {settings(config, **trial.params)}")
@@ -96,5 +92,5 @@ if __name__ == "__main__":
         tyro.cli(main)
     except StoppedError:
         sys.exit("sweep: stopped; the same command continues the study with another trial.")
-    except UserError as error:
+    except (ValueError, fastresnet.RunError) as error:
         sys.exit(f"sweep: {error}")
