@@ -50,7 +50,7 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
         storage=JournalStorage(journal.JournalFileBackend(str(folder / "study.journal"))),
         study_name=folder.name,
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=epochs // 3),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=(epochs + 1) // 2),
         direction="maximize",
     )
     if "lr_range" not in study.user_attrs:
