@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 Epochs = Callable[[int], Iterable[Any]]
 """Function that begins an epoch: its items are batches delivered, or steps taken."""
 
+_END_OF_EPOCH = object()
+"""Marker after the last batch of an epoch."""
+
 _TOLERATED = 0.1
 """Background load of a machine, in processors."""
 
@@ -194,6 +197,8 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     compiles: bool = False
     """Compilation before the first batch, whose time is then reported separately."""
+    whole_epochs: bool = False
+    """Turns of whole epochs, for a loader that prepares an epoch at its first batch."""
     needed: bool = False
     """Need for this case: without it, nothing can be compared."""
 
@@ -324,11 +329,13 @@ class Worker:
         return {**row_of(self.case.name, self.case.kind, self.images_per_s), **figures, **self.opening, **self.used}
 
     def stop(self) -> None:
-        """End the process, immediately if its case is not open yet."""
+        """End the process, immediately if its case is not open yet, and those that it has started."""
         self._connection.close()
         if self._process.pid is not None:
             self._process.join(5 if self.opening else 0)
-            self._process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                for process in process_tree(self._process.pid) if self._process.is_alive() else ():
+                    process.kill()
             self._process.join(5)
 
     def _ask(self, *message: Any) -> Any:
@@ -369,6 +376,8 @@ def _delayed_interruptions() -> Iterator[None]:
 def _serve(connection: Connection, case: Case, work: Work) -> None:
     with contextlib.suppress(ConnectionError):  # the parent no longer listens
         _answer_messages(connection, case, work)
+    for process in multiprocessing.active_children():  # those of some libraries do not notice the end of their parent
+        process.kill()
     os._exit(0)  # the libraries' threads and processes have nothing left to save
 
 
@@ -430,27 +439,30 @@ class _OpenCase:
 
     def _first_batch(self, start_epoch: Epochs, started: float) -> float:
         """Restart the epochs, and return the seconds from `started` to the first batch."""
-        self._batches = itertools.chain.from_iterable(map(start_epoch, itertools.count()))
-        self.deliver(0)
+        epochs = map(start_epoch, itertools.count())
+        self._batches = itertools.chain.from_iterable(itertools.chain(epoch, [_END_OF_EPOCH]) for epoch in epochs)
+        self._deliver(0, whole_epochs=False)
         return time.perf_counter() - started
 
     def measure(self, seconds: float) -> tuple[float, dict[str, int | float]]:
         """Return the images/s of a turn, and the memory, processes and waiting so far."""
-        self.deliver(seconds / 3)
+        self._deliver(seconds / 3, self._case.whole_epochs)
         waited, started = self._timer.seconds, time.perf_counter()
-        images_per_s = self.deliver(seconds)
+        images_per_s = self._deliver(seconds, self._case.whole_epochs)
         self._waited += self._timer.seconds - waited
         self._worked += time.perf_counter() - started
         return images_per_s, self._used()
 
-    def deliver(self, seconds: float) -> float:
-        """Return the images/s over at least `seconds` and one batch."""
+    def _deliver(self, seconds: float, whole_epochs: bool) -> float:
+        """Return the images/s over at least `seconds` and one batch; with `whole_epochs`, to the end of an epoch."""
         import torch
 
         started, batches = time.perf_counter(), 0
-        while time.perf_counter() - started < seconds or not batches:
-            next(self._batches)
-            batches += 1
+        for batch in self._batches:
+            at_end = batch is _END_OF_EPOCH
+            batches += not at_end
+            if batches and (at_end or not whole_epochs) and time.perf_counter() - started >= seconds:
+                break
         if self._work.device == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - started
@@ -461,11 +473,14 @@ class _OpenCase:
         """Return the highest memory beyond PyTorch's own, processes and threads now, and the share of waiting."""
         import torch
 
-        processes = process_tree()
+        threads = []  # of each process
+        for process in process_tree():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                threads.append(process.num_threads())
         used = {
             "peak_memory_mb": (self._peak - self._baseline) / 1e6,
-            "processes": len(processes),
-            "threads": sum(process.num_threads() for process in processes),
+            "processes": len(threads),
+            "threads": sum(threads),
         }
         if self._timer.seconds:
             used["waiting_percent"] = 100 * self._waited / self._worked
@@ -483,8 +498,9 @@ def _memory() -> int:
     files = shared["Rss"] - shared["Anonymous"] - shared.get("Shmem", 0)
     own = 0
     for process in process_tree():
-        fields = _fields(f"/proc/{process.pid}/smaps_rollup")
-        own += fields["Pss_Anon"] + fields["Pss_Shmem"]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            fields = _fields(f"/proc/{process.pid}/smaps_rollup")
+            own += fields["Pss_Anon"] + fields["Pss_Shmem"]
     return 1024 * (files + own)
 
 
@@ -513,9 +529,9 @@ class OtherLoad:
         return {"processors": usable_processors(), "other_load": round(others, 2), "overloaded": overloaded}
 
 
-def process_tree() -> list[psutil.Process]:
-    """List this process and its descendants."""
-    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+def process_tree(pid: int | None = None) -> list[psutil.Process]:
+    """List the process `pid`, or this one, and its descendants."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
 
 def _other_seconds() -> float:

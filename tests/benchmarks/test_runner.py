@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import runner
@@ -108,6 +110,40 @@ def test_compilation_time_is_the_excess_of_the_first_batch_over_a_later_one(data
     assert tuple(runner._OpenCase(case, work).open().values()) == start
 
 
+def test_turns_of_whole_epochs_contain_each_start(dataset, monkeypatch):
+    """An epoch of 10 batches takes 10 s before its first batch, and 1 s for every batch: 20 s in all."""
+    clock = [0.0]
+
+    def epoch(_):
+        clock[0] += 10
+        for _ in range(10):
+            clock[0] += 1
+            yield
+
+    module = types.ModuleType("bursty_loader")
+    module.open_loader = lambda *_: epoch
+    monkeypatch.setitem(sys.modules, "bursty_loader", module)
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    work = Work(folder=dataset.folder, batch_size=64, device="cpu", precision="fp32", threads=1)
+    for whole_epochs, batches_per_s in [(False, 1.0), (True, 0.5)]:
+        case = runner._OpenCase(Case(name="b", opener="bursty_loader:open_loader", whole_epochs=whole_epochs), work)
+        case.open()
+        assert case.measure(3)[0] == 64 * batches_per_s
+
+
+def test_a_process_that_ends_while_it_is_measured_does_not_count(monkeypatch):
+    """Loaders that start their workers again for each epoch: one has ended, another waits to be reaped."""
+    zombie = os.posix_spawn("/bin/true", ["true"], os.environ)
+    os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+    ended = psutil.Process(os.posix_spawn("/bin/true", ["true"], os.environ))
+    os.waitpid(ended.pid, 0)
+    work = Work(folder=Path(), batch_size=64, device="cpu", precision="fp32", threads=1)
+    monkeypatch.setattr(runner, "process_tree", lambda: [psutil.Process(), psutil.Process(zombie), ended])
+    assert runner._memory() > 0
+    assert runner._OpenCase(Case(name="x", opener=""), work)._used()["threads"] >= 1
+    os.waitpid(zombie, 0)
+
+
 def opened(case, work):
     worker = Worker(case, work)
     worker.start()
@@ -141,13 +177,20 @@ if __name__ == "__main__":
 """
 
 
+def start_child():
+    """Start a process that does not notice the end of its parent, as some loaders' workers."""
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), daemon=True).start()
+
+
 def opens_slowly(*_):
+    start_child()
     print("working", flush=True)
     time.sleep(3600)
 
 
 def works_until_released(*_):
     """Yield the first batch at once, and those of a turn once the file `go` exists."""
+    start_child()
 
     def epoch(_):
         yield
