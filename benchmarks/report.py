@@ -46,9 +46,14 @@ def ratio(name: str, values: Sequence[float], over: str, others: Sequence[float]
     return {"name": name, "over": over, "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
+def left_out(result: Result) -> list[str]:
+    """List each case without a row, with the reason: it cannot run here, or it failed."""
+    return [f"left out: {reason}" for key in ("missing", "failed") for reason in result.get(key, {}).values()]
+
+
 def common_notes(result: Result) -> list[str]:
     """List each case without a row, and the load by others if it disturbed the measurement."""
-    lines = [f"left out: {reason}" for reason in result.get("failed", {}).values()]
+    lines = left_out(result)
     environment = result["environment"]
     if environment.get("overloaded"):
         lines.append(
@@ -159,37 +164,39 @@ def memory(rows: Sequence[dict[str, Any]]) -> Column:
 
 
 def ratios_table(result: Result) -> Table:
-    """Create the table of ratios: ours down, the others across, with median and extremes of the rounds."""
+    """Create the table of ratios: the others down, ours across, with median and extremes of the rounds."""
     cells = {
         (each["name"], each["over"]): f"{short(each['median'], 2)} ({short(each['low'], 2)}–{short(each['high'], 2)})"
         for each in result["ratios"]
     }
     names, others = (list(dict.fromkeys(each[key] for each in result["ratios"])) for key in ("name", "over"))
-    made = table(
-        "Speed ratio, row / column: median (lowest–highest round)", "", *(each.removeprefix("peer:") for each in others)
-    )
-    for name in names:
-        made.add_row(name, *(cells.get((name, other), "") for other in others))
+    made = table("Speed ratio, column / row: median (lowest–highest round)", "", *names)
+    for other in others:
+        made.add_row(other.removeprefix("peer:"), *(cells.get((name, other), "") for name in names))
     return made
 
 
 def markdown(result: Result, columns: Sequence[Column]) -> str:
-    """Format `result` as Markdown: a line for each row, with the median ratios to all others at its end."""
-    others = list(dict.fromkeys(each["over"] for each in result["ratios"]))
+    """Format `result` as Markdown: a line for each row, with the median ratios of ours to it at its end.
+
+    Cases without a row follow.
+    """
+    names = list(dict.fromkeys(each["name"] for each in result["ratios"]))
     ratios = {(each["name"], each["over"]): short(each["median"], 2) for each in result["ratios"]}
     throughputs: Column = (
         "images/s (lowest–highest)",
         lambda row: "{} ({}–{})".format(*(grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))),
     )
 
-    def over(other: str) -> Column:
-        return f"/ `{other}`", lambda row: ratios.get((row["name"], other), "")
+    def ratio_of(name: str) -> Column:
+        return f"`{name}` / row", lambda row: ratios.get((name, row["name"]), "")
 
     (name, name_text), *rest = columns
-    every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest, *map(over, others)]
-    return markdown_table(
+    every: list[Column] = [(name, lambda row: f"`{name_text(row)}`"), throughputs, *rest, *map(ratio_of, names)]
+    made = markdown_table(
         [heading for heading, _ in every], [[text(row) for _, text in every] for row in result["rows"]]
     )
+    return made + "".join(f"\n{line}.\n" for line in left_out(result))
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
