@@ -2,7 +2,7 @@
 
 Measure this program and its peers, in turns, on this machine.
 
-  loaders   images/s of the data pipelines, and of typical loaders of torchvision, DALI and FFCV
+  loaders   images/s of the data pipelines, and of typical loaders of other libraries
   step      images/s of the training step and of inference alone, compared with the roofline of the machine
   train     images/s of end-to-end training, and of other training loops
   all       all three benchmarks, with results and charts in a folder

@@ -28,6 +28,23 @@ if TYPE_CHECKING:
 
 PIXELS = 3 * IMAGE_SIZE * IMAGE_SIZE
 
+PEERS = {
+    "torchvision-w0": ("torchvision_dataloader", "torchvision"),
+    "torchvision-wN": ("torchvision_dataloader", "torchvision"),
+    "torchvision-v2-batch": ("torchvision_v2_batch", "torchvision"),
+    "torchdata-nodes": ("torchdata_nodes", "torchdata"),
+    "spdl": ("spdl_threads", "spdl"),
+    "dali": ("dali_example", "dali"),
+    "dali-torchvision": ("dali_torchvision", "dali"),
+    "ffcv": ("ffcv_example", "ffcv"),
+    "airbench": ("airbench_loader", "airbench"),
+}
+"""Peers: the module in `benchmarks.peers` and the library that it needs."""
+MODULES = {**LIBRARIES, "airbench": "airbench", "spdl": "spdl", "torchdata": "torchdata"}
+"""Modules of the libraries that pipelines and peers need."""
+EXTRAS = {"dali": "dali", "ffcv": "ffcv", "airbench": "peers", "spdl": "peers", "torchdata": "peers"}
+"""Extras of this package that install them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadersOptions(WorkerOptions):
@@ -40,17 +57,19 @@ class LoadersOptions(WorkerOptions):
 def measure_loaders(options: LoadersOptions) -> None:
     """Run the benchmark, print a table, write the JSON and draw the chart."""
     from benchmarks.roofline import copy_bandwidth
+    from fastresnet.provenance import versions_of
 
     dataset, device, work = describe_work(options)
     limits = list[float]()
 
     def summarize(workers: list[Worker]) -> report.Result:
         limits.append(copy_bandwidth(device))
-        return _result(workers, statistics.median(limits), work.precision)
+        return {"missing": missing, **_result(workers, statistics.median(limits), work.precision)}
 
+    cases, missing = _available(dataset, device.type)
     data_mb = (dataset.train.images.nbytes + dataset.test.images.nbytes) / 1e6
-    facts = {"data": dataset.name, "data_mb": data_mb}
-    measure_workers(options, 0.5, _available(dataset, device.type), work, facts, summarize)
+    facts = {"data": dataset.name, "data_mb": data_mb, "versions": versions_of("airbench", "spdl_core", "torchdata")}
+    measure_workers(options, 0.5, cases, work, facts, summarize)
 
 
 def open_ours(work: Work, _: WaitTimer, *, pipeline: str) -> Epochs:
@@ -105,23 +124,31 @@ def open_peer(work: Work, _: WaitTimer, *, module: str, workers: int) -> Epochs:
     return lambda _: loader
 
 
-def _available(dataset: Dataset, device: str) -> list[Case]:
-    """List the cases whose libraries are installed; name the others in a `Note`."""
-    workers = usable_processors()
-    cases = [
-        *(_ours(name, device) for name in PIPELINES),
-        _peer("torchvision-w0", "torchvision_dataloader", 0),
-        _peer("torchvision-wN", "torchvision_dataloader", workers),
-        _peer("dali", "dali_example", workers),
-        _peer("ffcv", "ffcv_example", workers),
-    ]
-    missing = {library for library, module in LIBRARIES.items() if not is_installed(module)}
-    for library in sorted(missing):
-        warnings.warn(f"{library} is not installed and is skipped.", Note, stacklevel=2)
+def _available(dataset: Dataset, device: str) -> tuple[list[Case], dict[str, str]]:
+    """List the cases that can run here, and the reasons of the others by name; a `Note` names these."""
+    every = [*(_ours(name, device) for name in PIPELINES), *map(_peer, PEERS)]
+    reasons = {case.name: _reason(case.name) for case in every}
+    missing = {name: f"{name}: {reason}" for name, reason in reasons.items() if reason}
+    if missing:
+        warnings.warn(f"left out, for the reasons below the table: {', '.join(missing)}", Note, stacklevel=2)
     if "ffcv" not in missing:
         folder = dataset.folder.absolute()
         prepare(folder.name, folder.parent, lambda *_: None, formats=("raw", "beton"))
-    return [case for case in cases if case.name.removeprefix("peer:") not in missing]
+    return [case for case in every if case.name not in missing], missing
+
+
+def _reason(name: str) -> str:
+    """Return the reason for which the case `name` cannot run here, if any."""
+    import torch
+
+    peer = name.removeprefix("peer:")
+    library = PEERS[peer][1] if peer != name else name
+    if library in MODULES and not is_installed(MODULES[library]):
+        package = f"'fastresnet[{EXTRAS[library]}]'" if library in EXTRAS else library
+        return f"{library} is not installed (pip install {package})"
+    if peer == "dali-torchvision" and not torch.cuda.is_available():
+        return "DALI's Compose needs an NVIDIA driver, also on the CPU"
+    return ""
 
 
 def _ours(name: str, device: str) -> Case:
@@ -129,9 +156,14 @@ def _ours(name: str, device: str) -> Case:
     return Case(name=name, opener=f"{__name__}:open_ours", options={"pipeline": name}, compiles=compiles)
 
 
-def _peer(name: str, module: str, workers: int) -> Case:
-    options = {"module": module, "workers": workers}
-    return Case(name=f"peer:{name}", opener=f"{__name__}:open_peer", options=options, compiles=name == "ffcv")
+def _peer(name: str) -> Case:
+    return Case(
+        name=f"peer:{name}",
+        opener=f"{__name__}:open_peer",
+        options={"module": PEERS[name][0], "workers": 0 if name == "torchvision-w0" else usable_processors()},
+        compiles=name == "ffcv",
+        whole_epochs=name == "airbench",
+    )
 
 
 def _result(workers: list[Worker], bandwidth: float, precision: str) -> report.Result:

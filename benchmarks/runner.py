@@ -240,14 +240,15 @@ def measure_workers(
 ) -> None:
     """Measure `cases` in rounds, write the result of `summarize` after each round, and show the last one.
 
-    The environment of the result has `facts`, and those of the machine and the `work`.
+    The environment of the result has `facts`, and those of the machine and the `work`; `versions` are joined.
     """
     import torch
 
     from fastresnet.provenance import environment
 
     shared = {"threads": work.threads, "precision": work.precision, "batch_size": work.batch_size}
-    facts = {**environment(torch.device(work.device)), **shared, **facts}
+    machine = environment(torch.device(work.device))
+    facts = {**machine, **shared, **facts, "versions": machine["versions"] | facts.get("versions", {})}
     load, rounds, seconds = OtherLoad(), options.rounds, options.seconds
     if options.quick:
         rounds, seconds = 3, quick_seconds

@@ -9,28 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pipelines.store import Dataset, Split
+from benchmarks.peers.torchvision_dataloader import Images
+from pipelines.store import Dataset
 
 LOG_INTERVAL = 50
-
-
-class _Images(torch.utils.data.Dataset):
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._transform = transforms.Compose(
-            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-        )
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(Image.fromarray(self._split.images[index])), int(self._split.labels[index])
 
 
 def open_training(
@@ -47,7 +33,7 @@ def open_training(
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     loader = DataLoader(
-        _Images(dataset.train),
+        Images(dataset.train, transforms.PILToTensor()),
         batch_size=batch_size,
         shuffle=True,
         num_workers=workers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from PIL import Image
@@ -13,18 +13,13 @@ from torchvision import transforms
 from pipelines.store import Dataset, Split
 
 
-class _Images(torch.utils.data.Dataset):
-    """Images as in `torchvision.datasets.CIFAR10`, from the store's arrays."""
+class Images(torch.utils.data.Dataset):
+    """Images as in `torchvision.datasets.CIFAR10`, from the store's arrays: cropped, flipped, then `to_tensor`."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, *to_tensor: Callable) -> None:
         self._split = split
         self._transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * 3, [0.5] * 3),
-            ]
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_tensor]
         )
 
     def __len__(self) -> int:
@@ -34,8 +29,17 @@ class _Images(torch.utils.data.Dataset):
         return self._transform(Image.fromarray(self._split.images[index])), int(self._split.labels[index])
 
 
-class _OnDevice:
-    def __init__(self, loader: DataLoader, device: torch.device, dtype: torch.dtype) -> None:
+class NormalizedImages(Images):
+    """Images as float tensors, normalised one by one."""
+
+    def __init__(self, split: Split) -> None:
+        super().__init__(split, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3))
+
+
+class OnDevice:
+    """Batches of `loader`, moved to `device` and converted to `dtype` and channels_last."""
+
+    def __init__(self, loader: Iterable, device: torch.device, dtype: torch.dtype) -> None:
         self._loader, self._device, self._dtype = loader, device, dtype
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,10 +52,10 @@ class _OnDevice:
 
 def open_loader(
     dataset: Dataset, *, batch_size: int, device: torch.device, dtype: torch.dtype, workers: int
-) -> _OnDevice:
+) -> OnDevice:
     """Open a loader, see `benchmarks.peers`; `workers` 0 loads in this process."""
     loader = DataLoader(
-        _Images(dataset.train),
+        NormalizedImages(dataset.train),
         batch_size=batch_size,
         shuffle=True,
         num_workers=workers,
@@ -59,4 +63,4 @@ def open_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    return _OnDevice(loader, device, dtype)
+    return OnDevice(loader, device, dtype)

@@ -1,27 +1,42 @@
 """Loader benchmark, end to end on small data: every worker runs, and the figures are consistent."""
 
+import importlib
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from benchmarks import loaders
 from benchmarks.__main__ import main
 from benchmarks.report import print_tables, ratio, spread
 from fastresnet import cli, terminal
-from pipelines import LIBRARIES, PIPELINES
+from pipelines import PIPELINES
 from pipelines.errors import Note
-from pipelines.store import open_store
+from pipelines.store import RawData, open_store, write_store
 
 OURS = list(PIPELINES)
-PEERS = ["peer:torchvision-w0", "peer:torchvision-wN", "peer:dali", "peer:ffcv"]
+NEEDS_DRIVER = ["peer:dali-torchvision"]
+PEERS = [
+    "peer:torchvision-w0",
+    "peer:torchvision-wN",
+    "peer:torchvision-v2-batch",
+    "peer:torchdata-nodes",
+    "peer:spdl",
+    "peer:dali",
+    *(NEEDS_DRIVER if torch.cuda.is_available() else []),
+    "peer:ffcv",
+    "peer:airbench",
+]
 
 
 @pytest.fixture(scope="module")
 def report(quick_workers, data_root, tmp_path_factory):
-    for module in LIBRARIES.values():
+    for module in loaders.MODULES.values():
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
@@ -44,8 +59,10 @@ def test_every_pipeline_and_peer_is_measured(report):
         assert row["peak_memory_mb"] > 0
         assert ("compile_s" in row) == ("ffcv" in row["name"])
     assert {"device", "threads", "versions", "commit", "command", "started"} <= figures["environment"].keys()
-    assert {"ffcv", "torch", "numpy"} <= figures["environment"]["versions"].keys()
+    assert {"ffcv", "torch", "numpy", "airbench", "spdl_core", "torchdata"} <= figures["environment"]["versions"].keys()
     assert figures["environment"]["data"] == "shapes10"
+    assert figures["failed"] == {}
+    assert list(figures["missing"]) == [name for name in NEEDS_DRIVER if name not in PEERS]
 
 
 def test_processes_and_threads_are_those_of_the_loader(report):
@@ -78,6 +95,61 @@ def test_the_chart_is_a_readable_picture(report):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """Store of 171 images of noise; red is the number of the image, and its last digit is the label."""
+    images = np.random.default_rng(0).integers(0, 256, (171, 32, 32, 3), np.uint8)
+    images[..., 0] = np.arange(171)[:, None, None]
+    labels = np.arange(171) % 10
+    folder = tmp_path_factory.mktemp("tagged") / "noise"
+    classes = tuple("abcdefghij")
+    write_store(folder, RawData(classes, images, labels, images[:50], labels[:50]), source="drawn", version="0")
+    return open_store(folder)
+
+
+def places(image, source, padding):
+    """Return the places (row, column, flip) of a crop of 32 x 32 in the padded `source` that is `image`."""
+    padded = np.pad(source, ((4, 4), (4, 4), (0, 0)), padding)
+    crops = sliding_window_view(padded, (32, 32), axis=(0, 1)).transpose(0, 1, 3, 4, 2)  # [9, 9, 32, 32, 3]
+    found = [(crops == each).all(axis=(2, 3, 4)) for each in (image, image[:, ::-1])]
+    return set(map(tuple, np.argwhere(np.stack(found, axis=-1))))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "peer", [pytest.param(name, marks=pytest.mark.slow) if name == "ffcv" else name for name in loaders.PEERS]
+)
+def test_a_peer_delivers_every_image_once_cropped_flipped_and_normalised(tagged, monkeypatch, peer, device):
+    """FFCV compiles for half a minute. DALI's Compose asks PyTorch for a CUDA stream, which needs a driver."""
+    module, library = loaders.PEERS[peer]
+    pytest.importorskip(loaders.MODULES[library])
+    if peer == "ffcv":
+        importlib.import_module("pipelines.ffcv").write_beton(tagged.train, tagged.folder / "train.beton", print)
+    if peer == "dali-torchvision" and not torch.cuda.is_available():
+        monkeypatch.setattr("nvidia.dali.types._get_default_stream_for_array", lambda _: None)
+    settings = {"device": torch.device(device), "dtype": torch.float32, "workers": 0 if peer.endswith("w0") else 2}
+    loader = importlib.import_module(f"benchmarks.peers.{module}").open_loader(tagged, batch_size=57, **settings)
+    orders = []
+    for _ in range(2):
+        orders.append([])
+        for images, labels in loader:
+            assert (images.shape, images.dtype, images.device.type) == ((57, 3, 32, 32), torch.float32, device)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert (labels.dtype, labels.device.type) == (torch.int64, device)
+            values = images.permute(0, 2, 3, 1).cpu().numpy()
+            pixels = (255 * (values + 1) / 2).round().astype(np.uint8)
+            assert abs(values - (pixels / 255 - 0.5) / 0.5).max() < 0.001  # airbench computes in fp16
+            numbers = pixels[:, 16, 16, 0]
+            assert (labels.cpu().numpy() == numbers % 10).all()
+            padding = "reflect" if peer == "airbench" else "constant"
+            found = [places(pixels[row], tagged.train.images[numbers[row]], padding) for row in range(57)]
+            assert all(found)
+            assert bool(set.intersection(*found)) == (peer == "torchvision-v2-batch")
+            orders[-1].extend(numbers)
+        assert sorted(orders[-1]) == list(range(171))
+    assert orders[0] != orders[1]
+
+
 def test_ratios_are_taken_round_by_round():
     """A machine that is ten times slower in the second round does not change the ratios."""
     assert ratio("a", [20.0, 2.0, 30.0], "b", [10.0, 1.0, 10.0]) == {
@@ -90,18 +162,45 @@ def test_ratios_are_taken_round_by_round():
     assert spread([3.0, 1.0, 2.0], "x") == {"x": 2.0, "x_low": 1.0, "x_high": 3.0}
 
 
+@pytest.mark.filterwarnings("ignore:left out:pipelines.errors.Note")
 def test_peers_have_a_worker_for_each_usable_processor(dataset, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
     monkeypatch.setattr(loaders, "is_installed", lambda _: False)
-    with pytest.warns(Note, match="is skipped"):
-        cases = {case.name: case for case in loaders._available(dataset, "cpu")}
+    monkeypatch.setattr(loaders, "MODULES", {})
+    cases = {case.name: case for case in loaders._available(dataset, "cpu")[0]}
     assert [cases[f"peer:torchvision-w{n}"].options["workers"] for n in "0N"] == [0, 77]
+    assert cases["peer:spdl"].options["workers"] == cases["peer:torchdata-nodes"].options["workers"] == 77
 
 
+def test_a_missing_library_is_named_with_its_remedy(dataset, monkeypatch):
+    monkeypatch.setattr(loaders, "is_installed", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(Note) as notes:
+        cases, missing = loaders._available(dataset, "cpu")
+    assert [case.name for case in cases] == ["resident"]
+    assert str(notes[0].message) == f"left out, for the reasons below the table: {', '.join(missing)}"
+    assert missing.keys() == {*OURS[1:], *(f"peer:{name}" for name in loaders.PEERS)}
+    assert missing["ffcv"] == "ffcv: ffcv is not installed (pip install 'fastresnet[ffcv]')"
+    assert missing["peer:dali-torchvision"] == (
+        "peer:dali-torchvision: dali is not installed (pip install 'fastresnet[dali]')"
+    )
+    assert missing["peer:spdl"] == "peer:spdl: spdl is not installed (pip install 'fastresnet[peers]')"
+    assert missing["peer:torchvision-w0"].endswith("torchvision is not installed (pip install torchvision)")
+
+
+def test_a_peer_that_needs_a_driver_is_left_out_without_one(dataset, need, monkeypatch):
+    need("dali")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(Note, match="peer:dali-torchvision"):
+        _, missing = loaders._available(dataset, "cpu")
+    assert "needs an NVIDIA driver" in missing["peer:dali-torchvision"]
+
+
+@pytest.mark.filterwarnings("ignore:left out:pipelines.errors.Note")
 def test_the_data_set_may_be_the_current_folder(dataset, need, monkeypatch):
     need("ffcv")
     monkeypatch.chdir(dataset.folder)
-    assert "peer:ffcv" in [case.name for case in loaders._available(open_store(Path()), "cpu")]
+    assert "peer:ffcv" in [case.name for case in loaders._available(open_store(Path()), "cpu")[0]]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +238,15 @@ def test_tables_show_failed_loaders_and_gpu_memory(capsys, monkeypatch):
     assert "GPU" not in without.replace("bf16, GPU", "")
     report["rows"] = [row | {"gpu_memory_mb": 5678.0}]
     report["failed"] = {"peer:dali": "peer:dali failed: no DALI"}
+    report["missing"] = {"peer:spdl": "peer:spdl: spdl is not installed"}
     print_tables(loaders.tables(report), loaders.notes(report))
     out = capsys.readouterr().out
     assert "MB host/GPU" in out
     assert "1,234/5,678" in out
     assert "left out: peer:dali failed: no DALI" in out
-    assert "1,234/5,678" in loaders.markdown_table(report)
+    assert "left out: peer:spdl: spdl is not installed" in out
+    markdown = loaders.markdown_table(report)
+    assert "1,234/5,678" in markdown
+    assert markdown.endswith(
+        "|\n\nleft out: peer:spdl: spdl is not installed.\n\nleft out: peer:dali failed: no DALI.\n"
+    )
