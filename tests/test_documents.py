@@ -41,12 +41,14 @@ COMMAND_LINES = list(dict.fromkeys(line for document in DOCUMENTS for line in co
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Folder as the documents expect it: CIFAR-10 (300 drawn images of that name), two runs, pictures, weights."""
+    """Folder as the documents expect it: CIFAR-10 and CIFAR-100 (drawn images of these names), runs, weights."""
     place = tmp_path_factory.mktemp("workspace")
     drawn, _ = prepare("shapes10", place / "data", lambda *_: None, train_images=300, test_images=40)
     train, test = drawn.train, drawn.test
     data = RawData(CIFAR10_CLASSES, *(np.array(a) for a in (train.images, train.labels, test.images, test.labels)))
     write_store(place / "data" / "cifar10", data, source="drawn", version="0")
+    hundred = dataclasses.replace(data, classes=tuple(map(str, range(100))))
+    write_store(place / "data" / "cifar100", hundred, source="drawn", version="0")
     prepare("cifar10", place / "data", lambda *_: None, formats=("jpeg",))  # so that every command works by itself
     for split, rows in (("train", 200), ("test", 20)):
         for row in range(rows):
@@ -78,9 +80,11 @@ def shortened(arguments):
 
 def remove_runs(workspace):
     """Remove the runs of earlier commands, whose names the next commands would use."""
-    for folder in (workspace / "runs").iterdir():
-        if folder.name not in ("NAME", "OTHER"):
-            shutil.rmtree(folder)
+    for path in (workspace / "runs").iterdir():
+        if path.is_file():
+            path.unlink()  # the summary of several seeds
+        elif path.name not in ("NAME", "OTHER"):
+            shutil.rmtree(path)
 
 
 @pytest.mark.usefixtures("quick_processes")
@@ -96,7 +100,7 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
         terminal.parse(settings, f"bench {benchmark}", options)
         return
     if name == "train":
-        for model in ("resnet20", "resnet56"):
+        for model in () if "--init-from" in rest else ("resnet20", "resnet56"):
             monkeypatch.setitem(models.MODELS, model, dataclasses.replace(models.MODELS[model], depth=8))
         if "--resume" not in rest:
             remove_runs(workspace)
