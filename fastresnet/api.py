@@ -107,6 +107,8 @@ def train(
     Raises `UsageError` on invalid settings and if `out` contains a run (unless `resume=True`), `DataError` if the data
     set is missing or damaged, and `RunError` if loss or gradients are not finite or memory runs out.
     """
+    from torch import nn
+
     from fastresnet.callbacks import Callback
     from fastresnet.config import TrainConfig, from_dict
     from fastresnet.console import PlainConsole
@@ -119,12 +121,13 @@ def train(
     from pipelines.store import Dataset
 
     with _errors_of_python():
-        network = None if model is None or isinstance(model, str) else model
+        network = model if isinstance(model, nn.Module) else None
+        name = model if isinstance(model, str) else None
         if model is not None:
-            settings["model"] = model if isinstance(model, str) else OWN + type(model).__name__
+            settings["model"] = model if network is None else OWN + type(network).__name__
         if data is not None:
             settings["data"] = data.name if isinstance(data, Dataset) else data
-        base = recipe if isinstance(recipe, TrainConfig) else create_config(recipe, None if network else model)  # type: ignore[arg-type]
+        base = recipe if isinstance(recipe, TrainConfig) else create_config(recipe, name)
         base = without_replaced(base, settings)
         values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         config = from_dict(values | settings, "fastresnet.train")

@@ -151,6 +151,8 @@ VARIANTS = [
     {"optimizer": "muon", "clip_norm": 1.0, "ema_decay": 0.9},
     {"mixup": 1.0, "cutmix": 1.0, "label_smoothing": 0.1},
     {"drop_path": 0.2, "zero_init_residual": True},
+    {"accumulate": 2, "mixup": 1.0, "drop_path": 0.2, "class_weights": "balanced"},
+    {"init_from": "pretrained:resnet20", "freeze_backbone": True},
     {"cutout": 8, "padding_mode": "reflect", "flip": "alternating", "normalization": "pixel"},
 ]
 
@@ -165,13 +167,14 @@ def test_steps_of_all_recipes_and_options_are_captured(dataset, precision):
         )
         torch._dynamo.reset()
         with open_pipelines(config, dataset, SINGLE) as (pipeline, _):
-            step = loop.create_step(config, dataset, [1.0] * 8, SINGLE)
+            step = loop.create_step(config, dataset, [1.0] * 8, SINGLE, fresh=False)
             step.use_kernels(True)
             engine = Execution(step, pipeline, "capture", config.sides(8))
             engine.prepare(next(pipeline.epoch(0)))
             assert_only_replays(engine.steps(0, 0, 6))
-        fused = sum(1 for norm in step.model.modules() if isinstance(norm, BatchNorm2d))
-        assert fakegpu.nodes().count("_batch_norm_forward") == fused, config.model
+        # Frozen layers are in evaluation mode.
+        fused = sum(norm.training for norm in step.model.modules() if isinstance(norm, BatchNorm2d))
+        assert fakegpu.nodes().count("_batch_norm_forward") == fused * config.accumulate, config.model
 
 
 def reserved_by_steps(dataset, *resolutions):
