@@ -1,14 +1,12 @@
 """Runs that go on after their end, or end early."""
 
 import csv
-import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastresnet import models, plotting
 from fastresnet.config import TrainConfig, from_toml
 from fastresnet.training.extension import stops_early
 from pipelines.errors import UserError
@@ -17,13 +15,7 @@ SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32
 CONSTANT = ("--milestones",)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small():
-    """Give ResNet-20 one block in each stage, and draw no curves."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
-        patch.setattr(plotting, "rendered", lambda *_: b"a picture")
-        yield
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 def rows_of(folder):

@@ -1,6 +1,5 @@
 """Runs that start from weights, and train all of them or the linear layer alone."""
 
-import dataclasses
 import json
 import shutil
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastresnet import models, plotting
 from fastresnet.checkpoint import load_tensors, take_prefix
 from fastresnet.config import from_toml
 from fastresnet.models import create_model
@@ -19,13 +17,7 @@ from pipelines.store import RawData, open_store, write_store
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--threads", 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small():
-    """Give ResNet-20 one block in each stage, and draw no curves."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
-        patch.setattr(plotting, "rendered", lambda *_: b"a picture")
-        yield
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 @pytest.fixture
