@@ -60,7 +60,8 @@ def curves(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], str]]) -> Figur
 
 def _falls_in_steps(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Return True if the learning rate has few values: stairs on a logarithmic axis, which cannot show 0, suit them."""
-    return len({row["lr"] for row in rows}) <= max(len(rows) / 3, 1)
+    rates = {row["lr"] for row in rows}
+    return len(rates) <= max(len(rows) / 3, 1) and rates != {0}
 
 
 def confusion(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str], title: str) -> Figure:
