@@ -31,7 +31,7 @@ Parts = tuple[str, ...]
 """Names of the folders above a file, from the top of the source, and its own name."""
 
 MEMBER_LIMIT = 192 << 20
-"""Largest file of a source that is read: the training batch of CIFAR-100 has 155 MB."""
+"""Largest file that is read of an archive, or twice the archive's size: the training batch of CIFAR-100 has 155 MB."""
 
 # An archive may list and unpack so much, and so much more by its size. A file with its image takes over 128 bytes of
 # it, and drawn images without compression, which a tar pads, shrink to a hundredth at most.
@@ -159,11 +159,14 @@ def _in_one_line(name: str) -> str:
     return name.replace("\n", r"\n")
 
 
-def _check_size(name: str, size: int) -> None:
-    if size > MEMBER_LIMIT:
-        raise DataError(
-            f"{name} claims {size:,} bytes, over {MEMBER_LIMIT:,}: too many for an image or a batch. Leave it out."
-        )
+def most_files(size: int) -> int:
+    """Return how many files, or images, a file of `size` bytes may have."""
+    return _FILES + size // _BYTES_PER_FILE
+
+
+def most_unpacked(size: int) -> int:
+    """Return to how many bytes a file of `size` bytes may unpack."""
+    return _UNPACKED + _RATIO * size
 
 
 class _Allowance:
@@ -171,8 +174,8 @@ class _Allowance:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._name, self.size = file.name, os.fstat(file.fileno()).st_size
-        self.files = _FILES + self.size // _BYTES_PER_FILE
-        self.unpacked = _UNPACKED + _RATIO * self.size
+        self.files = most_files(self.size)
+        self.unpacked = most_unpacked(self.size)
 
     def take(self, *, files: int = 0, unpacked: int = 0) -> None:
         self.files -= files
@@ -181,6 +184,11 @@ class _Allowance:
             self.refuse("lists more files")
         if self.unpacked < 0:
             self.refuse("unpacks to more bytes")
+
+    def check_member(self, name: str, size: int) -> None:
+        """Raise `DataError` if a file in the archive is too large to be read into memory."""
+        if size > (limit := max(MEMBER_LIMIT, 2 * self.size)):
+            raise DataError(f"{name} claims {size:,} bytes, over {limit:,}: too many for this archive. Leave it out.")
 
     def refuse(self, excess: str) -> NoReturn:
         raise ArchiveError(
@@ -255,7 +263,7 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
 
 
 def _open_zip_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, allowance: _Allowance) -> IO[bytes]:
-    _check_size(name, entry.file_size)
+    allowance.check_member(name, entry.file_size)
     allowance.take(unpacked=entry.file_size)  # many entries may share their data
     if entry.compress_type not in _ZIP_METHODS:
         raise DataError(f"{name} is packed by method {entry.compress_type}. Pack it again with deflate, method 8.")
@@ -279,17 +287,17 @@ def _list_tar(path: Path) -> Iterator[File]:
             allowance.take(files=1 + sum(map(sys.getsizeof, member.name.split("/"))) // _BYTES_OF_NAMES)
             if member.isdir() or member.isreg() or member.islnk() or member.issym():
                 name = f"{path}: {_in_one_line(member.name)}"
-                content = functools.partial(_open_tar_member, stream, member, name)
+                content = functools.partial(_open_tar_member, stream, member, name, allowance)
                 yield File(_parts(member.name, path), name, content, is_folder=member.isdir())
         stream.finish()
 
 
-def _open_tar_member(stream: _TarStream, member: tarfile.TarInfo, name: str) -> IO[bytes]:
+def _open_tar_member(stream: _TarStream, member: tarfile.TarInfo, name: str, allowance: _Allowance) -> IO[bytes]:
     if not member.isreg():
         raise DataError(f"{name} is a link, which is not followed. Pack with tar --dereference --hard-dereference.")
     if member.issparse():
         raise DataError(f"{name} is a sparse file. Pack without tar --sparse.")
-    _check_size(name, member.size)
+    allowance.check_member(name, member.size)
     return io.BytesIO(stream.read(member.size))
 
 

@@ -172,9 +172,14 @@ def verify(name: str, data: RawData, path: Path) -> None:
     CIFAR-10's images and labels may have any order and come from any files, CIFAR-100's from its authors' files only.
     """
     cifar = CIFARS[name]
+    if cifar.files_md5 and not data.files_md5:
+        raise DataError(
+            f"{path}: {cifar.title} is verified by its authors' files only. Give others a name of their own: "
+            f"fastresnet prepare --data NAME --source {path}"
+        )
     if cifar.files_md5:
         wrong = [file for file, md5 in cifar.files_md5.items() if data.files_md5.get(file) != md5]
-        what = f"its files {', '.join(wrong)}" if data.files_md5 else "its images"
+        what = f"its files {', '.join(wrong)}"
     else:
         wrong = [split for split, rows in data.splits().items() if _content_digest(*rows) != _CIFAR10_CONTENT[split]]
         what = f"its {' and '.join(f'{len(data.splits()[split][1])} {split}' for split in wrong)} images"

@@ -68,6 +68,13 @@ _OTHERS = {
     rb"%!PS": "a PostScript document",
     rb".{4}ftyp(?:hei|hev|mif|msf|avi)": "a picture in HEIF or AVIF format",
 }
+_READ = {
+    "a Parquet file": "give it a name that ends in .parquet",
+    "a NumPy array (.npy)": "save x_train, y_train, x_test and y_test in one .npz by numpy.savez",
+    "a MATLAB file (.mat, version 5)": "of those only SVHN's train_32x32.mat and test_32x32.mat are read",
+}
+"""Remedies for kinds that are read as images under the right names."""
+
 _CHECKPOINT_ENTRIES = ("data.pkl", "constants.pkl", "serialization_id")
 
 
@@ -96,7 +103,7 @@ def describe(head: bytes, tail: bytes, wanted: Wanted) -> str | None:
     elif kind := _find(_IMAGES, head):
         phrase = None if wanted == "image" else f"{kind}: {_GIVE[wanted]}"
     elif kind := _find(_OTHERS, head):
-        phrase = f"{kind}: {_SAVE[wanted]}"
+        phrase = f"{kind}: {(wanted == 'images' and _READ.get(kind)) or _SAVE[wanted]}"
     else:
         phrase = _find(_NOT_THE_FILE | _PACKED, head) or _describe_text(head)
     return f"is {phrase}" if phrase else None
@@ -126,10 +133,10 @@ def _describe_archive(names: list[str], wanted: Wanted) -> str | None:
     files = [PurePosixPath(name) for name in names if not name.endswith("/")]
     if any(file.name in _CHECKPOINT_ENTRIES for file in files):
         return None if wanted == "weights" else f"a checkpoint of PyTorch: {_GIVE[wanted]}"
-    if files and all(file.suffix == ".npy" for file in files):
-        return f"an archive of NumPy arrays (.npz): {_SAVE[wanted]}"
     if wanted == "images" or not files:
         return None
+    if all(file.suffix == ".npy" for file in files):
+        return f"an archive of NumPy arrays (.npz): {_SAVE[wanted]}"
     if any(is_image(file.name) or file.name.startswith("data_batch_") for file in files):
         return "an archive of images: give it to fastresnet prepare --source"
     return f"an archive of files such as {str(files[0])!r}: {_UNPACK}"

@@ -29,6 +29,7 @@ BACKGROUND = (255, 255, 255)
 # what torchvision's ImageFolder takes, and GIF; they are decoded within Pillow.
 _FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _NAMED = 3  # of the images that cannot be read
+_SIZE = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
 _STRIP = 1 << 20  # pixels
 
 _ORIENTATION = 0x0112  # tag of Exif
@@ -47,19 +48,24 @@ _BACKWARDS = (3, 4, 7, 8)  # the first row is shown as the last one
 _PPM_MAXIMUM = re.compile(rb"P[2356](?:(?:\s|#[^\n]*\n)+(\d+)){3}")
 
 
+class SizeError(DataError):
+    """Image of another size, of which there may be many."""
+
+
 def read_images(
     files: Iterable[tuple[int, File]],
     count: int,
     report: Report = lambda *_: None,
     *,
     skip_unreadable: bool = False,
+    resize: bool = True,
     source_bytes: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read images, each with its row; return pixels, uint8 [count, 32, 32, 3], and True for each row that was read.
 
     `source_bytes` are those of the archive that holds them. Raises `DataError` about the first image that cannot be
-    read, once all were tried. `skip_unreadable` leaves those out with a `Note`. Raises `ArchiveError` if all together
-    have too many pixels for their bytes.
+    read, once all were tried. `skip_unreadable` leaves those out with a `Note`. Raises `SizeError` at once about an
+    image of another size, unless `resize`. Raises `ArchiveError` if all together have too many pixels for their bytes.
     """
     pixels, is_read = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), np.zeros(count, bool)
     first_failed: list[tuple[int, str, str]] = []  # few: a file may hold millions
@@ -67,10 +73,10 @@ def read_images(
     effort = Effort(source_bytes)
     for done, (row, file) in enumerate(files, start=1):
         try:
-            pixels[row], was_resized = read_image(file, effort)
+            pixels[row], was_resized = read_image(file, effort, resize=resize)
             is_read[row] = True
             resized += was_resized
-        except ArchiveError:
+        except (ArchiveError, SizeError):
             raise
         except DataError as error:
             failed += 1
@@ -84,19 +90,22 @@ def read_images(
         names = ", ".join(name for _, name, _ in first_failed)
         more = f" and {failed - _NAMED:,} more" if failed > _NAMED else ""
         note(f"{failed:,} of {count:,} images cannot be read and were skipped: {names}{more}.")
-    if resized:
-        note(
-            f"{resized} of {count - failed} images were not {IMAGE_SIZE}x{IMAGE_SIZE} and have been cropped "
-            "to a square and resized."
-        )
+    note_resized(resized, count - failed)
     return pixels, is_read
 
 
-def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bool]:
+def note_resized(resized: int, count: int) -> None:
+    """Warn with a `Note` if some of `count` images were `resized`."""
+    if resized:
+        note(f"{resized:,} of {count:,} images were not {_SIZE} and have been cropped to a square and resized.")
+
+
+def read_image(file: File, effort: Effort | None = None, *, resize: bool = True) -> tuple[np.ndarray, bool]:
     """Read RGB pixels, uint8 [32, 32, 3]; return them, and True if the image was cropped to a square and resized.
 
     It is upright by its EXIF orientation, and transparent pixels show `BACKGROUND`. Raises `DataError` if the file is
-    not an image, is too large to decode safely, or has over 8 bits per channel.
+    not an image, is too large to decode safely, or has over 8 bits per channel. Raises `SizeError` if it has another
+    size, unless `resize`.
     """
     from PIL import Image
 
@@ -113,6 +122,7 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
             with _open(stream, file.name, effort) as image:
                 _check_depth(image, head, file.name)
                 check_pixels(image, content, file.name, effort)
+                check_size(image.size, file.name, resize=resize)
                 image.load()
                 return _fit(image), image.size != (IMAGE_SIZE, IMAGE_SIZE)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -124,6 +134,13 @@ def read_image(file: File, effort: Effort | None = None) -> tuple[np.ndarray, bo
             raise
         except Exception as error:  # noqa: BLE001  a damaged image can raise nearly anything
             raise DataError(f"{file.name} cannot be read as an image: {reason_of(error)}.") from None
+
+
+def check_size(size: tuple[int, int], name: str, *, resize: bool) -> None:
+    """Raise `SizeError` about images of another `size` (width, height), unless `resize`."""
+    if size != (IMAGE_SIZE, IMAGE_SIZE) and not resize:
+        width, height = size
+        raise SizeError(f"{name} has {width}x{height} pixels, not {_SIZE}. --resize crops to a square and resizes.")
 
 
 def _open(stream: LimitedStream, name: str, effort: Effort) -> Any:
@@ -154,6 +171,16 @@ def _fit(image: Any) -> np.ndarray:
 
     upright, size = _upright(image), (IMAGE_SIZE, IMAGE_SIZE)
     return np.asarray(upright if upright.size == size else ImageOps.fit(upright, size))
+
+
+def fit_pixels(images: np.ndarray) -> np.ndarray:
+    """Return images, uint8 [N, height, width] or [N, height, width, 1 or 3], as uint8 [N, 32, 32, 3], as for files."""
+    from PIL import Image
+
+    if images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+        planes = images[..., 0] if images.shape[3:] == (1,) else images
+        return np.stack([_fit(Image.fromarray(image)) for image in planes])
+    return np.broadcast_to(images if images.ndim == 4 else images[..., None], (len(images), IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
 def _upright(image: Any) -> Any:

@@ -69,6 +69,7 @@ def prepare(
     *,
     source: Path | None = None,
     split: float | None = None,
+    resize: bool = False,
     skip_unreadable: bool = False,
     train_images: int = 50_000,
     test_images: int = 10_000,
@@ -79,7 +80,8 @@ def prepare(
 
     Without `source`, `cifar10` and `cifar100` are downloaded, and `shapes10` is drawn with `train_images` and
     `test_images` images. Images in `source` that come without test images are divided by `split`, the fraction to test
-    on. `skip_unreadable` leaves out images that cannot be read, with a `Note`.
+    on. `resize` crops images of another size to a square and resizes them, which are refused without it.
+    `skip_unreadable` leaves out images that cannot be read, with a `Note`.
     `formats` other than `raw`, the store itself, are derived from it if missing or damaged. A second process that
     prepares the same store waits for the first. Raises `DataError` on an invalid source, or other files in place of
     the store. Raises `UsageError` on an invalid name or a missing library of a format.
@@ -92,6 +94,8 @@ def prepare(
         raise UsageError(f"--split {split} is not between 0 and 1.")
     if split is not None and source is None:
         raise UsageError("--split divides the images of a --source.")
+    if resize and source is None:
+        raise UsageError("--resize changes the images of a --source.")
     if not is_name(name):
         raise UsageError(f"{name!r} is not a name for a data set: use letters, digits and dashes.")
     if source is not None and name == SHAPES10:
@@ -112,7 +116,15 @@ def prepare(
     with FileLock(root / f".{name}.lock"):
         dataset = _existing(folder)  # another process may have created it meanwhile
         if made := dataset is None:
-            data, origin = _read(name, root, source, report, train_images, test_images, split, skip_unreadable)
+            if name == SHAPES10:
+                data, origin = draw_shapes10(train_images, test_images, report), "drawn"
+            elif source is None:
+                data, origin = _download(name, root, report), "download"
+            else:
+                data = read_source(source, report, split=split, resize=resize, skip_unreadable=skip_unreadable)
+                data = _check_known(name, data, source)
+                options = {f"split {split}": split is not None, "resize": resize}
+                origin = ", ".join([source.name, *(text for text, is_given in options.items() if is_given)])
             report("writing", 0, 1)
             write_store(folder, data, source=origin, version=__version__)
             report("writing", 1, 1)
@@ -202,30 +214,26 @@ def _existing(folder: Path) -> Dataset | None:
     return None
 
 
-def _read(
-    name: str,
-    root: Path,
-    source: Path | None,
-    report: Report,
-    train_images: int,
-    test_images: int,
-    split: float | None,
-    skip_unreadable: bool,
-) -> tuple[RawData, str]:
-    """Read the images; return them and their origin."""
-    if name == SHAPES10:
-        return draw_shapes10(train_images, test_images, report), "drawn"
-    if source is not None:
-        data = read_source(source, report, split=split, skip_unreadable=skip_unreadable)
-        if name in CIFARS:
-            if name == CIFAR10 and data.classes != CIFAR10_CLASSES:
-                raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
-            verify(name, data, source)
-        return data, source.name if split is None else f"{source.name}, split {split}"
+def _check_known(name: str, data: RawData, source: Path) -> RawData:
+    """Return `data`, verified if `name` is CIFAR's. Raises `UsageError` or `DataError` if they are others.
+
+    Classes of CIFAR-10 that have only numbers, as in Keras' arrays, get their names.
+    """
+    if name not in CIFARS:
+        return data
+    if name == CIFAR10 and data.classes == tuple(map(str, range(len(CIFAR10_CLASSES)))):
+        data = dataclasses.replace(data, classes=CIFAR10_CLASSES)
+    if name == CIFAR10 and data.classes != CIFAR10_CLASSES:
+        raise UsageError(f"{source} is not CIFAR-10; give it another name: --data NAME")
+    verify(name, data, source)
+    return data
+
+
+def _download(name: str, root: Path, report: Report) -> RawData:
     archive = download(CIFARS[name].archive, root / "downloads", report)
     data = read_source(archive, report)
     verify(name, data, archive)
     archive.unlink()
     with contextlib.suppress(OSError):  # something else is in it
         archive.parent.rmdir()
-    return data, "download"
+    return data

@@ -18,11 +18,14 @@ class Options:
     data: str = "cifar10"
     """Name: cifar10 or cifar100 (downloaded unless --source is given), shapes10 (drawn), or your own for --source."""
     source: Path | None = None
-    """Folder or archive (.tar, .tar.gz, .tar.xz, .tar.bz2 or .zip) of CIFAR-10's or CIFAR-100's files, or
-    of images (PNG, JPEG, BMP, GIF, PPM, TIFF or WebP) in train/CLASS/ and test/CLASS/."""
+    """Folder, archive (.tar, .tar.gz, .tar.xz, .tar.bz2 or .zip) or file: CIFAR-10's or CIFAR-100's files, images (PNG,
+    JPEG, BMP, GIF, PPM, TIFF or WebP) by class or with the labels of Kaggle or Tiny-ImageNet, SVHN (.mat), Parquet
+    files of the Hugging Face hub, or arrays of NumPy (.npz)."""
     split: float | None = None
-    """Fraction of the images of --source to test on, if it has no test folder, such as 0.2. Only its own pixels decide
+    """Fraction of the images of --source to test on, if it has no test images, such as 0.2. Only its own pixels decide
     where an image goes."""
+    resize: bool = False
+    """Crop images of another size than 32x32 to a square, and resize them. Without it such images are an error."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them."""
     root: Path | None = None
@@ -57,6 +60,7 @@ def run(arguments: list[str]) -> int:
             report,
             source=options.source,
             split=options.split,
+            resize=options.resize,
             skip_unreadable=options.skip_unreadable,
             train_images=options.train_images,
             test_images=options.test_images,

@@ -75,7 +75,6 @@ FOR_BOTH = {
     "HDF5 with a user block": (bytes(512) + b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
     "Parquet": (b"PAR1\x15\x04\x15" + bytes(30) + b"PAR1", "is a Parquet file"),
     "NumPy": (saved(lambda file: np.save(file, np.arange(3))), "is a NumPy array (.npy)"),
-    "NumPy archive": (saved(lambda file: np.savez(file, x=np.arange(3), y=np.arange(2))), "is an archive of NumPy"),
     "MNIST": (gzip.compress(struct.pack(">4I", 0x803, 60_000, 28, 28) + bytes(784)), "is an IDX file"),
     "PDF": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "is a PDF document"),
     **{kind: (image(kind), "is a single image") for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm")},
@@ -130,6 +129,18 @@ def test_zip_is_recognised_where_weights_are_wanted(of):
         "is an archive of files such as 'a/model.pth': unpack it"
     )
     assert of(zipped(**{"a/1.png": b""}), "images") is None
+
+
+def test_archive_of_arrays_is_recognised_where_weights_are_wanted(of):
+    npz = saved(lambda file: np.savez(file, x_train=np.arange(3), y_train=np.arange(2)))
+    assert of(npz, "weights").startswith("is an archive of NumPy arrays (.npz): save the network's state dict")
+    assert of(npz, "images") is None
+
+
+def test_files_that_are_read_under_other_names_are_told_these(of):
+    assert of(FOR_BOTH["Parquet"][0], "images").endswith("give it a name that ends in .parquet")
+    assert "only SVHN's train_32x32.mat" in of(FOR_BOTH["MATLAB 5"][0], "images")
+    assert "x_train, y_train, x_test and y_test" in of(FOR_BOTH["NumPy"][0], "images")
 
 
 def test_archive_of_cifar10_is_recognised_where_weights_are_wanted(of, tmp_path, helpers, fake):

@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines.errors import DataError, Note, UsageError
 from pipelines.sources import read_source
@@ -126,7 +126,7 @@ def test_validation_images_stand_in_for_those_of_testing_with_a_note(pack, read,
     path = pack(names)
     data, notes = read(path)
     check_images(data.test_images, names[2:])
-    assert notes == [f"{path} has no test folder; its test images are those of {name}."]
+    assert notes == [f"{path} has no test images; those of {name} are taken."]
     path = pack((*names, "test/cat/5.png", "test/dog/5.png"))
     data, notes = read(path)
     check_images(data.test_images, ("test/cat/5.png", "test/dog/5.png"))
@@ -247,6 +247,31 @@ def test_folder_without_images_is_refused(tmp_path, refused, folders):
     refused(tmp_path / "images", "nor images")
 
 
+# --- images of another size --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_images_of_another_size_are_resized_only_on_request(pack, read, refused, packing):
+    large = np.kron(pixels_of("large"), np.ones((2, 2, 1), np.uint8))
+    path = pack(CATS_AND_DOGS, packing, {"test/dog/3.png": png(large), "train/dog/2.png": png(large[:40])})
+    with pytest.raises(DataError) as caught:
+        read(path, skip_unreadable=True)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "test/dog/3.png has 64x64 pixels, not 32x32. --resize" in message or "2.png has 64x40 pixels" in message
+    data, (note,) = read(path, resize=True)
+    assert note == "2 of 7 images were not 32x32 and have been cropped to a square and resized."
+    check_images(data.train_images[:3], CATS_AND_DOGS[:3])
+    expected = ImageOps.fit(Image.fromarray(large), (32, 32))
+    np.testing.assert_array_equal(data.test_images[-1], np.asarray(expected))
+
+
+def test_images_to_test_on_are_resized(pack, read):
+    large = np.kron(pixels_of("large"), np.ones((2, 2, 1), np.uint8))
+    _, (note,) = read(pack([], others={"cat/1.png": png(large), "dog/1.png": png(large)}), only_test=True)
+    assert note.startswith("2 of 2 images were not 32x32")
+
+
 # --- splitting ---------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +369,12 @@ def test_an_image_that_is_a_link_in_a_tar_is_not_dropped_without_a_word(pack, re
 @pytest.mark.parametrize("packing", ["zip", "tar"])
 def test_a_name_with_a_line_end_stays_in_one_line(pack, refused, packing):
     refused(pack(CATS_AND_DOGS, packing, {"train/cat/a\nerror: b.png": b"text"}), r"train/cat/a\nerror: b.png is text")
+
+
+@pytest.mark.parametrize("packing", ["zip", "tar"])
+@pytest.mark.parametrize("name", ["..", "../.", "."])
+def test_files_without_a_name_are_left_out(pack, read, packing, name):
+    assert len(read(pack(CATS_AND_DOGS, packing, {name: b"text"}))[0].train_images) == 3
 
 
 # --- unreadable images, and hostile archives ---------------------------------------------------------------------

@@ -267,6 +267,39 @@ def test_folder_of_classes_is_split_and_unreadable_images_are_skipped(make, root
     assert json.loads((root / "flowers" / "meta.json").read_text())["source"] == "flowers, split 0.25"
 
 
+def test_numbered_classes_of_cifar10_get_their_names_if_the_content_is_its(make, helpers, tmp_path, monkeypatch):
+    fake = helpers.FakeCifar(CIFAR10_CLASSES)
+    arrays = {name: getattr(fake, f"{split}_{kind}") for name, split, kind in (
+        ("x_train", "train", "images"), ("y_train", "train", "labels"),
+        ("x_test", "test", "images"), ("y_test", "test", "labels"),
+    )}  # fmt: skip
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(DataError, match="images are not those of CIFAR-10"):
+        make("cifar10", tmp_path / "cifar10.npz")
+    digests = {
+        split: hashlib.sha256(
+            b"".join(
+                sorted(
+                    hashlib.sha256(bytes([label]) + image.tobytes()).digest()
+                    for image, label in zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)
+                )
+            )
+        ).hexdigest()
+        for split in ("train", "test")
+    }
+    monkeypatch.setattr("pipelines.cifar._CIFAR10_CONTENT", digests)
+    assert make("cifar10", tmp_path / "cifar10.npz")[0].classes == CIFAR10_CLASSES
+
+
+def test_images_of_another_size_are_resized_on_request_which_is_recorded(make, root, flowers):
+    Image.new("RGB", (40, 30)).save(flowers / "rose" / "none.png")
+    with pytest.raises(DataError, match=r"none\.png has 40x30 pixels, not 32x32\. --resize crops to a square"):
+        make("flowers", flowers, split=0.25)
+    with pytest.warns(Note, match=r"1 of 41 images were not 32x32"):
+        make("flowers", flowers, split=0.25, resize=True)
+    assert json.loads((root / "flowers" / "meta.json").read_text())["source"] == "flowers, split 0.25, resize"
+
+
 @pytest.mark.parametrize("split", [0.0, 1.0, -0.1, 20.0, float("nan")])
 def test_split_outside_0_to_1_is_refused(make, flowers, split):
     with pytest.raises(UsageError, match=rf"--split {split} is not between 0 and 1"):
@@ -277,6 +310,8 @@ def test_split_outside_0_to_1_is_refused(make, flowers, split):
 def test_split_without_source_is_refused(make, root, name):
     with pytest.raises(UsageError, match="--split divides the images of a --source"):
         make(name, split=0.2)
+    with pytest.raises(UsageError, match="--resize changes the images of a --source"):
+        make(name, resize=True)
     assert not root.exists()
 
 

@@ -151,9 +151,9 @@ def test_cifar100_is_verified_by_its_files(tmp_path, helpers, fake100, read, mon
     assert str(other) in str(caught.value)
 
 
-def test_other_images_are_not_cifar100(fake, tmp_path):
+def test_images_of_other_files_are_not_verified_as_cifar100(fake, tmp_path):
     data = RawData(fake.classes, fake.train_images, fake.train_labels, fake.test_images, fake.test_labels)
-    with pytest.raises(DataError, match="its images are not those of CIFAR-100"):
+    with pytest.raises(DataError, match="CIFAR-100 is verified by its authors' files only"):
         verify("cifar100", data, tmp_path)
 
 
