@@ -43,7 +43,21 @@ from fastresnet.models import create_model
 from fastresnet.provenance import environment
 from fastresnet.run_folder import Progress, RunFolder, read_run
 from fastresnet.weights import load_weights
-from pipelines import archives, contents, formats, image_limits, images, pickles, sources, store, texts
+from pipelines import (
+    archives,
+    contents,
+    formats,
+    image_limits,
+    images,
+    numpy_arrays,
+    parquet,
+    pickles,
+    sources,
+    store,
+    svhn,
+    texts,
+    thrift,
+)
 from pipelines.archives import file_at
 from pipelines.base import is_installed
 from pipelines.cifar import CIFAR10_CLASSES
@@ -58,7 +72,21 @@ from tests.limits import Defect, limits
 from tests.pipelines.conftest import FakeCifar, pack
 
 READERS = (
-    *(archives, contents, formats, image_limits, images, pickles, sources, store, texts),
+    *(
+        archives,
+        contents,
+        formats,
+        image_limits,
+        images,
+        numpy_arrays,
+        parquet,
+        pickles,
+        sources,
+        store,
+        svhn,
+        texts,
+        thrift,
+    ),
     *(checkpoint, config, foreign, tensors, weights),
 )
 """Modules whose coverage guides atheris."""
@@ -94,11 +122,49 @@ def kinds(folder: Path) -> dict[str, Kind]:
     place = pack(_new(folder / "batches"), "folder", fake.binary()).rename(folder / "binary batches")
     names = tuple(sorted(file.name for file in place.iterdir() if file.suffix != ".html"))
     made.append(Kind("binary batches", place, names, _pixels, verified=False))
+    made += _arrays(folder)
     made += _stores(folder)
     made += _images(folder)
     made += _weights(folder)
     made += _texts(folder)
     return {kind.name: kind for kind in made}
+
+
+def _arrays(folder: Path) -> Iterator[Kind]:
+    """Make the kinds that hold arrays, or images in columns: of Keras, SVHN, and Parquet files of a hub."""
+    choose = np.random.default_rng(0)
+    images = {
+        split: choose.integers(0, 256, (count, 32, 32, 3), np.uint8) for split, count in (("train", 6), ("test", 4))
+    }
+    labels = {split: np.arange(len(pixels)) % 2 for split, pixels in images.items()}
+    place = _new(folder / "npz")
+    named = {f"{letter}_{split}": part[split] for letter, part in (("x", images), ("y", labels)) for split in images}
+    np.savez_compressed(place / "data.npz", **named)
+    yield Kind(place.name, place, ("data.npz",), lambda f: _pixels(f / "data.npz"), verified=False)
+    if is_installed("scipy"):
+        from scipy.io import savemat
+
+        place = _new(folder / "mat")
+        for split, pixels in images.items():
+            variables = {"X": pixels.transpose(1, 2, 3, 0), "y": 1 + labels[split][:, None].astype(np.uint8)}
+            savemat(place / f"{split}_32x32.mat", variables, do_compression=True)
+        yield Kind(place.name, place, tuple(f"{split}_32x32.mat" for split in images), _pixels, verified=False)
+    if is_installed("pyarrow"):
+        import pyarrow
+        import pyarrow.parquet
+
+        place = _new(folder / "parquet")
+        for split, pixels in images.items():
+            column = [{"bytes": _png(image), "path": None} for image in pixels]
+            rows = pyarrow.table({"img": column, "label": labels[split]})
+            pyarrow.parquet.write_table(rows, place / f"{split}-00000-of-00001.parquet")
+        names = tuple(f"{split}-00000-of-00001.parquet" for split in images)
+        yield Kind(place.name, place, names, _pixels, verified=False)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    Image.fromarray(pixels).save(written := io.BytesIO(), "png")
+    return written.getvalue()
 
 
 def _images(folder: Path) -> Iterator[Kind]:

@@ -18,6 +18,7 @@ from tests.faults import fuzz, kills
 
 KINDS = [
     *("archive tar.gz", "archive tar.xz", "archive zip", "archive tar", "binary batches"),
+    *("npz", "mat", "parquet"),
     *("store", "meta.json", "beton", "jpeg"),
     *(f"image {name}" for name in ("png", "jpg", "gif", "bmp", "tiff", "webp", "ppm")),
     *("checkpoint", "state dict (zip)", "state dict (pickle)", "description", "pickle"),
@@ -25,11 +26,15 @@ KINDS = [
 ]
 
 
+NEEDED = {"beton": "ffcv", "mat": "scipy", "parquet": "pyarrow"}
+"""Libraries that make, or read, some kinds."""
+
+
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """Kinds of files that can be made here: .beton files need FFCV."""
+    """Kinds of files that can be made here: some need a library."""
     made = fuzz.kinds(tmp_path_factory.mktemp("kinds"))
-    assert list(made) == [name for name in KINDS if name != "beton" or is_installed("ffcv")]
+    assert list(made) == [name for name in KINDS if name not in NEEDED or is_installed(NEEDED[name])]
     return {name: (kind, kind.read(kind.folder)) for name, kind in made.items()}
 
 
@@ -49,8 +54,9 @@ def test_damaged_files_give_the_right_content_or_a_user_error(kinds, tmp_path_fa
 
 @pytest.mark.parametrize("name", KINDS)
 def test_undamaged_files_give_the_right_content(kinds, need, tmp_path, name):
-    if name == "beton":
-        need("ffcv")
+    if name in NEEDED:
+        need(NEEDED[name])
+        pytest.importorskip(NEEDED[name])
     kind, expected = kinds[name]
     data = (kind.folder / kind.damaged[0]).read_bytes()
     assert fuzz.try_input(kind, kind.damaged[0], data, tmp_path, expected) == "right"
