@@ -1,4 +1,7 @@
-"""`torchdata.nodes` in place of a `DataLoader`, as its migration guide composes them, with PIL images."""
+"""`torchdata.nodes` in place of a `DataLoader`, as its migration guide composes them, with PIL images.
+
+It has threads, the guide's other choice: processes, which it forks beside its own threads, hung in two of three runs.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,17 @@ from benchmarks.peers.torchvision_dataloader import NormalizedImages, OnDevice
 from pipelines.store import Dataset
 
 
-class _Collated:
-    """Function of the rows of a batch: their images and labels. A class, because processes receive it."""
-
-    def __init__(self, images: NormalizedImages) -> None:
-        self._images = images
-
-    def __call__(self, rows: list[int]) -> list[torch.Tensor]:
-        return default_collate([self._images[row] for row in rows])
-
-
 def open_loader(
     dataset: Dataset, *, batch_size: int, device: torch.device, dtype: torch.dtype, workers: int
 ) -> OnDevice:
-    """Open a loader, see `benchmarks.peers`; `workers` is the number of processes."""
+    """Open a loader, see `benchmarks.peers`; `workers` is the number of threads."""
     images = NormalizedImages(dataset.train)
-    rows = nodes.Batcher(nodes.SamplerWrapper(RandomSampler(images)), batch_size, drop_last=True)
-    batches: nodes.BaseNode = nodes.ParallelMapper(rows, _Collated(images), num_workers=workers, method="process")
+
+    def load(rows: list[int]) -> list[torch.Tensor]:
+        return default_collate([images[row] for row in rows])
+
+    batches: nodes.BaseNode = nodes.Batcher(nodes.SamplerWrapper(RandomSampler(images)), batch_size, drop_last=True)
+    batches = nodes.ParallelMapper(batches, load, num_workers=workers, method="thread")
     if device.type == "cuda":
         batches = nodes.PinMemory(batches)
     return OnDevice(nodes.Loader(nodes.Prefetcher(batches, prefetch_factor=2 * workers)), device, dtype)
