@@ -1,6 +1,6 @@
 """`torchdata.nodes` in place of a `DataLoader`, as its migration guide composes them, with PIL images.
 
-It has threads, the guide's other choice: processes, which it forks beside its own threads, hung in two of three runs.
+It has threads, the guide's other choice. Its processes hung at the start of a full benchmark, for an unknown reason.
 """
 
 from __future__ import annotations
