@@ -11,7 +11,6 @@ from optuna.storages import JournalStorage, journal
 from optuna.trial import TrialState
 
 import fastresnet
-from fastresnet.training.loop import StoppedError
 from fastresnet.training.trials import find_lr
 
 
@@ -90,7 +89,7 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except StoppedError:
+    except KeyboardInterrupt:
         sys.exit("sweep: stopped; the same command continues the study with another trial.")
     except (ValueError, fastresnet.RunError) as error:
         sys.exit(f"sweep: {error}")

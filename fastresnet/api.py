@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import DataError, RunError, UsageError
+from pipelines.errors import DataError, RunError, UsageError, note
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -64,7 +65,7 @@ def _in_words_of_python(message: str) -> str:
     """Write the flags in `message` as arguments: `--resume` as `resume=True`. Commands at its end stay commands."""
     from fastresnet.config import TrainConfig
 
-    kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)} | {"weights": "str"}
 
     def argument(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
@@ -76,7 +77,22 @@ def _in_words_of_python(message: str) -> str:
         return name if name in kinds else match[0]
 
     text, *command = re.split(r"(?=\bfastresnet [a-z]+)", message, maxsplit=1)
-    return re.sub(r"(?<!\S)--([a-z][a-z-]*[a-z])", argument, text) + "".join(command)
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*[a-z])", argument, text) + "".join(command)
+
+
+@contextlib.contextmanager
+def _stops_of_python() -> Iterator[None]:
+    """Raise the stop of a training by a signal, which has saved it, as Python does: Ctrl-C as `KeyboardInterrupt`."""
+    from fastresnet.training.loop import StoppedError
+
+    try:
+        yield
+    except StoppedError as error:
+        message = _in_words_of_python(str(error))
+        if error.exit_code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt(message) from None
+        note(message)
+        raise SystemExit(error.exit_code) from None
 
 
 @contextlib.contextmanager
@@ -117,6 +133,7 @@ def train(
     from fastresnet.run_folder import read_run, run_path
     from fastresnet.terminal import outlived_output
     from fastresnet.training.loop import train as train_run
+    from fastresnet.training.network import load_saved
     from pipelines.prepare import find_dataset
     from pipelines.store import Dataset
 
@@ -131,6 +148,7 @@ def train(
         base = without_replaced(base, settings)
         values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         config = from_dict(values | settings, "fastresnet.train")
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
         if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
             raise UsageError(f"callbacks has {wrong[0]!r:.200}, which is no instance of fastresnet.Callback.")
         if isinstance(data, Dataset):
@@ -138,9 +156,12 @@ def train(
         else:
             with _progress(quiet) as report:
                 dataset = find_dataset(config.data, config.root, report)
-        with outlived_output():
+        with outlived_output(), _stops_of_python():
             train_run(config, dataset, PlainConsole(quiet=quiet), network=network, callbacks=callbacks)
-        return read_run(run_path(config, dataset))
+        run = read_run(run_path(config, dataset))
+        if network is not None:  # with an average of the weights, or of a finished run, it has others
+            load_saved(network, run.folder / "model.safetensors")
+        return run
 
 
 def evaluate(
@@ -167,6 +188,7 @@ def evaluate(
     is missing, damaged or does not match, `RunError` if logits are not finite.
     """
     import torch
+    from torch import nn
 
     from fastresnet.config import plain
     from fastresnet.device import resolve_device, resolve_precision
@@ -186,6 +208,8 @@ def evaluate(
             loaded, dataset = find_dataset_for(load_weights(find_weights(weights)), weights, data, root)
             network = loaded.model
             normalization = loaded.normalization if loaded.training else normalization
+        elif not isinstance(weights, nn.Module):
+            raise UsageError(f"weights is {weights!r:.200}: give a network, a file or a name.")
         else:
             dataset = data if isinstance(data, Dataset) else find_test_data(data or "cifar10", root)
             network = weights
@@ -263,8 +287,11 @@ def open_pipeline(
 
     import pipelines
     from fastresnet.device import resolve_device
+    from pipelines.store import Dataset
 
     with _errors_of_python():
+        if not isinstance(dataset, Dataset):
+            raise UsageError(f"dataset is {dataset!r:.200}: open it by fastresnet.load_dataset or create_dataset.")
         on = resolve_device(device)
         name = pipelines.choose_pipeline(dataset, on)[0] if pipeline == "auto" else pipeline
         return pipelines.open_pipeline(

@@ -236,6 +236,8 @@ class TrainConfig:
             raise UsageError("--early-stop needs images held out with --val-split: the test set must not end a run.")
         if self.batch_size % self.accumulate:
             raise UsageError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}.")
+        if self.init_from == "":
+            raise UsageError("--init-from is empty. It takes a file, or pretrained:NAME.")
         if self.init_from is not None and self.model.startswith(OWN):
             raise UsageError("--init-from is for networks of this program. Load the weights of your own yourself.")
         if self.freeze_backbone and self.init_from is None:

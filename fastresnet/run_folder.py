@@ -75,6 +75,8 @@ class Progress:
     """Time spent in training steps, over all sessions."""
     total_seconds: float = 0.0
     """Total time, over all sessions."""
+    stopped: bool = False
+    """End of the run by a callback."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -302,7 +304,8 @@ class RunFolder:
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write the weights of `model` to file `name`."""
         if self._writes:
-            save_tensors(self.path / name, model.state_dict(), self._description)
+            tensors = copy_to_host(model.state_dict())  # safetensors does not store shared memory
+            save_tensors(self.path / name, tensors(), self._description)
 
     def load_weights(self, name: str, model: nn.Module) -> nn.Module:
         """Return a copy of `model` with the weights in file `name`."""
@@ -376,6 +379,8 @@ def _checked_progress(**saved: Any) -> Progress:
     seconds = (progress.train_seconds, progress.total_seconds)
     best = () if progress.best_accuracy is None else (progress.best_accuracy,)
     if not all(_is_a(count, int) and 0 <= count < 1 << 53 for count in counts):
+        raise TypeError
+    if not isinstance(progress.stopped, bool):
         raise TypeError
     if not all(_is_a(figure, int | float) for figure in (*seconds, *best)) or min(seconds) < 0:
         raise TypeError
@@ -519,7 +524,7 @@ _LARGEST = 1e15
 """Larger figures are damage, which plots cannot show."""
 
 _TEXTS = ("recipe", "model", "data", "best_chosen_on")
-_COUNTS = ("seed", "epochs", "steps", "flops")
+_COUNTS = ("seed", "epochs", "steps")
 _FIGURES = (
     *("test_accuracy", "test_accuracy_mirror", "best_accuracy"),
     *("images_per_s", "train_seconds", "total_seconds"),
@@ -546,6 +551,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         for names, kind, expected in (
             (_TEXTS, str, "a text"),
             (_COUNTS, int, "a whole number"),
+            (("flops",), int | None, "a whole number"),
             (_FIGURES, int | float, "a number"),
             (TTA.keys() & summary.keys(), int | float, "a number"),
             (_TABLES, dict, "a table"),

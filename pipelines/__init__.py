@@ -70,6 +70,9 @@ def open_pipeline(
     """
     check_choice("pipeline", name, PIPELINES)
     check_choice("decoder", decode, get_args(Decoder))
+    check_choice("dtype", str(dtype).removeprefix("torch."), ("float32", "bfloat16", "float16", "uint8"))
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"batch size {batch_size!r} is not a whole number above 0.")
     if decode == "jpeg" and name != "dali":
         raise UsageError(f"--decode jpeg needs --pipeline dali; {name} reads raw pixels.")
     if not train:

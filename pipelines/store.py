@@ -16,7 +16,7 @@ import mmap
 import os
 import shlex
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -134,7 +134,9 @@ class Dataset:
         train = _checked_split("train", train_images, train_labels)
         test = _checked_split("test", test_images, test_labels)
         highest = max(int(labels.max()) for _, labels in (train, test))
-        names = list(classes if classes is not None else map(str, range(highest + 1)))
+        if isinstance(classes, str) or not isinstance(classes, Sequence | None):
+            raise UsageError(f"classes is {classes!r:.200}: give a list of names, or leave it out.")
+        names = list(map(str, range(highest + 1)) if classes is None else classes)
         if not are_class_names(names) or len(set(names)) < len(names) or highest >= len(names):
             raise UsageError(
                 f"{len(names)} classes for labels up to {highest}: give a name for each class, no two the same."
@@ -178,19 +180,23 @@ class Dataset:
 
 def _checked_split(split: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return images and labels of a user as arrays of a store. Raises `UsageError` on other shapes, types or values."""
-    images, labels = (np.asarray(array) for array in (images, labels))
+    try:
+        images, labels = (np.asarray(array).copy(order="C") for array in (images, labels))  # the user may change theirs
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{split}_images or {split}_labels are no arrays: {reason_of(error)}") from None
     if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not len(images):
         raise UsageError(
             f"{split}_images is {images.dtype} {list(images.shape)}: give uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], "
             "the pixels of at least one image in RGB, channels last."
         )
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or labels.min() < 0:
-        lowest = f" from {labels.min()} on" if labels.dtype.kind in "iu" and labels.size else ""
+    is_whole = labels.dtype.kind in "iu"
+    if not is_whole or labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        extremes = f", {labels.min()}..{labels.max()}" if is_whole and labels.size else ""
         raise UsageError(
-            f"{split}_labels is {labels.dtype} {list(labels.shape)}{lowest}: give an integer from 0 on for each of the "
-            f"{len(images)} images."
+            f"{split}_labels is {labels.dtype} {list(labels.shape)}{extremes}: give an integer in "
+            f"0..{MOST_CLASSES - 1} for each of the {len(images)} images."
         )
-    return np.ascontiguousarray(images), labels.astype(np.int64)
+    return images, labels.astype(np.int64)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:

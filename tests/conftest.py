@@ -25,6 +25,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # of onnxruntime in the tests themsel
 # Inductor remembers for the whole process where its headers are: not in a home folder that a test has made.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables are folded to it
+
 # PyTorch's modules and all tests live until the end: collecting garbage among them took a tenth of the time.
 gc.set_threshold(20_000, 10, 10)
 

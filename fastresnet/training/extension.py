@@ -11,20 +11,22 @@ from fastresnet.training.optimizer import lr_factors
 from pipelines.errors import UsageError
 
 
-def stops_early(config: TrainConfig, rows: list[Row]) -> bool:
-    """Return True if none of the last `config.early_stop` epochs is better than the best one before them."""
-    if not config.early_stop or not rows:
-        return False
-    accuracies = [row["val_accuracy"] for row in rows]
-    best = accuracies.index(max(accuracies))
-    return len(rows) - 1 - best >= config.early_stop
+def early_end(config: TrainConfig, rows: list[Row]) -> int | None:
+    """Return the epoch, from 1, after which `config.early_stop` ends the run, if it is one of `rows`."""
+    best, best_epoch = -1.0, 0
+    for epoch, row in enumerate(rows if config.early_stop else (), 1):
+        if row["val_accuracy"] > best:
+            best, best_epoch = row["val_accuracy"], epoch
+        elif epoch - best_epoch >= config.early_stop:
+            return epoch
+    return None
 
 
 def has_ended(config: TrainConfig, progress: Progress, epoch_steps: int) -> bool:
-    """Return True if the run has taken its last step and been evaluated, or stops early."""
+    """Return True if the run has taken its last step and been evaluated, or has stopped early."""
     total_steps = config.total_steps(epoch_steps)
     is_complete = progress.step >= total_steps and progress.epoch * epoch_steps >= total_steps
-    return is_complete or stops_early(config, progress.rows)
+    return is_complete or progress.stopped or early_end(config, progress.rows) is not None
 
 
 def extends(config: TrainConfig, before: TrainConfig) -> bool:
@@ -36,11 +38,14 @@ def check_extension(path: Path, before: TrainConfig, config: TrainConfig, progre
     """Raise `UsageError` unless the run in `path`, by the settings `before` so far, can go on by `config`.
 
     It can if learning rates and image sizes of its steps would have been the same. The extended run is then, bit for
-    bit, the one that `config` describes.
+    bit, the one that `config` describes. A callback's stop no longer holds for it.
     """
+    progress.stopped &= not extends(config, before)
     done, old, new = progress.step, before.total_steps(epoch_steps), config.total_steps(epoch_steps)
     if new < done:
         raise UsageError(f"{path} has taken {done:,} steps, and these settings allow {new:,}. Give more --epochs.")
+    if (end := early_end(config, progress.rows)) is not None and end * epoch_steps < done:
+        raise UsageError(f"{path} would have ended after epoch {end} with --early-stop {config.early_stop}. Give more.")
     anew = f"Start another run from its weights: --init-from {path / 'last.ckpt'} and another --out."
     if progress.epoch * epoch_steps > done < new:
         raise UsageError(f"{path} has ended in mid-epoch, and cannot go on from there. {anew}")

@@ -8,7 +8,7 @@ import functools
 import itertools
 import signal
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +28,7 @@ from fastresnet.device import (
 )
 from fastresnet.distributed import World, connected, world_of_torchrun
 from fastresnet.evaluation import Evaluation, Evaluator, open_evaluation
-from fastresnet.models import find_model
+from fastresnet.models import OWN, find_model
 from fastresnet.models.batchnorm import synchronize_batch_norms
 from fastresnet.models.stochastic_depth import seed_stochastic_depth
 from fastresnet.models.summary import flops_per_image
@@ -55,7 +55,7 @@ from fastresnet.training.optimizer import create_optimizers, lr_factors
 from fastresnet.training.step import TrainStep
 from pipelines import choose_pipeline, open_pipeline
 from pipelines.base import Batch, Pipeline
-from pipelines.errors import RunError, UsageError, UserError, check_choice
+from pipelines.errors import RunError, UsageError, UserError, check_choice, note, reason_of
 from pipelines.store import Dataset
 
 # Reading the metrics waits for a GPU, which then idles; on a CPU it costs nothing.
@@ -84,9 +84,9 @@ def train(
 ) -> dict[str, Any]:
     """Run `config` on `dataset` and return the contents of `summary.json`.
 
-    `spent` has the seconds that the caller took before: `import` and `data`. A `network` is trained in place of the one
-    that `config` names. Raises `StoppedError` after a signal, and `RunError` if loss or gradients are not finite or
-    memory runs out. Raises `UsageError` if the config does not match the machine or the run folder.
+    `spent` has the caller's seconds before: `import` and `data`. `network` replaces that of `config`. Raises
+    `StoppedError` after a signal, `RunError` if loss or gradients are not finite or memory runs out, and `UsageError`
+    if the config does not match machine or run folder.
     """
     clock, log = Stopwatch(spent), functools.partial(console.print, soft_wrap=True)
     device, main = resolve_device(config.device), world_of_torchrun().is_main
@@ -112,8 +112,7 @@ def train(
         pipeline, evaluated = resources.enter_context(open_pipelines(config, dataset, world))
         total_steps, epoch_steps = config.total_steps(len(pipeline)), len(pipeline)
         clock.enter("model")
-        factors = lr_factors(config, total_steps)
-        sides = config.sides(total_steps)
+        factors, sides = lr_factors(config, total_steps), config.sides(total_steps)
         step = create_step(config, dataset, factors, world, network=network, fresh=checkpoint is None)
         if checkpoint is not None:
             check_extension(run.path, before, config, progress, epoch_steps)
@@ -148,6 +147,8 @@ def train(
         evaluator = functools.partial(_evaluator, config, dataset, world)
         evaluate = evaluator(step.eval_model, evaluated, captured=execution.backend in CAPTURED)
         with recorded_stops() as signals:
+            if extends(config, before):
+                save(wait=True)  # with the new settings
             while not has_ended(config, progress, epoch_steps):
                 clock.begin_epoch(progress)
                 use_training_mode(step.model)
@@ -178,8 +179,8 @@ def train(
                     run.keep_best(step.eval_model)
                 save(wait=has_ended(config, progress, epoch_steps))
                 if world.highest(report_epoch(loggers, progress.rows[-1], now), device):
+                    progress.stopped = True
                     save(wait=True)
-                    break
 
             if progress.step < total_steps:
                 log(f"stopped after {progress.epoch} of {config.epochs} epochs, by --early-stop or a callback")
@@ -278,7 +279,7 @@ def create_step(
             f"--accumulate {config.accumulate} does not divide the {rows.stop - rows.start} images of each process."
         )
     torch.manual_seed(config.seed)
-    model = create_network(config, dataset) if network is None else checked_network(network.to(device), dataset)
+    model = create_network(config, dataset) if network is None else checked_network(network, config, dataset)
     training = dataset.hold_out(config.val_split)[0] if config.val_split else dataset
     fit_whitening(model, training, config.normalization)
     if config.init_from is not None and fresh:
@@ -548,8 +549,6 @@ def _summary(
     After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
     checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
-    counts = Counter(sides[: progress.step])
-    flops_of_images = (count * flops_per_image(model, training=True, side=side) for side, count in counts.items())
     return {
         "schema": 1,
         "recipe": config.recipe,
@@ -567,10 +566,25 @@ def _summary(
         "train_seconds": progress.train_seconds,
         "total_seconds": progress.total_seconds,
         "cold_start": clock.cold_start(),
-        "flops": config.batch_size * sum(flops_of_images),
+        "flops": _flops(config, model, sides[: progress.step]),
         "settings": config.to_dict(),
         "environment": {**origin, "threads": torch.get_num_threads()},
     }
+
+
+def _flops(config: TrainConfig, model: nn.Module, sides: Sequence[int]) -> int | None:
+    """Count the floating-point operations of steps with images of these `sides`, if `model` can compute without values.
+
+    It cannot if it is a user's, and depends on the values of its tensors or keeps some outside its state.
+    """
+    try:
+        each = {side: flops_per_image(model, training=True, side=side) for side in set(sides)}
+    except Exception as error:
+        if not config.model.startswith(OWN):
+            raise
+        note(f"the FLOPs of {config.model} are not counted: {reason_of(error)}")
+        return None
+    return config.batch_size * sum(each[side] for side in sides)
 
 
 def _check_finite(step: TrainStep, epoch_steps: int, run: RunFolder) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from fastresnet.checkpoint import load_tensors
 from fastresnet.config import TrainConfig
 from fastresnet.evaluation import check_logits
 from fastresnet.hub import is_repository
@@ -16,12 +18,15 @@ from fastresnet.models.speednet import PatchWhitening
 from fastresnet.pretrained import find_weights, is_pretrained
 from fastresnet.weights import Weights, load_weights
 from pipelines.augment import Normalization, normalize
-from pipelines.errors import DataError, UsageError, list_some, note
+from pipelines.errors import DataError, UsageError, list_some, note, reason_of
 from pipelines.files import sha256
 from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset
 
 _WHITENED_FROM = 5000  # images, as in cifar10-airbench
+_KEPT = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16}
+_KEPT |= {torch.int32, torch.int64}
+"""Types of tensors that checkpoints keep."""
 _HEAD = "fc"
 """Name of the linear layer in all networks of this program."""
 
@@ -44,16 +49,43 @@ def create_network(config: TrainConfig, dataset: Dataset) -> nn.Module:
     return model
 
 
-def checked_network(network: nn.Module, dataset: Dataset) -> nn.Module:
-    """Return a user's `network`, in training mode. Raises `UsageError` if it has nothing to train or other outputs."""
+def checked_network(network: nn.Module, config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """Return a user's `network`, on the device of `config` and in training mode.
+
+    Raises `UsageError` unless it has float32 parameters to train, a state that checkpoints can keep, and a logit for
+    each class of `dataset`, of images of all sizes.
+    """
+    name = type(network).__name__
+    state = network.state_dict()
+    if strange := [key for key, value in state.items() if getattr(value, "dtype", None) not in _KEPT]:
+        raise UsageError(f"{name} has a state that checkpoints cannot keep: {list_some(strange)}. Keep real tensors.")
+    if empty := [key for key, value in state.items() if value.is_meta]:
+        raise UsageError(f"{name} has tensors without values, on device meta: {list_some(empty)}. Initialise them.")
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not trained:
-        raise UsageError(f"{type(network).__name__} has no parameters to train.")
-    images = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE, device=trained[0].device)
-    with torch.no_grad():
-        check_logits(network.eval()(images), images, dataset.classes)
+        raise UsageError(f"{name} has no parameters to train.")
+    if other := {parameter.dtype for parameter in trained} - {torch.float32}:
+        raise UsageError(f"{name} has parameters of {list_some(sorted(map(str, other)))}. Convert them: .float().")
+    network = network.to(config.device).eval()
+    for side in sorted(set(config.resolutions), reverse=True):
+        images = torch.zeros(2, 3, side, side, device=config.device)
+        try:
+            with torch.no_grad():
+                logits = network(images)
+        except RuntimeError as error:
+            remedy = "" if side == IMAGE_SIZE else " (for whole images alone: resolutions=(32,))"
+            raise UsageError(f"{name} fails for images {list(images.shape)}{remedy}: {reason_of(error)}") from error
+        check_logits(logits, images, dataset.classes)
     use_training_mode(network)
     return network
+
+
+def load_saved(network: nn.Module, path: Path) -> None:
+    """Load the weights in `path`, of a run, into a user's `network`. Raises `DataError` if they are of another."""
+    try:
+        network.load_state_dict(load_tensors(path)[0])
+    except RuntimeError as error:
+        raise DataError(f"{path} has the weights of another network: {' '.join(str(error).split())[:300]}") from None
 
 
 def use_training_mode(model: nn.Module) -> None:
@@ -88,8 +120,11 @@ def with_identified_weights(config: TrainConfig, *, started: bool) -> TrainConfi
         config = dataclasses.replace(config, init_from=os.path.abspath(os.path.expanduser(config.init_from)))
     if started:
         return config
+    path = find_weights(str(config.init_from))
+    if path.exists() and not path.is_file():
+        raise DataError(f"--init-from {path} is a pipe or a device. Save its content as a file, and give that.")
     try:
-        digest = sha256(find_weights(str(config.init_from)))
+        digest = sha256(path)
     except OSError as error:
         raise DataError(
             f"--init-from {config.init_from} is not a readable file ({error.strerror}). It takes one such as "

@@ -31,7 +31,7 @@ def create_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """
     name_user()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    vectors = [parameter for parameter in trained if parameter.ndim == 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     if config.optimizer == "muon":
         convolutions = [parameter for parameter in matrices if parameter.ndim == 4]
@@ -142,7 +142,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             alike = defaultdict(list)
             for parameter in group["params"]:
-                alike[parameter.shape].append(parameter)
+                if parameter.grad is not None:  # the loss may not depend on it
+                    alike[parameter.shape].append(parameter)
             for parameters in alike.values():
                 gradients = _stacked([parameter.grad for parameter in parameters])
                 self._update(parameters, gradients, group["lr"], group["momentum"])

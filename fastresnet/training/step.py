@@ -288,4 +288,5 @@ def _update_average(averaged: nn.Module, model: nn.Module, average: Callable[...
     smooth = [(old, new) for old, new in pairs if old.is_floating_point()]
     average([old for old, _ in smooth], [new for _, new in smooth], count)
     counts = [(old, new) for old, new in pairs if not old.is_floating_point()]  # batch norm's, of batches
-    torch._foreach_copy_([old for old, _ in counts], [new for _, new in counts])
+    if counts:
+        torch._foreach_copy_([old for old, _ in counts], [new for _, new in counts])

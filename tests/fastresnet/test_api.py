@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 
 import fastresnet
 import pipelines
+from fastresnet import cli
 from fastresnet.api import _in_words_of_python
 from fastresnet.checkpoint import load_tensors
+from fastresnet.run_folder import RunFolder
 from fastresnet.weights import load_weights
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, Note, UsageError
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "resnet.ipynb"
 SMALL = {"data": "shapes10", "batch_size": 32, "precision": "fp32", "iterations": 3}
@@ -221,6 +224,71 @@ def test_an_own_network_is_trained_in_place_and_resumed(data_root, tmp_path):
         fastresnet.evaluate(run.folder / "model.safetensors", data="shapes10", root=data_root)
 
 
+class Odd(Net):
+    """Network with what is rare: a weight that two layers share, a scalar, an unused convolution, and values read."""
+
+    def __init__(self):
+        super().__init__()
+        self.body[1] = torch.nn.Identity()
+        self.again = torch.nn.Linear(8, 10)
+        self.again.weight = self.head.weight
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.unused = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        features = self.body(images).mean((2, 3)) * self.scale
+        return self.head(features) if features.mean().item() < 0 else self.again(features)
+
+
+def test_networks_with_rare_parts_train_to_the_end(data_root, tmp_path):
+    settings = {**SMALL, "root": data_root, "quiet": True, "ema_decay": 0.5}
+    for recipe in ("smoke", "fast"):
+        network = Odd()
+        with pytest.warns(Note, match="the FLOPs of own:Odd are not counted"):
+            run = fastresnet.train(recipe, model=network, out=tmp_path / recipe, **settings)
+        assert network.scale.item() != 1
+        assert run.summary["flops"] is None
+        accuracy = run.summary["test_accuracy"]
+        normalization = "half" if recipe == "smoke" else "channel"
+        found = fastresnet.evaluate(network, data="shapes10", root=data_root, normalization=normalization)
+        assert found.accuracy == accuracy  # with the averaged weights, which were evaluated
+        other = Odd()
+        fastresnet.train(recipe, model=other, out=tmp_path / recipe, resume=True, **settings)
+        assert torch.equal(other.scale, network.scale)  # of the finished run
+        assert cli.main(["plot", str(tmp_path / recipe), "--out", str(tmp_path / "curves.png")]) == 0
+    with pytest.raises(fastresnet.DataError, match="has the weights of another network"):
+        fastresnet.train("smoke", model=type("Odd", (Net,), {})(), out=tmp_path / "smoke", resume=True, **settings)
+
+
+class OnlyWhole(Net):
+    def forward(self, images):
+        return super().forward(images.view(-1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Net().double(), r"Net has parameters of torch.float64. Convert them: .float\(\)."),
+        (Net().to("meta"), "Net has tensors without values, on device meta: body.0.weight"),
+        (OnlyWhole(), r"OnlyWhole fails for images \[2, 3, 28, 28\] \(for whole images alone: resolutions=\(32,\)\)"),
+        (Net(5), r"expected are logits \[2, 10\]"),
+        (Net, "model = <class .*Net.>: expected str"),
+        (3, "model = 3: expected str"),
+    ],
+)
+def test_networks_that_cannot_be_trained_are_refused_at_the_start(data_root, tmp_path, network, message):
+    with pytest.raises(ValueError, match=message):
+        fastresnet.train("fast", model=network, root=data_root, out=tmp_path / "run", quiet=True, **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_complex_buffer_is_refused(data_root, tmp_path):
+    network = Net()
+    network.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(fastresnet.UsageError, match="a state that checkpoints cannot keep: phase"):
+        fastresnet.train("smoke", model=network, root=data_root, out=tmp_path / "run", quiet=True, **SMALL)
+
+
 class Recorder(fastresnet.Callback):
     def __init__(self, epochs=99):
         self.rows, self.saved, self.epochs = [], [], epochs
@@ -246,6 +314,25 @@ def test_callbacks_see_epochs_and_checkpoints_and_can_stop(data_root, tmp_path):
     steps = [step for _, step in other.saved]
     assert steps == sorted(steps)
     assert {4, 8, 10} <= set(steps)
+
+
+def test_a_stop_holds_after_an_interruption(data_root, tmp_path, monkeypatch):
+    """The final evaluation is interrupted by Ctrl-C. The run ends there once it is resumed, but may be extended."""
+    settings = {**SMALL, "iterations": None, "epochs": 4, "milestones": (), "root": data_root, "quiet": True}
+    settings |= {"out": tmp_path / "run"}
+    original = RunFolder.save_weights
+
+    def interrupted(self, *arguments):
+        original(self, *arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="Repeat the command with resume=True to continue"):
+            fastresnet.train("smoke", callbacks=[Recorder(epochs=2)], **settings)
+    run = fastresnet.train("smoke", resume=True, **settings)
+    assert run.summary["epochs"] == 2
+    assert fastresnet.train("smoke", resume=True, **{**settings, "epochs": 5}).summary["epochs"] == 5
 
 
 def test_an_error_of_a_callback_ends_the_run_as_it_is(data_root, tmp_path):
@@ -308,9 +395,13 @@ IMAGES = np.zeros((4, 32, 32, 3), np.uint8)
         ({"train_images": IMAGES / 255}, r"train_images is float64 \[4, 32, 32, 3\]: give uint8"),
         ({"test_images": IMAGES.transpose(0, 3, 1, 2)}, r"test_images is uint8 \[4, 3, 32, 32\]"),
         ({"train_images": IMAGES[:0], "train_labels": []}, "at least one image"),
-        ({"train_labels": [0, 1, 0]}, "give an integer from 0 on for each of the 4 images"),
+        ({"train_labels": [0, 1, 0]}, "give an integer in 0..32767 for each of the 4 images"),
+        ({"train_labels": np.array([0, 2**64 - 1, 0, 1], np.uint64)}, "0..18446744073709551615: give an integer"),
+        ({"train_images": [torch.zeros(2), "x"]}, "are no arrays"),
+        ({"classes": "ab"}, "classes is 'ab': give a list"),
+        ({"classes": 2}, "classes is 2: give a list"),
         ({"train_labels": [0.0, 1.0, 0.0, 1.0]}, "train_labels is float64"),
-        ({"test_labels": [0, -1, 0, 1]}, "from -1 on"),
+        ({"test_labels": [0, -1, 0, 1]}, r"\[4\], -1..1: give an integer"),
         ({"classes": ["a"]}, "1 classes for labels up to 1"),
         ({"classes": ["a", "a"]}, "no two the same"),
         ({"name": "a/b"}, "'a/b' is not a name for a data set"),
@@ -337,6 +428,11 @@ def test_the_public_loader_gives_the_batches_of_the_pipelines(data_root):
     with fastresnet.open_pipeline(dataset, batch_size=32, train=False, dtype=torch.uint8) as loader:
         seen = torch.cat([batch.images[: batch.valid] for batch in loader.epoch(0)])
         np.testing.assert_array_equal(seen.permute(0, 2, 3, 1).numpy(), dataset.test.images)
+    for wrong in ({"dtype": torch.int32}, {"dtype": "float32x"}, {"batch_size": 2.5}, {"batch_size": 0}):
+        with pytest.raises(fastresnet.UsageError, match=r"dtype|batch size"):
+            fastresnet.open_pipeline(dataset, **{"batch_size": 32, **wrong})
+    with pytest.raises(ValueError, match=r"open it by fastresnet.load_dataset"):
+        fastresnet.open_pipeline("cifar10", batch_size=32)
     with pytest.raises(ValueError, match="did you mean 'resident'"):
         fastresnet.open_pipeline(dataset, batch_size=32, pipeline="residnt")
 
@@ -352,6 +448,7 @@ def test_the_public_loader_gives_the_batches_of_the_pipelines(data_root):
         ("Leave out --no-nesterov.", "Leave out nesterov=False."),
         ("It failed: fastresnet train --config a --resume", "It failed: fastresnet train --config a --resume"),
         ("a--batch-size, --unknown", "a--batch-size, --unknown"),
+        ("other rates (--schedule linear)", "other rates (schedule linear)"),
     ],
 )
 def test_messages_name_settings_as_in_python(message, expected):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastresnet.config import TrainConfig, from_toml
-from fastresnet.training.extension import stops_early
+from fastresnet.training.extension import early_end
+from fastresnet.training.step import TrainStep
 from pipelines.errors import UserError
 
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--threads", 1)
@@ -60,8 +61,6 @@ def test_an_interrupted_extension_goes_on(run, tmp_path, monkeypatch):
     """The rest of the epoch in which it stopped is trained once."""
     folder, arguments = tmp_path / "run", ("train", *SMALL, *CONSTANT, "--epochs")
     assert run(*arguments, 1, "--out", folder)[0] == 0
-    from fastresnet.training.step import TrainStep
-
     original, steps = TrainStep.__call__, []
 
     def failing(self, *batch):
@@ -147,17 +146,49 @@ def test_epochs_without_a_better_accuracy_end_a_run(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "patience", "stops"),
+    ("accuracies", "patience", "epoch"),
     [
-        ([], 1, False),
-        ([50.0], 1, False),
-        ([50.0, 50.0], 1, True),
-        ([50.0, 60.0], 1, False),
-        ([50.0, 60.0, 55.0], 2, False),
-        ([50.0, 60.0, 55.0, 60.0], 2, True),
-        ([50.0, 60.0, 55.0, 60.0], 0, False),
+        ([], 1, None),
+        ([0.0], 1, None),
+        ([50.0, 50.0], 1, 2),
+        ([50.0, 60.0], 1, None),
+        ([50.0, 60.0, 55.0], 2, None),
+        ([50.0, 60.0, 55.0, 60.0], 2, 4),
+        ([50.0, 60.0, 55.0, 60.0, 70.0], 2, 4),
+        ([50.0, 60.0, 55.0, 60.0], 0, None),
     ],
 )
-def test_early_stop_counts_the_epochs_since_the_best_one(accuracies, patience, stops):
+def test_early_stop_counts_the_epochs_since_the_best_one(accuracies, patience, epoch):
     config = TrainConfig(val_split=10, early_stop=patience)
-    assert stops_early(config, [{"val_accuracy": accuracy} for accuracy in accuracies]) is stops
+    assert early_end(config, [{"val_accuracy": accuracy} for accuracy in accuracies]) == epoch
+
+
+def test_an_early_stop_in_the_past_is_refused(run, tmp_path):
+    """At a learning rate of 0 the accuracy hardly changes: the run would have ended."""
+    arguments = ("train", *SMALL, "--lr", 0, "--val-split", 30, "--epochs", 9, "--out", tmp_path / "run")
+    assert run(*arguments)[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    code, _, err = run(*arguments, "--early-stop", 1, "--resume")
+    assert code == 2
+    assert "with --early-stop 1. Give more." in err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_shorter_end_is_kept_and_may_be_extended_again(run, tmp_path, monkeypatch):
+    """A run of six epochs is stopped after three, ended there, and extended to six after all."""
+    folder, arguments = tmp_path / "run", ("train", *SMALL, *CONSTANT, "--checkpoint-steps", 1, "--epochs")
+    original = TrainStep.__call__
+
+    def failing(self, *batch):
+        if int(self.count) == 15:
+            raise UserError("a failure")
+        original(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", failing)
+        assert run(*arguments, 6, "--out", folder)[0] == 1
+    assert run(*arguments, 3, "--out", folder, "--resume")[0] == 0
+    assert json.loads((folder / "summary.json").read_text())["epochs"] == 3
+    assert run(*arguments, 6, "--out", folder, "--resume")[0] == 0
+    assert run(*arguments, 6, "--out", tmp_path / "long")[0] == 0
+    assert_same_network(folder, tmp_path / "long")
