@@ -30,7 +30,8 @@ class Pruner(fastresnet.Callback):
 
 def settings(config: fastresnet.TrainConfig, lr: float, **others: float) -> dict[str, float]:
     """Return settings in three digits. The recipe's other learning rates keep their ratio to `lr`."""
-    rates = {name: rate for name in ("lr", "sgd_lr", "norm_lr") if (rate := getattr(config, name)) is not None}
+    names = ("lr", "sgd_lr", "norm_lr") if config.optimizer == "muon" else ("lr",)
+    rates = {name: rate for name in names if (rate := getattr(config, name)) is not None}
     values = {name: rate * lr / config.lr for name, rate in rates.items()} | others
     return {name: float(f"{value:.3g}") for name, value in values.items()}
 
@@ -91,5 +92,5 @@ if __name__ == "__main__":
         tyro.cli(main)
     except KeyboardInterrupt:
         sys.exit("sweep: stopped; the same command continues the study with another trial.")
-    except (ValueError, fastresnet.RunError) as error:
+    except (fastresnet.UsageError, fastresnet.DataError, fastresnet.RunError) as error:
         sys.exit(f"sweep: {error}")

@@ -34,14 +34,21 @@ from pipelines.errors import DataError, RunError, UsageError  # noqa: E402
 
 if TYPE_CHECKING:
     from fastresnet.config import TrainConfig
+    from fastresnet.evaluation import Evaluation
     from fastresnet.recipes import create_config
+    from fastresnet.run_folder import Run
+    from pipelines.base import Batch, Pipeline
     from pipelines.store import Dataset
 
 __all__ = [
     "Augmentation",
+    "Batch",
     "Callback",
     "DataError",
     "Dataset",
+    "Evaluation",
+    "Pipeline",
+    "Run",
     "RunError",
     "StopTraining",
     "TrainConfig",
@@ -60,10 +67,22 @@ __all__ = [
 ]
 
 # The libraries that these need take long to import, and torch.hub has none of them.
-_LATER = {"TrainConfig": "fastresnet.config", "create_config": "fastresnet.recipes", "Dataset": "pipelines.store"}
+_LATER = {
+    "Batch": "pipelines.base",
+    "Dataset": "pipelines.store",
+    "Evaluation": "fastresnet.evaluation",
+    "Pipeline": "pipelines.base",
+    "Run": "fastresnet.run_folder",
+    "TrainConfig": "fastresnet.config",
+    "create_config": "fastresnet.recipes",
+}
 
+if not TYPE_CHECKING:  # which would take any name for one of these
 
-def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(__import__(_LATER[name], fromlist=[name]), name)
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(__import__(_LATER[name], fromlist=[name]), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATER})

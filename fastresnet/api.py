@@ -12,7 +12,7 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import DataError, RunError, UsageError, note
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastresnet.callbacks import Callback
-    from fastresnet.config import TrainConfig, Tta
+    from fastresnet.config import Device, Precision, TrainConfig, Tta
     from fastresnet.evaluation import Evaluation
-    from fastresnet.run_folder import Run
+    from fastresnet.run_folder import FinishedRun
     from fastresnet.threads import Threads
     from pipelines import Augmentation, PipelineName
     from pipelines.base import Pipeline
@@ -112,7 +112,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **settings: Any,
-) -> Run:
+) -> FinishedRun:
     """Train a network by `recipe` and return its run: `folder`, `rows` of metrics.csv, and `summary`.
 
     `recipe` is the name of a recipe, or a `TrainConfig`. `settings` are fields of `TrainConfig` that replace its own,
@@ -130,7 +130,7 @@ def train(
     from fastresnet.console import PlainConsole
     from fastresnet.models import OWN
     from fastresnet.recipes import create_config, without_replaced
-    from fastresnet.run_folder import read_run, run_path
+    from fastresnet.run_folder import read_finished_run, run_path
     from fastresnet.terminal import outlived_output
     from fastresnet.training.loop import train as train_run
     from fastresnet.training.network import load_saved
@@ -158,7 +158,7 @@ def train(
                 dataset = find_dataset(config.data, config.root, report)
         with outlived_output(), _stops_of_python():
             train_run(config, dataset, PlainConsole(quiet=quiet), network=network, callbacks=callbacks)
-        run = read_run(run_path(config, dataset))
+        run = read_finished_run(run_path(config, dataset))
         if network is not None:  # with an average of the weights, or of a finished run, it has others
             load_saved(network, run.folder / "model.safetensors")
         return run
@@ -170,8 +170,8 @@ def evaluate(
     data: str | Path | Dataset | None = None,
     root: Path | str | None = None,
     normalization: NormalizationMode = "channel",
-    precision: str = "fp32",
-    device: str = "auto",
+    precision: Precision = "fp32",
+    device: Device = "auto",
     threads: Threads = "auto",
     tta: Tta = "none",
 ) -> Evaluation:
@@ -264,8 +264,8 @@ def open_pipeline(
     *,
     batch_size: int,
     train: bool = True,
-    pipeline: PipelineName | str = "auto",
-    device: str = "auto",
+    pipeline: PipelineName | Literal["auto"] = "auto",
+    device: Device = "auto",
     dtype: torch.dtype | None = None,
     seed: int = 0,
     augmentation: Augmentation | None = None,

@@ -203,7 +203,8 @@ class RunFolder:
         if checkpoint.data_sha256 != dataset.digest:
             raise DataError(
                 f"{self.path} was trained on another data set {checkpoint.data!r} than the one in {dataset.folder}. "
-                "Point --data or --root to that one, or give another folder with --out."
+                "Point --data or --root to that one, give another folder with --out, or continue with: "
+                f"{self._command_to_continue()}"
             )
         # Older versions, without a setting, behaved like its default, but with PyTorch's number of threads and, on a
         # GPU, its kernels.
@@ -222,12 +223,15 @@ class RunFolder:
             config = dataclasses.replace(config, init_sha256=saved.init_sha256)
         free = {"data"} | _INEXACT_ON_RESUME | ENDING
         if decisive := [name for name in differences(config.to_dict(), saved.to_dict()) if name not in free]:
-            options = ["--config", str(self.path / "config.toml"), "--out", str(self.path), "--resume"]
             raise UsageError(
                 f"{self.path} was started with other settings: {', '.join(decisive)}. Repeat them, or continue with: "
-                f"fastresnet train {shlex.join(options)}"
+                f"{self._command_to_continue()}"
             )
         return config, saved
+
+    def _command_to_continue(self) -> str:
+        options = ["--config", str(self.path / "config.toml"), "--out", str(self.path), "--resume"]
+        return f"fastresnet train {shlex.join(options)}"
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None if it is missing or unreadable: then the end of the run is repeated."""
@@ -465,7 +469,7 @@ def _in_use(folder: Path, holder: str) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Finished or unfinished run."""
 
@@ -485,6 +489,14 @@ class Run:
         return _evaluated_split(self.rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class FinishedRun(Run):
+    """Finished run."""
+
+    summary: dict[str, Any]
+    """Contents of summary.json."""
+
+
 def _evaluated_split(rows: list[Row]) -> str:
     return "val" if "val_loss" in rows[0] else "test"
 
@@ -502,6 +514,12 @@ def read_run(folder: Path) -> Run:
         raise DataError(f"{metrics} is damaged: {str(error)[:200]}.") from None
     summary = folder / "summary.json"
     return Run(folder, rows, read_summary(summary) if summary.exists() else None)
+
+
+def read_finished_run(folder: Path) -> FinishedRun:
+    """Read a run folder as `read_run` does. Raises `DataError` if the run is not finished, too."""
+    run = read_run(folder)
+    return FinishedRun(run.folder, run.rows, read_summary(folder / "summary.json"))
 
 
 def _read_metrics(data: bytes) -> list[Row]:
@@ -551,7 +569,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         for names, kind, expected in (
             (_TEXTS, str, "a text"),
             (_COUNTS, int, "a whole number"),
-            (("flops",), int | None, "a whole number"),
+            (("flops",) if "flops" not in summary or summary["flops"] is not None else (), int, "a whole number"),
             (_FIGURES, int | float, "a number"),
             (TTA.keys() & summary.keys(), int | float, "a number"),
             (_TABLES, dict, "a table"),

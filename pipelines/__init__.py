@@ -71,6 +71,8 @@ def open_pipeline(
     check_choice("pipeline", name, PIPELINES)
     check_choice("decoder", decode, get_args(Decoder))
     check_choice("dtype", str(dtype).removeprefix("torch."), ("float32", "bfloat16", "float16", "uint8"))
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed {seed} is not in 0..2**63-1.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch size {batch_size!r} is not a whole number above 0.")
     if decode == "jpeg" and name != "dali":

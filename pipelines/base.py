@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import UsageError
 from .sampling import Augmentation, EpochPlan, Sampler
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ class Pipeline(abc.ABC):
         return self._sampler.valid(step)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Iterate over the batches of `epoch` from step `start` on."""
+        """Iterate over the batches of `epoch` from step `start` on. Raises `UsageError` if they are no such numbers."""
+        if epoch < 0 or not 0 <= start <= len(self):
+            steps = f"steps 0..{len(self) - 1}"
+            raise UsageError(f"epoch {epoch} from step {start} on: epochs begin at 0, and have {steps}.")
         for batch in self._execute(self._plan(epoch), start):
             yield batch
             self._check_files()

@@ -16,13 +16,15 @@ from .store import RawData
 from .texts import LONGEST_TEXT
 
 _TABLE = re.compile(r"train([-_ ]?labels)?\.csv", re.IGNORECASE)
+_PLACES = ((), ("train",), ("images",), ("train_images",))
+"""Folders of a table's images, beside it."""
 _IDS, _LABELS = ("id", "image_id", "filename", "file_name", "image"), ("label", "class")
 
 _ANNOTATIONS, _WORDS = "val_annotations.txt", "words.txt"
 
 
 def has_table(listing: Listing) -> bool:
-    """Return True if a table of labels is beside its images, or beside their folder, train."""
+    """Return True if a table of labels is beside its images, or beside their folder, such as train."""
     return bool(_find_tables(listing))
 
 
@@ -55,7 +57,10 @@ def _find_tables(listing: Listing) -> dict[Parts, list[Parts]]:
     for file in listing.files if tables else ():
         if is_image(file[-1]):
             images.setdefault(file[:-1], []).append(file)
-    found = {table: images.get(place, []) + images.get((*place, "train"), []) for table, place in tables.items()}
+    found = {
+        table: [image for folder in _PLACES for image in images.get((*place, *folder), [])]
+        for table, place in tables.items()
+    }
     return {table: files for table, files in found.items() if files}
 
 

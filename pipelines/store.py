@@ -81,11 +81,11 @@ class Split:
     name: str
     """Files that the rows are in: `train` or `test`."""
 
-    images: np.ndarray
+    images: np.ndarray = field(repr=False)
     """Read-only memory map, uint8 [rows of the store, 32, 32, 3]."""
-    labels: np.ndarray
+    labels: np.ndarray = field(repr=False)
     """Classes of all rows, int64 [rows of the store]."""
-    ids: np.ndarray
+    ids: np.ndarray = field(repr=False)
     """Row numbers of the samples, int64 [N]."""
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class Dataset:
     std: tuple[float, ...]
     """Standard deviation of the training pixels of each channel, in 0..1; 1 for a constant channel, which
     normalisation then only centres."""
-    pixel_mean: np.ndarray
+    pixel_mean: np.ndarray = field(repr=False)
     """Mean of the training images, float32 [32, 32, 3], in 0..1."""
     digest: str
     """SHA-256 over classes, images and labels, independent of folder, source file and version of the program."""
@@ -172,7 +172,7 @@ class Dataset:
         same for every seed. Raises `UsageError` unless both parts have images.
         """
         if not 0 < count < len(self.train):
-            raise UsageError(f"cannot hold {count} images out of {len(self.train)} training images.")
+            raise UsageError(f"--val-split {count} leaves nothing of the {len(self.train)} training images. Give less.")
         order = self.train.ids[permutation(stream_key(0, 0, Stream.HOLD_OUT), self.train.ids)]
         held, kept = np.sort(order[:count]), np.sort(order[count:])
         return (replace(self, train=replace(self.train, ids=kept)), replace(self, test=replace(self.train, ids=held)))

@@ -69,8 +69,8 @@ MODELS = {
 }
 
 
-OWN = "own:"
-"""Prefix of the name of a network that a Python program brings along: `own:CLASS`."""
+OWN = "own-"
+"""Prefix of the name of a network that a Python program brings along: `own-CLASS`."""
 
 
 def list_models() -> list[str]:

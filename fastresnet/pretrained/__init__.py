@@ -92,13 +92,14 @@ def find_weights(given: str | Path) -> Path:
     return path
 
 
-def load_pretrained(name: str, num_classes: int | None = None) -> nn.Module:
-    """Load pretrained network `name`, in evaluation mode, on the CPU.
+def load_pretrained(name: str | Path, num_classes: int | None = None) -> nn.Module:
+    """Load pretrained network `name`, or that of a file such as runs/NAME/model.safetensors, in evaluation mode.
 
     `hf-hub:USER/NAME` is the network in a repository of the Hugging Face Hub, and `hf-hub:USER/NAME@REVISION` a certain
-    revision. The network maps images [N, 3, 32, 32] to logits of the classes of its training, [N, 10] for CIFAR-10.
-    Images are normalised as `pretrained_card(name)` says, or the card of the repository. For another number of classes,
-    `num_classes`, it gets a new linear layer, freshly initialised from torch's global generator, to be trained.
+    revision. The network, on the CPU, maps images [N, 3, 32, 32] to logits of the classes of its training: [N, 10] for
+    CIFAR-10. Images are normalised as `pretrained_card(name)` says, or the card of the repository. For another number
+    of classes, `num_classes`, it gets a new linear layer, freshly initialised from torch's global generator, to be
+    trained.
 
     Raises `UsageError` on an unknown name or fewer classes than 1, `DataError` if the file is damaged or cannot be
     downloaded.
@@ -108,7 +109,11 @@ def load_pretrained(name: str, num_classes: int | None = None) -> nn.Module:
 
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"num_classes {num_classes} is below 1.")
-    weights = load_weights(find_weights(name) if hub.is_repository(name) else pretrained_file(name))
+    is_file = os.path.exists(name) and str(name) not in list_pretrained()
+    path = (
+        find_weights(name) if is_file or is_pretrained(name) or hub.is_repository(name) else pretrained_file(str(name))
+    )
+    weights = load_weights(path)
     network = weights.model
     if num_classes not in (None, weights.num_classes):
         network.fc = create_model(weights.name, num_classes=num_classes, shortcut=weights.shortcut).fc

@@ -183,7 +183,7 @@ def train(
                     save(wait=True)
 
             if progress.step < total_steps:
-                log(f"stopped after {progress.epoch} of {config.epochs} epochs, by --early-stop or a callback")
+                log(f"stopped after epoch {progress.epoch}, by {'a callback' if progress.stopped else '--early-stop'}")
             run.save_weights("model.safetensors", step.eval_model)
             run.draw_curves(progress.rows)
             log("evaluating with shift TTA")

@@ -15,7 +15,7 @@ from fastresnet.evaluation import check_logits
 from fastresnet.hub import is_repository
 from fastresnet.models import create_model
 from fastresnet.models.speednet import PatchWhitening
-from fastresnet.pretrained import find_weights, is_pretrained
+from fastresnet.pretrained import find_weights, is_pretrained, list_pretrained
 from fastresnet.weights import Weights, load_weights
 from pipelines.augment import Normalization, normalize
 from pipelines.errors import DataError, UsageError, list_some, note, reason_of
@@ -116,6 +116,8 @@ def with_identified_weights(config: TrainConfig, *, started: bool) -> TrainConfi
     """
     if config.init_from is None:
         return config
+    if config.init_from in list_pretrained() and not os.path.exists(config.init_from):
+        raise UsageError(f"--init-from {config.init_from}: no such file. Did you mean pretrained:{config.init_from}?")
     if not (is_pretrained(config.init_from) or is_repository(config.init_from)):
         config = dataclasses.replace(config, init_from=os.path.abspath(os.path.expanduser(config.init_from)))
     if started:
@@ -148,8 +150,8 @@ def start_from_weights(model: nn.Module, config: TrainConfig, dataset: Dataset) 
     _check_network(weights, model, config)
     if weights.training is not None and weights.normalization != config.normalization:
         note(
-            f"{given} was trained on images of --normalization {weights.normalization}, this run has "
-            f"{config.normalization}"
+            f"{given} was trained on images of --normalization {weights.normalization}, which it needs for its "
+            f"accuracy; this run has {config.normalization}"
         )
     state = weights.model.state_dict()
     if reason := _other_classes(weights, dataset):
@@ -165,7 +167,7 @@ def _check_network(weights: Weights, model: nn.Module, config: TrainConfig) -> N
         return
     settings = {"--model": (weights.name, config.model), "--shortcut": (weights.shortcut, config.shortcut)}
     wrong = " ".join(f"{flag} {theirs}" for flag, (theirs, own) in settings.items() if theirs != own)
-    raise UsageError(f"--init-from {config.init_from} has the weights of another network. Add {wrong}.")
+    raise UsageError(f"--init-from {config.init_from} has the weights of another network. Use {wrong}.")
 
 
 def _backbone_shapes(model: nn.Module) -> dict[str, torch.Size]:

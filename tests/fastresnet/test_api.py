@@ -137,7 +137,7 @@ def test_evaluate_gives_the_result_of_the_command_for_file_and_network(run, trai
         ({"model": torch.nn.Identity()}, "Identity has no parameters to train"),
         ({"model": torch.nn.Conv2d(3, 10, 3)}, r"the network maps 2 images to \[2, 10, 30, 30\]; expected are logits"),
         ({"model": torch.nn.Conv2d(3, 10, 3), "init_from": "w.pt"}, "^init_from is for networks of this program"),
-        ({"model": "own:Net"}, "own:Net is a network of a Python program"),
+        ({"model": "own-Net"}, "own-Net is a network of a Python program"),
         ({"callbacks": [print]}, "which is no instance of fastresnet.Callback"),
         ({"data": "shapes11"}, "did you mean 'shapes10'"),
         ({"freeze_backbone": True}, "the other weights with init_from"),
@@ -201,7 +201,7 @@ def test_an_own_network_is_trained_in_place_and_resumed(data_root, tmp_path):
 
     network = create()
     run = fastresnet.train("smoke", model=network, out=tmp_path / "a", **settings)
-    assert run.summary["model"] == "own:Net"
+    assert run.summary["model"] == "own-Net"
     assert not torch.equal(network.head.weight, create().head.weight)
     saved = load_file(run.folder / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in network.state_dict().items())
@@ -220,7 +220,7 @@ def test_an_own_network_is_trained_in_place_and_resumed(data_root, tmp_path):
     parts = create()
     fastresnet.train("smoke", model=parts, out=tmp_path / "c", resume=True, epochs=2, **settings)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
-    with pytest.raises(fastresnet.DataError, match=r"has the weights of own:Net, a network of a Python program"):
+    with pytest.raises(fastresnet.DataError, match=r"has the weights of own-Net, a network of a Python program"):
         fastresnet.evaluate(run.folder / "model.safetensors", data="shapes10", root=data_root)
 
 
@@ -244,7 +244,7 @@ def test_networks_with_rare_parts_train_to_the_end(data_root, tmp_path):
     settings = {**SMALL, "root": data_root, "quiet": True, "ema_decay": 0.5}
     for recipe in ("smoke", "fast"):
         network = Odd()
-        with pytest.warns(Note, match="the FLOPs of own:Odd are not counted"):
+        with pytest.warns(Note, match="the FLOPs of own-Odd are not counted"):
             run = fastresnet.train(recipe, model=network, out=tmp_path / recipe, **settings)
         assert network.scale.item() != 1
         assert run.summary["flops"] is None

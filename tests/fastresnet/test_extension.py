@@ -137,7 +137,7 @@ def test_epochs_without_a_better_accuracy_end_a_run(run, tmp_path):
     assert code == 0
     rows = [float(row["val_accuracy"]) for row in rows_of(tmp_path / "run")]
     assert len(rows) == rows.index(max(rows)) + 3 < 30
-    assert f"stopped after {len(rows)} of 30 epochs, by --early-stop or a callback" in out
+    assert f"stopped after epoch {len(rows)}, by --early-stop" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["epochs"] == len(rows)
     assert run(*arguments, "--early-stop", 2, "--resume")[1].startswith(f"{tmp_path / 'run'} is finished")

@@ -148,9 +148,10 @@ def test_a_started_run_resumes_without_the_weights_and_repeats_with_them(first, 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--model", "preresnet20"), 2, "has the weights of another network. Add --model resnet20."),
-        (("--model", "plain20"), 2, "has the weights of another network. Add --model resnet20."),
-        (("--shortcut", "A"), 2, "has the weights of another network. Add --shortcut B."),
+        (("--model", "preresnet20"), 2, "has the weights of another network. Use --model resnet20."),
+        (("--model", "plain20"), 2, "has the weights of another network. Use --model resnet20."),
+        (("--shortcut", "A"), 2, "has the weights of another network. Use --shortcut B."),
+        (("--init-from", "resnet20"), 2, "Did you mean pretrained:resnet20?"),
         (("--init-from", "nowhere.pt"), 3, "nowhere.pt is not a readable file (No such file or directory)"),
         (("--init-from", "pretrained:nothing"), 2, "unknown pretrained network 'nothing'"),
     ],
@@ -166,7 +167,7 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(first, run, tmp_p
 def test_another_normalisation_is_noted(first, run, tmp_path):
     arguments = ("--normalization", "pixel", "--iterations", 1, "--init-from", first / "model.safetensors")
     _, _, err = run("train", *SMALL, *arguments, "--out", tmp_path / "b")
-    assert "was trained on images of --normalization half, this run has pixel" in err
+    assert "was trained on images of --normalization half, which it needs for its accuracy; this run has pixel" in err
 
 
 def test_dry_run_and_range_test_start_from_the_weights(first, run, tmp_path, monkeypatch):

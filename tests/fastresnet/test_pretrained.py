@@ -144,6 +144,19 @@ def test_another_number_of_classes_gets_a_new_linear_layer(load):
     assert all(torch.equal(same[key], expected[key]) for key in expected)
 
 
+def test_a_file_is_loaded_by_its_name(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.manual_seed(5)
+    torch.save(trained := fastresnet.create_model("resnet20").state_dict(), path)
+    for name in (path, str(path)):
+        loaded = load_pretrained(name).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in trained.items())
+    expected = load_pretrained("resnet20").state_dict()
+    assert all(
+        torch.equal(value, expected[key]) for key, value in load_pretrained("pretrained:resnet20").state_dict().items()
+    )
+
+
 def test_no_classes_are_refused():
     with pytest.raises(UsageError, match="num_classes 0 is below 1"):
         load_pretrained("resnet20", num_classes=0)

@@ -318,7 +318,8 @@ NO_NUMBERS = [None, True, [], {}, "1", float("nan"), float("inf"), 10**400]
 ODD_TEXTS, ODD_COUNTS, ODD_TABLES = [None, True, 1, [], {}], [*NO_NUMBERS, 1.5], [None, True, 1, [], "1"]
 ODD = {
     **dict.fromkeys(("recipe", "model", "data", "best_chosen_on"), ODD_TEXTS),
-    **dict.fromkeys(("seed", "epochs", "steps", "flops"), ODD_COUNTS),
+    **dict.fromkeys(("seed", "epochs", "steps"), ODD_COUNTS),
+    "flops": [value for value in ODD_COUNTS if value is not None],  # those of some networks are not counted
     **dict.fromkeys(("test_accuracy", "test_accuracy_mirror", "best_accuracy", "images_per_s"), NO_NUMBERS),
     **dict.fromkeys(("train_seconds", "total_seconds"), NO_NUMBERS),
     "cold_start": [*ODD_TABLES, {"data": None}, {"data": "1"}, {"data": 10**400}],
