@@ -255,6 +255,7 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_repeated(start, 
         "best_accuracy": load_tensors(uninterrupted / "last.ckpt")[1]["progress"]["rows"][0]["test_accuracy"],
         "train_seconds": 0,
         "total_seconds": 0,
+        "stopped": False,
     }
     start(folder, resume=True, expect=0)
     assert_same_run(folder, uninterrupted)
