@@ -316,20 +316,31 @@ def test_callbacks_see_epochs_and_checkpoints_and_can_stop(data_root, tmp_path):
     assert {4, 8, 10} <= set(steps)
 
 
-def test_a_stop_holds_after_an_interruption(data_root, tmp_path, monkeypatch):
-    """The final evaluation is interrupted by Ctrl-C. The run ends there once it is resumed, but may be extended."""
+@pytest.mark.parametrize(
+    ("signum", "stop", "message"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, "Repeat the command with resume=True to continue"),
+        (signal.SIGTERM, SystemExit, "143"),
+    ],
+)
+def test_a_stop_holds_after_an_interruption(data_root, tmp_path, monkeypatch, signum, stop, message):
+    """The final evaluation is interrupted. The run ends there once it is resumed, but may be extended."""
     settings = {**SMALL, "iterations": None, "epochs": 4, "milestones": (), "root": data_root, "quiet": True}
     settings |= {"out": tmp_path / "run"}
     original = RunFolder.save_weights
 
     def interrupted(self, *arguments):
         original(self, *arguments)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signum)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_weights", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="Repeat the command with resume=True to continue"):
-            fastresnet.train("smoke", callbacks=[Recorder(epochs=2)], **settings)
+    handler = signal.signal(signum, signal.default_int_handler)  # Ctrl-C is ignored in the background of a shell
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_weights", interrupted)
+            with pytest.raises(stop, match=message):
+                fastresnet.train("smoke", callbacks=[Recorder(epochs=2)], **settings)
+    finally:
+        signal.signal(signum, handler)
     run = fastresnet.train("smoke", resume=True, **settings)
     assert run.summary["epochs"] == 2
     assert fastresnet.train("smoke", resume=True, **{**settings, "epochs": 5}).summary["epochs"] == 5
