@@ -30,6 +30,12 @@ from .texts import open_regular
 Parts = tuple[str, ...]
 """Names of the folders above a file, from the top of the source, and its own name."""
 
+
+def join_parts(parts: Parts) -> str:
+    """Join names to a path, as messages show it."""
+    return "/".join(parts)
+
+
 MEMBER_LIMIT = 192 << 20
 """Largest file that is read of an archive, or twice the archive's size: the training batch of CIFAR-100 has 155 MB."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from .archives import Parts, is_image
+from .archives import Parts, is_image, join_parts
 from .errors import DataError, list_some, note
 from .images import note_left_out
 from .reading import LabelledImages, Listing, ReadOptions, check_split, choose_test_split, read_labelled, split_of
@@ -71,7 +71,7 @@ def _find_split_folders(listing: Listing) -> dict[str | None, Parts]:
     for folder in find_splits(listing):
         if (other := splits.setdefault(split_of(folder[-1]), folder)) != folder:
             raise DataError(
-                f"{listing.path} has two folders for one split, {_join(other)} and {_join(folder)}. Keep one."
+                f"{listing.path} has two folders for one split, {join_parts(other)} and {join_parts(folder)}. Keep one."
             )
     return splits
 
@@ -84,8 +84,10 @@ def _find_layout(listing: Listing, options: ReadOptions) -> _Layout:
         return layout
     if "train" not in splits:
         raise DataError(f"{listing.path} has no train images: a folder of images has train/CLASS/ and test/CLASS/.")
-    test = splits.get(choose_test_split(listing.path, {str(split): _join(folder) for split, folder in splits.items()}))
-    check_split(listing.path, None if test is None else _join(test), options)
+    test = splits.get(
+        choose_test_split(listing.path, {str(split): join_parts(folder) for split, folder in splits.items()})
+    )
+    check_split(listing.path, None if test is None else join_parts(test), options)
     validation = splits.get("validation")
     return _Layout(splits["train"], test, None if validation == test else validation)
 
@@ -94,7 +96,7 @@ def _find_test_folder(listing: Listing) -> Parts:
     splits = _find_split_folders(listing)
     folder = splits.get("test") or splits.get("validation") or splits.get("train") or _find_root(listing)
     if splits and "test" not in splits:
-        note(f"{listing.path} has no test images in folders of their classes; those of {_join(folder)} are taken.")
+        note(f"{listing.path} has no test images in folders of their classes; those of {join_parts(folder)} are taken.")
     return folder
 
 
@@ -121,12 +123,13 @@ def find_classes(listing: Listing, folders: list[Parts]) -> tuple[str, ...]:
     found = set().union(*(_classes_with_images(listing, folder) for folder in folders))
     if unknown := sorted(found - known):
         raise DataError(
-            f"{listing.path}: {_join(folders[1])} has classes that {_join(train)} lacks: {list_some(unknown)}."
+            f"{listing.path}: {join_parts(folders[1])} has classes that {join_parts(train)} lacks: "
+            f"{list_some(unknown)}."
         )
     if empty := sorted(known - found):
         note(f"left out class folders without an image: {list_some(empty)}.")
     if len(found) == 1:
-        place = _join(train) or listing.path
+        place = join_parts(train) or listing.path
         note(f"there is one class only, {list_some([*found])}: classes are the folders in {place}.")
     return tuple(sorted(found))
 
@@ -139,7 +142,7 @@ def label_images(listing: Listing, folder: Parts, classes: tuple[str, ...]) -> l
     """List the images in a split's folder with their labels, in the order of torchvision's ImageFolder."""
     labels = {name: label for label, name in enumerate(classes)}
     images = [(file, labels[file[len(folder)]]) for file in listing.files if _is_image_of_class(file, folder)]
-    return sorted(images, key=lambda image: (image[1], _join(image[0][:-1]), image[0][-1]))
+    return sorted(images, key=lambda image: (image[1], join_parts(image[0][:-1]), image[0][-1]))
 
 
 def _is_image_of_class(file: Parts, folder: Parts) -> bool:
@@ -155,11 +158,7 @@ def _note_left_out(listing: Listing, layout: _Layout, folders: list[Parts], used
     rest = [file for file in listing.files if file not in used]
     if layout.left_out is not None:
         held = [file for file in rest if _is_below(layout.left_out, file) and is_image(file[-1])]
-        note(f"left out {_join(layout.left_out)}, which is beside the test images (images: {len(held):,}).")
+        note(f"left out {join_parts(layout.left_out)}, which is beside the test images (images: {len(held):,}).")
         rest = [file for file in rest if not _is_below(layout.left_out, file)]
     in_splits = [file for file in rest if is_image(file[-1]) or any(_is_below(folder, file) for folder in folders)]
-    note_left_out([_join(file) for file in sorted(in_splits)], "images of a class")
-
-
-def _join(parts: Parts) -> str:
-    return "/".join(parts)
+    note_left_out([join_parts(file) for file in sorted(in_splits)], "images of a class")

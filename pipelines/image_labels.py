@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import PurePath
 
-from .archives import Parts, is_image
+from .archives import Parts, is_image, join_parts
 from .errors import DataError, list_some, note
 from .image_folders import find_classes, label_images
 from .reading import LabelledImages, Listing, ReadOptions, check_split, read_labelled
@@ -36,16 +36,16 @@ def read_table(listing: Listing, options: ReadOptions) -> RawData:
     tables = _find_tables(listing)
     if len(tables) > 1:
         raise DataError(
-            f"{listing.path} has several tables of labels: {list_some(list(map(_join, tables)))}. Keep one."
+            f"{listing.path} has several tables of labels: {list_some(list(map(join_parts, tables)))}. Keep one."
         )
     ((table, images),) = tables.items()
     check_split(listing.path, None, options)
-    name = f"{listing.path}: {_join(table)}"
+    name = f"{listing.path}: {join_parts(table)}"
     labels = _read_rows(_read_text(listing, table), name, images)
     is_numbered = all(label.isdecimal() for label in labels.values())
     classes = tuple(sorted({*labels.values()}, key=int if is_numbered else str))
     numbers = {label: number for number, label in enumerate(classes)}
-    _note_unlabelled(listing, set(labels), _join(table))
+    _note_unlabelled(listing, set(labels), join_parts(table))
     labelled = [(image, numbers[label]) for image, label in labels.items()]
     return read_labelled(listing, LabelledImages(classes, labelled, None), options)
 
@@ -113,8 +113,8 @@ def read_annotated(listing: Listing, options: ReadOptions) -> RawData:
     names in words.txt where that exists.
     """
     annotations = _find_annotations(listing) or ()
-    root, name = annotations[:-2], f"{listing.path}: {_join(annotations)}"
-    check_split(listing.path, _join(annotations[:-1]), options)
+    root, name = annotations[:-2], f"{listing.path}: {join_parts(annotations)}"
+    check_split(listing.path, join_parts(annotations[:-1]), options)
     classes = find_classes(listing, [(*root, "train")])
     numbers = {wnid: number for number, wnid in enumerate(classes)}
     files = {file[-1]: file for file in listing.files if _is_annotated(file, annotations)}
@@ -126,7 +126,7 @@ def read_annotated(listing: Listing, options: ReadOptions) -> RawData:
             raise DataError(f"{name}, line {number}: {what}.")
         test.append((files.pop(file), numbers[wnid]))
     train = label_images(listing, (*root, "train"), classes)
-    _note_unlabelled(listing, {file for file, _ in (*train, *test)}, _join(annotations))
+    _note_unlabelled(listing, {file for file, _ in (*train, *test)}, join_parts(annotations))
     if (words := (*root, _WORDS)) in listing.files:
         classes = _name_classes(classes, _read_text(listing, words))
     labelled = LabelledImages(classes, test, None) if options.only_test else LabelledImages(classes, train, test)
@@ -158,7 +158,7 @@ def _name_classes(wnids: tuple[str, ...], words: str) -> tuple[str, ...]:
 
 def _note_unlabelled(listing: Listing, used: set[Parts], labels: str) -> None:
     """Warn of images that are not read."""
-    if rest := sorted(_join(file) for file in listing.files if is_image(file[-1]) and file not in used):
+    if rest := sorted(join_parts(file) for file in listing.files if is_image(file[-1]) and file not in used):
         folders = Counter(str(PurePath(file).parent) for file in rest)
         counts = [f"{count:,} in {folder}" for folder, count in folders.most_common()]
         note(f"left out images without a label in {labels}: {list_some(counts)}.")
@@ -169,14 +169,10 @@ def _read_text(listing: Listing, parts: Parts) -> str:
     for file in listing.open([parts]):
         with file.open() as stream:
             content = stream.read(LONGEST_TEXT + 1)
-    name = f"{listing.path}: {_join(parts)}"
+    name = f"{listing.path}: {join_parts(parts)}"
     if len(content) > LONGEST_TEXT:
         raise DataError(f"{name} has over {LONGEST_TEXT:,} bytes, too many for labels. Split the data set.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{name} is no text in UTF-8. Save it as UTF-8.") from None
-
-
-def _join(parts: Parts) -> str:
-    return "/".join(parts)

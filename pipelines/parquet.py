@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .archives import File, Parts, most_files, most_unpacked
+from .archives import File, Parts, join_parts, most_files, most_unpacked
 from .errors import DataError, UsageError, list_some, note
 from .reading import Listing, ReadOptions, check_split, choose_test_split, explained, read_rows, split_of
 from .store import RawData, are_class_names
@@ -35,7 +35,7 @@ _PAGE_UNPACKED, _PAGE_PACKED = 2, 3
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """What one file has."""
+    """Table in one file, as its footer describes it."""
 
     rows: int
     image: str
@@ -64,15 +64,15 @@ def read_parquet(listing: Listing, options: ReadOptions) -> RawData:
     Raises `DataError` if files are damaged, missing or of other columns, `UsageError` without pyarrow.
     """
     splits = _find_splits(listing)
-    test_split = choose_test_split(listing.path, {split: _join(files[0]) for split, files in splits.items()})
+    test_split = choose_test_split(listing.path, {split: join_parts(files[0]) for split, files in splits.items()})
     train, test = splits.get("train"), splits.get(test_split or "")
     if train is None and not options.only_test:
         raise DataError(f"{listing.path} has no train images: a Parquet file to train on has train in its name.")
-    check_split(listing.path, _join(test[0]) if test else None, options)
+    check_split(listing.path, join_parts(test[0]) if test else None, options)
     if options.only_test and test:
         train, test = test, None
     files = [*(train or []), *(test or [])]
-    if rest := sorted({*map(_join, _find_files(listing))} - {*map(_join, files)}):
+    if rest := sorted({*map(join_parts, _find_files(listing))} - {*map(join_parts, files)}):
         note(f"left out Parquet files of neither training nor test images: {list_some(rest)}.")
 
     tables: dict[Parts, _Table] = {}
@@ -225,7 +225,3 @@ def _open(stream: IO[bytes]) -> Any:
     except ImportError as error:
         raise UsageError(f"Parquet files need pyarrow ({error}): pip install 'fastresnet[parquet]'") from None
     return ParquetFile(stream, pre_buffer=False)  # with a buffer it would take the memory that a page claims
-
-
-def _join(parts: Parts) -> str:
-    return "/".join(parts)

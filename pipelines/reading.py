@@ -1,4 +1,4 @@
-"""What readers of sources share: the listing that they are given, the user's choices, and splits."""
+"""Listing of a source, choices of the user, and splits, which all readers of sources share."""
 
 from __future__ import annotations
 

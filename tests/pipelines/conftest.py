@@ -9,6 +9,7 @@ import io
 import pickle
 import random
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch
 
 from pipelines import Augmentation, open_pipeline
 from pipelines.base import Pipeline
+from pipelines.errors import DataError, Note
 from pipelines.prng import Stream, permutation, stream_key
 from pipelines.sampling import draw
+from pipelines.sources import read_source
 from pipelines.store import Dataset
 
 ROWS, TEST_ROWS = 7, 6
@@ -256,3 +259,32 @@ def fake100() -> FakeCifar100:
 def fake() -> FakeCifar:
     """A fake CIFAR-10 with three classes."""
     return FakeCifar(("ant", "bee", "cat"))
+
+
+@pytest.fixture
+def read(helpers):
+    """Read a source; return the data, and the texts of all notes."""
+
+    def read_noted(path, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data = read_source(path, helpers.ignore, **options)
+        assert all(note.category is Note for note in caught)
+        return data, [str(note.message) for note in caught]
+
+    return read_noted
+
+
+@pytest.fixture
+def refused(read):
+    """Reading `path` raises a `DataError` of one line that names `path` and says each of `words`."""
+
+    def check(path, *words, kind=DataError, **options):
+        with pytest.raises(kind) as caught:
+            read(path, **options)
+        message = str(caught.value)
+        assert str(path) in message
+        assert all(word in message for word in words), message
+        assert len(message.splitlines()) == 1
+
+    return check

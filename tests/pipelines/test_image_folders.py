@@ -6,15 +6,13 @@ import hashlib
 import io
 import os
 import tarfile
-import warnings
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines.errors import DataError, Note, UsageError
-from pipelines.sources import read_source
+from pipelines.errors import DataError, UsageError
 
 PACKINGS = ("folder", "zip", "tar", "tar.gz", "tar.xz", "tar.bz2")
 CATS_AND_DOGS = ("train/cat/1.png", "train/cat/2.jpg", "train/dog/1.png", "test/cat/3.png", "test/dog/2.webp")
@@ -49,35 +47,6 @@ def pack(tmp_path, helpers):
         return tmp_path / name
 
     return pack_files
-
-
-@pytest.fixture
-def read(helpers):
-    """Read a source; return the data, and the texts of all notes."""
-
-    def read_noted(path, **options):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            data = read_source(path, helpers.ignore, **options)
-        assert all(note.category is Note for note in caught)
-        return data, [str(note.message) for note in caught]
-
-    return read_noted
-
-
-@pytest.fixture
-def refused(helpers):
-    """Reading `path` raises a `DataError` of one line that names `path` and says each of `words`."""
-
-    def check(path, *words, kind=DataError, **options):
-        with pytest.raises(kind) as caught:
-            read_source(path, helpers.ignore, **options)
-        message = str(caught.value)
-        assert str(path) in message
-        assert all(word in message for word in words), message
-        assert len(message.splitlines()) == 1
-
-    return check
 
 
 def check_images(images: np.ndarray, names) -> None:

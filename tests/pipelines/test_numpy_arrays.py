@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines.errors import DataError, Note, UsageError
+from pipelines.errors import Note, UsageError
 from pipelines.sources import read_source
 from tests.limits import limits
 
@@ -48,21 +48,6 @@ def save(tmp_path):
 @pytest.fixture
 def read(helpers):
     return lambda path, **options: read_source(path, helpers.ignore, **options)
-
-
-@pytest.fixture
-def refused(read):
-    """Reading `path` raises a `DataError` of one line that names it and says each of `words`."""
-
-    def check(path, *words, **options):
-        with pytest.raises(DataError) as caught:
-            read(path, **options)
-        message = str(caught.value)
-        assert str(path) in message
-        assert all(word in message for word in words), message
-        assert len(message.splitlines()) == 1
-
-    return check
 
 
 @pytest.mark.parametrize("packing", ["npz", "compressed", "folder"])

@@ -6,14 +6,12 @@ import io
 import json
 import random
 import sys
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import DataError, Note, UsageError, UserError
-from pipelines.sources import read_source
+from pipelines.errors import UsageError, UserError
 from tests.limits import limits
 
 pa = pytest.importorskip("pyarrow")
@@ -65,35 +63,6 @@ def pack(tmp_path, helpers):
         return tmp_path / "data"
 
     return pack_files
-
-
-@pytest.fixture
-def read(helpers):
-    """Read a source; return the data, and the texts of all notes."""
-
-    def read_noted(path, **options):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            data = read_source(path, helpers.ignore, **options)
-        assert all(note.category is Note for note in caught)
-        return data, [str(note.message) for note in caught]
-
-    return read_noted
-
-
-@pytest.fixture
-def refused(read):
-    """Reading `path` raises a `DataError` of one line that names `path` and says each of `words`."""
-
-    def check(path, *words, **options):
-        with pytest.raises(DataError) as caught:
-            read(path, **options)
-        message = str(caught.value)
-        assert str(path) in message
-        assert all(word in message for word in words), message
-        assert len(message.splitlines()) == 1
-
-    return check
 
 
 def check(data, train, test) -> None:
