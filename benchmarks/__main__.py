@@ -1,12 +1,12 @@
-"""usage: fastresnet bench COMMAND [OPTIONS], or python -m benchmarks COMMAND [OPTIONS]
+"""usage: fastresnet bench COMMAND [OPTIONS], as python -m benchmarks COMMAND
 
 Measure this program and its peers, in turns, on this machine.
 
-  loaders   images/s of the data pipelines, and of typical loaders of other libraries
-  step      images/s of the training step and of inference alone, compared with the roofline of the machine
-  train     images/s of end-to-end training, and of other training loops
+  loaders   images/s of the data pipelines, and of loaders of other libraries
+  step      images/s of the training step and of inference, and the roofline
+  train     images/s of whole trainings, and of other training loops
   all       all three benchmarks, with results and charts in a folder
-  kernels   number and bytes of the kernels of captured training steps, on the simulated GPU of tests/fake_gpu
+  kernels   kernels of captured steps, and their bytes, on a simulated GPU
   show      print the tables of a result that was written with --json
   compare   compare two results: ratios, and rows that became slower
 """
@@ -19,14 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
 from benchmarks.loaders import LoadersOptions, measure_loaders
 from benchmarks.report import module_of, no_result, print_tables, read_result, short, table
 from benchmarks.runner import MachineOptions
 from benchmarks.step import StepOptions, measure_steps
 from benchmarks.train import TrainingOptions, measure_training
 from fastresnet import terminal
+from fastresnet.arguments import Positional, parse
 from pipelines.errors import UsageError, check_choice
 
 
@@ -161,7 +160,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     check_choice("benchmark", arguments[0], COMMANDS)
     options, run = COMMANDS[arguments[0]]
-    run(terminal.parse(options, f"bench {arguments[0]}", arguments[1:]))
+    run(parse(options, f"bench {arguments[0]}", arguments[1:]))
     return 0
 
 

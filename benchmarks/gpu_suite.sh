@@ -17,7 +17,7 @@
 #   --seconds N  end within N seconds (840 without it): stages that would take longer are cut or left out
 #   --rehearse   small sizes and drawn images, to try this script anywhere, on a CPU too: NOTHING IS MEASURED THEN
 #   PYTHON       a Python (else python3) with PyTorch; no network and no git are needed
-#   WHEELS       a folder of wheels of packages that Python lacks (tyro, tomli_w, ...)
+#   WHEELS       a folder of wheels of packages that Python lacks (tomli_w, psutil, ...)
 #   DATA         CIFAR-10: a folder of prepared data sets, an archive, or a pattern that matches the parts of a split
 #                one ('cifar.tar.xz.part-*'). Without it accuracy is left out.
 #

@@ -1,12 +1,13 @@
 """Search for the learning rate, weight decay and label smoothing of a recipe, with Optuna (docs/sweeps.md)."""
 
+import argparse
 import dataclasses
+import inspect
 import shlex
 import sys
 from pathlib import Path
 
 import optuna
-import tyro
 from optuna.storages import JournalStorage, journal
 from optuna.trial import TrialState
 
@@ -89,7 +90,11 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main)
+        parser = argparse.ArgumentParser(description=main.__doc__)
+        for name, parameter in inspect.signature(main).parameters.items():
+            flag, default = f"--{name.replace('_', '-')}", parameter.default
+            parser.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
+        main(**vars(parser.parse_args()))
     except KeyboardInterrupt:
         sys.exit("sweep: stopped; the same command continues the study with another trial.")
     except (fastresnet.UsageError, fastresnet.DataError, fastresnet.RunError) as error:

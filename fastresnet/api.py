@@ -130,11 +130,11 @@ def train(
     from fastresnet.console import PlainConsole
     from fastresnet.models import OWN
     from fastresnet.recipes import create_config, without_replaced
-    from fastresnet.run_folder import read_finished_run, run_path
+    from fastresnet.run_folder import check_usable, read_finished_run, run_path
     from fastresnet.terminal import outlived_output
     from fastresnet.training.loop import train as train_run
     from fastresnet.training.network import load_saved
-    from pipelines.prepare import find_dataset
+    from pipelines.prepare import find_dataset, store_folder
     from pipelines.store import Dataset
 
     with _errors_of_python():
@@ -154,11 +154,12 @@ def train(
         if isinstance(data, Dataset):
             dataset = data
         else:
+            check_usable(run_path(config, store_folder(config.data, config.root).name), resume=config.resume)
             with _progress(quiet) as report:
                 dataset = find_dataset(config.data, config.root, report)
         with outlived_output(), _stops_of_python():
             train_run(config, dataset, PlainConsole(quiet=quiet), network=network, callbacks=callbacks)
-        run = read_finished_run(run_path(config, dataset))
+        run = read_finished_run(run_path(config, dataset.name))
         if network is not None:  # with an average of the weights, or of a finished run, it has others
             load_saved(network, run.folder / "model.safetensors")
         return run

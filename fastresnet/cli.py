@@ -10,6 +10,7 @@ from importlib import metadata
 from types import ModuleType
 
 from fastresnet import check_not_shadowed
+from fastresnet.arguments import HELP
 from fastresnet.terminal import guarded
 from pipelines import __version__
 from pipelines.errors import UsageError, check_choice
@@ -19,22 +20,26 @@ _OVERVIEW = """usage: fastresnet COMMAND [OPTIONS]
 Train the CIFAR ResNets of He et al. 2015, fast and reproducibly.
 
 commands:
-  prepare     prepare a data set: download and convert CIFAR-10, read your own files, or draw shapes10
-  train       train a network by a recipe: fast (the default), best, speedrun, paper, baseline or smoke
-  eval        evaluate weights of this program, or a state dict of another repository
+  prepare     prepare a data set: CIFAR-10, your own images, or drawn shapes10
+  train       train: fast (default), best, speedrun, paper, baseline or smoke
+  eval        evaluate weights of this program or of another repository
   predict     classify image files
-  plot        plot runs: curves of one or several, confusion matrix, most confident mistakes
-  report      write an HTML report of a run
+  plot        plot curves of runs, a confusion matrix, or mistakes
+  report      write an HTML report of a run, or compare several
   list        list networks, recipes, data sets and pretrained networks
-  summary     list the layers of a network with their parameters and multiply-adds
-  export      export a trained network as ONNX, safetensors, a program for torch.export.load or a model of the Hub
+  summary     list the layers of a network, with parameters and multiply-adds
+  export      export weights: ONNX, safetensors, torch.export, Hugging Face Hub
   doctor      check this machine, and print a remedy for each problem
-  bench       measure the speed of this program and of alternatives
+  bench       measure the speed of this program and of its peers
   completion  print the completion script for bash or zsh
+  help        print this page, or with the name of a command its options
+  version     print the version
 
-fastresnet COMMAND --help lists the options of a command.
+First steps: fastresnet doctor, then fastresnet train smoke --data shapes10,
+which needs no download and takes a minute.
 """
 COMMANDS = tuple(re.findall(r"^  (\w+)", _OVERVIEW, re.MULTILINE))
+_SYNONYMS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,14 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
         print(_OVERVIEW, end="")
-        return 0 if arguments else 2
+        return 2
     name, *rest = arguments
-    if name == "--version":
-        print(f"fastresnet {__version__}")
-        return 0
+    name = _SYNONYMS.get(name, name)
     check_choice("command", name, COMMANDS)
+    if name == "help" and rest and rest[0] in COMMANDS:
+        return _dispatch([*rest, "--help"])
+    if name == "help" and rest:
+        check_choice("command", rest[0], [*COMMANDS, *HELP])
+    if name in ("help", "version"):
+        print(_OVERVIEW if name == "help" else f"fastresnet {__version__}\n", end="")
+        return 0
     if name == "bench":
         return load_bench().main(rest)
     return importlib.import_module(f"fastresnet.commands.{name}").run(rest)

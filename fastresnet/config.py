@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
-from tyro.conf import Suppress
 
+from fastresnet.arguments import Hidden
 from fastresnet.models import OWN, Shortcut, check_model
 from fastresnet.threads import Threads, check_threads
 from pipelines import Augmentation, Decoder, PipelineName
@@ -64,12 +64,12 @@ _FREE_ON_RESUME = {"root", "out", "resume", "checkpoint_steps", "tensorboard", "
 class TrainConfig:
     """Settings of a training run. Raises `UsageError` on invalid values."""
 
-    recipe: Suppress[str] = "baseline"
-    init_sha256: Suppress[str | None] = None
+    recipe: Hidden[str] = "baseline"
+    init_sha256: Hidden[str | None] = None
     """SHA-256 of the file of `init_from`, once it has been read."""
 
     model: str = "resnet20"
-    """Network, such as resnet20, preresnet110 or wrn16-8; `fastresnet summary --help` lists all."""
+    """Network, such as resnet20, preresnet110 or wrn16-8; `fastresnet list models` has all."""
     shortcut: Shortcut = "B"
     """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
     init_from: str | None = None
@@ -79,7 +79,7 @@ class TrainConfig:
     """Train the linear layer alone, on the features of --init-from."""
 
     data: str = "cifar10"
-    """cifar10, cifar100, shapes10 (drawn, needs no download), another prepared name, or the folder of a store."""
+    """cifar10, cifar100, shapes10 (drawn, no download), another prepared name, or the folder of a store."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     pipeline: Literal["auto", PipelineName] = "auto"
@@ -87,18 +87,18 @@ class TrainConfig:
     decode: Decoder = "raw"
     """raw, or jpeg: train on the JPEG shards of `prepare --formats jpeg`, decoded by the dali pipeline."""
     val_split: int = 0
-    """Number of training images held out to choose the best checkpoint; the paper holds out 5000."""
+    """Training images held out to choose the best checkpoint; the paper holds out 5000."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of the classes in the training loss; balanced: in inverse proportion to their number of images."""
 
     epochs: int = 160
-    """Passes over the training set. Without --iterations, --epochs replaces a recipe's limit of steps too."""
+    """Passes over the training set; without --iterations, --epochs replaces those of a recipe too."""
     iterations: int | None = None
     """Stop after this many optimisation steps, even within an epoch. Without it: after --epochs."""
     early_stop: int = 0
     """Stop after so many epochs without a higher accuracy on the images of --val-split; 0: never."""
     batch_size: int = 128
-    """Images per optimisation step, over all processes of torchrun."""
+    """Images per step, over all processes of torchrun."""
     accumulate: int = 1
     """Number of equal parts of a batch that are computed one after the other, for less memory. Batch norm sees each
     part by itself."""
@@ -107,7 +107,7 @@ class TrainConfig:
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """Optimiser; muon trains convolutions, and SGD at --sgd-lr the rest."""
     lr: float = 0.1
-    """Peak learning rate. With muon, that of the convolutions: the relative change of their weights in a step."""
+    """Peak learning rate; with muon that of convolutions: the relative change of their weights in a step."""
     sgd_lr: float = 0.1
     """Peak learning rate of SGD with muon: for the linear layer, norms and biases."""
     norm_lr: float | None = None
@@ -179,9 +179,9 @@ class TrainConfig:
     faster ones in a few trial steps, own only if they agree with PyTorch's."""
 
     out: Path | None = None
-    """Run folder. Without it: $FASTRESNET_RUNS or ./runs, and a name made of recipe, model, data and seed."""
+    """Run folder. Without it: RECIPE-MODEL-DATA-seedN in $FASTRESNET_RUNS or ./runs."""
     resume: bool = False
-    """Continue the run in the run folder, bit-exactly; start one if there is none."""
+    """Continue the run in its folder, bit-exactly; start one if there is none."""
     checkpoint_steps: int = 0
     """Steps between checkpoints that the training waits for; 0: none. Others are written in the background at the end
     of an epoch, at most every 10 s."""

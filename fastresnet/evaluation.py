@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -376,9 +377,12 @@ def evaluate(
     device: torch.device,
     tta: Tta = "none",
     world: World = SINGLE,
+    report: Report = lambda *_: None,
 ) -> Evaluation:
     """Evaluate `model` once; see `Evaluator`. Raises `RunError` if its logits are not finite."""
-    result = Evaluator(model, pipeline, classes, precision, device, tta=tta, world=world)()
+    done = itertools.count(1)
+    evaluator = Evaluator(model, pipeline, classes, precision, device, tta=tta, world=world)
+    result = evaluator(lambda: report("evaluating batches", next(done), len(pipeline)))
     if not math.isfinite(result.loss):
         remedy = "" if precision == "fp32" else "; try --precision fp32"
         raise RunError(f"the network's logits are not finite in {precision}: its accuracy has no meaning{remedy}.")

@@ -53,9 +53,9 @@ _LOCK = ".lock"
 _INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile", "kernels"}
 
 
-def run_path(config: TrainConfig, dataset: Dataset) -> Path:
-    """Return `config.out`, else a folder in $FASTRESNET_RUNS or ./runs named after the run."""
-    name = f"{config.recipe}-{config.model}-{dataset.name}-seed{config.seed}"
+def run_path(config: TrainConfig, data: str) -> Path:
+    """Return `config.out`, else a folder in $FASTRESNET_RUNS or ./runs named after the run; `data` names its data."""
+    name = f"{config.recipe}-{config.model}-{data}-seed{config.seed}"
     return config.out or Path(os.path.expanduser(os.environ.get("FASTRESNET_RUNS") or "runs")) / name
 
 
@@ -115,10 +115,12 @@ def inexact_changes(config: TrainConfig, before: TrainConfig) -> list[str]:
 def check_folder(folder: Path) -> None:
     """Raise `UsageError` if run `folder` is a link, or contains a pipe, a device or a link to one.
 
-    A run would write to other places, or wait for them forever.
+    A run would write to other places, or wait for them forever. A file in its place is an error too.
     """
     if folder.is_symlink():
         raise UsageError(f"{folder} is a symbolic link, which is not followed. Give its target with --out.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file. Give a folder with --out.")
     try:
         paths = list(folder.iterdir()) if folder.is_dir() else []
     except FileNotFoundError:  # another run has removed the folder, as it was empty
@@ -126,6 +128,21 @@ def check_folder(folder: Path) -> None:
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{path} is a pipe or a device. Remove it, or give another folder with --out.")
+
+
+def check_unused(folder: Path, *, resume: bool) -> None:
+    """Raise `UsageError` if a run exists in `folder` and `resume` is False, or if it has runs of several seeds."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if "seeds" in read_json(folder / "summary.json"):
+            raise UsageError(f"{folder} has the runs of several seeds. Give another folder with --out.")
+    if not resume and any((folder / name).exists() for name in _RUN_FILES):
+        raise UsageError(f"{folder} already holds a run. Continue it with --resume, or give another folder with --out.")
+
+
+def check_usable(folder: Path, *, resume: bool) -> None:
+    """Raise the errors that a training in `folder` would begin with: before the work for it, which may take minutes."""
+    with RunFolder(folder).locked():
+        check_unused(folder, resume=resume)
 
 
 class RunFolder:
@@ -172,13 +189,7 @@ class RunFolder:
         Raises `UsageError` if a run exists and `resume` is False, or if the folder has runs of several seeds. Raises
         `DataError` if neither file is intact.
         """
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            if "seeds" in read_json(self.path / "summary.json"):
-                raise UsageError(f"{self.path} has the runs of several seeds. Give another folder with --out.")
-        if not resume and any((self.path / name).exists() for name in _RUN_FILES):
-            raise UsageError(
-                f"{self.path} already holds a run. Continue it with --resume, or give another folder with --out."
-            )
+        check_unused(self.path, resume=resume)
         last, previous = (self.path / name for name in ("last.ckpt", "previous.ckpt"))
         if not last.exists() and not previous.exists():
             return None

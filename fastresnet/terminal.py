@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
+import json
 import os
 import signal
 import sys
@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fastresnet.signals import STOP_SIGNALS, handled
 from fastresnet.text import for_terminal
-from pipelines.errors import Note, UsageError, UserError, check_word, literals
+from pipelines.errors import Note, UsageError, UserError
+from pipelines.files import write_json
 
 if TYPE_CHECKING:
     from pipelines.sources import Report
 
+
+STANDARD_OUTPUT = Path("-")
+"""FILE of `--json` without a name."""
 
 _LONGEST_MESSAGE = 4000
 
@@ -218,37 +222,6 @@ def outlived_output() -> Iterator[None]:
 # --- arguments, tables, progress -----------------------------------------------------------------------------------
 
 
-def parse(options: Any, command: str, arguments: list[str], **settings: Any) -> Any:
-    """Fill `options` (a dataclass) from the command line; tyro exits with 2 on unknown flags and invalid values."""
-    import tyro
-
-    _check_words(options, arguments)
-    with contextlib.nullcontext() if all(map(str.isprintable, arguments)) else _printable_output():
-        return tyro.cli(options, prog=f"fastresnet {command}", args=arguments, **settings)
-
-
-@contextlib.contextmanager
-def _printable_output() -> Iterator[None]:
-    """Print what the block writes at its end, as `for_terminal` returns it; tyro uses no colours then."""
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
-    finally:
-        print(for_terminal(out.getvalue()), end="")
-        print(for_terminal(err.getvalue()), end="", file=sys.stderr)
-
-
-def _check_words(options: type, arguments: list[str]) -> None:
-    """Raise `UsageError` on an invalid value of an option with fixed values: tyro would not name the nearest one."""
-    words = literals(options)
-    for argument, following in itertools.pairwise([*arguments, ""]):
-        flag, assigned, value = argument.partition("=")
-        name, value = flag.removeprefix("--").replace("-", "_"), value if assigned else following
-        if flag.startswith("--") and name in words and value and not value.startswith("--"):
-            check_word(name, value, words[name])
-
-
 def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
     """Raise `UsageError`, before the work and not after it, if file `path` cannot be written.
 
@@ -259,6 +232,35 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
     if path is not None and suffixes and path.suffix not in suffixes:
         endings = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
         raise UsageError(f"{option} {path}: give a name that ends in {endings}.")
+
+
+def check_json(path: Path | None) -> None:
+    """Raise `UsageError` if the FILE of `--json [FILE]` cannot be written, or is not named as a JSON file.
+
+    That may be the file of weights that was meant for the command.
+    """
+    if path != STANDARD_OUTPUT:
+        check_output("--json", path, (".json",))
+
+
+def write_figures(path: Path | None, figures: dict[str, Any]) -> bool:
+    """Write `figures` as `--json` asks: to a file, or to standard output. Return True if that takes no table then."""
+    if path is None:
+        return False
+    if path != STANDARD_OUTPUT:
+        write_json(path, figures)
+        return False
+    print(json.dumps(figures, indent=2))
+    return True
+
+
+def load_torch() -> None:
+    """Import PyTorch, which takes seconds; a terminal says so."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("loading PyTorch") if console.is_terminal else contextlib.nullcontext():
+        import torch  # noqa: F401
 
 
 @contextlib.contextmanager

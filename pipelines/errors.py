@@ -60,7 +60,7 @@ def reason_of(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
-def nearest(value: str, names: Iterable[str], similarity: float = 0.5) -> str | None:
+def nearest(value: str, names: Iterable[str], similarity: float = 0.6) -> str | None:
     """Return the name most similar to `value`, if at least by `similarity` in 0..1; case and punctuation are equal."""
 
     def plain(text: str) -> str:

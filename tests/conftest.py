@@ -172,7 +172,7 @@ def run(capsys, monkeypatch, data_root):
         capsys.readouterr()
         try:
             code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # tyro's way of refusing arguments
+        except SystemExit as stop:  # the help
             code = stop.code
         out, err = capsys.readouterr()
         return code, out, err

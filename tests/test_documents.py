@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from benchmarks.__main__ import COMMANDS
-from fastresnet import cli, models, terminal
+from fastresnet import cli, models
+from fastresnet.arguments import parse
 from fastresnet.models import create_model
 from pipelines.cifar import CIFAR10_CLASSES
 from pipelines.prepare import prepare
@@ -97,7 +98,7 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
     if name == "bench":
         benchmark, *options = rest
         settings, _ = COMMANDS[benchmark]
-        terminal.parse(settings, f"bench {benchmark}", options)
+        parse(settings, f"bench {benchmark}", options)
         return
     if name == "train":
         for model in () if "--init-from" in rest else ("resnet20", "resnet56"):
@@ -114,7 +115,7 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
 
 
 def test_cli_document_covers_every_command():
-    assert {line.split()[1] for line in commands_in("docs/cli.md")} == set(cli.COMMANDS)
+    assert {line.split()[1] for line in commands_in("docs/cli.md")} == {*cli.COMMANDS} - {"help", "version"}
 
 
 def anchors_in(text):

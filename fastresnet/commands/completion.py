@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from tyro.conf import Positional
-
-from fastresnet.terminal import parse
-from pipelines.errors import check_choice, literals
+from fastresnet.arguments import HELP, Option, Positional, options_of, parse
+from pipelines.errors import check_choice
 
 SHELLS = ("bash", "zsh")
 
@@ -55,48 +55,39 @@ class Options:
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "completion", arguments)
     of_commands = _options()
-    flags = {command: _flags(of_command) for command, of_command in of_commands.items()}
-    values = [f"{names}) {action} ;;" for names, action in _values(flags, _choices(of_commands))]
-    commands = [f'{pattern}) words="{" ".join(words)}" ;;' for pattern, words in _places(of_commands, flags)]
+    values = [f"{names}) {action} ;;" for names, action in _values(of_commands)]
+    commands = [f'{pattern}) words="{" ".join(words)}" ;;' for pattern, words in _places(of_commands)]
     script = _FUNCTION.format(values="\n        ".join(values), commands="\n            ".join(commands))
     print((_ZSH if options.shell == "zsh" else "") + script, end="")
     return 0
 
 
-def _options() -> dict[str, type]:
-    """Return the dataclass of each command's options; a benchmark's is under `bench NAME`."""
+def _options() -> dict[str, list[Option]]:
+    """Return the options of each command; a benchmark's are under `bench NAME`."""
     from fastresnet.cli import COMMANDS, load_bench
 
-    others = [name for name in COMMANDS if name != "bench"]
-    return {
-        **{name: importlib.import_module(f"fastresnet.commands.{name}").Options for name in others},
-        **{f"bench {name}": options for name, (options, _) in load_bench().COMMANDS.items()},
-    }
+    modules = [name for name in COMMANDS if name not in ("bench", "help", "version")]
+    commands = {name: importlib.import_module(f"fastresnet.commands.{name}").Options for name in modules}
+    benchmarks = {f"bench {name}": options for name, (options, _) in load_bench().COMMANDS.items()}
+    return {name: options_of(options) for name, options in {**commands, **benchmarks}.items()}
 
 
-def _flags(options: type) -> dict[str, str]:
-    """Return the flags of a command, and the type of each value."""
-    flags: dict[str, str] = {}
-    for field in dataclasses.fields(options):
-        kind, name = str(field.type), field.name.replace("_", "-")
-        if kind == "bool":
-            flags |= {f"--{name}": kind, f"--no-{name}": kind}
-        elif not kind.startswith(("Positional", "Suppress")):
-            flags[f"--{name}"] = kind
-    return {**flags, "--help": "bool"}
+def _flags(options: Sequence[Option]) -> list[str]:
+    return [*itertools.chain.from_iterable(option.flags for option in options), *HELP]
 
 
-def _values(flags: dict[str, dict[str, str]], choices: dict[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+def _values(of_commands: dict[str, list[Option]]) -> Iterator[tuple[str, str]]:
     """Yield the pattern of a `case`, and the shell's command, for flags that take a value."""
-    kinds = {flag: kind for of_command in flags.values() for flag, kind in of_command.items() if kind != "bool"}
-    files = [flag for flag, kind in kinds.items() if "Path" in kind or flag == "--weights"]
-    yield from ((flag, f'words="{" ".join(choices[flag])}"') for flag in kinds if flag in choices)
+    valued = {option.flag: option for options in of_commands.values() for option in options if len(option.flags) == 1}
+    choices = _choices(valued.values())
+    files = [flag for flag, option in valued.items() if option.kind is Path or flag in ("--weights", "--init-from")]
+    yield from ((flag, f'words="{" ".join(choices[flag])}"') for flag in valued if flag in choices)
     yield " | ".join(files), ":"
-    others = [flag for flag in kinds if flag not in choices and flag not in files]
+    others = [flag for flag in valued if flag not in choices and flag not in files]
     yield " | ".join(others), "compopt +o default 2>/dev/null"
 
 
-def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> Iterator[tuple[str, Iterable[str]]]:
+def _places(of_commands: dict[str, list[Option]]) -> Iterator[tuple[str, Iterable[str]]]:
     """Yield the words for all other positions, with their patterns.
 
     Patterns match the number of the word to complete, the first two words after the program's name, and the beginning
@@ -104,33 +95,30 @@ def _places(of_commands: dict[str, type], flags: dict[str, dict[str, str]]) -> I
     """
     from fastresnet.cli import COMMANDS
     from fastresnet.commands.list import LISTS
+    from fastresnet.models import list_models
     from fastresnet.recipes import RECIPES
+    from pipelines.prepare import BUILT_IN
 
-    benchmarks = [command.removeprefix("bench ") for command in flags if command.startswith("bench ")]
+    benchmarks = [command.removeprefix("bench ") for command in of_commands if command.startswith("bench ")]
     yield '"1:"*', [*COMMANDS, "--help", "--version"]
     yield '"2:bench "*', [*benchmarks, "--help"]
-    yield '"2:train "[!-]*', RECIPES
-    yield '"2:completion "[!-]*', SHELLS
-    yield '"2:list "[!-]*', LISTS
+    yield '"2:help "*', COMMANDS
+    words = {"train": RECIPES, "completion": SHELLS, "list": LISTS, "summary": list_models(), "prepare": BUILT_IN}
+    for command, of_command in words.items():
+        yield f'"2:{command} "[!-]*', of_command
     for command, options in of_commands.items():
-        takes_files = any(str(field.type).startswith("Positional") for field in dataclasses.fields(options))
+        takes_files = any(option.is_positional and command not in words for option in options)
         only_dashes = '" -"*' if takes_files else ""
-        yield f'*":{command} "*{only_dashes}', flags[command]
+        yield f'*":{command} "*{only_dashes}', _flags(options)
 
 
-def _choices(of_commands: dict[str, type]) -> dict[str, Sequence[str]]:
+def _choices(options: Iterable[Option]) -> dict[str, Sequence[str]]:
     """Return the values of options: from their types or, where these list none, from the modules."""
     from fastresnet.models import list_models
     from pipelines.prepare import BUILT_IN, FORMATS
 
-    typed = {
-        f"--{name.replace('_', '-')}": words
-        for options in of_commands.values()
-        for name, words in literals(options).items()
-    }
     return {
-        **typed,
-        "--threads": ("auto",),
+        **{option.flag: option.words for option in options if option.words},
         "--model": list_models(),
         "--models": list_models(),
         "--data": BUILT_IN,

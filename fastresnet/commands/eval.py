@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 
+from fastresnet.arguments import JsonFile, PositionalOrFlag, parse
 from fastresnet.config import Device, Precision, Tta
-from fastresnet.terminal import check_output, parse, print_table, progress_line, say
+from fastresnet.terminal import STANDARD_OUTPUT, check_json, load_torch, print_table, progress_line, write_figures
 from fastresnet.text import as_utf8
 from fastresnet.threads import Threads, check_threads
-from pipelines.errors import Note, UsageError
+from pipelines.errors import UsageError, note
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Evaluate weights on a test set: top-1 accuracy, loss, accuracy of each class."""
 
-    weights: Path
-    """Checkpoint or model.safetensors of this program, or state dict saved by another (.pt, .th, .safetensors).
-    pretrained:NAME, such as pretrained:resnet20, selects weights included in this program, and hf-hub:USER/NAME those
-    of a repository of the Hugging Face Hub."""
+    weights: PositionalOrFlag[str]
+    """Run folder, checkpoint or model.safetensors of this program, or state dict saved by another (.pt, .th,
+    .safetensors). pretrained:NAME, such as pretrained:resnet20, selects weights included in this program, and
+    hf-hub:USER/NAME those of a repository of the Hugging Face Hub."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes. Plain networks must be named: they
     have the shapes of residual ones."""
@@ -42,11 +42,11 @@ class Options:
     tta: Tta = "none"
     """Measure with test-time augmentation too: flip averages the logits of each image and its mirror image, shift also
     those of both shifted by one pixel."""
-    json: Path | None = None
-    """JSON file to write the figures to."""
+    json: JsonFile = None
+    """Write the figures to FILE (.json), or print them as JSON."""
 
     def __post_init__(self) -> None:
-        check_output("--json", self.json)
+        check_json(self.json)
         check_threads(self.threads)
         if (self.mean is None) != (self.std is None):
             raise UsageError("--mean and --std must be given together.")
@@ -59,6 +59,7 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "eval", arguments)
+    load_torch()
     import torch
 
     from fastresnet.device import explained_failures, resolve_device, resolve_precision, supports
@@ -79,7 +80,7 @@ def run(arguments: list[str]) -> int:
         dataset = dataclasses.replace(dataset, mean=options.mean, std=options.std)
     elif not training:
         whose = f"{dataset.name}'s own" if len(dataset.train) else "CIFAR-10's"
-        say(f"normalising with {whose} mean and std; --mean and --std override them")
+        note(f"images are normalised with {whose} mean and std; --mean and --std override them.")
     trained_in = "fp32" if is_pretrained(options.weights) else training.get("precision", "fp32")
     if options.precision != "auto":
         precision: str = resolve_precision(options.precision, device)
@@ -87,38 +88,38 @@ def run(arguments: list[str]) -> int:
         precision = trained_in
     else:
         precision = "fp32"
-        warnings.warn(f"trained in {trained_in}, not supported by this GPU; evaluating in fp32", Note, stacklevel=2)
+        note(f"trained in {trained_in}, not supported by this GPU; evaluating in fp32.")
     pipeline = open_evaluation(dataset, normalization, precision, device)
     model = weights.model.to(device).to(memory_format=torch.channels_last)
     with (
         explained_failures("try --device cpu"),
         evaluation_threads(options.threads, model, pipeline, precision=precision, device=device) as reason,
     ):
-        if reason:
+        if reason and options.json != STANDARD_OUTPUT:
             print(reason)
         measured_on = environment(device)
-        result = evaluate(model, pipeline, dataset.classes, precision=precision, device=device, tta=options.tta)
+        with progress_line() as report:
+            result = evaluate(model, pipeline, dataset.classes, precision, device, options.tta, report=report)
     augmented = {"test_accuracy_mirror": result.mirror_accuracy, "test_accuracy_shift": result.shift_accuracy}
     augmented = {name: accuracy for name, accuracy in augmented.items() if accuracy is not None}
-    if options.json is not None:
-        from pipelines.files import write_json
-
-        figures = {
-            "schema": 1,
-            "model": weights.name,
-            "data": dataset.name,
-            "test_accuracy": result.accuracy,
-            **augmented,
-            "loss": result.loss,
-            "per_class": {as_utf8(name): accuracy for name, accuracy in result.per_class.items()},
-            "images_per_s": result.images_per_s,
-            "environment": measured_on,
-        }
-        write_json(options.json, figures)
+    figures = {
+        "schema": 1,
+        "model": weights.name,
+        "data": dataset.name,
+        "test_accuracy": result.accuracy,
+        **augmented,
+        "loss": result.loss,
+        "per_class": {as_utf8(name): accuracy for name, accuracy in result.per_class.items()},
+        "images_per_s": result.images_per_s,
+        "environment": measured_on,
+    }
+    if write_figures(options.json, figures):
+        return 0
     print_table(
-        f"{weights.name} on {len(dataset.test):,} test images of {dataset.name}, single view, {precision}",
+        f"{weights.name} on {dataset.name}, {precision}",
         [
-            ("top-1 accuracy", f"{result.accuracy:.2f} %"),
+            ("test images", f"{len(dataset.test):,}"),
+            ("accuracy, single view", f"{result.accuracy:.2f} %"),
             *((f"  with {name}", f"{accuracy:.2f} %") for name, accuracy in tta_accuracies(augmented)),
             ("loss", f"{result.loss:.4f}"),
             *((f"  {name}", f"{accuracy:.2f} %") for name, accuracy in result.per_class.items()),

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastresnet.terminal import check_output, parse, say
+from fastresnet.arguments import PositionalOrFlag, parse
+from fastresnet.terminal import check_output, load_torch, say
 from pipelines.errors import UsageError, note
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ _SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors", "torch-export": ".p
 class Options:
     """Export a trained network to other programs, and check that the file computes the same."""
 
-    weights: str = "pretrained:resnet20"
-    """Checkpoint or model.safetensors of this program, state dict of another, pretrained:NAME, or hf-hub:USER/NAME."""
+    weights: PositionalOrFlag[str] = "pretrained:resnet20"
+    """Run folder, checkpoint or model.safetensors of this program, state dict of another, pretrained:NAME, or
+    hf-hub:USER/NAME."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes."""
     format: Literal["onnx", "torch-export", "safetensors", "hub"] = "onnx"
@@ -41,6 +43,7 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "export", arguments)
+    load_torch()
     from fastresnet.export import export
     from fastresnet.pretrained import find_weights
     from fastresnet.weights import load_weights, note_assumptions
@@ -66,7 +69,7 @@ def _export_repository(weights: Weights, folder: Path, measured: Measured | None
     say(f"{weights.name}, {size / 1e6:.1f} MB in {folder}; logits differ by {difference:.1e} at most")
     say(f"card    {folder / 'README.md'}: add a license to its first lines")
     say(f"upload  hf upload USER/NAME {shlex.quote(str(folder))}")
-    say("load    fastresnet eval --weights hf-hub:USER/NAME")
+    say("load    fastresnet eval hf-hub:USER/NAME")
     return 0
 
 

@@ -7,18 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
+from fastresnet.arguments import JsonFile, Positional, parse
 from fastresnet.models import MODELS
 from fastresnet.pretrained import PREFIX, list_pretrained, pretrained_card, pretrained_file
 from fastresnet.recipes import RECIPES, create_config
 from fastresnet.seeds import mean_and_spread
-from fastresnet.terminal import check_output, parse, print_table
+from fastresnet.terminal import check_json, print_table, write_figures
 from fastresnet.text import as_utf8
 from fastresnet.zoo import read_zoo
 from pipelines.cifar import CIFARS
 from pipelines.errors import UsageError, check_choice, note
-from pipelines.files import write_json
 from pipelines.prepare import data_root
 from pipelines.store import BUILT_IN, are_class_names, prepare_again_command
 from pipelines.texts import read_json
@@ -34,11 +32,11 @@ class Options:
     """models, recipes, data or pretrained, with figures. Without it: the names of all four."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
-    json: Path | None = None
-    """JSON file to write names and figures to."""
+    json: JsonFile = None
+    """Write names and figures to FILE (.json), or print them as JSON."""
 
     def __post_init__(self) -> None:
-        check_output("--json", self.json)
+        check_json(self.json)
         if self.kind is not None:
             check_choice("list", self.kind, LISTS)
         if self.root is not None and self.kind not in (None, "data"):
@@ -49,8 +47,8 @@ def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "list", arguments)
     lists = LISTS if options.kind is None else {options.kind: LISTS[options.kind]}
     found = {kind: of_kind.entries(data_root(options.root)) for kind, of_kind in lists.items()}
-    if options.json is not None:
-        write_json(options.json, {"schema": 1, **found})
+    if write_figures(options.json, {"schema": 1, **found}):
+        return 0
     if options.kind is None:
         _print_names(found)
     else:

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Positional
-
+from fastresnet.arguments import Positional, parse
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, parse, say
+from fastresnet.terminal import check_output, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:

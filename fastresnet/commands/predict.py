@@ -5,18 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional
-
+from fastresnet.arguments import JsonFile, Positional, parse
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, parse, print_table
+from fastresnet.terminal import STANDARD_OUTPUT, check_json, check_output, load_torch, print_table, write_figures
 from fastresnet.text import as_utf8, for_csv, for_figure
 from fastresnet.threads import Threads, check_threads, settled_threads
-from pipelines.errors import DataError, Note, RunError, UsageError
-from pipelines.files import write_bytes, write_json
+from pipelines.errors import DataError, RunError, UsageError, note
+from pipelines.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,11 +34,12 @@ class Options:
     images: Positional[tuple[Path, ...]]
     """Image files (PNG, JPEG, BMP, GIF, PPM, TIFF or WebP), or folders of image files."""
     weights: str = "pretrained:resnet20"
-    """Checkpoint or model.safetensors of this program, state dict of another, pretrained:NAME, or hf-hub:USER/NAME."""
+    """Run folder, checkpoint or model.safetensors of this program, state dict of another, pretrained:NAME, or
+    hf-hub:USER/NAME."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes."""
     top: int = 3
-    """Number of classes to print for each image."""
+    """Number of most likely classes of each image."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them."""
     device: Device = "auto"
@@ -49,14 +48,14 @@ class Options:
     """Number of CPU threads, or auto: the fastest in a few trial steps."""
     csv: Path | None = None
     """CSV file to write all predictions to."""
-    json: Path | None = None
-    """JSON file to write all predictions to."""
+    json: JsonFile = None
+    """Write all predictions to FILE (.json), or print them as JSON."""
     saliency: Path | None = None
     """Figure to write (.png or .svg): the first 16 images, and the pixels on which the most likely class depends."""
 
     def __post_init__(self) -> None:
         check_output("--csv", self.csv)
-        check_output("--json", self.json)
+        check_json(self.json)
         check_output("--saliency", self.saliency, (".png", ".svg"))
         check_threads(self.threads)
         if self.top < 1:
@@ -67,6 +66,7 @@ def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "predict", arguments)
     files = _image_files(options.images)
 
+    load_torch()
     import torch
 
     from fastresnet.device import resolve_device
@@ -88,9 +88,10 @@ def run(arguments: list[str]) -> int:
         torch.inference_mode(),
         settled_threads(options.threads, device, forward, len(batches[0]), len(batches)) as reason,
     ):
-        if reason:
+        if reason and options.json != STANDARD_OUTPUT:
             print(reason)
-        top = min(options.top, weights.num_classes)
+        if options.top > (top := min(options.top, weights.num_classes)):
+            note(f"--top {options.top}: there are only {top} classes.")
         parts = [network(batch.to(device)).softmax(1).topk(top) for batch in batches]
     probabilities, classes = (torch.cat([part[kind].cpu() for part in parts]) for kind in (0, 1))
     if not probabilities.isfinite().all():
@@ -102,18 +103,18 @@ def run(arguments: list[str]) -> int:
     lines = [(file, *(f"{name} {100 * p:.1f} %" for name, p in likely)) for file, likely in predictions]
     if options.csv is not None:
         _write_csv(options.csv, predictions)
-    if options.json is not None:
-        described = {"model": weights.name, "weights": options.weights, "environment": environment(device)}
-        _write_json(options.json, described, predictions)
     if options.saliency is not None:
         from fastresnet.plotting import saliency_grid, save_figure
 
         if len(files) > _DRAWN:
-            warnings.warn(f"{options.saliency} shows the first {_DRAWN} of {len(files):,} images.", Note, stacklevel=2)
+            note(f"{options.saliency} shows the first {_DRAWN} of {len(files):,} images.")
         shown = pixels[:_DRAWN]
         titles = [f"{for_figure(Path(name).name)}\n{for_figure(line)}" for name, line, *_ in lines[: len(shown)]]
         saliency = _saliency(network, shown.to(device)).cpu()
         save_figure(saliency_grid(shown, saliency, titles), options.saliency)
+    described = {"schema": 1, "model": weights.name, "weights": options.weights, "environment": environment(device)}
+    if write_figures(options.json, {**described, "images": list(map(_facts, predictions))}):
+        return 0
     print_table(
         f"{weights.name} ({options.weights})",
         lines[:_SHOWN_LINES],
@@ -129,8 +130,6 @@ def _image_files(given: tuple[Path, ...]) -> list[Path]:
     from pipelines.archives import IMAGE_SUFFIXES, is_image, list_files
     from pipelines.images import note_left_out
 
-    if not given:
-        raise UsageError("predict needs images: fastresnet predict FILE OR FOLDER ...")
     files: list[Path] = []
     left_out: list[Path] = []
     for path in given:
@@ -188,9 +187,6 @@ def _write_csv(path: Path, predictions: list[Prediction]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def _write_json(path: Path, described: dict[str, Any], predictions: list[Prediction]) -> None:
-    images = [
-        {"image": as_utf8(file), "classes": [{"class": as_utf8(name), "probability": p} for name, p in likely]}
-        for file, likely in predictions
-    ]
-    write_json(path, {"schema": 1, **described, "images": images})
+def _facts(prediction: Prediction) -> dict[str, Any]:
+    file, likely = prediction
+    return {"image": as_utf8(file), "classes": [{"class": as_utf8(name), "probability": p} for name, p in likely]}

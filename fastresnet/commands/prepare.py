@@ -6,7 +6,8 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from fastresnet.terminal import parse, progress_line, say
+from fastresnet.arguments import PositionalOrFlag, parse
+from fastresnet.terminal import progress_line, say
 from pipelines.errors import Note, UsageError
 from pipelines.formats import Subsampling
 
@@ -15,7 +16,7 @@ from pipelines.formats import Subsampling
 class Options:
     """Prepare a data set once: verified, in plain NumPy files. Intact existing files are kept."""
 
-    data: str = "cifar10"
+    data: PositionalOrFlag[str] = "cifar10"
     """Name: cifar10 or cifar100 (downloaded unless --source is given), shapes10 (drawn), or your own for --source."""
     source: Path | None = None
     """Folder, archive (.tar, .tar.gz, .tar.xz, .tar.bz2 or .zip) or file: CIFAR-10's or CIFAR-100's files, images (PNG,

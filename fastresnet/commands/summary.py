@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastresnet.models import MODELS, Shortcut, create_model, list_models
-from fastresnet.terminal import check_output, parse, print_table
+from fastresnet.arguments import JsonFile, PositionalOrFlag, parse
+from fastresnet.models import MODELS, Shortcut, check_model, create_model
+from fastresnet.terminal import check_json, check_output, load_torch, print_table, write_figures
 from pipelines.errors import UsageError
 
 
@@ -14,35 +15,51 @@ from pipelines.errors import UsageError
 class Options:
     """Show the layers of a network: output shape, parameters and multiply-adds per image."""
 
-    model: str = "resnet20"
-    """Name of the network."""
+    model: PositionalOrFlag[str] = "resnet20"
+    """Network; `fastresnet list models` has all."""
     shortcut: Shortcut = "B"
     """Shortcut option: A (padded identity) or B (1x1 convolution)."""
     classes: int = 10
     """Number of classes."""
-    json: Path | None = None
-    """JSON file to write the layers to."""
+    json: JsonFile = None
+    """Write the layers to FILE (.json), or print them as JSON."""
     graph: Path | None = None
     """Diagram to write (.svg): a box for each layer, and the shortcuts at the side."""
 
     def __post_init__(self) -> None:
-        check_output("--json", self.json)
+        check_json(self.json)
         check_output("--graph", self.graph, (".svg",))
         if not 1 <= self.classes <= 1_000_000:
             raise UsageError(f"--classes {self.classes} is not in 1..1000000.")
+        check_model(self.model, self.shortcut, drop_path=0.0)
 
 
 def run(arguments: list[str]) -> int:
-    description = f"{Options.__doc__} The networks are {', '.join(list_models())}."
-    options: Options = parse(Options, "summary", arguments, description=description)
+    options: Options = parse(Options, "summary", arguments)
+    load_torch()
     from fastresnet.models.summary import layers
-    from pipelines.files import write_bytes, write_json
 
     model = create_model(options.model, num_classes=options.classes, shortcut=options.shortcut)
     found = layers(model)
     parameters, macs = sum(layer.parameters for layer in found), sum(layer.macs for layer in found)
     shortcut = f", shortcut {options.shortcut}" if MODELS[options.model].uses_shortcut else ""
-    title = f"{options.model}{shortcut}, {options.classes} classes"
+    title = f"{options.model}{shortcut}, {options.classes:,} class{'' if options.classes == 1 else 'es'}"
+    if options.graph is not None:
+        from fastresnet.models.diagram import draw_graph, graph
+        from pipelines.files import write_bytes
+
+        costs = f"{parameters:,} parameters, {macs / 1e6:,.1f} million multiply-adds"
+        write_bytes(options.graph, draw_graph(graph(model), title, costs).encode())
+    figures = {
+        "schema": 1,
+        "model": options.model,
+        "shortcut": options.shortcut,
+        "parameters": parameters,
+        "macs": macs,
+        "layers": [dataclasses.asdict(layer) for layer in found],
+    }
+    if write_figures(options.json, figures):
+        return 0
     print_table(
         title,
         [
@@ -51,19 +68,4 @@ def run(arguments: list[str]) -> int:
         ],
         header=("layer", "kind", "output", "parameters", "multiply-adds"),
     )
-    if options.json is not None:
-        contents = {
-            "schema": 1,
-            "model": options.model,
-            "shortcut": options.shortcut,
-            "parameters": parameters,
-            "macs": macs,
-            "layers": [dataclasses.asdict(layer) for layer in found],
-        }
-        write_json(options.json, contents)
-    if options.graph is not None:
-        from fastresnet.models.diagram import draw_graph, graph
-
-        costs = f"{parameters:,} parameters, {macs / 1e6:,.1f} million multiply-adds"
-        write_bytes(options.graph, draw_graph(graph(model), title, costs).encode())
     return 0

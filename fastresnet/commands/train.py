@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastresnet.arguments import HELP, Positional, given_values, hyphenated, show_help
 from fastresnet.config import TrainConfig
 from fastresnet.seeds import format_accuracy, parse_seeds
-from fastresnet.terminal import check_output, outlived_output, parse, print_table, progress_line, say
+from fastresnet.terminal import check_output, load_torch, outlived_output, print_table, progress_line, say
 from pipelines.errors import UsageError, check_choice
 
 if TYPE_CHECKING:
@@ -21,21 +22,39 @@ if TYPE_CHECKING:
 
 _MAX_PER_GPU = 100
 
+_COMMON = {
+    *("model", "data", "root", "val_split", "epochs", "batch_size", "lr", "seed", "device"),
+    *("out", "resume", "tensorboard", "config", "seeds", "dry_run"),
+}
+"""Settings that --help describes."""
+_GROUPS = {
+    "model": "network",
+    "data": "data",
+    "epochs": "optimisation",
+    "crop_padding": "augmentation and regularisation",
+    "seed": "execution",
+    "out": "run folder and logs",
+    "config": "files and modes",
+}
+"""Headings of the help, by the first setting of each group."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options(TrainConfig):
-    """Settings of a training, and other actions on them."""
+    """Train a network. A setting is that of its flag, else of the file --config, else of the recipe."""
 
+    recipe: Positional[str] = "fast"
+    """fast, best, speedrun, paper, baseline or smoke; `fastresnet list recipes` describes them."""
     config: Path | None = None
-    """TOML file of some or all settings, such as that of a run: they precede the recipe's, and flags precede them."""
+    """TOML file of some or all settings, such as that of a run."""
     seeds: str | None = None
-    """Train with each of these seeds, such as 0-9 or 0-4,7, on all available GPUs, and summarise all runs."""
+    """Train with each of these seeds, such as 0-9 or 0-4,7, on all GPUs, and summarise the runs."""
     per_gpu: int = 1
     """Number of trainings of --seeds that share each GPU at a time."""
     find_lr: Path | None = None
     """Plot the loss (.png or .svg) while --lr grows from 1e-5 to 10 in 100 steps, without a run folder."""
     dry_run: bool = False
-    """Print the expected cost of the run, measured in 20 steps, without a run folder."""
+    """Measure 20 steps, and print the expected cost of the run."""
     print_config: bool = False
     """Print the settings as TOML."""
 
@@ -71,6 +90,7 @@ def run(arguments: list[str]) -> int:
         return _dry_run(config, "expected cost of each training" if options.seeds else "expected cost")
     if options.find_lr is not None:
         return _find_lr(config, options.find_lr)
+    load_torch()
     with outlived_output():
         if options.seeds is not None:
             return _train_seeds(config, parse_seeds(options.seeds), options.per_gpu, arguments)
@@ -80,12 +100,15 @@ def run(arguments: list[str]) -> int:
 def _train(config: TrainConfig, began: float) -> int:
     from fastresnet.console import PlainConsole
     from fastresnet.distributed import world_of_torchrun
+    from fastresnet.run_folder import run_path
     from fastresnet.training.loop import train
 
+    main = world_of_torchrun().is_main
     imported = time.perf_counter()
+    if main:
+        _check_before_data(config, [run_path(config, _data_name(config))])
     dataset = _find_dataset(config)
     spent = {"import": imported - began, "data": time.perf_counter() - imported}
-    main = world_of_torchrun().is_main
     summary = train(config, dataset, PlainConsole(quiet=not main), spent)
     if main:
         print_table("result", _summary_lines(summary))
@@ -94,37 +117,33 @@ def _train(config: TrainConfig, began: float) -> int:
 
 def _parse(arguments: list[str]) -> Options:
     """Read the options, whose defaults a recipe or a config file decides."""
-    from fastresnet.recipes import DEFAULT_RECIPE, RECIPES, create_config, read_config, without_replaced
+    from fastresnet.recipes import DEFAULT_RECIPE, create_config, read_config, without_replaced
 
-    given, _ = _extract(
-        arguments, "--config", "--model", "--seeds", "--seed", "--epochs", "--iterations", "--init-from", "--init_from"
-    )
-    if given.seeds is not None and (given.seed is not None or "RANK" in os.environ):
+    given = given_values(Options, "train", [argument for argument in arguments if argument not in HELP])
+    if "seeds" in given and ("seed" in given or "RANK" in os.environ):
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
-    named = bool(arguments) and not arguments[0].startswith("-")
-    recipe, arguments = (arguments[0], arguments[1:]) if named else (None, arguments)
+    recipe, model = given.get("recipe"), given.get("model")
     if recipe is not None:
-        check_choice("recipe", recipe, RECIPES)
-    if given.config is not None:
-        base = read_config(Path(given.config), recipe, given.model)
+        _check_recipe(recipe)
+    if "config" in given:
+        base = read_config(given["config"], recipe, model)
     else:
-        base = create_config(recipe or DEFAULT_RECIPE, given.model)
-    base = without_replaced(base, {name for name, value in vars(given).items() if value is not None})
-    read = functools.partial(
-        parse,
-        Options,
-        "train [RECIPE]",
-        arguments,
-        default=Options(**_settings(base)),
-        description=f"Train a network. RECIPE is one of {', '.join(RECIPES)} (without it: that of --config, else "
-        f"{DEFAULT_RECIPE}). A setting is that of its flag, else of the file --config, else of the recipe.",
-    )
-    options, unknown = read(return_unknown_args=True)
-    if misplaced := [word for word in unknown if word in RECIPES]:
-        raise UsageError(f"{misplaced[0]} is out of place: a recipe is the first word after train.")
-    if unknown:
-        read()  # exits, with suggestions
-    return options
+        base = create_config(recipe or DEFAULT_RECIPE, model)
+    settings = _settings(without_replaced(base, given.keys()))
+    show_help(Options, "train", arguments, default=Options(**settings), groups=_GROUPS, common=_COMMON)
+    return Options(**{**settings, **given})
+
+
+def _check_recipe(name: str) -> None:
+    """Raise `UsageError` unless `name` is a recipe; it may be what another option takes."""
+    from fastresnet.models import MODELS
+    from fastresnet.recipes import RECIPES
+
+    if name in MODELS:
+        raise UsageError(f"{name} is a network, not a recipe: fastresnet train --model {name}")
+    if name.endswith(".toml"):
+        raise UsageError(f"{name} is a file of settings, not a recipe: fastresnet train --config {name}")
+    check_choice("recipe", name, RECIPES)
 
 
 def _dry_run(config: TrainConfig, title: str) -> int:
@@ -192,12 +211,13 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
             f"--per-gpu {per_gpu}: the trainings run on the CPU, one after the other, as each uses all cores. Leave "
             "--per-gpu out."
         )
-    dataset = _find_dataset(config)
-    _, arguments = _extract(arguments, "--seeds", "--out", "--per-gpu", "--per_gpu")
+    data, arguments = _data_name(config), _without(arguments, "--seeds", "--out", "--per-gpu")
     folders = {
-        seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), dataset)
+        seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), data)
         for seed in seeds
     }
+    _check_before_data(config, folders.values())
+    dataset = _find_dataset(config)
     common = common_summary_path(config.out, folders)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     each = "one" if per_gpu == 1 else f"up to {per_gpu}"
@@ -221,6 +241,22 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
     return 0
 
 
+def _data_name(config: TrainConfig) -> str:
+    from pipelines.prepare import store_folder
+
+    return store_folder(config.data, config.root).name
+
+
+def _check_before_data(config: TrainConfig, folders: Iterable[Path]) -> None:
+    """Raise the errors of machine and run folders, before a data set is downloaded or drawn."""
+    from fastresnet.device import resolve_device
+    from fastresnet.run_folder import check_usable
+
+    resolve_device(config.device)
+    for folder in folders:
+        check_usable(folder, resume=config.resume)
+
+
 def _find_dataset(config: TrainConfig) -> Dataset:
     from pipelines.prepare import find_dataset
 
@@ -242,12 +278,12 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _extract(arguments: list[str], *options: str) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values of `options`, None if one is missing, and the arguments without them."""
+def _without(arguments: list[str], *flags: str) -> list[str]:
+    """Return `arguments` without `flags` and their values."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in options:
-        parser.add_argument(option, nargs="?")
-    return parser.parse_known_args(arguments)
+    for flag in flags:
+        parser.add_argument(flag)
+    return parser.parse_known_args(hyphenated(arguments))[1]
 
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastresnet import hub
-from pipelines.errors import DataError, UsageError, check_choice
+from pipelines.errors import DataError, UsageError, check_choice, note
 from pipelines.files import sha256
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def is_pretrained(given: str | Path) -> bool:
 def find_weights(given: str | Path) -> Path:
     """Return the file that `given` names; that of a repository of the Hugging Face Hub is downloaded.
 
-    Raises the same errors as `pretrained_file` and `hub.download`, and `DataError` on a folder.
+    The file of a run folder is its model.safetensors or, until the run has finished, best.ckpt, which a `Note` says.
+    Raises the same errors as `pretrained_file` and `hub.download`, and `DataError` on a folder without weights.
     """
     if is_pretrained(given):
         return pretrained_file(str(given).removeprefix(PREFIX))
@@ -86,10 +87,20 @@ def find_weights(given: str | Path) -> Path:
         return hub.download(str(given))
     path = Path(given)
     if os.path.isdir(path):  # unlike Path.is_dir, without an error for a name that no file can have
-        raise DataError(f"{path} is a folder. Give the weights in it, of a run {path / 'model.safetensors'}.")
+        return _weights_of_run(path)
     if str(given) in list_pretrained() and not os.path.exists(path):
         raise DataError(f"there is no file {given}. Did you mean --weights {PREFIX}{given}?")
     return path
+
+
+def _weights_of_run(folder: Path) -> Path:
+    final, best = folder / "model.safetensors", folder / "best.ckpt"
+    if final.exists():
+        return final
+    if not best.exists():
+        raise DataError(f"{folder} is a folder without model.safetensors. Give a run folder, or a file of weights.")
+    note(f"{folder} is not finished: taking {best}, of its best epoch so far.")
+    return best
 
 
 def load_pretrained(name: str | Path, num_classes: int | None = None) -> nn.Module:

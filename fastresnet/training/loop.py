@@ -93,7 +93,7 @@ def train(
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:
         resources.enter_context(explained_failures(_less_memory(config)))
-        run = RunFolder(run_path(config, dataset), writes=main, callbacks=callbacks)
+        run = RunFolder(run_path(config, dataset.name), writes=main, callbacks=callbacks)
         resources.enter_context(run.locked())
         world = resources.enter_context(connected(device))
 
@@ -473,7 +473,7 @@ def announcement(
         f"{config.model} ({parameters}{shortcut}{start}) on {dataset.name}, recipe {config.recipe}: "
         f"{total_steps:,} steps{limit} of {config.batch_size} images{each}{in_turn(config.resolutions)}; {scaled}"
         f"{config.pipeline} pipeline{pipeline_reason}, {config.precision} on {config.device}; run folder "
-        f"{run_path(config, dataset)}" + (f"\nresuming after step {step:,}" if step else "")
+        f"{run_path(config, dataset.name)}" + (f"\nresuming after step {step:,}" if step else "")
     )
 
 

@@ -135,7 +135,7 @@ def test_all_stages_run_in_order_and_pass(suite, tmp_path):
     for number, name in enumerate(("aa", "ab", "ac")):
         (tmp_path / f"c i.tar.xz.part-{name}").write_bytes(archive[4000 * number : 4000 * (number + 1)])
     (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels/tyro.whl").touch()
+    (tmp_path / "wheels/tomli_w.whl").touch()
     code, out, err = suite.run(DATA=f"{tmp_path}/c i.tar.xz.part-*", WHEELS=str(tmp_path / "wheels"))
     assert (code, err) == (0, "")
     heading, *lines = suite.packed()["stages.txt"].decode().splitlines()
@@ -146,7 +146,7 @@ def test_all_stages_run_in_order_and_pass(suite, tmp_path):
     ]
     assert all(line in out for line in lines)
     assert f"install --quiet --no-index --no-deps --upgrade --target {suite.out}.packages" in suite.calls()[0]
-    assert suite.calls()[0].endswith("/wheels/tyro.whl")
+    assert suite.calls()[0].endswith("/wheels/tomli_w.whl")
     assert {f"{stage}.json" for stage in ("ceilings", "steps", "candidates", "peers")} <= suite.packed().keys()
     assert (suite.calls_file.with_suffix(".source")).read_bytes() == archive
 

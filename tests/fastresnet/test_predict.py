@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -79,7 +81,7 @@ def test_folder_is_searched_for_images_with_notes(run, images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "predict needs images"),
+        ([], 2, "predict needs IMAGE ..."),
         (["nowhere.png"], 3, "nowhere.png does not exist"),
         (["{images}/notes.txt"], 3, "notes.txt is text that begins 'no image'"),
         (["{images}/.."], 3, "notes.txt"),
@@ -131,7 +133,9 @@ def test_a_folder_or_a_bare_name_for_weights_gets_the_right_ones(run, images, tm
     (tmp_path / "run").mkdir()
     code, _, err = run("predict", images, "--weights", given)
     assert code == 3
-    assert {"run": "run/model.safetensors", "resnet20": "--weights pretrained:resnet20"}[given] in err
+    assert {"run": "run is a folder without model.safetensors", "resnet20": "--weights pretrained:resnet20"}[
+        given
+    ] in err
 
 
 def test_a_picture_in_another_format_is_not_passed_over(run, images):
@@ -229,3 +233,34 @@ def test_the_picture_shows_each_image_and_its_saliency(run, images, tmp_path):
         assert picture.format == "PNG"
         assert picture.width > 900
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 500
+
+
+def test_a_run_folder_stands_for_its_weights(run, images, tmp_path, monkeypatch):
+    """Those of its end or, until it has finished, of its best epoch."""
+    monkeypatch.setenv("FASTRESNET_DATA", "nowhere")
+    shutil.copy(pretrained_file("resnet20"), tmp_path / "best.ckpt")
+    code, out, err = run("predict", images / "a.JPG", "--weights", tmp_path, "--json")
+    assert code == 0
+    assert f"{tmp_path} is not finished: taking {tmp_path / 'best.ckpt'}" in err
+    (tmp_path / "best.ckpt").rename(tmp_path / "model.safetensors")
+    code, finished, err = run("predict", images / "a.JPG", "--weights", tmp_path, "--json")
+    assert (code, "finished" in err) == (0, False)
+    assert json.loads(finished)["images"] == json.loads(out)["images"]
+
+
+def test_json_goes_to_standard_output_instead_of_the_table(run, images, tmp_path):
+    code, out, _ = run("predict", images / "a.JPG", "--json")
+    assert code == 0
+    (image,) = json.loads(out)["images"]
+    assert image["image"] == str(images / "a.JPG")
+    code, table, _ = run("predict", images / "a.JPG", "--json", tmp_path / "p.json")
+    assert "┃ image" in table
+    assert json.loads((tmp_path / "p.json").read_text())["images"] == [image]
+
+
+def test_json_replaces_no_file_of_weights(run, tmp_path):
+    (tmp_path / "best.ckpt").touch()
+    code, _, err = run("eval", "pretrained:resnet20", "--json", tmp_path / "best.ckpt")
+    assert code == 2
+    assert "give a name that ends in .json" in err
+    assert (tmp_path / "best.ckpt").stat().st_size == 0

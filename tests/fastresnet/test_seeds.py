@@ -169,11 +169,23 @@ def test_progress_is_shown_on_a_terminal(tmp_path, monkeypatch, capsys):
 def test_failed_training_is_reported_and_the_others_continue(run, tmp_path):
     (tmp_path / "seed1").mkdir()
     (tmp_path / "seed1" / "last.ckpt").touch()
-    code, _, err = run("train", *SMALL, "--seeds", "1-2", "--out", tmp_path)
+    code, _, err = run("train", *SMALL, "--seeds", "1-2", "--out", tmp_path, "--resume")
     assert code == 1
-    assert f"1 of 2 trainings failed; see {tmp_path / 'seed1' / 'train.log'} (exit code 2)" in err
-    assert "already holds a run" in (tmp_path / "seed1" / "train.log").read_text()
+    assert f"1 of 2 trainings failed; see {tmp_path / 'seed1' / 'train.log'} (exit code 3)" in err
+    assert "last.ckpt" in (tmp_path / "seed1" / "train.log").read_text()
     assert (tmp_path / "seed2" / "summary.json").exists()
+
+
+def test_folder_with_a_run_is_refused_before_any_training_and_before_data_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRESNET_DATA", str(tmp_path / "data"))
+    (tmp_path / "seed2").mkdir()
+    (tmp_path / "seed2" / "last.ckpt").touch()
+    arguments = ("train", "smoke", "--data", "shapes10", "--root", tmp_path / "data")
+    for more, folder in ((("--seeds", "1-2", "--out", tmp_path), "seed2"), (("--out", tmp_path / "seed2"), "seed2")):
+        code, _, err = run(*arguments, *more)
+        assert code == 2
+        assert f"{tmp_path / folder} already holds a run" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["seed2"]
 
 
 @pytest.mark.usefixtures("quick_processes")
