@@ -15,12 +15,12 @@ import torch
 from fastresnet.compilation import torch_compile
 from fastresnet.device import NVIDIA_CONTROL, resolve_precision
 from fastresnet.provenance import environment, versions_of
-from pipelines import PACKAGES, PIPELINES, pipeline_class
-from pipelines.base import free_memory
+from pipelines import LIBRARIES, PACKAGES, PIPELINES, pipeline_class
+from pipelines.base import free_memory, is_installed
 from pipelines.compiler import CompilerError, compile_c
 from pipelines.errors import UserError
 from pipelines.prepare import CIFAR10, data_root
-from pipelines.store import open_store, prepare_again_command
+from pipelines.store import open_store, prepare_again_command, prepare_command
 
 _NEEDED_BYTES = 1 << 30
 
@@ -31,23 +31,21 @@ class Finding:
 
     what: str
     state: str
-    """State: `works`, `missing` (an optional part is absent) or `broken`."""
+    """State: `works`, `untested` (it takes too long), `missing` (an optional part is absent) or `broken`."""
     detail: str
     remedy: str = ""
     """Advice; empty if there is nothing to do."""
 
 
-def examine(root: Path | None = None) -> list[Finding]:
-    """Run all checks; takes some seconds to compile."""
+def examine(root: Path | None = None, *, thorough: bool = False) -> Iterator[Finding]:
+    """Run all checks, one after the other; those that take longer only if `thorough`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [
-        *_versions(device),
-        *_gpu(device),
-        *_pipelines(),
-        *_compilers(device),
-        *_data(data_root(root)),
-        *_space(data_root(root), device),
-    ]
+    yield from _versions(device)
+    yield from _gpu(device)
+    yield from _pipelines(thorough)
+    yield from _compilers(device, thorough)
+    yield from _data(data_root(root))
+    yield from _space(data_root(root), device)
 
 
 def _versions(device: torch.device) -> Iterator[Finding]:
@@ -94,8 +92,11 @@ def _without_gpu() -> tuple[str, str]:
     return reason, "install a newer driver, or a PyTorch for the CUDA version that nvidia-smi shows"
 
 
-def _pipelines() -> Iterator[Finding]:
+def _pipelines(thorough: bool) -> Iterator[Finding]:
     for name in PIPELINES:
+        if not thorough and is_installed(LIBRARIES.get(name, "torch")):
+            yield Finding(f"pipeline {name}", "works", "installed" if name in LIBRARIES else "")
+            continue
         threads = torch.get_num_threads()
         try:
             pipeline_class(name, torch.device("cpu"))
@@ -111,13 +112,16 @@ def _pipelines() -> Iterator[Finding]:
             torch.set_num_threads(threads)  # importing FFCV sets it to 1
 
 
-def _compilers(device: torch.device) -> Iterator[Finding]:
+def _compilers(device: torch.device, thorough: bool) -> Iterator[Finding]:
     remedy = "install gcc 12 or newer; without it PyTorch's slower operators are used"
     try:
         compile_c(Path(__file__).parents[1] / "pipelines" / "augment.c", "-fopenmp")
         yield Finding("C loops", "works", "compiled for this processor")
     except CompilerError as error:
         yield Finding("C loops", "missing", str(error), remedy)
+    if not thorough:
+        yield Finding("torch.compile", "untested", "compiling takes a while", "fastresnet doctor --all")
+        return
     try:
         compiled = torch_compile(lambda x: x.sin() + 1, fullgraph=True)
         torch.testing.assert_close(compiled(torch.ones(8, device=device)).cpu(), torch.ones(8).sin() + 1)
@@ -132,7 +136,7 @@ def _data(root: Path) -> Iterator[Finding]:
     names = sorted({meta.parent.name for meta in root.glob("*/meta.json")} | {CIFAR10})
     for name in names:
         if not (root / name / "meta.json").exists():
-            remedy = f"fastresnet prepare --data {name}; train does this automatically"
+            remedy = f"{prepare_command(root / name)}; train does this automatically"
             yield Finding(f"data {name}", "missing", f"not in {root.absolute()}", remedy)
             continue
         try:

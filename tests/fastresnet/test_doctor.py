@@ -15,7 +15,7 @@ from pipelines.errors import Note
 
 
 def findings(run, tmp_path, *arguments):
-    code, out, err = run("doctor", "--json", tmp_path / "doctor.json", *arguments)
+    code, out, err = run("doctor", "--all", "--json", tmp_path / "doctor.json", *arguments)
     found = {each["what"]: each for each in json.loads((tmp_path / "doctor.json").read_text())["findings"]}
     assert code == int(any(each["state"] == "broken" for each in found.values())), err
     assert all(each["what"] in out for each in found.values())
