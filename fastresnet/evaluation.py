@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 SHOWN_MISTAKES = 24
 _LISTED_NAMES = 12  # in messages
 
+_MOST_CONFUSED = 2048
+"""Number of classes up to which a confusion matrix, of 34 MB then, is counted."""
 BATCH_SIZE, _MOST_LOGITS = 1000, 1 << 22
 """Images per evaluation batch, less if the split is smaller or has very many classes; the result does not depend on
 it."""
@@ -61,6 +63,9 @@ class Evaluation:
     """Top-1 accuracy with flip TTA, percent."""
     shift_accuracy: float | None = None
     """Top-1 accuracy with shift TTA, percent."""
+    confusion: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    """Numbers of images by true class (rows) and predicted class (columns), int64 [C, C]; None of over 2,048
+    classes."""
 
 
 def find_dataset_for(
@@ -274,9 +279,11 @@ class Evaluator:
         self._precision, self._device, self._tta = precision, device, tta
         self._captured, self._world = captured, world
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._counts = torch.zeros(2 + 2 * len(classes), dtype=torch.int64, device=device)
+        self._cells = len(classes) ** 2 if len(classes) <= _MOST_CONFUSED else 0
+        self._counts = torch.zeros(2 + 2 * len(classes) + self._cells, dtype=torch.int64, device=device)
         self._mirror_correct, self._shift_correct = self._counts[:2]
-        self._correct, self._count = self._counts[2:].view(2, -1)
+        self._correct, self._count = self._counts[2 : 2 + 2 * len(classes)].view(2, -1)
+        self._confusion = self._counts[2 + 2 * len(classes) :]
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._replay: Callable[[], None] | None = None
 
@@ -305,6 +312,7 @@ class Evaluator:
             images_per_s=total / (time.perf_counter() - started),
             mirror_accuracy=100 * int(self._mirror_correct) / total if self._tta != "none" else None,
             shift_accuracy=100 * int(self._shift_correct) / total if self._tta == "shift" else None,
+            confusion=self._confusion.reshape(len(self._classes), -1).cpu().numpy().copy() if self._cells else None,
         )
 
     def _batches(self) -> Iterator[None]:
@@ -329,6 +337,8 @@ class Evaluator:
         self._loss += (F.cross_entropy(logits, labels, reduction="none") * real).sum()
         self._correct.index_add_(0, labels, hits(logits).long())
         self._count.index_add_(0, labels, real.long())
+        if self._cells:
+            self._confusion.index_add_(0, labels * len(self._classes) + logits.argmax(1), real.long())
         if self._tta != "none":
             logits = logits + self._logits(images.flip(3))
             self._mirror_correct += hits(logits).sum()

@@ -149,7 +149,7 @@ class RunFolder:
     """Files of one run. Of several ranks, only the main one `writes` them."""
 
     def __init__(self, path: Path, *, writes: bool = True, callbacks: Sequence[Callback] = ()) -> None:
-        self.path, self._writes, self._callbacks = path, writes, callbacks
+        self.path, self.writes, self._callbacks = path, writes, callbacks
         self._description: dict[str, Any] = {}
         self._writer = ThreadPoolExecutor(1, "saving")
         self._saving: Future[None] | None = None
@@ -165,7 +165,7 @@ class RunFolder:
         holds the lock, and `OSError` if the last save has failed.
         """
         check_folder(self.path)
-        if not self._writes:
+        if not self.writes:
             yield self
             return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -270,14 +270,14 @@ class RunFolder:
             config = dataclasses.replace(config, root=dataset.folder.parent.absolute())
         if dataset.folder == Path(config.data):
             config = dataclasses.replace(config, data=str(dataset.folder.absolute()))
-        if self._writes:
+        if self.writes:
             if self.read_summary() is not None:  # it was finished
                 os.replace(self.path / "summary.json", self.path / f"summary-{epoch}.json")
             write_bytes(self.path / "config.toml", config.to_toml().encode())
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep a copy of the weights of `model`, which the next save writes to best.ckpt."""
-        if self._writes:
+        if self.writes:
             self._best = copy_to_host(model.state_dict())
 
     def save(self, tensors: dict[str, Tensor], progress: Progress, scaler: dict[str, Any], *, wait: bool) -> None:
@@ -286,7 +286,7 @@ class RunFolder:
         With `wait`, save it in any case, and return when it is complete. Raises the `OSError` of this save, or without
         `wait` of the one before.
         """
-        if not self._writes or (time.monotonic() < self._next_save and not wait):
+        if not self.writes or (time.monotonic() < self._next_save and not wait):
             return
         with contextlib.suppress(*[OSError] * wait):  # this save replaces the one before
             self._finish_save()
@@ -318,7 +318,7 @@ class RunFolder:
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write the weights of `model` to file `name`."""
-        if self._writes:
+        if self.writes:
             tensors = copy_to_host(model.state_dict())  # safetensors does not store shared memory
             save_tensors(self.path / name, tensors(), self._description)
 
@@ -330,7 +330,7 @@ class RunFolder:
 
     def write_metrics(self, rows: list[Row]) -> None:
         """Write metrics.csv, if there are new rows."""
-        if len(rows) > self._written_rows and self._writes:
+        if len(rows) > self._written_rows and self.writes:
             self._written_rows = len(rows)
             text = io.StringIO()
             writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -340,7 +340,7 @@ class RunFolder:
 
     def draw_curves(self, rows: list[Row]) -> None:
         """Draw curves.png, if there are rows."""
-        if rows and self._writes:
+        if rows and self.writes:
             config, data = self._description["config"], self._description["data"]
             title = f"{config['model']} on {data}, recipe {config['recipe']}, seed {config['seed']}"
             if sizes := in_turn(config["resolutions"]):
@@ -351,7 +351,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, which ends the run, and return it."""
-        if self._writes:
+        if self.writes:
             write_json(self.path / "summary.json", summary)
         return summary
 

@@ -100,6 +100,12 @@ def normalize(images: Tensor, normalization: Normalization, dtype: torch.dtype) 
     return images.permute(0, 3, 1, 2)
 
 
+def denormalize(images: Tensor, normalization: Normalization) -> Tensor:
+    """Convert images [B, 3, 32, 32] that `normalize` returned to pixels in 0..255, float32 and not rounded."""
+    pixels = images.permute(0, 2, 3, 1).float() / normalization.scale + normalization.mean
+    return pixels.permute(0, 3, 1, 2)
+
+
 def reflect(index: Tensor, size: int) -> Tensor:
     """Move an `index` outside of 0..size - 1 to its place mirrored at the edge, which is not repeated."""
     return size - 1 - (size - 1 - index.abs()).abs()

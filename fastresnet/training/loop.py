@@ -40,7 +40,14 @@ from fastresnet.threads import fastest_threads, use_threads
 from fastresnet.training.execution import Execution, choose_backend
 from fastresnet.training.extension import check_extension, extends, has_ended
 from fastresnet.training.kernels import check_kernels, choose_kernels, explained
-from fastresnet.training.loggers import Status, open_loggers, report_epoch, report_status
+from fastresnet.training.loggers import (
+    Status,
+    open_loggers,
+    report_end,
+    report_epoch,
+    report_first_batch,
+    report_status,
+)
 from fastresnet.training.loss import balanced_weights
 from fastresnet.training.mixing import Mixer
 from fastresnet.training.network import (
@@ -122,8 +129,8 @@ def train(
         log(announcement(config, step.model, dataset, world, total_steps, pipeline_reason, progress.step))
 
         config, execution = create_execution(config, step, pipeline, progress, world, log, clock)
-        opened = open_loggers(config, run.path, console, total_steps, progress.step, callbacks)
-        loggers = resources.enter_context(opened) if main else []
+        loggers = resources.enter_context(open_loggers(config, run, console, total_steps, progress.step, callbacks))
+        report_first_batch(loggers, config, dataset, pipeline, step)
         run.begin(config, dataset, progress.epoch)
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
@@ -191,8 +198,8 @@ def train(
             final, best = evaluator(step.eval_model, test, tta="shift")(stop_on_signal), progress.best_accuracy
             if config.val_split:  # the test set is used once, after all choices
                 best = evaluator(run.load_weights("best.ckpt", step.eval_model), test)(stop_on_signal).accuracy
-            clock.update(progress)
-            return run.write_summary(_summary(config, step.model, sides, dataset, progress, final, best, clock, origin))
+            summary = _summary(config, step.model, sides, dataset, progress, final, best, clock, origin)
+            return report_end(loggers, run.write_summary(summary), dataset.classes, final.confusion)
 
 
 # --- parts of a training -----------------------------------------------------------------------------------------
@@ -549,6 +556,7 @@ def _summary(
     After resuming, `steps`, `images_per_s` and the times cover the whole run. What a killed process did after its last
     checkpoint counts in neither. `cold_start` and `environment` are those of the last start.
     """
+    clock.update(progress)
     return {
         "schema": 1,
         "recipe": config.recipe,

@@ -96,7 +96,7 @@ class TrainStep:
         for group, rate in zip(groups, self._rates[0], strict=True):
             group["lr"] = rate
         self._precision, self._device, self._clip_norm = precision, device, clip_norm
-        self._loss, self._mixer = CrossEntropy(label_smoothing, class_weights), mixer
+        self._loss, self.mixer = CrossEntropy(label_smoothing, class_weights), mixer
         self.compiled = False
         """Use of torch.compile; the first such step compiles."""
         self.side: int | None = None
@@ -166,12 +166,12 @@ class TrainStep:
 
     def _loss_and_hits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the mean loss and the number of correct predictions."""
-        if self._mixer is None:
-            logits = self._network(_shrunk(images, self.side)).float()
+        if self.mixer is None:
+            logits = self._network(shrunk(images, self.side)).float()
             loss = self._loss.mean(logits, labels)
         else:
-            images, others, share = self._mixer(images, labels, self.count, self.row)
-            logits = self._network(_shrunk(images, self.side)).float()
+            images, others, share = self.mixer(images, labels, self.count, self.row)
+            logits = self._network(shrunk(images, self.side)).float()
             loss = (share * self._loss.each(logits, labels) + (1 - share) * self._loss.each(logits, others)).mean()
             labels = torch.where(share < 0.5, others, labels)
         return loss, (logits.argmax(1) == labels).sum()
@@ -276,7 +276,8 @@ class TrainStep:
         self.overflows[0] = 0
 
 
-def _shrunk(images: Tensor, side: int | None) -> Tensor:
+def shrunk(images: Tensor, side: int | None) -> Tensor:
+    """Shrink `images` [B, 3, 32, 32] to `side` pixels, if given."""
     if side in (None, images.shape[-1]):
         return images
     return F.interpolate(images, size=side, mode="bilinear")

@@ -69,9 +69,8 @@ def evaluation(dataset: Dataset, world: World) -> dict[str, object]:
     """Accuracy and loss of a network with random weights on a test set that the ranks cannot share evenly."""
     pipeline = open_evaluation(dataset, "half", "fp32", CPU, world=world)
     result = evaluate(network(), pipeline, dataset.classes, precision="fp32", device=CPU, tta="shift", world=world)
-    return {
-        name: getattr(result, name) for name in ("accuracy", "loss", "per_class", "mirror_accuracy", "shift_accuracy")
-    }
+    figures = ("accuracy", "loss", "per_class", "mirror_accuracy", "shift_accuracy")
+    return {"confusion": result.confusion.tolist(), **{name: getattr(result, name) for name in figures}}
 
 
 def main() -> None:

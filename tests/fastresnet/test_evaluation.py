@@ -57,7 +57,10 @@ def expected_figures(network, dataset):
     logits = network((images - 0.5) / 0.5)
     hits = (logits.argmax(1) == labels).double()
     per_class = {name: 100 * hits[labels == i].mean().item() for i, name in enumerate(dataset.classes)}
-    return 100 * hits.mean().item(), F.cross_entropy(logits, labels).item(), per_class
+    confusion = np.zeros((10, 10), np.int64)
+    for label, predicted in zip(labels, logits.argmax(1), strict=True):
+        confusion[label, predicted] += 1
+    return 100 * hits.mean().item(), F.cross_entropy(logits, labels).item(), per_class, confusion
 
 
 @pytest.mark.parametrize("pipeline", ["resident", "torchvision"])
@@ -66,10 +69,21 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(
     network, dataset, monkeypatch, batch_size, pipeline
 ):
     result = evaluate_small(network, dataset, monkeypatch, batch_size, pipeline=pipeline)
-    accuracy, loss, per_class = expected_figures(network, dataset)
+    accuracy, loss, per_class, confusion = expected_figures(network, dataset)
     assert result.accuracy == pytest.approx(accuracy)
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.per_class == pytest.approx(per_class)
+    np.testing.assert_array_equal(result.confusion, confusion)
+
+
+def test_evaluation_counts_no_matrix_of_very_many_classes(dataset):
+    """It would take 8 GB."""
+    classes = tuple(map(str, range(32_768)))
+    many = dataclasses.replace(dataset, classes=classes)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1), nn.ConstantPad1d((0, len(classes) - 1), -9.0))
+    result = evaluate(network, open_evaluation(many, "half", "fp32", CPU), classes, precision="fp32", device=CPU)
+    assert result.confusion is None
+    assert result.per_class["0"] == 100
 
 
 class Scrambled(nn.Module):

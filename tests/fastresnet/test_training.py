@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import sysconfig
 import time
 import types
@@ -362,14 +361,6 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_be_started_again(run,
     assert code == 0
 
 
-def test_missing_tensorboard_names_the_extra_and_leaves_no_files(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    code, _, err = run("train", *SMALL, "--tensorboard", "--out", tmp_path / "run")
-    assert code == 2
-    assert "fastresnet[tensorboard]" in err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_run_resumes_in_another_precision_and_prints_a_note(tiny, run, tmp_path, precision):
     small = [*tiny[1:-2], "--out", tmp_path / "run"]
@@ -614,19 +605,6 @@ def test_on_another_data_set_eval_normalises_as_the_training_did(run, tmp_path, 
         logits = Normalized(load_weights(file))(images)
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(darker.test_labels))
     assert json.loads(figures.read_text())["loss"] == pytest.approx(float(loss), rel=1e-5)
-
-
-def test_tensorboard_holds_the_same_figures(run, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run("train", *SMALL, "--epochs", 2, "--tensorboard", "--out", tmp_path / "run")
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
-    rows = read_csv(tmp_path / "run" / "metrics.csv")
-    for tag, column in (("loss/train", "train_loss"), ("accuracy/test", "test_accuracy"), ("lr", "lr")):
-        scalars = events.Scalars(tag)
-        assert [scalar.step for scalar in scalars] == [5, 10]
-        assert [s.value for s in scalars] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
