@@ -1,5 +1,6 @@
 """Programs in examples/, and the Python code of the documents, on small data."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -11,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastresnet
 from fastresnet import models
 from fastresnet.config import from_toml
 from fastresnet.run_folder import read_run
@@ -37,6 +40,30 @@ def test_an_example_trains_and_prints_an_accuracy(example, library, data_root, t
     (accuracy,) = re.findall(r"test accuracy (\d+\.\d\d) %", done.stdout)
     assert 0 <= float(accuracy) <= 100
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_minimal_example_takes_the_steps_of_the_program(data_root, tmp_path, monkeypatch):
+    """Bit for bit: it has the same initial weights, the same batches, and PyTorch's operators in the same order."""
+    monkeypatch.setenv("FASTRESNET_DATA", str(data_root))
+    threads, batches = torch.get_num_threads(), {"epochs": 3, "batch_size": 32}
+    torch.set_num_threads(1)
+    try:
+        losses, accuracy = runpy.run_path(str(EXAMPLES / "minimal.py"))["train"]("shapes10", **batches)
+    finally:
+        torch.set_num_threads(threads)
+    same = {"shortcut": "A", "kernels": "torch", "precision": "bf16", "compile": "off", "threads": 1, "device": "auto"}
+    run = fastresnet.train("baseline", data="shapes10", out=tmp_path / "run", quiet=True, **batches, **same)
+    assert losses == [row["train_loss"] for row in run.rows]
+    assert len(set(losses)) == 3
+    assert accuracy == run.rows[-1]["test_accuracy"]
+
+
+def test_the_minimal_example_needs_only_torch_numpy_and_the_pipelines():
+    code = ast.parse((EXAMPLES / "minimal.py").read_text())
+    imports = [node for node in ast.walk(code) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    assert packages == {"torch", "pipelines"}
 
 
 def test_the_code_of_the_page_on_python_runs_in_order(data_root, tmp_path):
