@@ -104,7 +104,8 @@ def speedrun(model: str = "speednet") -> TrainConfig:
 
     `fastresnet train speedrun`: 93.92 ± 0.08 % on the test set with shift TTA, 93.01 ± 0.26 % in a single view (last
     epoch, seeds 0 to 4), for 0.224 PFLOP. That is 13 minutes of training on one core of an AMD EPYC under other load,
-    in bf16. `speednet-wide`: 94.07 % in a single view, 95.07 % with shift TTA (seed 0), for 1.19 PFLOP, in 64 minutes.
+    in bf16. `speednet-wide`: 94.12 ± 0.08 % in a single view, 95.04 ± 0.04 % with shift TTA (seeds 0 and 1), for 1.19
+    PFLOP, in 64 minutes for seed 0.
     The least published for a mean of 94 % is 0.2245 PFLOP, with shift TTA (94.05 %).
 
     The settings are those of hiverge/cifar10-speedrun for cifar10-airbench's network, without weight decay, and smaller
