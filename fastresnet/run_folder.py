@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from fastresnet.callbacks import Callback
 from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
 from fastresnet.config import ENDING, TrainConfig, differences, from_dict, from_toml, in_turn
+from fastresnet.text import for_terminal
 from pipelines.augment import Normalization
-from pipelines.errors import DataError, Note, UsageError
+from pipelines.errors import DataError, Note, UsageError, UserError
 from pipelines.files import open_file, remove_temporary_folders, write_bytes, write_json
 from pipelines.prepare import store_folder
 from pipelines.store import Dataset, open_store
@@ -48,6 +49,9 @@ SAVE_EVERY_S = 10.0
 # Any of these marks a folder as a run, to be continued or left unchanged.
 _RUN_FILES = ("last.ckpt", "previous.ckpt", "best.ckpt", "model.safetensors", "summary.json")
 _LOCK = ".lock"
+
+LOG = "train.log"
+"""File of a run with the lines that a training prints."""
 
 # A resumed run may change these; the last bits then differ.
 _INEXACT_ON_RESUME = {"pipeline", "device", "threads", "precision", "compile", "kernels"}
@@ -156,6 +160,7 @@ class RunFolder:
         self._next_save = 0.0  # on the clock of `time.monotonic`
         self._best: HostCopy | None = None  # until a save writes it
         self._written_rows = 0
+        self._unwritten: list[str] = []  # lines of train.log, until the run begins
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:
@@ -174,6 +179,10 @@ class RunFolder:
                 remove_temporary_folders(self.path)
                 try:
                     yield self
+                except UserError as error:
+                    if not _is_stderr(self.path / LOG):
+                        self.log(f"fastresnet: {error}")
+                    raise
                 finally:
                     self._finish_save()  # its error came before one of the block
         finally:
@@ -252,10 +261,11 @@ class RunFolder:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def begin(self, config: TrainConfig, dataset: Dataset, epoch: int) -> None:
+    def begin(self, config: TrainConfig, asked: TrainConfig, dataset: Dataset, epoch: int) -> None:
         """Write config.toml, and describe `config` and `dataset` in all weights and checkpoints that follow.
 
-        The summary of a finished run that goes on after `epoch` gets its number.
+        config.toml has what was `asked` of the machine, such as `auto`, to repeat the run on others. The summary of a
+        finished run that goes on after `epoch` gets its number.
         """
         constants = Normalization.of(config.normalization, dataset)
         self._description = {
@@ -266,6 +276,7 @@ class RunFolder:
             "mean": (constants.mean / 255).tolist(),
             "std": (1 / (255 * constants.scale)).tolist(),
         }
+        config = dataclasses.replace(config, **{name: getattr(asked, name) for name in _INEXACT_ON_RESUME})
         if config.root is not None:
             config = dataclasses.replace(config, root=dataset.folder.parent.absolute())
         if dataset.folder == Path(config.data):
@@ -274,6 +285,16 @@ class RunFolder:
             if self.read_summary() is not None:  # it was finished
                 os.replace(self.path / "summary.json", self.path / f"summary-{epoch}.json")
             write_bytes(self.path / "config.toml", config.to_toml().encode())
+        lines, self._unwritten = self._unwritten, []
+        self.log(*lines)
+
+    def log(self, *lines: str) -> None:
+        """Append `lines` to train.log, once the run has begun: one that is refused leaves nothing."""
+        if not self._description:
+            self._unwritten += lines
+        elif self.writes and lines:
+            with contextlib.suppress(OSError), open(self.path / LOG, "a", encoding="utf-8", opener=open_file) as file:
+                file.writelines(f"{for_terminal(line)}\n" for line in lines)
 
     def keep_best(self, model: nn.Module) -> None:
         """Keep a copy of the weights of `model`, which the next save writes to best.ckpt."""
@@ -353,6 +374,8 @@ class RunFolder:
         """Write summary.json, which ends the run, and return it."""
         if self.writes:
             write_json(self.path / "summary.json", summary)
+            more = "".join(f", with {name} {accuracy:.2f} %" for name, accuracy in tta_accuracies(summary))
+            self.log(f"finished: test accuracy {summary['test_accuracy']:.2f} %{more}")
         return summary
 
     def saved_state(self) -> str:
@@ -407,6 +430,14 @@ def _checked_progress(**saved: Any) -> Progress:
     if rows and not any(rows[0].keys() >= {*_NEEDED, f"{name}_loss", f"{name}_accuracy"} for name in ("test", "val")):
         raise TypeError
     return progress
+
+
+def _is_stderr(path: Path) -> bool:
+    """Return True if what this process writes to stderr is in file `path`, as in the trainings of several seeds."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(2))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

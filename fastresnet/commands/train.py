@@ -24,7 +24,7 @@ _MAX_PER_GPU = 100
 
 _COMMON = {
     *("model", "data", "root", "val_split", "epochs", "batch_size", "lr", "seed", "device"),
-    *("out", "resume", "tensorboard", "config", "seeds", "dry_run"),
+    *("out", "resume", "tensorboard", "config", "seeds", "dry_run", "quiet"),
 }
 """Settings that --help describes."""
 _GROUPS = {
@@ -55,6 +55,8 @@ class Options(TrainConfig):
     """Plot the loss (.png or .svg) while --lr grows from 1e-5 to 10 in 100 steps, without a run folder."""
     dry_run: bool = False
     """Measure 20 steps, and print the expected cost of the run."""
+    quiet: bool = False
+    """Print nothing but notes and errors; train.log in the run folder has the rest."""
     print_config: bool = False
     """Print the settings as TOML."""
 
@@ -94,10 +96,10 @@ def run(arguments: list[str]) -> int:
     with outlived_output():
         if options.seeds is not None:
             return _train_seeds(config, parse_seeds(options.seeds), options.per_gpu, arguments)
-        return _train(config, began)
+        return _train(config, began, quiet=options.quiet)
 
 
-def _train(config: TrainConfig, began: float) -> int:
+def _train(config: TrainConfig, began: float, *, quiet: bool) -> int:
     from fastresnet.console import PlainConsole
     from fastresnet.distributed import world_of_torchrun
     from fastresnet.run_folder import run_path
@@ -109,8 +111,8 @@ def _train(config: TrainConfig, began: float) -> int:
         _check_before_data(config, [run_path(config, _data_name(config))])
     dataset = _find_dataset(config)
     spent = {"import": imported - began, "data": time.perf_counter() - imported}
-    summary = train(config, dataset, PlainConsole(quiet=not main), spent)
-    if main:
+    summary = train(config, dataset, PlainConsole(quiet=quiet or not main), spent)
+    if main and not quiet:
         print_table("result", _summary_lines(summary))
     return 0
 

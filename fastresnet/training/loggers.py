@@ -135,11 +135,13 @@ def open_loggers(
 ) -> Iterator[list[Logger]]:
     """Open the loggers that `config` requests, a progress bar on a terminal, or else plain lines, and `callbacks`.
 
+    `train.log` in the folder of the run has plain lines too.
+
     Of several ranks, only the main one has any. Raises `UsageError` if a library is missing or has no destination.
     """
     with contextlib.ExitStack() as resources:
         loggers = list[Logger]()
-        for logger in _create_loggers(config, run.path, console, total_steps, start_step) if run.writes else ():
+        for logger in _create_loggers(config, run, console, total_steps, start_step) if run.writes else ():
             resources.callback(_report, [logger], lambda logger: logger.close())
             loggers.append(logger)
         yield [*loggers, *map(CallbackLogger, callbacks if run.writes else ())]
@@ -219,8 +221,9 @@ def _picture(figure: Figure) -> Image.Image:
 
 
 def _create_loggers(
-    config: TrainConfig, folder: Path, console: PlainConsole, total_steps: int, start_step: int
+    config: TrainConfig, run: RunFolder, console: PlainConsole, total_steps: int, start_step: int
 ) -> Iterator[Logger]:
+    folder = run.path
     for name, value in _NO_REPORTS.items():
         os.environ.setdefault(name, value)
     _check_libraries(config, folder)
@@ -230,7 +233,11 @@ def _create_loggers(
         yield WandbLogger(config, folder)
     if config.tensorboard:  # it writes into the run folder
         yield TensorBoardLogger(config, folder, start_step)
-    yield TerminalLogger(console, total_steps) if console.is_terminal else PlainLogger(console, total_steps)
+    yield PlainLogger(run.log, total_steps)
+    if console.is_terminal and not console.quiet:
+        yield TerminalLogger(console, total_steps)
+    else:
+        yield PlainLogger(functools.partial(console.print, soft_wrap=True), total_steps)
 
 
 def _check_libraries(config: TrainConfig, folder: Path) -> None:
@@ -289,8 +296,8 @@ class PlainLogger(Logger):
 
     interval_s = 30.0
 
-    def __init__(self, console: PlainConsole, total_steps: int) -> None:
-        self._console, self._total_steps = console, total_steps
+    def __init__(self, write: Callable[[str], None], total_steps: int) -> None:
+        self._write, self._total_steps = write, total_steps
         self._last = time.monotonic()
 
     def status(self, status: Status) -> None:
@@ -306,7 +313,7 @@ class PlainLogger(Logger):
 
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
-        self._console.print(line, soft_wrap=True)
+        self._write(line)
 
 
 class TensorBoardLogger(LibraryLogger):

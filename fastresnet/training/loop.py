@@ -95,13 +95,14 @@ def train(
     `StoppedError` after a signal, `RunError` if loss or gradients are not finite or memory runs out, and `UsageError`
     if the config does not match machine or run folder.
     """
-    clock, log = Stopwatch(spent), functools.partial(console.print, soft_wrap=True)
-    device, main = resolve_device(config.device), world_of_torchrun().is_main
+    clock, device, asked = Stopwatch(spent), resolve_device(config.device), config
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:
-        resources.enter_context(explained_failures(_less_memory(config)))
-        run = RunFolder(run_path(config, dataset.name), writes=main, callbacks=callbacks)
+        writes = world_of_torchrun().is_main
+        run = RunFolder(run_path(config, dataset.name), writes=writes, callbacks=callbacks)
+        log = functools.partial(_log, console, run)
         resources.enter_context(run.locked())
+        resources.enter_context(explained_failures(_less_memory(config)))
         world = resources.enter_context(connected(device))
 
         checkpoint = run.read_checkpoint(resume=config.resume)
@@ -131,7 +132,7 @@ def train(
         config, execution = create_execution(config, step, pipeline, progress, world, log, clock)
         loggers = resources.enter_context(open_loggers(config, run, console, total_steps, progress.step, callbacks))
         report_first_batch(loggers, config, dataset, pipeline, step)
-        run.begin(config, dataset, progress.epoch)
+        run.begin(config, asked, dataset, progress.epoch)
         clock.earlier, status_every = dataclasses.replace(progress), STATUS_EVERY[device.type]
 
         def save(*, wait: bool) -> None:
@@ -147,7 +148,7 @@ def train(
                 save(wait=True)
                 run.draw_curves(progress.rows)
                 world.wait()  # when one process exits, torchrun stops the others
-                raise StoppedError(signum, _stopped(signum, progress, run)) if main else SystemExit(128 + signum)
+                raise StoppedError(signum, _stopped(signum, progress, run)) if writes else SystemExit(128 + signum)
 
         pixels = list(itertools.accumulate(side**2 for side in sides))  # up to each step
         status = functools.partial(_status, config, progress, step, clock, factors, pixels)
@@ -405,6 +406,12 @@ def _settle_kernels(
 
 
 # --- time, messages ---------------------------------------------------------------------------------------------
+
+
+def _log(console: PlainConsole, run: RunFolder, line: str) -> None:
+    """Print `line`, and append it to train.log."""
+    console.print(line, soft_wrap=True)
+    run.log(line)
 
 
 class Stopwatch:

@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.accuracy import RESULTS, add
 from fastresnet import seeds
-from fastresnet.console import PlainConsole
 from fastresnet.seeds import finished_seeds, format_seeds, parse_seeds, summarize
 from fastresnet.training.loggers import PlainLogger, Status
 from pipelines.errors import DataError, UsageError
@@ -142,7 +141,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path, monkeypatch, capsys):
     with display.bars:
         display.begin(7, log)
         with open(log, "a") as file:
-            logger = PlainLogger(PlainConsole(file=file, force_terminal=False), 40)
+            logger = PlainLogger(lambda line: print(line, file=file), 40)
             logger.epoch({**row, "val_loss": 1.2, "val_accuracy": 48.5}, status)
             file.write("epoch   3  step     30  lr 0.1  val lo")
         display.update()
@@ -152,7 +151,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path, monkeypatch, capsys):
         assert "0 of 3 finished" in shown
         with open(log, "a") as file:
             file.write("ss 1.0 acc  51.25 %\n")
-            logger = PlainLogger(PlainConsole(file=file, force_terminal=False), 40)
+            logger = PlainLogger(lambda line: print(line, file=file), 40)
             logger.interval_s = -1.0
             logger.status(status.__class__(4, 35, 1.0, 50.0, 0.1, 32, 1000.0, 5.0))
         display.update()
