@@ -5,11 +5,10 @@ BIN := .venv/bin
 # FFCV is built on the spot and needs OpenCV's headers: its tests run where they are.
 TEST_EXTRAS := test$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null && echo ,ffcv)
 
-# Tools that look at .venv from outside, so that they are not part of what they find.
 TOOLS := .venv-tools/bin
 ADVISORIES := https://api.osv.dev/v1
 
-.PHONY: demo test gpu-rehearsal lint bench docker-check sbom audit install install-test clean
+.PHONY: demo test gpu-rehearsal lint docs bench docker-check sbom audit install install-test install-tools clean
 
 demo: install
 	$(BIN)/fastresnet prepare --data shapes10 --root runs/demo/data --train-images 10000 --test-images 2000
@@ -32,6 +31,10 @@ lint: install-test
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
+# The documents as a site, in site/; docs/pages.py refuses pages that read otherwise there than in the repository.
+docs: install-tools
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --strict
+
 bench: install
 	$(BIN)/fastresnet bench loaders --data shapes10
 
@@ -40,23 +43,20 @@ docker-check:
 	tests/docker_check.sh
 
 # A list of all that is installed, in CycloneDX's format.
-sbom: install $(TOOLS)/cyclonedx-py
+sbom: install install-tools
 	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json .venv
 	@echo "sbom.json lists `grep -c '"bom-ref"' sbom.json` components."
 
 # Known vulnerabilities of all that is installed. pip-audit's other source of advisories, PyPI, would let packages pass
 # that it does not know, or all of them behind a mirror without advisories.
-audit: install $(TOOLS)/pip-audit
+audit: install install-tools
 	@$(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(ADVISORIES)/vulns/PYSEC-2022-43145", timeout=30)' \
 		2>/dev/null || { echo "make audit: nothing was audited: cannot read advisories from $(ADVISORIES)." >&2; exit 1; }
 	$(TOOLS)/pip-audit --vulnerability-service osv --progress-spinner off --path .venv/lib/python3.*/site-packages
 
-$(TOOLS)/cyclonedx-py $(TOOLS)/pip-audit:
-	$(PYTHON) -m venv .venv-tools
-	$(TOOLS)/python -m pip install --quiet cyclonedx-bom pip-audit
-
 install: .venv/.installed
 install-test: .venv/.installed-$(TEST_EXTRAS)
+install-tools: .venv-tools/.installed
 
 .venv/.installed: pyproject.toml
 	@echo "Setting up .venv: about 5 GB with PyTorch and its CUDA libraries, once."
@@ -69,5 +69,11 @@ install-test: .venv/.installed-$(TEST_EXTRAS)
 	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]'
 	@touch $@
 
+.venv-tools/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/python -m pip install --quiet --upgrade pip
+	$(TOOLS)/python -m pip install --quiet --group tools
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-tools runs/demo sbom.json
+	rm -rf .venv .venv-tools runs/demo site sbom.json
