@@ -8,7 +8,7 @@ TEST_EXTRAS := test$(shell pkg-config --exists opencv4 libturbojpeg 2>/dev/null 
 TOOLS := .venv-tools/bin
 ADVISORIES := https://api.osv.dev/v1
 
-.PHONY: demo test gpu-rehearsal lint docs bench docker-check sbom audit install install-test install-tools clean
+.PHONY: demo test gpu-rehearsal lint docs dist bench docker-check sbom audit install install-test install-tools clean
 
 demo: install
 	$(BIN)/fastresnet prepare --data shapes10 --root runs/demo/data --train-images 10000 --test-images 2000
@@ -34,6 +34,12 @@ lint: install-test
 # The documents as a site, in site/; docs/pages.py refuses pages that read otherwise there than in the repository.
 docs: install-tools
 	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --strict
+
+# The files of a release, in dist/; tests/test_distribution.py checks what is in them.
+dist: install-tools
+	rm -rf dist
+	$(TOOLS)/python -m build
+	$(TOOLS)/twine check --strict dist/*
 
 bench: install
 	$(BIN)/fastresnet bench loaders --data shapes10
@@ -76,4 +82,4 @@ install-tools: .venv-tools/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-tools runs/demo site sbom.json
+	rm -rf .venv .venv-tools runs/demo dist site sbom.json
