@@ -101,6 +101,8 @@ def test_a_command_in_a_document_works(workspace, monkeypatch, capsys, line):
         parse(settings, f"bench {benchmark}", options)
         return
     if name == "train":
+        if "jpeg" in rest:
+            pytest.importorskip("nvidia.dali")
         for model in () if "--init-from" in rest else ("resnet20", "resnet56"):
             monkeypatch.setitem(models.MODELS, model, dataclasses.replace(models.MODELS[model], depth=8))
         if "--resume" not in rest:
