@@ -73,7 +73,7 @@ class TrainConfig:
     shortcut: Shortcut = "B"
     """Shortcuts at a change of width: A (padded identity, as in the paper) or B (1x1 convolution and batch norm)."""
     init_from: str | None = None
-    """Weights to start from: a file as for `eval --weights`, or pretrained:NAME. Other classes get a new linear
+    """Weights to start from: a run folder or a file as for `eval`, or pretrained:NAME. Other classes get a new linear
     layer."""
     freeze_backbone: bool = False
     """Train the linear layer alone, on the features of --init-from."""

@@ -106,7 +106,7 @@ network = load_pretrained("{hub.PREFIX}USER/NAME")  # in evaluation mode
 logits = network((images - mean) / std)  # of images [N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}] in 0..1
 ```
 
-    fastresnet eval --weights {hub.PREFIX}USER/NAME
+    fastresnet eval {hub.PREFIX}USER/NAME
 
 ## Classes
 

@@ -117,7 +117,7 @@ def load_weights(path: Path, model: str | None = None) -> Weights:
             return _load(file, path, model)
     except OSError as error:
         raise DataError(
-            f"{path} is not a readable file ({error.strerror}). --weights takes a file such as "
+            f"{path} is not a readable file ({error.strerror}). Give a run folder, or a file such as "
             "runs/NAME/model.safetensors."
         ) from None
 

@@ -182,7 +182,7 @@ LISTS = {
         _data_line,
     ),
     "pretrained": _List(
-        f"pretrained networks, for --weights {PREFIX}NAME; accuracy on CIFAR-10, single view",
+        f"pretrained networks, for eval {PREFIX}NAME; accuracy on CIFAR-10, single view",
         ("name", "network", "recipe", "test accuracy", "parameters", "size", "SHA-256"),
         3,
         _pretrained,

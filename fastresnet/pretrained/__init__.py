@@ -89,7 +89,7 @@ def find_weights(given: str | Path) -> Path:
     if os.path.isdir(path):  # unlike Path.is_dir, without an error for a name that no file can have
         return _weights_of_run(path)
     if str(given) in list_pretrained() and not os.path.exists(path):
-        raise DataError(f"there is no file {given}. Did you mean --weights {PREFIX}{given}?")
+        raise DataError(f"there is no file {given}. Did you mean {PREFIX}{given}?")
     return path
 
 

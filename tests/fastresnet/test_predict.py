@@ -133,7 +133,7 @@ def test_a_folder_or_a_bare_name_for_weights_gets_the_right_ones(run, images, tm
     (tmp_path / "run").mkdir()
     code, _, err = run("predict", images, "--weights", given)
     assert code == 3
-    assert {"run": "run is a folder without model.safetensors", "resnet20": "--weights pretrained:resnet20"}[
+    assert {"run": "run is a folder without model.safetensors", "resnet20": "Did you mean pretrained:resnet20?"}[
         given
     ] in err
 
