@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loaders import LoadersOptions, measure_loaders
-from benchmarks.report import module_of, no_result, print_tables, read_result, short, table
+from benchmarks.report import CHARTS, module_of, no_result, print_tables, read_result, short, table
 from benchmarks.runner import MachineOptions
 from benchmarks.step import StepOptions, measure_steps
 from benchmarks.train import TrainingOptions, measure_training
@@ -80,6 +80,11 @@ class ShowOptions:
     """File that was written with --json."""
     markdown: bool = False
     """Print a Markdown table."""
+    chart: Path | None = None
+    """Draw the chart again in this file (.png, .svg or .pdf)."""
+
+    def __post_init__(self) -> None:
+        terminal.check_output("--chart", self.chart, CHARTS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,8 @@ def show(options: ShowOptions) -> None:
     module = module_of(result)
     try:
         markdown, tables, notes = module.markdown_table(result), module.tables(result), module.notes(result)
+        if options.chart is not None:
+            module.draw_chart(result, options.chart)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # entries of this benchmark only
         raise no_result(options.result) from None
     if options.markdown:

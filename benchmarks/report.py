@@ -20,6 +20,8 @@ from pipelines.texts import read_json
 
 SCHEMA = 1
 BENCHMARKS = ("loaders", "step", "train")
+CHARTS = (".png", ".svg", ".pdf")
+"""Suffixes of charts."""
 
 Result = dict[str, Any]
 """Figures of a benchmark, with their environment: the contents of a --json file."""
@@ -223,31 +225,37 @@ def whiskers(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 
 def draw_bars(result: Result, path: Path, heading: str, limit: tuple[float, str] | None = None) -> None:
-    """Draw bars of images/s with their spread, and the `limit` with its name.
-
-    The axis is logarithmic if they differ widely.
-    """
-    from fastresnet.figures import Figure
+    """Draw bars of images/s from 0, with their figures and spread beside them, and the `limit` with its name."""
+    from fastresnet.figures import Figure, MaxNLocator
     from fastresnet.plotting import save_figure
     from fastresnet.text import for_figure
 
     rows = sorted(result["rows"], key=lambda row: row["images_per_s"])
-    medians = [row["images_per_s"] for row in rows]
-    colors = ["tab:blue" if row["kind"] == "ours" else "tab:gray" for row in rows]
-    figure = Figure(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
+    names, colors = [row["name"] for row in rows], ["#4477aa" if row["kind"] == "ours" else "#999999" for row in rows]
+    figure = Figure(figsize=(9, 0.4 * len(rows) + 1.6), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(
-        [row["name"] for row in rows], medians, xerr=whiskers(rows), color=colors, ecolor="black", capsize=3
-    )
-    axes.bar_label(bars, labels=[grouped(median) for median in medians], label_type="center", color="white")
-    axes.bar(0, 0, color="tab:blue", label="this program")
-    axes.bar(0, 0, color="tab:gray", label="typical code with other libraries")
+    medians = [row["images_per_s"] for row in rows]
+    axes.barh(names, medians, xerr=whiskers(rows), color=colors, error_kw={"capsize": 3, "elinewidth": 1})
+    for row in rows:
+        median, low, high = (grouped(row[f"images_per_s{end}"]) for end in ("", "_low", "_high"))
+        place, text = (row["images_per_s_high"], row["name"]), f"{median} ({low}–{high})"
+        axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.bar(0, 0, color="#4477aa", label="this program")
+    axes.bar(0, 0, color="#999999", label="typical code with other libraries")
+    end = 1.5 * max(row["images_per_s_high"] for row in rows)
     if limit is not None:
-        axes.axvline(limit[0], color="tab:red", linestyle="--", label=limit[1])
-    if max(medians) > 20 * min(medians):
-        axes.set_xscale("log")
-        axes.set_xlim(min(medians) / 4, 1.5 * max([*medians, limit[0] if limit else 0]))
-    axes.set_xlabel("images/s (median of the rounds; whiskers: lowest and highest)")
+        label = f"{limit[1]}: {grouped(limit[0])}"
+        if limit[0] < 3 * end:
+            end = max(end, 1.03 * limit[0])
+        else:
+            label += " (beyond the axis)"
+        axes.axvline(limit[0], color="#cc3311", linestyle="--", label=label)
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("images/s: median of the rounds (lowest–highest, as whiskers)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.02)
     figure.suptitle(for_figure(f"{heading}: {title(result)}", 110), fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks.report import SCHEMA, Result, row_of, show_result, write_result
+from benchmarks.report import CHARTS, SCHEMA, Result, row_of, show_result, write_result
 from fastresnet import terminal
 from fastresnet.config import Device, Precision
 from fastresnet.threads import Threads, check_threads
@@ -82,7 +82,7 @@ class BenchmarkOptions(MachineOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         terminal.check_output("--json", self.json)
-        terminal.check_output("--chart", self.chart, (".png", ".svg", ".pdf"))
+        terminal.check_output("--chart", self.chart, CHARTS)
         if self.rounds < 1 or not 0 < self.seconds < math.inf:
             raise UsageError(f"--rounds {self.rounds} --seconds {self.seconds}: give finite numbers above 0.")
 

@@ -1,12 +1,16 @@
-"""Comparison of results, and rejection of invalid result files."""
+"""Charts of results, their comparison, and rejection of invalid result files."""
 
 import functools
 import json
 from operator import getitem
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from benchmarks.report import draw_bars
 from benchmarks.tables import RESULTS
+from fastresnet import plotting
 
 ENVIRONMENT = {"device": "a CPU", "threads": 2, "data": "shapes10", "batch_size": 8, "precision": "fp32"}
 
@@ -42,6 +46,38 @@ def test_compare_marks_only_changes_beyond_the_spread(write, run):
     assert words["same"] == ["100", "85", "0.850", "within", "the", "spread"]
     assert words["better"] == ["100", "150", "1.50", "faster"]
     assert "1 of 3 slower beyond the spread" in out
+
+
+@pytest.mark.parametrize("limit", [2_000, 100_000])
+def test_chart_begins_at_0_and_has_the_spread_of_each_row_beside_its_bar(write, monkeypatch, limit):
+    drawn = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, _: drawn.append(figure))
+    result = json.loads(write("a.json", slow=(3, 4, 6), fast=(900, 1000, 1234)).read_text())
+    for row in result["rows"]:
+        row["kind"] = "ours"
+    draw_bars(result, Path(), "Loaders", (limit, "limit"))
+    (figure,) = drawn
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert (axes.get_xscale(), low) == ("linear", 0)
+    assert [bar.get_width() for bar in axes.patches if bar.get_x() == 0] == [4, 1000]
+    assert [text.get_text() for text in axes.texts] == ["4 (3–6)", "1,000 (900–1,230)"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert (limit < high) == ("limit: 2,000" in texts)
+    assert (limit > high) == ("limit: 100,000 (beyond the axis)" in texts)
+
+
+@pytest.mark.parametrize("benchmark", ["loaders", "step", "train"])
+def test_chart_of_a_stored_result_is_drawn_again(run, tmp_path, benchmark):
+    result = RESULTS / f"{benchmark}-2-cores.json"
+    code, out, err = run("bench", "show", result, "--chart", tmp_path / "chart.png")
+    assert (code, err) == (0, "")
+    assert out
+    with Image.open(tmp_path / "chart.png") as ours, Image.open(result.with_suffix(".png")) as committed:
+        assert ours.size == committed.size
+    code, _, err = run("bench", "show", result, "--chart", "chart.doc")
+    assert code == 2
+    assert "ends in .png, .svg or .pdf" in err
 
 
 def test_compare_reports_different_devices_and_unmatched_rows(write, run):
