@@ -468,16 +468,18 @@ class Predictions:
         return wrong[np.argsort(-self.likely[wrong], kind="stable")][:SHOWN_MISTAKES]
 
     def mistakes(self) -> Figure:
-        """Draw the most confident mistakes."""
+        """Draw the most confident mistakes, or say that there are none."""
         from fastresnet.plotting import image_grid
 
         rows = self.worst()
-        titles = [self._title(row) for row in rows]
-        return image_grid(self.images[rows], titles, f"{self.name}: most confident mistakes; true / predicted class")
+        captions = ["\n".join(self.caption(row, lambda name: for_figure(name, 16).lstrip())) for row in rows]
+        heading = "most confident mistakes" if len(rows) else f"no mistakes: all {len(self.labels):,} images are right"
+        return image_grid(self.images[rows], captions, f"{self.name}: {heading}")
 
-    def _title(self, row: int) -> str:
-        true, taken_for = (for_figure(self.classes[number], 20) for number in (self.labels[row], self.predicted[row]))
-        return f"{true}\n{taken_for} {100 * self.likely[row]:.0f} %"
+    def caption(self, row: int, shown: Callable[[str], str]) -> tuple[str, str]:
+        """Name true and predicted class of an image, as `shown` writes names, and the probability of the latter."""
+        true, predicted = (shown(self.classes[number]) for number in (self.labels[row], self.predicted[row]))
+        return f"true: {true}", f"predicted: {predicted} {100 * self.likely[row]:.0f} %"
 
 
 def predict_test_set(run: Path, data: str | None, root: Path | None, device: str) -> Predictions:

@@ -21,6 +21,8 @@ def _import_matplotlib() -> None:
 _import_matplotlib()
 
 from matplotlib.axes import Axes as Axes  # noqa: E402
+from matplotlib.cm import ScalarMappable as ScalarMappable  # noqa: E402
+from matplotlib.colors import Normalize as Normalize  # noqa: E402
 from matplotlib.figure import Figure as Figure  # noqa: E402
 from matplotlib.font_manager import FontProperties as FontProperties  # noqa: E402
 from matplotlib.font_manager import findfont as findfont  # noqa: E402

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from fastresnet.callbacks import Callback
 from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
-from fastresnet.config import ENDING, TrainConfig, differences, from_dict, from_toml, in_turn
+from fastresnet.config import ENDING, TrainConfig, differences, from_dict, from_toml
 from fastresnet.text import for_terminal
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError, UserError
 from pipelines.files import open_file, remove_temporary_folders, write_bytes, write_json
 from pipelines.prepare import store_folder
+from pipelines.sampling import IMAGE_SIZE
 from pipelines.store import Dataset, open_store
 from pipelines.texts import read_json, read_text
 
@@ -362,13 +363,10 @@ class RunFolder:
     def draw_curves(self, rows: list[Row]) -> None:
         """Draw curves.png, if there are rows."""
         if rows and self.writes:
-            config, data = self._description["config"], self._description["data"]
-            title = f"{config['model']} on {data}, recipe {config['recipe']}, seed {config['seed']}"
-            if sizes := in_turn(config["resolutions"]):
-                title += f"; training images{sizes}"
             from fastresnet.plotting import curves, save_figure  # matplotlib takes half a second to load
 
-            save_figure(curves({title: (rows, _evaluated_split(rows))}), self.path / "curves.png")
+            run = Run(self.path, rows, None, from_dict(self._description["config"], "the run"))
+            save_figure(curves({run.title: run}), self.path / "curves.png")
 
     def write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, which ends the run, and return it."""
@@ -520,15 +518,37 @@ class Run:
     """Lines of metrics.csv, one for each epoch."""
     summary: dict[str, Any] | None
     """Contents of summary.json; None while the run is not finished."""
+    config: TrainConfig | None
+    """Settings; None if config.toml is missing."""
 
     @property
     def name(self) -> str:
         return self.folder.absolute().name
 
     @property
+    def title(self) -> str:
+        """Network, data, recipe and seed; the name if the settings are missing."""
+        config = self.config
+        if config is None:
+            return self.name
+        data = self.summary["data"] if self.summary else Path(config.data).name
+        return f"{config.model} on {data}, recipe {config.recipe}, seed {config.seed}"
+
+    @property
     def evaluated_on(self) -> str:
         """Split evaluated after every epoch, `test` or `val`."""
-        return _evaluated_split(self.rows)
+        return "val" if "val_loss" in self.rows[0] else "test"
+
+    @property
+    def size_changes(self) -> list[tuple[float, int]]:
+        """Sides of the training images so far, in pixels, each with the epochs before it; none if all are whole."""
+        if self.config is None or set(self.config.resolutions) == {IMAGE_SIZE}:
+            return []
+        sides, epoch_steps = self.config.resolutions, max(int(self.rows[0]["step"]), 1)
+        total_steps = self.config.total_steps(epoch_steps)
+        starts = [-(-number * total_steps // len(sides)) for number in range(len(sides))]  # as in `TrainConfig.side`
+        now = self.rows[-1]["step"]
+        return [(start / epoch_steps, side) for start, side in zip(starts, sides, strict=True) if start < now]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,8 +559,12 @@ class FinishedRun(Run):
     """Contents of summary.json."""
 
 
-def _evaluated_split(rows: list[Row]) -> str:
-    return "val" if "val_loss" in rows[0] else "test"
+def named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Name runs for a plot: one by its title, several by their folders, of which those of equal names have the path."""
+    if len(runs) == 1:
+        return {run.title: run for run in runs}
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else str(run.folder): run for run in runs}
 
 
 def read_run(folder: Path) -> Run:
@@ -554,14 +578,19 @@ def read_run(folder: Path) -> Run:
             raise ValueError("an epoch, step or lr is not a number")
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"{metrics} is damaged: {str(error)[:200]}.") from None
-    summary = folder / "summary.json"
-    return Run(folder, rows, read_summary(summary) if summary.exists() else None)
+    summary, config = folder / "summary.json", folder / "config.toml"
+    return Run(
+        folder,
+        rows,
+        read_summary(summary) if summary.exists() else None,
+        from_toml(config) if config.exists() else None,
+    )
 
 
 def read_finished_run(folder: Path) -> FinishedRun:
     """Read a run folder as `read_run` does. Raises `DataError` if the run is not finished, too."""
     run = read_run(folder)
-    return FinishedRun(run.folder, run.rows, read_summary(folder / "summary.json"))
+    return FinishedRun(run.folder, run.rows, read_summary(folder / "summary.json"), run.config)
 
 
 def _read_metrics(data: bytes) -> list[Row]:

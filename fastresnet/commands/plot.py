@@ -53,14 +53,10 @@ def run(arguments: list[str]) -> int:
 
 def _figure(options: Options) -> Figure:
     from fastresnet.plotting import curves
-    from fastresnet.run_folder import read_run
+    from fastresnet.run_folder import named, read_run
 
     if options.kind == "curves":
-        runs = [read_run(folder) for folder in options.runs]
-        names = [run.name for run in runs]
-        return curves(
-            {run.name if names.count(run.name) == 1 else str(run.folder): (run.rows, run.evaluated_on) for run in runs}
-        )
+        return curves(named([read_run(folder) for folder in options.runs]))
 
     from fastresnet.evaluation import predict_test_set
 

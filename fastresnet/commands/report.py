@@ -1,25 +1,26 @@
-"""`fastresnet report`: HTML report of a run."""
+"""`fastresnet report`: HTML report of runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+import warnings
 from pathlib import Path
 
 from fastresnet.arguments import Positional, parse
 from fastresnet.config import Device
 from fastresnet.terminal import check_output, say
-from pipelines.errors import DataError
+from pipelines.errors import Note, UsageError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Write an HTML report of a finished run: accuracy, curves, most confident mistakes, time and settings."""
+    """Write an HTML report of a run: accuracy, curves, mistakes, time and settings; of several, their comparison."""
 
-    run: Positional[Path]
-    """Run folder, such as runs/fast-resnet20-cifar10-seed0."""
+    runs: Positional[tuple[Path, ...]]
+    """Run folders, such as runs/fast-resnet20-cifar10-seed0."""
     out: Path | None = None
-    """File to write. Without it: report.html in the run folder."""
+    """File to write. Without it: report.html in the run folder, or here if there are several runs."""
     data: str | None = None
     """Name or folder of the data set that the run was trained on, if it has moved."""
     root: Path | None = None
@@ -29,6 +30,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_output("--out", self.out)
+        if not self.runs:
+            raise UsageError("report needs run folders: fastresnet report RUN ...")
 
 
 def run(arguments: list[str]) -> int:
@@ -38,13 +41,16 @@ def run(arguments: list[str]) -> int:
     from fastresnet.run_folder import read_run
     from pipelines.files import write_bytes
 
-    finished = read_run(options.run)
-    if finished.summary is None:
-        run = shlex.quote(str(options.run))
-        command = f"fastresnet train --config {run}/config.toml --out {run} --resume"
-        raise DataError(f"{options.run} is not finished (no summary.json). Finish it: {command}")
-    predictions = predict_test_set(options.run, options.data, options.root, options.device)
-    path = options.out or options.run / "report.html"
-    write_bytes(path, page(finished, predictions).encode())
+    runs = [read_run(folder) for folder in options.runs]
+    for each in runs:
+        if each.summary is None:
+            folder = shlex.quote(str(each.folder))
+            command = f"fastresnet train --config {folder}/config.toml --out {folder} --resume"
+            warnings.warn(f"{each.folder} is not finished. Finish it: {command}", Note, stacklevel=2)
+    predictions = None
+    if len(runs) == 1 and runs[0].summary is not None:
+        predictions = predict_test_set(options.runs[0], options.data, options.root, options.device)
+    path = options.out or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
+    write_bytes(path, page(runs, predictions).encode())
     say(path)
     return 0

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import os
 import shutil
+import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -213,26 +215,41 @@ def test_weights_carry_the_normalisation_of_their_training(run, tmp_path, datase
     assert run("predict", file, "--weights", tmp_path / "run" / "model.safetensors")[0] == 0
 
 
-def test_saliency_of_a_linear_network_is_the_largest_of_its_weights():
+def test_attributions_of_a_linear_network_are_weight_times_difference():
     torch.manual_seed(0)
     weights = load_weights(pretrained_file("resnet20"))
     linear = nn.Linear(3 * 32 * 32, 10)
-    weights = dataclasses.replace(weights, model=nn.Sequential(nn.Flatten(), linear))
+    network = Normalized(dataclasses.replace(weights, model=nn.Sequential(nn.Flatten(), linear)))
     images = torch.rand(5, 3, 32, 32)
-    normalized = (images - weights.mean) / weights.std
-    chosen = linear(normalized.flatten(1)).argmax(1)
-    gradient = (linear.weight[chosen].view(5, 3, 32, 32) / weights.std).abs().amax(1)
-    expected = gradient / gradient.flatten(1).amax(1)[:, None, None]
-    torch.testing.assert_close(predict._saliency(Normalized(weights), images), expected)
+    chosen = linear.weight[network(images).argmax(1)].view(5, 3, 32, 32)
+    expected = chosen * (images - weights.mean) / weights.std
+    torch.testing.assert_close(predict.integrated_gradients(network, images, network.mean), expected)
 
 
-def test_the_picture_shows_each_image_and_its_saliency(run, images, tmp_path):
-    code, *_ = run("predict", images, "--saliency", tmp_path / "saliency.png")
+def test_attributions_sum_to_the_difference_of_the_logits(dataset):
+    """Completeness, proposition 1 of the paper. Its authors take a sum for exact within 5 %, section 5."""
+    network = Normalized(load_weights(pretrained_file("resnet20"))).eval()
+    images = torch.from_numpy(np.array(dataset.test.images[:3])).permute(0, 3, 1, 2).float() / 255
+    attributions = predict.integrated_gradients(network, images, network.mean, steps=400)
+    with torch.no_grad():
+        logits, base = network(images), network(network.mean.expand(1, 3, 32, 32))
+    likely, classes = logits.max(1)
+    differences = likely - base[0, classes]
+    sums = attributions.sum((1, 2, 3))
+    assert differences.abs().min() > 0.1
+    torch.testing.assert_close(sums, differences, rtol=0.05, atol=0)
+
+
+def test_the_picture_shows_each_image_and_explains_its_colours(run, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    code, *_ = run("predict", images, "--saliency", tmp_path / "saliency.svg")
     assert code == 0
-    with Image.open(tmp_path / "saliency.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 900
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 500
+    tree = ElementTree.parse(tmp_path / "saliency.svg")
+    texts = [text.text for text in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a.JPG", "0.png", "3.png", "against the class", "no effect", "for the class"} <= set(texts)
+    assert any("Sundararajan et al. 2017" in text for text in texts)
+    drawn = list(tree.iter("{http://www.w3.org/2000/svg}image"))
+    assert len(drawn) == 2 * 5 + 1  # each image alone and with the colours over it, and the bar
 
 
 def test_a_run_folder_stands_for_its_weights(run, images, tmp_path, monkeypatch):

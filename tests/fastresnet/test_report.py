@@ -1,20 +1,24 @@
 """Plots and report pages of runs, parsed and, if a browser is installed, rendered."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastresnet import report
 from fastresnet.checkpoint import load_tensors, save_tensors
+from fastresnet.config import TrainConfig
 from fastresnet.evaluation import Predictions, predict_test_set
-from fastresnet.plotting import curves
-from fastresnet.run_folder import read_run
+from fastresnet.plotting import curves, sweep
+from fastresnet.run_folder import Run, named, read_run
 from fastresnet.weights import load_weights
 from pipelines.errors import DataError
 from pipelines.store import open_store
@@ -74,11 +78,12 @@ def test_predictions_and_eval_agree(run, finished, data_root):
     assert load_weights(finished / "model.safetensors").classes == predictions.classes
 
 
-def test_mistakes_figure_works_without_mistakes():
+def test_predictions_without_mistakes_are_said_to_have_none():
     labels = np.arange(3)
     images, likely = np.zeros((3, 32, 32, 3), np.uint8), np.ones(3, np.float32)
     predictions = Predictions("x", ("a", "b", "c"), images, labels, labels, likely)
-    assert predictions.mistakes().get_suptitle()
+    assert [text.get_text() for text in predictions.mistakes().texts] == ["x: no mistakes: all 3 images are right"]
+    assert "None: all 3 test images are right." in report._mistakes(predictions)
 
 
 # --- plot --------------------------------------------------------------------------------------------------------
@@ -107,17 +112,20 @@ def test_curves_of_several_runs_name_each_of_them(run, finished, other, tmp_path
     text = "".join(ElementTree.parse(tmp_path / "curves.svg").getroot().itertext())
     for folder, split in ((finished, "test"), (other, "val")):
         last = read_run(folder).rows[-1]
-        assert f"{folder.name}, train ({last['train_accuracy']:.2f} %)" in text
-        assert f"{folder.name}, {split} ({last[f'{split}_accuracy']:.2f} %)" in text
+        shown = f"train {last['train_accuracy']:.2f} %, {split} {last[f'{split}_accuracy']:.2f} %"
+        assert f"{folder.name}: {shown}" in text
+
+
+def run_of(rates, steps=10, **settings):
+    """A run of one epoch for each of `rates`, the learning rates."""
+    figures = dict.fromkeys(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), 1.0)
+    rows = [{"epoch": epoch, "step": epoch * steps, "lr": lr, **figures} for epoch, lr in enumerate(rates, 1)]
+    return Run(Path("somewhere/run"), rows, None, TrainConfig(**settings))
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 20])
 def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
-    rows = [
-        {"epoch": epoch, "lr": 0.1, "train_loss": 1, "train_accuracy": 50, "test_loss": 1, "test_accuracy": 50}
-        for epoch in range(1, epochs + 1)
-    ]
-    for axes in curves({"run": (rows, "test")}).axes:
+    for axes in curves({"run": run_of([0.1] * epochs)}).axes:
         low, high = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
         assert ticks
@@ -126,13 +134,65 @@ def test_the_axis_of_the_epochs_has_whole_numbers_only(epochs):
 
 @pytest.mark.parametrize(
     ("rates", "scale", "line"),
-    [([0.1] * 4 + [0.01] * 3 + [0.001] * 2, "log", "steps-mid"), ([0.3, 0.2, 0.1, 0.0], "linear", "default")],
+    [
+        ([0.1] * 4 + [0.01] * 3 + [0.001] * 2, "log", "steps-mid"),
+        ([0.3, 0.2, 0.1, 0.0], "linear", "default"),
+        ([0.1, 0.1, 0.0, 0.0], "linear", "default"),  # a logarithmic axis cannot show 0
+        ([0.1], "linear", "default"),
+    ],
 )
 def test_learning_rates_that_fall_in_steps_are_stairs_and_others_a_line(rates, scale, line):
-    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    rows = [{"epoch": epoch, "lr": lr, **dict.fromkeys(names, 1.0)} for epoch, lr in enumerate(rates, 1)]
-    axes = curves({"run": (rows, "test")}).axes[2]
+    axes = curves({"run": run_of(rates)}).axes[2]
     assert (axes.get_yscale(), axes.lines[0].get_drawstyle()) == (scale, line)
+    assert scale == "log" or axes.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_of_one_epoch_is_visible(several):
+    runs = {"a": run_of([0.1]), **({"b": run_of([0.1] * 90)} if several else {})}
+    for axes in curves(runs).axes:
+        points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+        assert points
+        assert all(line.get_marker() == "o" for line in points)
+
+
+def test_title_of_a_run_is_its_network_data_recipe_and_seed():
+    run = run_of([0.1], model="resnet56", data="somewhere/shapes10", recipe="fast", seed=7)
+    assert run.title == "resnet56 on shapes10, recipe fast, seed 7"
+    assert curves(named([run])).get_suptitle() == run.title
+    assert list(named([run, run_of([0.1])])) == ["somewhere/run"]
+    assert dataclasses.replace(run, config=None).title == "run"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "limit", "taken", "changes"),
+    [
+        (8, None, 8, [(0, 16), (2, 20), (4, 24), (6, 32)]),
+        (8, None, 5, [(0, 16), (2, 20), (4, 24)]),  # not finished
+        (8, 30, 3, [(0, 16), (0.8, 20), (1.5, 24), (2.3, 32)]),  # of 30 steps, each size has 7.5
+    ],
+)
+def test_sizes_of_training_images_are_marked_where_they_change(epochs, limit, taken, changes):
+    sides = (16, 20, 24, 32)
+    run = run_of([0.1] * taken, epochs=epochs, iterations=limit, resolutions=sides)
+    assert run.size_changes == changes
+    steps = run.config.sides(run.config.total_steps(10))
+    first = [steps.index(side) / 10 for side in sides]
+    assert first[: len(changes)] == [epoch for epoch, _ in changes]
+    for axes in curves({"run": run}).axes[:2]:
+        assert [text.get_text() for text in axes.texts] == [f"{side} px" for _, side in changes]
+    other = run_of([0.1] * taken, epochs=epochs, iterations=limit)
+    assert not other.size_changes
+    assert not curves({"a": run, "b": other}).axes[0].texts
+
+
+def test_legend_of_a_range_test_is_beside_the_curve():
+    rates = np.geomspace(1e-5, 10, 100)
+    figure = sweep(rates, rates + 1, rates + 1, {"steepest": 0.1, "a tenth of the lowest": 0.01})
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert len(legend.get_texts()) == 4
+    assert legend.get_window_extent().y1 < axes.get_tightbbox().y0
 
 
 @pytest.mark.parametrize(
@@ -185,7 +245,11 @@ def test_report_page_has_the_results_and_is_self_contained(page, finished):
     for value in (summary["test_accuracy"], summary["test_accuracy_mirror"], summary["best_accuracy"]):
         assert f"{value:.2f} %" in tags.text
     assert "chosen on the test set itself" in tags.text
-    assert "Changed from the recipe: batch_size, epochs" in tags.text
+    changed = html.partition("Changed from recipe smoke:")[2].partition("<details>")[0]
+    assert re.findall("<tr><td>([^<]*)</td><td>([^<]*)<", changed) == [("batch_size", "32"), ("epochs", "2")]
+    assert "Images per optimisation step" in changed
+    for name, value in (("threads", summary["environment"]["threads"]), ("precision", "fp32"), ("backend", "eager")):
+        assert f"<tr><td>{name}</td><td>{value}</td>" in html
     fetched = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href") and value]
     assert all(value.startswith(("#", "data:")) for value in fetched)
     assert "<script" not in html
@@ -200,37 +264,104 @@ def test_ids_in_the_report_page_are_unique_and_resolve(page):
         assert set(reference) & set(identifiers)
 
 
-@pytest.mark.parametrize("width", [390, 1200])
-def test_browser_renders_the_page_without_messages_at_every_width(page, tmp_path, width):
+def test_every_setting_has_a_meaning_on_the_page():
+    meanings = report._meanings()
+    assert set(TrainConfig().to_dict()) - {"recipe"} <= meanings.keys()
+    assert meanings["seed"] == "Seed of initial weights, order and augmentation."
+
+
+@pytest.fixture(scope="module")
+def comparison(finished, other, tmp_path_factory):
+    from fastresnet import cli
+
+    path = tmp_path_factory.mktemp("pages") / "several.html"
+    assert cli.main(["report", str(finished), str(other), "--out", str(path)]) == 0
+    return path
+
+
+def test_comparison_has_accuracies_and_the_settings_that_differ(comparison, finished, other):
+    html = comparison.read_text()
+    text = Tags(html).text
+    for folder in (finished, other):
+        assert f"{read_run(folder).summary['test_accuracy']:.2f} %" in text
+        assert folder.name in text
+    rows = re.findall(r'<tr><td data-name="setting">(\w+)</td>', html)
+    assert {"epochs", "val_split"} <= set(rows)
+    assert not {"batch_size", "model", "seed"} & set(rows)
+    assert "<script" not in html
+
+
+def test_reports_of_several_runs_are_written_here(run, finished, other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("report", finished, other)[:2] == (0, "report.html\n")
+    code, _, err = run("report")
+    assert (code, err) == (2, "fastresnet: report needs run folders: fastresnet report RUN ...\n")
+
+
+MEASURE = """<script>
+const width = document.documentElement.clientWidth, parts = "h1, h2, p, td, th, figure, figcaption, .tile"
+const cut = [...document.querySelectorAll(parts)].filter(
+  part => !part.closest(".wide") && part.getBoundingClientRect().right > width + 1)
+const red = getComputedStyle(document.querySelector("td")).color.match(/[0-9]+/)[0]
+parent.document.title += [width, document.documentElement.scrollWidth, cut.length, red > 128].join(" ") + ";"
+</script>"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_browser_renders_pages_without_messages_at_every_width(page, comparison, tmp_path, dark):
+    """The narrowest window of chromium has 500 pixels, so the pages are in frames."""
     chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
-    copy = tmp_path / "page.html"
-    measure = (
-        "<script>document.title = document.documentElement.scrollWidth + ' ' + document.images[0].naturalWidth</script>"
-    )
-    copy.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    frames = ""
+    for path in (page, comparison):
+        name = f"{path.stem}-measured.html"
+        (tmp_path / name).write_text(path.read_text().replace("</body>", f"{MEASURE}</body>"))
+        frames += "".join(f'<iframe src="{name}" width="{width}" height="900"></iframe>' for width in (390, 1280))
+    (tmp_path / "frames.html").write_text(f"<title></title><style>iframe {{ border: 0 }}</style>{frames}")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars"]
+    command += ["--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     done = subprocess.run(
-        [*command, f"--window-size={width},2000", "--dump-dom", copy.as_uri()],
+        [*command, "--dump-dom", (tmp_path / "frames.html").as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     assert "CONSOLE" not in done.stderr
-    shown_width, image_width = map(int, re.search(r"<title>(\d+) (\d+)</title>", done.stdout).groups())
-    assert shown_width <= max(width, 500)  # the narrowest window that chromium opens
-    assert image_width > 500
+    light_text = "true" if dark else "false"
+    expected = [f"{width} {width} 0 {light_text}" for width in (390, 1280)] * 2
+    measured = re.search("<title>([^<]*);</title>", done.stdout)[1].split(";")
+    assert sorted(measured) == sorted(expected)
+
+
+def test_unfinished_run_is_shown_with_the_command_that_finishes_it(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("epochs = 2", "epochs = 9"))
+    code, _, err = run("report", tmp_path / "run")
+    assert code == 0
+    folder = tmp_path / "run"
+    assert f"Finish it: fastresnet train --config {folder}/config.toml --out {folder} --resume" in err
+    text = Tags((folder / "report.html").read_text()).text
+    assert "Not finished: 2 of 9 epochs." in text
+    assert f"{read_run(folder).rows[-1]['test_accuracy']:.2f} %" in text
+    assert "Confusion matrix" not in text
 
 
 @pytest.mark.parametrize(
-    ("remove", "message"), [("summary.json", "is not finished"), ("model.safetensors", "not a readable file")]
+    ("remove", "code", "message"),
+    [
+        ("model.safetensors", 3, "not a readable file"),
+        ("config.toml", 2, "cannot read the config"),
+        ("metrics.csv", 3, "no metrics.csv"),
+    ],
 )
-def test_report_of_an_unfinished_run_is_refused(run, finished, tmp_path, remove, message):
+def test_report_of_an_incomplete_run_is_refused(run, finished, tmp_path, remove, code, message):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink(missing_ok=True)
     (tmp_path / "run" / remove).unlink()
-    code, _, err = run("report", tmp_path / "run")
-    assert code == 3
+    got, _, err = run("report", tmp_path / "run")
+    assert (got, err.count("\n")) == (code, 1)
     assert message in err
     assert not (tmp_path / "run" / "report.html").exists()
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -24,6 +25,7 @@ from fastresnet.commands.train import print_table
 from fastresnet.console import PlainConsole
 from fastresnet.evaluation import Predictions
 from fastresnet.plotting import confusion, curves, rendered
+from fastresnet.run_folder import Run
 from fastresnet.text import for_csv, for_figure, for_terminal
 from fastresnet.training.loggers import TerminalLogger
 from pipelines.errors import DataError
@@ -77,10 +79,10 @@ def no_other_fonts(monkeypatch):
     monkeypatch.setattr(text, "_characters_of_other_fonts", dict)
 
 
-def in_figure(name):
+def in_figure(name, width=32):
     """Return how `name` reads in a figure, where only matplotlib's own font is installed."""
-    name = visible(name).replace("猫と犬", r"\u732b\u3068\u72ac")
-    return name if len(name) <= 32 else f"{name[:15]}…{name[-15:]}"
+    name, half = visible(name).replace("猫と犬", r"\u732b\u3068\u72ac"), (width - 1) // 2
+    return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +261,10 @@ def test_real_terminal_receives_only_the_programs_own_escapes(python, trained, i
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
+ROW = {"epoch": 1, "step": 1, "lr": 0.1, "train_loss": 1, "train_accuracy": 50, "test_loss": 1, "test_accuracy": 40}
+ONE_EPOCH = Run(Path("run"), [ROW], None, None)
+
+
 def images_of(counts):
     """True and predicted classes of as many images as the matrix `counts` says."""
     return np.repeat(np.indices(counts.shape).reshape(2, -1), counts.ravel(), axis=1)
@@ -290,24 +296,22 @@ def test_mistakes_show_every_name():
             text.strip()
             for text in drawn(Predictions("a", classes, images, labels, np.roll(labels, -1), likely).mistakes())
         ]
-        short = [in_figure(name) if len(name) <= 20 else f"{'x' * 9}…{'x' * 9}" for name in classes]
-        expected = [*short, *(f"{name} 50 %" for name in short), "a: most confident mistakes; true / predicted class"]
+        names = [in_figure(name, 16) for name in classes]
+        lines = [line for name in names for line in (f"true: {name}", f"predicted: {name} 50 %")]
+        expected = [*lines, "a: most confident mistakes"]
         assert sorted(texts) == sorted(expected)
 
 
 @pytest.mark.usefixtures("no_other_fonts")
 def test_curves_name_every_run():
-    row = {"epoch": 1, "lr": 0.1, "train_loss": 1, "train_accuracy": 50, "test_loss": 1, "test_accuracy": 40}
-    texts = drawn(curves({name: ([row], "test") for name in CLASSES}))
+    texts = [text.strip() for text in drawn(curves(dict.fromkeys(CLASSES, ONE_EPOCH)))]
     for name in CLASSES:
-        shown = in_figure(name) if len(name) < 60 else f"{'x' * 29}…{'x' * 29}"
-        assert f"{shown}, train (50.00 %)" in [text.strip() for text in texts]
+        assert f"{in_figure(name, 60)}: train 50.00 %, test 40.00 %" in texts
 
 
 @pytest.mark.usefixtures("no_other_fonts")
 def test_curves_of_one_run_have_its_name_as_title():
-    row = {"epoch": 1, "lr": 0.1, "train_loss": 1, "train_accuracy": 50, "test_loss": 1, "test_accuracy": 40}
-    assert r"$\foo{$ 猫\x1b".replace("猫", r"\u732b") in drawn(curves({"$\\foo{$ 猫\x1b": ([row], "test")}))
+    assert r"$\foo{$ 猫\x1b".replace("猫", r"\u732b") in drawn(curves({"$\\foo{$ 猫\x1b": ONE_EPOCH}))
 
 
 def test_two_runs_of_one_name_are_both_drawn(run, trained, tmp_path):
@@ -316,7 +320,7 @@ def test_two_runs_of_one_name_are_both_drawn(run, trained, tmp_path):
     with mpl.rc_context({"svg.fonttype": "none"}):
         code, *_ = run("plot", tmp_path / "a/run", tmp_path / "b/run", "--out", tmp_path / "curves.svg")
     assert code == 0
-    assert "".join(ElementTree.parse(tmp_path / "curves.svg").getroot().itertext()).count(", train (") == 2
+    assert "".join(ElementTree.parse(tmp_path / "curves.svg").getroot().itertext()).count(": train ") == 2
 
 
 def test_missing_characters_come_from_another_font(tmp_path, monkeypatch):
