@@ -1,4 +1,4 @@
-"""`fastresnet report`: HTML report of runs."""
+"""`fastresnet report`: HTML report of runs, as a file or over HTTP."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Options:
     """Run folders, such as runs/fast-resnet20-cifar10-seed0."""
     out: Path | None = None
     """File to write. Without it: report.html in the run folder, or here if there are several runs."""
+    serve: int | None = None
+    """Show the page at this port of 127.0.0.1 instead, up to date while the runs are trained; 0: a free port."""
     data: str | None = None
     """Name or folder of the data set that the run was trained on, if it has moved."""
     root: Path | None = None
@@ -32,10 +34,16 @@ class Options:
         check_output("--out", self.out)
         if not self.runs:
             raise UsageError("report needs run folders: fastresnet report RUN ...")
+        if self.serve is not None and not 0 <= self.serve < 1 << 16:
+            raise UsageError(f"--serve {self.serve} is not a port, 0..65535.")
+        if self.serve is not None and self.out is not None:
+            raise UsageError("--serve shows the page and --out writes it: give one of them.")
 
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "report", arguments)
+    if options.serve is not None:
+        return _serve(options.runs, options.serve)
     from fastresnet.evaluation import predict_test_set
     from fastresnet.report import page
     from fastresnet.run_folder import read_run
@@ -53,4 +61,13 @@ def run(arguments: list[str]) -> int:
     path = options.out or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
     write_bytes(path, page(runs, predictions).encode())
     say(path)
+    return 0
+
+
+def _serve(runs: tuple[Path, ...], port: int) -> int:
+    from fastresnet.live import LiveServer
+
+    with LiveServer(runs, port) as server:
+        print(f"{server.url} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
     return 0
