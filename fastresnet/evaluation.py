@@ -418,7 +418,7 @@ def evaluation_threads(
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, pipeline: Pipeline, *, precision: str, device: torch.device
+    model: nn.Module, pipeline: Pipeline, precision: str, device: torch.device, report: Report = lambda *_: None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predict the most likely class of each image of the split, in its order.
 
@@ -426,11 +426,12 @@ def predict(
     """
     model.eval()
     parts = []
-    for batch in pipeline.epoch(0):
+    for done, batch in enumerate(pipeline.epoch(0), 1):
         with autocast(precision, device):
             logits = model(batch.images).float()
         likely, predicted = logits.softmax(1).max(1)
         parts.append([part[: batch.valid].cpu() for part in (predicted, likely, batch.labels)])
+        report("evaluating batches", done, len(pipeline))
     predicted, likely, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     return predicted, likely, labels
 
@@ -482,7 +483,9 @@ class Predictions:
         return f"true: {true}", f"predicted: {predicted} {100 * self.likely[row]:.0f} %"
 
 
-def predict_test_set(run: Path, data: str | None, root: Path | None, device: str) -> Predictions:
+def predict_test_set(
+    run: Path, data: str | None, root: Path | None, device: str, report: Report = lambda *_: None
+) -> Predictions:
     """Run the network of a finished run on the test set of its data; `data` and `root` as in `find_run_data`.
 
     Raises `DataError` if the weights or the data set are missing or damaged, or do not match.
@@ -495,7 +498,7 @@ def predict_test_set(run: Path, data: str | None, root: Path | None, device: str
     precision = precision if supports(precision, on) else "fp32"
     pipeline = open_evaluation(dataset, weights.normalization, precision, on)
     with contextlib.closing(pipeline):
-        predicted, likely, labels = predict(weights.model.to(on), pipeline, precision=precision, device=on)
+        predicted, likely, labels = predict(weights.model.to(on), pipeline, precision, on, report)
     return Predictions(
         f"{weights.name} on {dataset.name}", dataset.classes, np.asarray(dataset.test.images), labels, predicted, likely
     )

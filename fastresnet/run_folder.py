@@ -519,7 +519,7 @@ class Run:
     summary: dict[str, Any] | None
     """Contents of summary.json; None while the run is not finished."""
     config: TrainConfig | None
-    """Settings; None if config.toml is missing."""
+    """Settings, of a finished run those that `auto` stood for; None if config.toml is missing."""
 
     @property
     def name(self) -> str:
@@ -578,13 +578,15 @@ def read_run(folder: Path) -> Run:
             raise ValueError("an epoch, step or lr is not a number")
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"{metrics} is damaged: {str(error)[:200]}.") from None
-    summary, config = folder / "summary.json", folder / "config.toml"
-    return Run(
-        folder,
-        rows,
-        read_summary(summary) if summary.exists() else None,
-        from_toml(config) if config.exists() else None,
-    )
+    summary = read_summary(path) if (path := folder / "summary.json").exists() else None
+    config = from_toml(path) if (path := folder / "config.toml").exists() else None
+    return Run(folder, rows, summary, config and _resolved(config, summary))
+
+
+def _resolved(config: TrainConfig, summary: dict[str, Any] | None) -> TrainConfig:
+    """Return the settings in config.toml with what the finished run has chosen for `auto`, if its summary says so."""
+    chosen = {name: value for name, value in (summary or {}).get("settings", {}).items() if name in _INEXACT_ON_RESUME}
+    return dataclasses.replace(config, **chosen)
 
 
 def read_finished_run(folder: Path) -> FinishedRun:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastresnet.arguments import Positional, parse
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, say
+from fastresnet.terminal import check_output, load_torch, progress_line, say
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,14 +34,13 @@ class Options:
 
     def __post_init__(self) -> None:
         check_output("--out", self.out, (".png", ".svg"))
-        if not self.runs:
-            raise UsageError("plot needs run folders: fastresnet plot RUN ...")
         if self.kind != "curves" and len(self.runs) > 1:
             raise UsageError(f"--kind {self.kind} takes only one run.")
 
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "plot", arguments)
+    load_torch()
     from fastresnet.plotting import save_figure
 
     folder = options.runs[0] if len(options.runs) == 1 else Path()
@@ -60,5 +59,6 @@ def _figure(options: Options) -> Figure:
 
     from fastresnet.evaluation import predict_test_set
 
-    predictions = predict_test_set(options.runs[0], options.data, options.root, options.device)
+    with progress_line() as report:
+        predictions = predict_test_set(options.runs[0], options.data, options.root, options.device, report)
     return predictions.confusion() if options.kind == "confusion" else predictions.mistakes()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import warnings
 from pathlib import Path
 
 from fastresnet.arguments import Positional, parse
 from fastresnet.config import Device
-from fastresnet.terminal import check_output, say
-from pipelines.errors import Note, UsageError
+from fastresnet.terminal import check_output, load_torch, progress_line, say
+from pipelines.errors import UsageError, note
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +31,6 @@ class Options:
 
     def __post_init__(self) -> None:
         check_output("--out", self.out)
-        if not self.runs:
-            raise UsageError("report needs run folders: fastresnet report RUN ...")
         if self.serve is not None and not 0 <= self.serve < 1 << 16:
             raise UsageError(f"--serve {self.serve} is not a port, 0..65535.")
         if self.serve is not None and self.out is not None:
@@ -42,6 +39,7 @@ class Options:
 
 def run(arguments: list[str]) -> int:
     options: Options = parse(Options, "report", arguments)
+    load_torch()
     if options.serve is not None:
         return _serve(options.runs, options.serve)
     from fastresnet.evaluation import predict_test_set
@@ -54,10 +52,11 @@ def run(arguments: list[str]) -> int:
         if each.summary is None:
             folder = shlex.quote(str(each.folder))
             command = f"fastresnet train --config {folder}/config.toml --out {folder} --resume"
-            warnings.warn(f"{each.folder} is not finished. Finish it: {command}", Note, stacklevel=2)
+            note(f"{each.folder} is not finished. Finish it: {command}")
     predictions = None
     if len(runs) == 1 and runs[0].summary is not None:
-        predictions = predict_test_set(options.runs[0], options.data, options.root, options.device)
+        with progress_line() as report:
+            predictions = predict_test_set(options.runs[0], options.data, options.root, options.device, report)
     path = options.out or (options.runs[0] if len(runs) == 1 else Path()) / "report.html"
     write_bytes(path, page(runs, predictions).encode())
     say(path)

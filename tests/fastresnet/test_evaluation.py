@@ -344,7 +344,7 @@ def counts(file, data, root):
     """Confusion matrix of the network in `file` on the test set of `data`."""
     weights, dataset = find_dataset_for(load_weights(file), file, data, root)
     with contextlib.closing(open_evaluation(dataset, weights.normalization, "fp32", CPU)) as pipeline:
-        predicted, _, labels = predict(weights.model, pipeline, precision="fp32", device=CPU)
+        predicted, _, labels = predict(weights.model, pipeline, "fp32", CPU)
     return np.histogram2d(labels, predicted, bins=len(dataset.classes), range=2 * [(0, len(dataset.classes))])[0]
 
 
