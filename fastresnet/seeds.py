@@ -213,7 +213,7 @@ def _train(arguments: Sequence[str], seed: int, folder: Path, gpu: int | None, s
         visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
     command = [sys.executable, "-m", "fastresnet", "train", *arguments]
-    command += ["--seed", str(seed), "--out", str(folder), "--quiet"]
+    command += ["--quiet", "--seed", str(seed), "--out", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "train.log", "a", opener=open_file) as log:  # notes and errors; it writes the rest itself
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

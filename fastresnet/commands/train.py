@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import sys
 import time
@@ -93,13 +95,14 @@ def run(arguments: list[str]) -> int:
     if options.find_lr is not None:
         return _find_lr(config, options.find_lr)
     load_torch()
-    with outlived_output():
+    shown = contextlib.redirect_stdout(io.StringIO()) if options.quiet else contextlib.nullcontext()
+    with outlived_output(), shown:
         if options.seeds is not None:
             return _train_seeds(config, parse_seeds(options.seeds), options.per_gpu, arguments)
-        return _train(config, began, quiet=options.quiet)
+        return _train(config, began)
 
 
-def _train(config: TrainConfig, began: float, *, quiet: bool) -> int:
+def _train(config: TrainConfig, began: float) -> int:
     from fastresnet.console import PlainConsole
     from fastresnet.distributed import world_of_torchrun
     from fastresnet.run_folder import run_path
@@ -111,8 +114,8 @@ def _train(config: TrainConfig, began: float, *, quiet: bool) -> int:
         _check_before_data(config, [run_path(config, _data_name(config))])
     dataset = _find_dataset(config)
     spent = {"import": imported - began, "data": time.perf_counter() - imported}
-    summary = train(config, dataset, PlainConsole(quiet=quiet or not main), spent)
-    if main and not quiet:
+    summary = train(config, dataset, PlainConsole(quiet=not main), spent)
+    if main:
         print_table("result", _summary_lines(summary))
     return 0
 

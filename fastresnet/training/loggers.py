@@ -234,7 +234,7 @@ def _create_loggers(
     if config.tensorboard:  # it writes into the run folder
         yield TensorBoardLogger(config, folder, start_step)
     yield PlainLogger(run.log, total_steps)
-    if console.is_terminal and not console.quiet:
+    if console.is_terminal:
         yield TerminalLogger(console, total_steps)
     else:
         yield PlainLogger(functools.partial(console.print, soft_wrap=True), total_steps)
