@@ -62,10 +62,11 @@ def _print_names(found: dict[str, list[Entry]]) -> None:
 
     from fastresnet.console import PlainConsole
 
-    table = Table.grid(padding=(0, 1))
     for kind, entries in found.items():
-        table.add_row(kind, ", ".join(entry["name"] for entry in entries))
-    PlainConsole().print_table(table)
+        line = Table.grid(padding=(0, 1))
+        line.add_column(width=max(map(len, found)))
+        line.add_row(kind, ", ".join(entry["name"] for entry in entries))
+        PlainConsole().print_table(line)
     *others, last = list(found)
     print(f"For figures: fastresnet list {', '.join(others)} or {last}")
 
@@ -94,7 +95,7 @@ def _recipes(_: Path) -> list[Entry]:
     for name, recipe in RECIPES.items():
         config = create_config(name)
         length = {"iterations": config.iterations} if config.iterations else {"epochs": config.epochs}
-        about = (recipe.__doc__ or "").partition("\n")[0].replace("`", "")
+        about = (recipe.__doc__ or "").partition("\n")[0].replace("`", "").removesuffix(".")
         entries.append(
             {"name": name, "about": about, "model": config.model, **length, "test_accuracy": accuracies[name]}
         )
@@ -169,7 +170,7 @@ LISTS = {
     ),
     "recipes": _List(
         "recipes, for train; accuracy on CIFAR-10, last epoch, single view",
-        ("recipe", "", "network", "length", "test accuracy", "seeds"),
+        ("recipe", "aim", "network", "length", "test accuracy", "seeds"),
         3,
         _recipes,
         _recipe_line,
