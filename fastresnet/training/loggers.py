@@ -374,6 +374,7 @@ class WandbLogger(LibraryLogger):
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import wandb
 
+        self._exit_code = 1  # of a run that fails or is stopped
         self._wandb = wandb
         if (place := folder / "wandb").is_symlink():
             remedy = "Remove it, or give another folder with --out."
@@ -404,8 +405,10 @@ class WandbLogger(LibraryLogger):
             values["confusion_table"] = self._wandb.Table(**confusion.table())
         self._run.log(values)  # with the last epoch; a resumed run would refuse its step, which an earlier one has sent
 
+        self._exit_code = 0
+
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=self._exit_code)
 
 
 class MlflowLogger(LibraryLogger):
@@ -420,6 +423,7 @@ class MlflowLogger(LibraryLogger):
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import mlflow
 
+        self._status = "FAILED"  # of a run that fails or is stopped
         self._mlflow = mlflow
         try:
             self._start(config, folder)
@@ -451,8 +455,10 @@ class MlflowLogger(LibraryLogger):
             self._mlflow.log_image(confusion.picture, "confusion.png")
             self._mlflow.log_dict(confusion.table(), "confusion_table.json")
 
+        self._status = "FINISHED"
+
     def close(self) -> None:
-        self._mlflow.end_run()
+        self._mlflow.end_run(self._status)
 
 
 def _identity(folder: Path) -> str:

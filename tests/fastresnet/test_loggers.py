@@ -314,4 +314,6 @@ def test_failure_of_one_logger_closes_the_others(run, tmp_path, monkeypatch):
     assert code == 2
     assert "--wandb: Not logged in. Log in with" in err
     assert mlflow.active_run() is None
+    (logged,) = mlflow.MlflowClient(uri).search_runs(["0"])
+    assert logged.info.status == "FAILED"
     assert not (tmp_path / "run").exists()
