@@ -191,7 +191,7 @@ def draw_graph(boxes: Sequence[Box], title: str, subtitle: str) -> str:
             f'<rect width="{right}" height="{bottom}" style="fill: #fff; stroke: none"/>',
             f'<text class="title" x="{_MAIN}" y="30">{html.escape(title)}</text>',
             f'<text x="{_MAIN}" y="48">{html.escape(subtitle)}</text>',
-            f'<text class="block end" x="{_MAIN + _WIDTH - 80}" y="70">output shape</text>',
+            f'<text class="block end" x="{_MAIN + _WIDTH - 80}" y="70">output</text>',
             f'<text class="block end" x="{_MAIN + _WIDTH - 10}" y="70">parameters</text>',
             *_frames(boxes, places, right),
             *edges,
