@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import base64
-import inspect
 import io
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -14,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastresnet.arguments import docstrings_of
 from fastresnet.config import COMPILE, TrainConfig
 from fastresnet.evaluation import Predictions
 from fastresnet.figures import Figure
@@ -258,7 +256,7 @@ def _computation(run: Run) -> Iterator[tuple[str, Any, str]]:
 
 
 def _settings(run: Run) -> str:
-    config, meanings = _config(run), _meanings()
+    config, meanings = _config(run), docstrings_of(TrainConfig)
     changed, settings = changed_settings(config), config.to_dict()
     first = f"<p>All as in recipe {_html(config.recipe)}.</p>"
     if changed:
@@ -266,17 +264,6 @@ def _settings(run: Run) -> str:
         first = f"<p>Changed from recipe {_html(config.recipe)}:</p>{lines}"
     every = _terms((name, value, meanings.get(name, "")) for name, value in settings.items())
     return f"{first}<details><summary>All {len(settings)} settings</summary>{every}</details>"
-
-
-def _meanings() -> dict[str, str]:
-    """Read the docstrings of the settings."""
-    (definition,) = ast.parse(inspect.getsource(TrainConfig)).body
-    found = {}
-    for field, text in itertools.pairwise(ast.iter_child_nodes(definition)):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
-                found[name] = " ".join(docstring.split())
-    return found
 
 
 def _environment(summary: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -337,7 +324,7 @@ def _differences(runs: dict[str, Run]) -> str:
     machines = [(run.summary or {}).get("environment", {}).get("device", "") for run in runs.values()]
     if len({*machines} - {""}) > 1:
         values["machine"] = machines
-    meanings = {**_meanings(), "machine": "Processor or GPU of the run."}
+    meanings = {**docstrings_of(TrainConfig), "machine": "Processor or GPU of the run."}
     lines = [[name, *each, meanings.get(name, "")] for name, each in values.items() if len({*each}) > 1]
     if not lines:
         return "<p>None: the runs have the same settings.</p>"
