@@ -9,8 +9,9 @@ from rich.console import Console
 
 from fastresnet.config import TrainConfig
 from fastresnet.distributed import SINGLE
-from fastresnet.models import batchnorm, create_model
+from fastresnet.models import batchnorm
 from fastresnet.models.batchnorm import BatchNorm2d
+from fastresnet.models.resnet import create_resnet
 from fastresnet.training import kernels, loop
 from fastresnet.training.kernels import check_muon, choose_kernels
 from fastresnet.training.loop import train
@@ -22,12 +23,22 @@ from pipelines.errors import Note, RunError
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def few_timed_steps(monkeypatch):
+    monkeypatch.setattr(kernels, "_TIMED_STEPS", 1)
+
+
+def create_step(precision, **settings):
+    """A step of ResNet-8, which has one block in each stage."""
+    torch.manual_seed(0)
+    network = create_resnet(8, num_classes=10, shortcut="B", drop_path=0.0).to(memory_format=torch.channels_last)
+    optimizers = create_optimizers(network, TrainConfig(optimizer="muon"))
+    return TrainStep(network, optimizers, [1.0, 0.5], precision=precision, device=CPU, **settings)
+
+
 @pytest.fixture
 def step():
-    torch.manual_seed(0)
-    network = create_model("resnet20").to(memory_format=torch.channels_last)
-    optimizers = create_optimizers(network, TrainConfig(optimizer="muon"))
-    return TrainStep(network, optimizers, [1.0, 0.5], precision="bf16", device=CPU, ema_decay=0.9)
+    return create_step("bf16", ema_decay=0.9)
 
 
 @pytest.fixture
@@ -134,9 +145,7 @@ def test_lack_of_memory_is_no_fault_of_the_kernels(step, batch, changed_kernels)
 
 
 def test_an_overflow_in_fp16_is_no_fault_of_the_kernels(batch):
-    network = create_model("resnet20").to(memory_format=torch.channels_last)
-    optimizers = create_optimizers(network, TrainConfig(optimizer="muon"))
-    step = TrainStep(network, optimizers, [1.0], precision="fp16", device=CPU)
+    step = create_step("fp16")
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Note)
