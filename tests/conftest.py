@@ -22,6 +22,7 @@ from pipelines import LIBRARIES
 from pipelines.prepare import prepare
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # of onnxruntime in the tests themselves
+os.environ["NUMBA_OPT"] = "0"  # optimising takes half of FFCV's compilation
 # Inductor remembers for the whole process where its headers are: not in a home folder that a test has made.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 

@@ -11,9 +11,9 @@ from pipelines.prepare import prepare
 
 @pytest.fixture(scope="module")
 def tiny_root(tmp_path_factory):
-    """Prepare 80 training and 30 test images, five steps an epoch, for the runs in tiny_runs.py."""
+    """Prepare 40 training and 20 test images, five steps an epoch, for the runs in tiny_runs.py."""
     root = tmp_path_factory.mktemp("tiny")
-    prepare("shapes10", root, lambda *_: None, train_images=80, test_images=30)
+    prepare("shapes10", root, lambda *_: None, train_images=40, test_images=20)
     return root
 
 
@@ -39,5 +39,6 @@ def small_runs():
     """Give ResNet-20 one block in each stage, and draw no curves: runs take a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
+        patch.setattr(plotting, "curves", lambda _: None)
         patch.setattr(plotting, "rendered", lambda *_: b"a picture")
         yield

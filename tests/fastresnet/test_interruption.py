@@ -361,7 +361,7 @@ def test_memory_exhaustion_names_the_batch_size(start, tmp_path):
     limit = "int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)"
     fault = f"resource.setrlimit(resource.RLIMIT_AS, ({limit},) * 2); images = images.repeat(256, 1, 1, 1)"
     done = start(tmp_path / "run", step=2, fault=fault, expect=1)
-    assert "out of memory: --batch-size 16 is too large; try --accumulate 2, which" in done.stderr
+    assert "out of memory: --batch-size 8 is too large; try --accumulate 2, which" in done.stderr
     assert "Traceback" not in done.stderr
 
 
