@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,7 @@ def nearest(value: str, names: Iterable[str], similarity: float = 0.6) -> str | 
     return best if found[best] >= similarity else None
 
 
+@functools.cache
 def literals(options: type) -> dict[str, tuple[str, ...]]:
     """Return the valid values of each field of dataclass `options` that is a `Literal` or a tuple of them, by name."""
     words = {}
