@@ -17,10 +17,10 @@ from fastresnet.training.step import TrainStep
 SHAPES = ((16, 3, 3, 3), (32, 16, 1, 1), (70, 13, 5, 2), (130, 70, 1, 1), (2, 200, 1, 1), (64, 24, 3, 3))
 """Wide and tall weights of one and several tiles, which all but the last do not fill."""
 FEW = SHAPES[:2]
-"""Shapes, wide and tall, of tests to which others add nothing."""
+"""Shapes, wide and tall, where others add nothing."""
 LR, MOMENTUM = 0.05, 0.6
-SCALES = {"normal": (1.0, 1.0), "tiny": (1e-9,), "zero": (0.0,)}
-"""Factor of the gradients in each step. Tiny gradients have norms like the epsilon in the update."""
+CASES = {"normal": (SHAPES, (1.0, 1.0)), "tiny": (FEW, (1e-9,)), "zero": (FEW, (0.0,))}
+"""Shapes, and the factor of the gradients in each step. Tiny gradients have norms like the epsilon in the update."""
 
 
 def random(shape, seed):
@@ -56,9 +56,9 @@ def state_of(muon):
     return [tensor.detach().clone().cpu() for tensor in tensors]
 
 
-def updated(device, scales):
+def updated(device, scales, shapes=SHAPES):
     """Return the weights and momentum after a step with gradients of each of the `scales`."""
-    muon = create_muon(device)
+    muon = create_muon(device, shapes)
     for step, scale in enumerate(scales):
         update(muon, gradients_of(step, scale))
     return state_of(muon)
@@ -117,7 +117,7 @@ def results(device):
     with mock.patch.object(muon_triton, "FULL_GPU", 1):
         large = updated(device, [1.0])
     return {
-        **{name: updated(device, scales) for name, scales in SCALES.items()},
+        **{name: updated(device, scales, shapes) for name, (shapes, scales) in CASES.items()},
         "large tiles": large,
         "scaled": updated_by_scaled_gradients(device),
         "cancelled": cancelled(device),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.fastresnet import muon_program
-from tests.fastresnet.muon_program import FEW, LR, MOMENTUM, SCALES, SHAPES, gradients_of, random
+from tests.fastresnet.muon_program import CASES, FEW, LR, MOMENTUM, SHAPES, gradients_of, random
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 HALF, SMALLEST, SINGLE = 2.0**-11, 2.0**-25, 2.0**-24
@@ -96,11 +96,13 @@ def assert_equal(state, other):
     assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
 
 
-@pytest.mark.parametrize(("name", "scales"), [*SCALES.items(), ("large tiles", [1.0])])
-def test_kernels_compute_the_published_update(results, name, scales):
+@pytest.mark.parametrize(
+    ("name", "shapes", "scales"), [*((name, *case) for name, case in CASES.items()), ("large tiles", SHAPES, [1.0])]
+)
+def test_kernels_compute_the_published_update(results, name, shapes, scales):
     of_steps = [gradients_of(step, scale) for step, scale in enumerate(scales)]
-    for i, shape in enumerate(SHAPES):
-        updated, velocity = results[name][i], results[name][len(SHAPES) + i]
+    for i, shape in enumerate(shapes):
+        updated, velocity = results[name][i], results[name][len(shapes) + i]
         assert_published(random(shape, i), [gradients[i] for gradients in of_steps], updated, velocity)
 
 
