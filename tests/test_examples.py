@@ -32,7 +32,9 @@ def start(arguments, data_root, folder):
     )
 
 
-@pytest.mark.usefixtures("quick_processes")
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
+
 @pytest.mark.parametrize(("example", "library"), [("plain_pytorch.py", "torch"), ("lightning_module.py", "lightning")])
 def test_an_example_trains_and_prints_an_accuracy(example, library, data_root, tmp_path):
     pytest.importorskip(library)
@@ -67,7 +69,6 @@ def test_the_minimal_example_needs_only_torch_numpy_and_the_pipelines():
     assert packages == {"torch", "pipelines"}
 
 
-@pytest.mark.usefixtures("quick_processes")
 def test_the_code_of_the_page_on_python_runs_in_order(data_root, tmp_path):
     """On the drawn images, for one epoch, on the CPU."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -4,8 +4,8 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ with RunFolder(Path(sys.argv[1])).locked():
 
 
 @pytest.fixture
-def holder(tmp_path):
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout.readline() == f"{process.pid}\n"
-    yield process
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def holder(python, tmp_path):
+    """The process id of a training in `run`, and a function that waits for its end."""
+    command = [python, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        holder = types.SimpleNamespace(pid=int(program.stdout.readline()), wait=program.wait)
+        yield holder
+        os.killpg(holder.pid, signal.SIGKILL)  # and its worker
 
 
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
@@ -117,7 +117,7 @@ import sys, time
 from pathlib import Path
 from fastresnet.run_folder import RunFolder
 from pipelines.errors import DataError, UsageError
-folder, until, taken = Path(sys.argv[1]), time.time() + 2, 0
+folder, until, taken = Path(sys.argv[1]), time.time() + 1, 0
 while time.time() < until:
     try:
         with RunFolder(folder).locked():
@@ -130,8 +130,8 @@ assert taken
 """
 
 
-def test_concurrent_locks_of_a_short_lived_folder_are_exclusive(tmp_path):
-    command = [sys.executable, "-c", REPEATED_LOCKS, str(tmp_path / "a" / "run")]
+def test_concurrent_locks_of_a_short_lived_folder_are_exclusive(python, tmp_path):
+    command = [python, "-c", REPEATED_LOCKS, str(tmp_path / "a" / "run")]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[1] for process in processes] == ["", "", ""]
     assert not (tmp_path / "a" / "run" / ".lock").exists()
