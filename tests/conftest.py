@@ -4,10 +4,12 @@ They are a small drawn data set, CIFAR-10 if its archive is available, and the c
 """
 
 import dataclasses
+import functools
 import gc
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import pipelines
-from fastresnet import cli, models
+from fastresnet import cli, models, weights
+from fastresnet.run_folder import RunFolder
 from pipelines import LIBRARIES
 from pipelines.prepare import prepare
 
@@ -141,6 +145,18 @@ def cifar10_archive() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cifar10_folder(cifar10_archive, tmp_path_factory) -> Path:
+    """The archive's folder, unpacked once for all workers of pytest-xdist: that takes seconds."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "cifar10"
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            shutil.unpack_archive(cifar10_archive, f"{place}.part")
+            Path(f"{place}.part").rename(place)
+    return place / "cifar-10-batches-py"
+
+
+@pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     """A data root with a small shapes10: 171 training and 50 test images, so that no batch size divides them.
 
@@ -155,6 +171,33 @@ def data_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(data_root):
     return prepare("shapes10", data_root, quiet)[0]
+
+
+@pytest.fixture(scope="session")
+def draw_curves():
+    """The method of `RunFolder` that draws the curves of a run, which `no_curves` replaces."""
+    return RunFolder.draw_curves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves(draw_curves):
+    """Draw no curves at the end of runs: that takes longer than such runs themselves."""
+
+    def draw_nothing(run, rows):
+        if rows and run._writes:
+            (run.path / "curves.png").write_bytes(b"a picture")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "draw_curves", draw_nothing)
+        yield
+
+
+@pytest.fixture(scope="module")
+def known_shapes():
+    """Remember the tensors of each known network: files are compared with those of many, which takes longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "_shapes", functools.cache(weights._shapes))
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastresnet import models, plotting
+from fastresnet import models
 from pipelines.prepare import prepare
 
 
@@ -27,18 +27,16 @@ def one_thread():
 
 
 @pytest.fixture
-def two_blocks(monkeypatch):
-    """Give networks of 20 layers two blocks in each stage, not three: there are only two kinds of blocks."""
+def shallow(monkeypatch):
+    """Give networks of 20 layers one block in each stage: the first stage keeps its width, and the others do not."""
     for name, spec in models.MODELS.items():
         if spec.depth == 20:
-            monkeypatch.setitem(models.MODELS, name, dataclasses.replace(spec, depth=14))
+            monkeypatch.setitem(models.MODELS, name, dataclasses.replace(spec, depth=8))
 
 
 @pytest.fixture(scope="module")
 def small_runs():
-    """Give ResNet-20 one block in each stage, and draw no curves: runs take a third of the time."""
+    """Give ResNet-20 one block in each stage, which takes a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
-        patch.setattr(plotting, "curves", lambda _: None)
-        patch.setattr(plotting, "rendered", lambda *_: b"a picture")
         yield

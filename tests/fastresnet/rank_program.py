@@ -59,7 +59,7 @@ def train(dtype: torch.dtype, world: World, *, batch_size: int, mix: bool, lr: f
     seed_stochastic_depth(model, 7, step.count, step.row)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(dtype)
+        images = torch.randn(batch_size, 3, 16, 16, generator=generator).to(dtype)
         labels = torch.randint(0, 10, (batch_size,), generator=generator)
         step(images[rows].contiguous(memory_format=torch.channels_last), labels[rows])
     return {**model.state_dict(), **{f"averaged.{k}": v for k, v in step.averaged.state_dict().items()}}

@@ -23,11 +23,20 @@ from fastresnet.weights import load_weights
 from pipelines.errors import DataError, Note, UsageError
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"data": "shapes10", "batch_size": 32, "precision": "fp32", "iterations": 3}
+SMALL = {"data": "shapes10", "batch_size": 8, "precision": "fp32", "iterations": 3}
+
+
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, data_root):
+def data_root(tiny_root):
+    """Five steps an epoch."""
+    return tiny_root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_root, small_runs):
     return fastresnet.train("smoke", root=data_root, out=tmp_path_factory.mktemp("api") / "run", quiet=True, **SMALL)
 
 
@@ -207,7 +216,7 @@ def test_an_own_network_is_trained_in_place_and_resumed(data_root, tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in network.state_dict().items())
     forward = 8 * 27 * 8 * 8 + 80
     assert (
-        run.summary["flops"] == 2 * (2 * forward + 80) * 32 * 3
+        run.summary["flops"] == 2 * (2 * forward + 80) * 8 * 3
     )  # gradients: all weights, and the linear layer's input
     accuracy = fastresnet.evaluate(network, data="shapes10", root=data_root, normalization="half").accuracy
     assert accuracy == run.summary["test_accuracy"]
@@ -325,7 +334,7 @@ def test_callbacks_see_epochs_and_checkpoints_and_can_stop(data_root, tmp_path):
 )
 def test_a_stop_holds_after_an_interruption(data_root, tmp_path, monkeypatch, signum, stop, message):
     """The final evaluation is interrupted. The run ends there once it is resumed, but may be extended."""
-    settings = {**SMALL, "iterations": None, "epochs": 4, "milestones": (), "root": data_root, "quiet": True}
+    settings = {**SMALL, "iterations": None, "epochs": 2, "milestones": (), "root": data_root, "quiet": True}
     settings |= {"out": tmp_path / "run"}
     original = RunFolder.save_weights
 
@@ -338,12 +347,12 @@ def test_a_stop_holds_after_an_interruption(data_root, tmp_path, monkeypatch, si
         with monkeypatch.context() as patch:
             patch.setattr(RunFolder, "save_weights", interrupted)
             with pytest.raises(stop, match=message):
-                fastresnet.train("smoke", callbacks=[Recorder(epochs=2)], **settings)
+                fastresnet.train("smoke", callbacks=[Recorder(epochs=1)], **settings)
     finally:
         signal.signal(signum, handler)
     run = fastresnet.train("smoke", resume=True, **settings)
-    assert run.summary["epochs"] == 2
-    assert fastresnet.train("smoke", resume=True, **{**settings, "epochs": 5}).summary["epochs"] == 5
+    assert run.summary["epochs"] == 1
+    assert fastresnet.train("smoke", resume=True, **{**settings, "epochs": 3}).summary["epochs"] == 3
 
 
 def test_an_error_of_a_callback_ends_the_run_as_it_is(data_root, tmp_path):
@@ -361,7 +370,7 @@ def test_a_config_is_a_typed_recipe(data_root, tmp_path, trained):
     config = dataclasses.replace(
         fastresnet.create_config("smoke"),
         data="shapes10",
-        batch_size=32,
+        batch_size=8,
         precision="fp32",
         iterations=3,
         root=data_root,
@@ -429,14 +438,14 @@ def test_arrays_of_other_shapes_and_values_are_refused(change, message):
 def test_the_public_loader_gives_the_batches_of_the_pipelines(data_root):
     dataset = fastresnet.load_dataset("shapes10", root=data_root)
     augmentation = fastresnet.Augmentation(flip="alternating", normalization="channel")
-    on, options = torch.device("cpu"), {"batch_size": 32, "seed": 5, "augmentation": augmentation}
+    on, options = torch.device("cpu"), {"batch_size": 8, "seed": 5, "augmentation": augmentation}
     expected = pipelines.open_pipeline("torchvision", dataset, train=True, device=on, dtype=torch.float32, **options)
     with expected, fastresnet.open_pipeline(dataset, **options) as loader:
-        assert len(loader) == len(dataset.train) // 32
+        assert len(loader) == len(dataset.train) // 8
         for ours, theirs in zip(loader.epoch(3), expected.epoch(3), strict=True):
             torch.testing.assert_close(ours.images, theirs.images, rtol=0, atol=1e-6)
             assert torch.equal(ours.labels, theirs.labels)
-    with fastresnet.open_pipeline(dataset, batch_size=32, train=False, dtype=torch.uint8) as loader:
+    with fastresnet.open_pipeline(dataset, batch_size=8, train=False, dtype=torch.uint8) as loader:
         seen = torch.cat([batch.images[: batch.valid] for batch in loader.epoch(0)])
         np.testing.assert_array_equal(seen.permute(0, 2, 3, 1).numpy(), dataset.test.images)
     for wrong in ({"dtype": torch.int32}, {"dtype": "float32x"}, {"batch_size": 2.5}, {"batch_size": 0}):

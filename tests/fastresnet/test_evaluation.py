@@ -455,9 +455,9 @@ def test_names_that_only_differ_in_an_alias_stay_different(varied, tmp_path, wri
         accuracies(file, write("cifar-like", CIFAR10_CLASSES), tmp_path)
 
 
-def test_images_of_cifar10_in_folders_have_the_accuracy_of_the_original(run, tmp_path, cifar10_archive):
+def test_images_of_cifar10_in_folders_have_the_accuracy_of_the_original(run, tmp_path, cifar10_folder):
     """200 test images, once in folders of CIFAR-10's names and once of those that PyTorch's tutorial uses."""
-    data = read_source(cifar10_archive, lambda *_: None)
+    data = read_source(cifar10_folder, lambda *_: None)
     rows = np.concatenate([np.flatnonzero(data.test_labels == number)[:20] for number in range(10)])
     shown = {}
     for name, classes in (("original", CIFAR10_CLASSES), ("renamed", PLANES)):

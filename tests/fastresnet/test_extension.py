@@ -12,11 +12,17 @@ from fastresnet.training.extension import early_end
 from fastresnet.training.step import TrainStep
 from pipelines.errors import UserError
 
-SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--threads", 1)
+SMALL = ("smoke", "--data", "shapes10", "--batch-size", 8, "--precision", "fp32", "--threads", 1)
 CONSTANT = ("--milestones",)
 
 
 pytestmark = pytest.mark.usefixtures("small_runs")
+
+
+@pytest.fixture(scope="module")
+def data_root(tiny_root):
+    """Five steps an epoch."""
+    return tiny_root
 
 
 def rows_of(folder):
@@ -132,7 +138,7 @@ def test_an_extension_that_the_schedule_forbids_changes_nothing(run, tmp_path, s
 
 def test_epochs_without_a_better_accuracy_end_a_run(run, tmp_path):
     """At a learning rate of 0 only the statistics of batch norm change."""
-    arguments = ("train", *SMALL, "--lr", 0, "--val-split", 30, "--epochs", 30, "--out", tmp_path / "run")
+    arguments = ("train", *SMALL, "--lr", 0, "--val-split", 8, "--epochs", 30, "--out", tmp_path / "run")
     code, out, _ = run(*arguments, "--early-stop", 2)
     assert code == 0
     rows = [float(row["val_accuracy"]) for row in rows_of(tmp_path / "run")]
@@ -165,7 +171,7 @@ def test_early_stop_counts_the_epochs_since_the_best_one(accuracies, patience, e
 
 def test_an_early_stop_in_the_past_is_refused(run, tmp_path):
     """At a learning rate of 0 the accuracy hardly changes: the run would have ended."""
-    arguments = ("train", *SMALL, "--lr", 0, "--val-split", 30, "--epochs", 9, "--out", tmp_path / "run")
+    arguments = ("train", *SMALL, "--lr", 0, "--val-split", 8, "--epochs", 9, "--out", tmp_path / "run")
     assert run(*arguments)[0] == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     code, _, err = run(*arguments, "--early-stop", 1, "--resume")

@@ -34,7 +34,10 @@ from fastresnet.weights import load_weights
 from pipelines.errors import DataError, Note
 from tests.limits import limits
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::pipelines.errors.Note")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "known_shapes"),
+    pytest.mark.filterwarnings("ignore::pipelines.errors.Note"),
+]
 
 
 def network(seed=0, name="resnet20", **options):

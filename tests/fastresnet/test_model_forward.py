@@ -207,7 +207,7 @@ def test_fused_batch_norm_includes_the_addition(monkeypatch, name, options, norm
     assert sum(kw.get("shortcut") is not None for _, kw in calls) == with_shortcut
 
 
-@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     ("name", "shortcut"),
     [
@@ -221,7 +221,7 @@ def test_torch_compile_has_no_graph_breaks(name, shortcut):
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
 
 
-@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("name", "shortcut"), SMALLEST)
 def test_torch_export_with_a_dynamic_batch_size(name, shortcut):
     network = random_network(name, shortcut, **({"drop_path": 0.1} if MODELS[name].supports_drop_path else {}))

@@ -56,9 +56,9 @@ def test_pretrained_network_loads_in_evaluation_mode(name):
     ("name", "views"),
     [("resnet20", ()), *(pytest.param(name, ("--tta", "shift"), marks=pytest.mark.slow) for name in list_pretrained())],
 )
-def test_eval_gives_the_figures_of_the_card(run, tmp_path, cifar10_archive, name, views):
+def test_eval_gives_the_figures_of_the_card(run, tmp_path, cifar10_folder, name, views):
     root, figures = str(tmp_path / "data"), tmp_path / "figures.json"
-    assert run("prepare", "--source", cifar10_archive, "--root", root)[0] == 0
+    assert run("prepare", "--source", cifar10_folder, "--root", root)[0] == 0
     weights = ("--weights", f"pretrained:{name}", "--device", "cpu")
     code, out, err = run("eval", *weights, "--root", root, *views, "--json", str(figures))
     assert code == 0, err

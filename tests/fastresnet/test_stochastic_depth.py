@@ -198,7 +198,7 @@ def test_deep_copy_has_its_own_step():
     assert torch.equal(keep(modules[8], 50), reference_keep(3, 8, 4, 50, 0.5))
 
 
-@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["resnet20", "preresnet20", "resnext29-2x16d"])
 def test_torch_compile_of_a_network_has_no_graph_breaks(name):
     torch._dynamo.reset()

@@ -29,7 +29,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
 
-from fastresnet import cli, models, plotting, run_folder
+from fastresnet import cli, plotting, run_folder
 from fastresnet.checkpoint import load_tensors, save_tensors, take_prefix
 from fastresnet.config import from_toml
 from fastresnet.models import create_model
@@ -51,22 +51,25 @@ from pipelines.store import RawData, write_store
 SMALL = ("smoke", "--data", "shapes10", "--batch-size", 32, "--precision", "fp32", "--threads", 1)
 
 
+pytestmark = pytest.mark.usefixtures("small_runs")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _shallow():
-    """Give ResNet-20 one block in each stage, which takes a third of the time."""
+def _curves(draw_curves):
+    """Here the curves of all runs are drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "resnet20", dataclasses.replace(models.MODELS["resnet20"], depth=8))
+        patch.setattr(run_folder.RunFolder, "draw_curves", draw_curves)
         yield
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    """Curves take longer to draw than such runs to train. Those of `trained` are drawn."""
+    """But only those of `trained` become a picture, which takes longest."""
     monkeypatch.setattr(plotting, "rendered", lambda *_: b"a picture")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, data_root):
+def trained(tmp_path_factory, data_root, small_runs):
     """The folder of a run of two epochs, which must not be changed, and what was printed."""
     folder, out = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
@@ -171,7 +174,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resident(tiny, tmp_path_factory):
+def resident(tiny, small_runs, tmp_path_factory):
     """The run folder of the resident pipeline."""
     folder = tmp_path_factory.mktemp("resident") / "run"
     assert cli.main([str(argument) for argument in (*tiny, "--pipeline", "resident", "--out", folder)]) == 0

@@ -25,7 +25,10 @@ from pipelines.errors import DataError, Note, UsageError
 
 torchvision = pytest.importorskip("torchvision")
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::pipelines.errors.Note")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "known_shapes"),
+    pytest.mark.filterwarnings("ignore::pipelines.errors.Note"),
+]
 
 DEPTHS = (20, 32, 44, 56, 110)
 

@@ -31,7 +31,7 @@ NEEDED = {"beton": "ffcv", "mat": "scipy", "parquet": "pyarrow"}
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
+def kinds(known_shapes, tmp_path_factory):
     """Kinds of files that can be made here: some need a library."""
     made = fuzz.kinds(tmp_path_factory.mktemp("kinds"))
     assert list(made) == [name for name in KINDS if name not in NEEDED or is_installed(NEEDED[name])]

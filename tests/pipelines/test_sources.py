@@ -10,7 +10,6 @@ import lzma
 import os
 import pickle
 import random
-import shutil
 import struct
 import subprocess
 import sys
@@ -930,12 +929,11 @@ def real(cifar10_archive, helpers) -> RawData:
 
 
 @pytest.fixture(scope="module")
-def by_torchvision(cifar10_archive, tmp_path_factory) -> RawData:
-    """Unpack the archive by the standard library and read it by torchvision."""
+def by_torchvision(cifar10_folder) -> RawData:
+    """The archive, unpacked by the standard library and read by torchvision."""
     from torchvision.datasets import CIFAR10
 
-    root = tmp_path_factory.mktemp("unpacked")
-    shutil.unpack_archive(cifar10_archive, root)
+    root = cifar10_folder.parent
     train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
     return RawData(tuple(train.classes), train.data, np.array(train.targets), test.data, np.array(test.targets))
 
