@@ -4,7 +4,6 @@ import atexit
 import getpass
 import os
 import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -218,19 +217,18 @@ def test_a_user_without_a_name_gets_one(home, monkeypatch):
 PLANTED = """
 import os, tempfile, torch
 from fastresnet.compilation import torch_compile
+tempfile.tempdir = None  # as in a new process
 constant = os.getpid()  # nobody has compiled this function
 print(int(torch_compile(lambda x: x.sin() + constant, fullgraph=True)(torch.zeros(8)).sum()) == 8 * constant)
 """
 
 
-def test_pytorchs_folder_in_the_temporary_one_is_not_used(tmp_path):
+def test_pytorchs_folder_in_the_temporary_one_is_not_used(python, tmp_path):
     """A file in its place: whatever used it, also for headers, would fail."""
     (tmp_path / f"torchinductor_{getpass.getuser()}").touch()
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-c", PLANTED]
-    done = subprocess.run(
-        command, env={**environment, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False
-    )
+    environment["TMPDIR"] = str(tmp_path)
+    done = subprocess.run([python, "-c", PLANTED], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr
 
 
