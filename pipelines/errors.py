@@ -90,7 +90,7 @@ def check_word(field: str, word: str, words: Iterable[str]) -> None:
 
 def check_literals(options: Any) -> None:
     """Raise `UsageError` if a field of a dataclass has a value that is not in its `Literal`."""
-    for name, words in literals(type(options)).items():
+    for name, words in literals(options.__class__).items():
         value = getattr(options, name)
         for word in value if isinstance(value, tuple) else (value,):
             check_word(name, word, words)
