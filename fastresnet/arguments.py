@@ -145,11 +145,18 @@ def parse(cls: type[T], command: str, arguments: Sequence[str]) -> T:
 
 def given_values(cls: type, command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Read the values of the fields of dataclass `cls` that `arguments` give. Raises `UsageError` as `parse` does."""
-    options = options_of(cls)
-    values, unknown = _create_parser(command, options).parse_known_intermixed_args(hyphenated(arguments))
-    if unknown:
-        raise _unexpected(unknown[0], command, options)
+    options, words = options_of(cls), list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    after = words[end + 1 :]  # positionals, also those that begin with a dash; argparse would take them for flags
+    values, unknown = _create_parser(command, options).parse_known_intermixed_args(hyphenated(words[:end]))
     found, given = vars(values), dict[str, Any]()
+    for option in options:
+        if option.is_positional and option.several:
+            found[option.name], after = [*found.get(option.name, ()), *map(option.read, after)], []
+        elif option.is_positional and after and option.name not in found:
+            found[option.name] = option.read(after.pop(0))
+    if unexpected := [*unknown, *after]:
+        raise _unexpected(unexpected[0], command, options)
     for option in options:
         if option.flag in found and option.name in found:
             raise UsageError(f"{option.metavar} is given twice: {found[option.name]} and {option.flag}.")
@@ -160,7 +167,7 @@ def given_values(cls: type, command: str, arguments: Sequence[str]) -> dict[str,
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
     """Return `arguments` with flags such as `--batch-size` for `--batch_size`."""
-    return [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), argument) for argument in arguments]
+    return [re.sub(r"^--\w+(?==|$)", lambda flag: flag[0].replace("_", "-"), argument) for argument in arguments]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,11 +203,10 @@ def _create_parser(command: str, options: Sequence[Option]) -> _Parser:
 def _unexpected(word: str, command: str, options: Sequence[Option]) -> UsageError:
     program = f"fastresnet {command}"
     if not word.startswith("-"):
-        return UsageError(f"unexpected {word!r:.200}. See {program} --help.")
-    flag = word.partition("=")[0]
+        return UsageError(f"unexpected argument {word:.200}. See {program} --help.")
     flags = [name for option in options for name in option.flags]
-    hint = f"did you mean {near}? " if (near := nearest(flag, flags, 0.7)) else ""
-    return UsageError(f"unknown option {flag!r:.200}: {hint}See {program} --help.")
+    hint = f" Did you mean {near}?" if (near := nearest(word.partition("=")[0], flags, 0.7)) else ""
+    return UsageError(f"unknown option {word:.200}.{hint} See {program} --help.")
 
 
 # --- help --------------------------------------------------------------------------------------------------------

@@ -98,8 +98,7 @@ def train(
     clock, device, asked = Stopwatch(spent), resolve_device(config.device), config
     origin = {**environment(device), "ranks": world_of_torchrun().world_size}
     with contextlib.ExitStack() as resources:
-        writes = world_of_torchrun().is_main
-        run = RunFolder(run_path(config, dataset.name), writes=writes, callbacks=callbacks)
+        run = RunFolder(run_path(config, dataset.name), writes=world_of_torchrun().is_main, callbacks=callbacks)
         log = functools.partial(_log, console, run)
         resources.enter_context(run.locked())
         resources.enter_context(explained_failures(_less_memory(config)))
@@ -148,7 +147,7 @@ def train(
                 save(wait=True)
                 run.draw_curves(progress.rows)
                 world.wait()  # when one process exits, torchrun stops the others
-                raise StoppedError(signum, _stopped(signum, progress, run)) if writes else SystemExit(128 + signum)
+                raise StoppedError(signum, _stopped(signum, progress, run)) if run.writes else SystemExit(128 + signum)
 
         pixels = list(itertools.accumulate(side**2 for side in sides))  # up to each step
         status = functools.partial(_status, config, progress, step, clock, factors, pixels)

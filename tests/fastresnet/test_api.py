@@ -165,7 +165,11 @@ def test_invalid_settings_are_usage_errors(data_root, tmp_path, settings, messag
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"tta": "Shift"}, "did you mean 'shift'"), ({"tta": True}, "unknown tta"), ({"precision": "fp99"}, "'fp32'")],
+    [
+        ({"tta": "Shift"}, "did you mean 'shift'"),
+        ({"tta": True}, "unknown tta"),
+        ({"precision": "fp23"}, "did you mean 'fp32'"),
+    ],
 )
 def test_invalid_options_of_an_evaluation_are_usage_errors(trained, data_root, settings, message):
     with pytest.raises(UsageError, match=message):

@@ -74,6 +74,12 @@ def test_further_positionals_fill_a_field_of_several():
     assert given("stew", "ann", "--serve-hot", "bob").guests == ("ann", "bob")
 
 
+def test_positionals_after_two_dashes_may_look_like_flags():
+    made = given("--serve-hot", "--", "--salt", "-x", "--")
+    assert (made.dish, made.guests, made.salt) == ("--salt", ("-x", "--"), 0.5)
+    assert given("stew", "--", "-x").guests == ("-x",)
+
+
 def test_flags_may_have_underscores_and_values_keep_theirs():
     assert given("stew", "--serve_hot", "--book=a_b=c_d").book == Path("a_b=c_d")
 
@@ -102,9 +108,9 @@ def test_json_takes_a_file_or_none():
         (["stew", "--size", "1"], "--size needs 2 values"),
         (["stew", "--course", "mian"], "unknown course 'mian': did you mean 'main'"),
         (["stew", "--serve-hot=yes"], "--serve-hot takes no value"),
-        (["stew", "--sal", "1"], "unknown option '--sal': did you mean --salt?"),
-        (["stew", "--secret", "x"], "unknown option '--secret'"),
-        (["stew", "-x"], "unknown option '-x': See fastresnet cook --help"),
+        (["stew", "--sal", "1"], "unknown option --sal. Did you mean --salt?"),
+        (["stew", "--secret", "x"], "unknown option --secret"),
+        (["stew", "-x"], "unknown option -x. See fastresnet cook --help"),
     ],
 )
 def test_each_error_names_the_argument(words, message):

@@ -223,7 +223,7 @@ def test_device_cuda_without_a_gpu_is_a_usage_error(run, tmp_path, monkeypatch, 
         (["eval", "x", "--weights", "y"], "WEIGHTS is given twice"),
         (["train", "--resume=3"], "--resume takes no value"),
         (["eval", "x", "--mean", "1"], "--mean needs 3 values"),
-        (["train", "fast", "best"], "unexpected 'best'"),
+        (["train", "fast", "best"], "unexpected argument best"),
         (["train", "resnet20"], "train --model resnet20"),
         (["train", "run.toml"], "train --config run.toml"),
         (["eval", "--weights", "x", "--jsn", "y"], "--json"),
@@ -478,8 +478,8 @@ def test_recipe_may_follow_its_settings(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fast", "--resume", "best"], "unexpected 'best'"),
-        (["fast", "--config", "config.toml", "best"], "unexpected 'best'"),
+        (["fast", "--resume", "best"], "unexpected argument best"),
+        (["fast", "--config", "config.toml", "best"], "unexpected argument best"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -198,7 +198,7 @@ def test_legend_of_a_range_test_is_beside_the_curve():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "plot needs run folders"),
+        ([], 2, "plot needs RUN ..."),
         (["{run}", "--kind", "curve"], 2, "did you mean 'curves'"),
         (["{run}", "--out", "picture.bmp"], 2, "ends in .png or .svg"),
         (["{run}", "{run}", "--kind", "confusion"], 2, "takes only one run"),
@@ -247,7 +247,7 @@ def test_report_page_has_the_results_and_is_self_contained(page, finished):
     assert "chosen on the test set itself" in tags.text
     changed = html.partition("Changed from recipe smoke:")[2].partition("<details>")[0]
     assert re.findall("<tr><td>([^<]*)</td><td>([^<]*)<", changed) == [("batch_size", "32"), ("epochs", "2")]
-    assert "Images per optimisation step" in changed
+    assert "Images per step" in changed
     for name, value in (("threads", summary["environment"]["threads"]), ("precision", "fp32"), ("backend", "eager")):
         assert f"<tr><td>{name}</td><td>{value}</td>" in html
     fetched = [value for name, value in tags.attributes if name in ("src", "href", "xlink:href") and value]
@@ -295,7 +295,7 @@ def test_reports_of_several_runs_are_written_here(run, finished, other, tmp_path
     monkeypatch.chdir(tmp_path)
     assert run("report", finished, other)[:2] == (0, "report.html\n")
     code, _, err = run("report")
-    assert (code, err) == (2, "fastresnet: report needs run folders: fastresnet report RUN ...\n")
+    assert (code, err) == (2, "fastresnet: report needs RUN ... (fastresnet report --help).\n")
 
 
 MEASURE = """<script>

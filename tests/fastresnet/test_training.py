@@ -100,6 +100,7 @@ def test_run_writes_all_its_files_and_they_agree(finished):
         "model.safetensors",
         "previous.ckpt",
         "summary.json",
+        "train.log",
     ]
     rows = read_csv(folder / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
