@@ -184,7 +184,7 @@ def no_curves(draw_curves):
     """Draw no curves at the end of runs: that takes longer than such runs themselves."""
 
     def draw_nothing(run, rows):
-        if rows and run._writes:
+        if rows and run.writes:
             (run.path / "curves.png").write_bytes(b"a picture")
 
     with pytest.MonkeyPatch.context() as patch:
