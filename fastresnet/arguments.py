@@ -167,7 +167,7 @@ def given_values(cls: type, command: str, arguments: Sequence[str]) -> dict[str,
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
     """Return `arguments` with flags such as `--batch-size` for `--batch_size`."""
-    return [re.sub(r"^--\w+(?==|$)", lambda flag: flag[0].replace("_", "-"), argument) for argument in arguments]
+    return [re.sub(r"^--[a-z]\w*(?==|$)", lambda flag: flag[0].replace("_", "-"), argument) for argument in arguments]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -61,7 +61,7 @@ def _print(finding: Finding, console: PlainConsole) -> None:
     remedy = f"\n{for_terminal(finding.remedy)}" if finding.remedy else ""
     line = Table.grid(padding=(0, 1))
     line.add_column()
-    line.add_column(width=_NAME_WIDTH)
+    line.add_column(min_width=_NAME_WIDTH)
     line.add_column()
     detail = Text.assemble(for_terminal(finding.detail), (remedy, "bold"))
     line.add_row(Text(*_MARKS[finding.state]), finding.what, detail)

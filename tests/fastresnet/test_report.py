@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fastresnet import report
+from fastresnet.arguments import docstrings_of
 from fastresnet.checkpoint import load_tensors, save_tensors
 from fastresnet.config import TrainConfig
 from fastresnet.evaluation import Predictions, predict_test_set
@@ -265,7 +266,7 @@ def test_ids_in_the_report_page_are_unique_and_resolve(page):
 
 
 def test_every_setting_has_a_meaning_on_the_page():
-    meanings = report._meanings()
+    meanings = docstrings_of(TrainConfig)
     assert set(TrainConfig().to_dict()) - {"recipe"} <= meanings.keys()
     assert meanings["seed"] == "Seed of initial weights, order and augmentation."
 
