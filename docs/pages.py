@@ -11,7 +11,15 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-FILES = ("*.md", "docs/*.md", "benchmarks/README.md", "benchmarks/results/*.png", "examples/*.py", "docs/pages.css")
+FILES = (
+    "*.md",
+    "docs/*.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*.png",
+    "examples/*.py",
+    "notebooks/*.ipynb",
+    "docs/pages.css",
+)
 API = "docs/api.md"
 BLOCKS = re.compile("<(blockquote|h[1-6]|li|ol|pre|table|ul)[ >]")
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def main(recipe: str = "fast", data: str = "cifar10", val_split: int = 5000, epo
     fixed = {"data": data, "val_split": val_split, "epochs": epochs}
     config = dataclasses.replace(fastresnet.create_config(recipe), iterations=None, **fixed)
     dataset = fastresnet.load_dataset(data)
-    folder = Path("runs", f"sweep-{recipe}-{dataset.name}-val{val_split}-epochs{epochs}")
+    folder = Path(
+        os.environ.get("FASTRESNET_RUNS") or "runs", f"sweep-{recipe}-{dataset.name}-val{val_split}-epochs{epochs}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=JournalStorage(journal.JournalFileBackend(str(folder / "study.journal"))),

@@ -77,10 +77,7 @@ class Option:
         if self.words and get_origin(self.kind) is Literal:
             return f"{{{','.join(self.words)}}}"
         names = {int: "N", float: "X", Path: "PATH"}
-        name = names.get(self.number or self.kind, self.name.upper())
-        return "|".join(
-            (name, *self.words, *["none"] * (self.may_be_none and self.number is not None and not self.several))
-        )
+        return "|".join((names.get(self.number or self.kind, self.name.upper()), *self.words))
 
     @property
     def number(self) -> type | None:
@@ -293,6 +290,8 @@ def _signature(option: Option, value: Any) -> str:
         return option.flag if value is False else ", ".join(option.flags)
     if "json" in option.marks:
         return f"{option.flag} [FILE]"
+    if option.may_be_none and option.number and value not in (None, dataclasses.MISSING):
+        return f"{option.flag} {option.metavar}|none"
     if option.several == "*":
         return f"{option.flag} {option.metavar} ..."
     return " ".join([option.flag, *[option.metavar] * (option.several or 1)])

@@ -56,8 +56,8 @@ def _dispatch(arguments: list[str]) -> int:
     check_choice("command", name, COMMANDS)
     if name == "help" and rest and rest[0] in COMMANDS:
         return _dispatch([*rest, "--help"])
-    if name == "help" and rest:
-        check_choice("command", rest[0], [*COMMANDS, *HELP])
+    if name == "help" and rest and rest[0] not in HELP:
+        check_choice("command", rest[0], COMMANDS)
     if name in ("help", "version"):
         print(_OVERVIEW if name == "help" else f"fastresnet {__version__}\n", end="")
         return 0

@@ -79,7 +79,7 @@ class TrainConfig:
     """Train the linear layer alone, on the features of --init-from."""
 
     data: str = "cifar10"
-    """cifar10, cifar100, shapes10 (drawn, no download), another prepared name, or the folder of a store."""
+    """cifar10, cifar100, shapes10 (drawn, no download), another prepared name, or a prepared folder."""
     root: Path | None = None
     """Folder of all data sets. Without it: $FASTRESNET_DATA, else ./data."""
     pipeline: Literal["auto", PipelineName] = "auto"
@@ -92,7 +92,7 @@ class TrainConfig:
     """Weights of the classes in the training loss; balanced: in inverse proportion to their number of images."""
 
     epochs: int = 160
-    """Passes over the training set; without --iterations, --epochs replaces those of a recipe too."""
+    """Passes over the training set. Given alone, they replace the --iterations of a recipe too."""
     iterations: int | None = None
     """Stop after this many optimisation steps, even within an epoch. Without it: after --epochs."""
     early_stop: int = 0
@@ -140,7 +140,7 @@ class TrainConfig:
     crop_padding: int = 4
     """Pixels of padding for the random crop; 0: no crop."""
     padding_mode: PaddingMode = "zeros"
-    """zeros or reflect."""
+    """Padding of the random crop: zeros (black) or reflect (mirrored)."""
     flip: Flip = "random"
     """none, random, or alternating (inverted every epoch)."""
     cutout: int = 0
@@ -148,7 +148,7 @@ class TrainConfig:
     mixup: float = 0.0
     """Alpha of mixup, which averages neighbours in a batch (1 in the paper); 0: none."""
     cutmix: float = 0.0
-    """Alpha of CutMix, which exchanges a box between them (1 in the paper); 0: none. With both, each pair gets one."""
+    """Alpha of CutMix, which exchanges a box between neighbours (1 in the paper); 0: none. Of both, a pair gets one."""
     label_smoothing: float = 0.0
     """Share of the label that is spread evenly over all classes."""
     drop_path: float = 0.0

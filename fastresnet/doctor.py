@@ -120,7 +120,9 @@ def _compilers(device: torch.device, thorough: bool) -> Iterator[Finding]:
     except CompilerError as error:
         yield Finding("C loops", "missing", str(error), remedy)
     if not thorough:
-        yield Finding("torch.compile", "untested", "compiling takes a while", "fastresnet doctor --all")
+        yield Finding(
+            "torch.compile", "untested", "not tried, as it takes some seconds", "fastresnet doctor --all tries it"
+        )
         return
     try:
         compiled = torch_compile(lambda x: x.sin() + 1, fullgraph=True)

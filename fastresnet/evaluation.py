@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastresnet.config import Tta
 from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
-from fastresnet.run_folder import find_run_data
+from fastresnet.run_folder import find_run_data, root_of_run
 from fastresnet.text import for_figure
 from fastresnet.threads import Threads, settled_threads
 from fastresnet.weights import Weights, load_weights
@@ -73,17 +73,20 @@ def find_dataset_for(
 ) -> tuple[Weights, Dataset]:
     """Find the data set on which to evaluate `weights`, loaded from `given`; return both, with the same classes.
 
-    It is `data`, a data set or its name (see `find_test_data`), else the one of their training, else cifar10, or
-    cifar100 for 100 classes. It is normalised with the constants of their training if these are known. The network's
-    outputs are in the order of its classes, matched by name. Raises `DataError` if it has other classes.
+    It is `data`, a data set or its name (see `find_test_data`), else the one of their training, in the folder of
+    data sets that their run has recorded if `root` is None, else cifar10, or cifar100 for 100 classes. It is
+    normalised with the constants of their training if these are known. The network's outputs are in the order of
+    its classes, matched by name. Raises `DataError` if it has other classes.
     """
     usual = CIFAR100 if weights.num_classes == 100 else CIFAR10
     if isinstance(data, Dataset):
         dataset = data
     else:
+        root = root_of_run(Path(str(given))) if root is None and data is None else root
         dataset = find_test_data(data or (weights.training or {}).get("data", usual), root, report)
     if data is None and weights.data_sha256 not in (None, dataset.digest):
-        warnings.warn(f"{given} was trained on another data set {dataset.name}; --data and --root name it", Note, 3)
+        text = f"{dataset.folder} is not the {dataset.name} on which {given} was trained: data and root name another."
+        warnings.warn(text, Note, stacklevel=3)
     if not len(dataset.train):  # images in folders, perhaps not of all classes
         dataset = _with_all_classes(dataset, weights.classes)
     return match_classes(weights, given, dataset), weights.as_in_training(dataset)
@@ -114,7 +117,10 @@ def _assume_order(weights: Weights, given: object, dataset: Dataset) -> list[int
     weights_have_names = weights.named and _has_names(weights.classes)
     if weights_have_names and _has_names(names):
         theirs, ours = _listed(weights.classes, names), _listed(names, weights.classes)
-        raise DataError(f"{given} was trained on other classes ({theirs}) than those of {dataset.name} ({ours}).")
+        raise DataError(
+            f"{given} was trained on other classes ({theirs}) than those of {dataset.name} ({ours}). "
+            "Train it on them with --init-from."
+        )
     if weights.num_classes != len(names):
         raise DataError(f"{given} has {weights.num_classes} classes, but {dataset.name} has {len(names)}.")
     nameless, other = (dataset.name, given) if weights_have_names else (given, dataset.name)

@@ -59,7 +59,7 @@ class LivePage:
             return message("Waiting for the first epoch", " ".join(waiting))
         if len(runs) == 1 and runs[0].summary is not None:
             command = f"fastresnet report {shlex.quote(str(runs[0].folder))}"
-            waiting.append(f"Finished. With the confusion matrix and the mistakes: {command}")
+            waiting.append(f"Finished. This writes the page with confusion matrix and mistakes: {command}")
         return page(runs, notices=waiting)
 
 

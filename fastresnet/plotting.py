@@ -101,6 +101,7 @@ def _draw_run(panels: Sequence[Axes], name: str, run: History, color: str) -> No
         if color:  # matplotlib leaves labels that begin with _ out of the legend
             label, line = ("_", "--") if split == "train" else (f"{name}: {', '.join(last)}", "-")
         style = {"color": color or _COLORS[split], "linestyle": line, **marker}
+        style["fillstyle"] = "none" if color and split == "train" else "full"
         loss.plot(epochs, [row[f"{split}_loss"] for row in rows], label=split, **style)
         accuracy.plot(epochs, [row[f"{split}_accuracy"] for row in rows], label=label, **style)
     rates = [row["lr"] for row in rows]

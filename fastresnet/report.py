@@ -345,7 +345,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], runs: Sequence[s
         kind = ' class="meaning"' if name == "meaning" else ""
         return f'<td data-name="{_html(name)}"{kind}>{marked(text) if name == head[0] else _html(text)}</td>'
 
-    top = "".join(f"<th>{marked(name)}</th>" for name in head)
+    top = "".join(f"<th>{marked(name) if number else _html(name)}</th>" for number, name in enumerate(head))
     rows = "".join(f"<tr>{''.join(map(cell, head, line))}</tr>" for line in lines)
     return f'<div class="wide runs"><table><tr>{top}</tr>{rows}</table></div>'
 

@@ -570,6 +570,8 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
 def read_run(folder: Path) -> Run:
     """Read a run folder. Raises `DataError` if it is not a run, has no finished epoch, or is damaged."""
     metrics = folder / "metrics.csv"
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist.")
     if not metrics.exists():
         raise DataError(f"{folder} has no metrics.csv: it is not a run folder, or no epoch of the run is finished.")
     try:
@@ -666,6 +668,15 @@ def _is_a(value: Any, kind: type | UnionType) -> bool:
     if isinstance(value, int | float) and (isinstance(value, bool) or not abs(value) < sys.float_info.max):
         return False
     return isinstance(value, kind)
+
+
+def root_of_run(weights: Path) -> Path | None:
+    """Return the folder of data sets recorded in the run of `weights`, a run folder or a file in one; None if none is.
+
+    Raises `UsageError` if its config.toml is damaged.
+    """
+    config = (weights if weights.is_dir() else weights.parent) / "config.toml"
+    return from_toml(config).root if config.exists() else None
 
 
 def find_run_data(run: Path, digest: str | None, data: str | None, root: Path | None) -> Dataset:

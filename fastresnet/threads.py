@@ -81,8 +81,8 @@ def fastest_threads(
     """Return the number of threads with which `work` is fastest, of 1, half and all usable processors, and the reason.
 
     `work(n)` must compute `n` images and restore the state; `repetitions` times `images` of them follow. The trial
-    takes about 2 s or 2 % of that, whichever is more. PyTorch's default is kept if $OMP_NUM_THREADS is set, as
-    schedulers do, for a single batch, and if steps are too long for a trial.
+    takes about 2 s or 2 % of that, whichever is more. If steps are too long for a trial, it is one thread. PyTorch's
+    default is kept if $OMP_NUM_THREADS is set, as schedulers do, and for a single batch.
     """
     import torch
 
@@ -96,7 +96,10 @@ def fastest_threads(
     try:
         affordable = _affordable_images(step, images, repetitions, len(numbers) * (1 + _TIMED) + 2)
         if not affordable:
-            return before, f"threads {before}: PyTorch's default, as trial steps would take too long"
+            return (
+                1,
+                "threads 1: trial steps would take too long, as beside other work, which slows several threads most",
+            )
         for threads in numbers:
             torch.set_num_threads(threads)
             seconds[threads] = _median(step, affordable, _ABORT_FACTOR * min(seconds.values(), default=math.inf))

@@ -52,8 +52,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     names = list(choices)
     if value in names:
         return
-    hint = f"did you mean {near!r}? " if (near := nearest(str(value), names)) else ""
-    raise UsageError(f"unknown {what} {value!r:.200}: {hint}Valid: {', '.join(names)}.")
+    hint = f": did you mean {near!r}?" if (near := nearest(str(value), names)) else "."
+    raise UsageError(f"unknown {what} {value!r:.200}{hint} Valid: {', '.join(names)}.")
 
 
 def reason_of(error: Exception) -> str:

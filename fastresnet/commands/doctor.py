@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> int:
     for finding in examine(options.root, thorough=options.all):
         findings.append(finding)
         _print(finding, console)
+    console.print("ok works   .. not tried   -- missing, and optional   !! broken")
     write_figures(options.json, {"schema": 1, "findings": [dataclasses.asdict(finding) for finding in findings]})
     return int(any(finding.state == "broken" for finding in findings))
 

@@ -54,19 +54,26 @@ def run(arguments: list[str]) -> int:
     else:
         shown = lists[options.kind]
         print_table(shown.title, [shown.line(entry) for entry in found[options.kind]], shown.header, shown.texts)
+        if options.kind == "recipes":
+            _print_entries({entry["name"]: entry["about"] for entry in found["recipes"]})
     return 0
 
 
-def _print_names(found: dict[str, list[Entry]]) -> None:
+def _print_entries(texts: dict[str, str]) -> None:
+    """Print a line for each name and its text."""
     from rich.table import Table
 
     from fastresnet.console import PlainConsole
 
-    for kind, entries in found.items():
+    for name, text in texts.items():
         line = Table.grid(padding=(0, 1))
-        line.add_column(width=max(map(len, found)))
-        line.add_row(kind, ", ".join(entry["name"] for entry in entries))
+        line.add_column(width=max(map(len, texts)))
+        line.add_row(name, text)
         PlainConsole().print_table(line)
+
+
+def _print_names(found: dict[str, list[Entry]]) -> None:
+    _print_entries({kind: ", ".join(entry["name"] for entry in entries) for kind, entries in found.items()})
     *others, last = list(found)
     print(f"For figures: fastresnet list {', '.join(others)} or {last}")
 
@@ -107,7 +114,7 @@ def _recipe_line(entry: Entry) -> tuple[str, ...]:
     length = f"{entry[unit]:,} {unit}" if entry[unit] > 1 else "1 epoch"
     accuracy, seeds = entry["test_accuracy"], len(entry["test_accuracy"])
     measured = (f"{mean_and_spread(accuracy)} %", str(seeds)) if seeds else ("not measured", "–")
-    return (entry["name"], entry["about"], entry["model"], length, *measured)
+    return (entry["name"], entry["model"], length, *measured)
 
 
 def _data(root: Path) -> list[Entry]:
@@ -170,8 +177,8 @@ LISTS = {
     ),
     "recipes": _List(
         "recipes, for train; accuracy on CIFAR-10, last epoch, single view",
-        ("recipe", "aim", "network", "length", "test accuracy", "seeds"),
-        3,
+        ("recipe", "network", "length", "test accuracy", "seeds"),
+        2,
         _recipes,
         _recipe_line,
     ),

@@ -279,7 +279,7 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
     lines = [(str(run["seed"]), *accuracies([run]), format_duration(run["train_seconds"])) for run in summaries]
     if len(summaries) > 1:
-        lines.append(("mean ± standard deviation", *accuracies(summaries), ""))
+        lines.append(("mean ± SD", *accuracies(summaries), ""))
     return lines
 
 

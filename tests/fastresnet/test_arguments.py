@@ -135,7 +135,7 @@ def test_help_has_every_option_with_its_text_and_default(capsys, monkeypatch):
         "  DISH                      Name of the dish. Also --dish DISH.",
         "  --salt X                  Grams of salt. (default: 0.5)",
         "  --course {starter,main}   Course of the meal. (default: main)",
-        "  --plates N|none           Number of plates.",
+        "  --plates N                Number of plates.",
         "  --heat N|auto             Degrees Celsius. (default: auto)",
         "  --size X X                Sides of the table, metres.",
         "  --sauces N ...            Numbers of sauces. (default: 1 2)",
@@ -159,7 +159,8 @@ def test_short_help_names_the_other_options(capsys, monkeypatch):
 
 
 def test_help_has_the_defaults_of_a_given_object(capsys, monkeypatch):
-    out = help_of(capsys, monkeypatch, 80, "-h", default=Options(dish="stew", salt=7.0, serve_hot=True))
+    out = help_of(capsys, monkeypatch, 80, "-h", default=Options(dish="stew", salt=7.0, serve_hot=True, plates=4))
+    assert "  --plates N|none           Number of plates. (default: 4)" in out
     assert "(default: 7.0)" in out
     assert "--serve-hot, --no-serve-hot" in out
 
