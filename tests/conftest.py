@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,20 @@ def data_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(data_root):
     return prepare("shapes10", data_root, quiet)[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_entry_points():
+    """Look for those of installed packages once for each `sys.path`: it takes longer than reading most test data."""
+    find = metadata.entry_points
+
+    @functools.cache
+    def find_once(_, **selection):
+        return find(**selection)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "entry_points", lambda **selection: find_once(tuple(sys.path), **selection))
+        yield
 
 
 @pytest.fixture(scope="session")

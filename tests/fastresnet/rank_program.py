@@ -59,7 +59,7 @@ def train(dtype: torch.dtype, world: World, *, batch_size: int, mix: bool, lr: f
     seed_stochastic_depth(model, 7, step.count, step.row)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        images = torch.randn(batch_size, 3, 16, 16, generator=generator).to(dtype)
+        images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(dtype)
         labels = torch.randint(0, 10, (batch_size,), generator=generator)
         step(images[rows].contiguous(memory_format=torch.channels_last), labels[rows])
     return {**model.state_dict(), **{f"averaged.{k}": v for k, v in step.averaged.state_dict().items()}}
@@ -79,9 +79,9 @@ def main() -> None:
     with connected(CPU) as world:
         results = {
             "samples": {name: samples(dataset, name, world) for name in pipelines},
-            "mixed": train(torch.float64, world, batch_size=BATCH_SIZE, mix=True),
-            "uneven": train(torch.float64, world, batch_size=23, mix=False),
-            "single": train(torch.float32, world, batch_size=BATCH_SIZE, mix=True, lr=1e-4),
+            "mixed": train(torch.float64, world, batch_size=16, mix=True),
+            "uneven": train(torch.float64, world, batch_size=15, mix=False),
+            "single": train(torch.float32, world, batch_size=16, mix=True, lr=1e-4),
             "evaluation": evaluation(dataset, world),
             "highest": world.highest(world.rank * 7, CPU),
         }

@@ -7,13 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastresnet.models import create_model
+from fastresnet.models import create_model, list_models
 
 LARGEST = ("resnet18", "resnet1202", "plain1202", "wrn16-8", "wrn28-10", "resnext29-4x64d", "resnext29-8x64d")
 SMALLEST = [
     *(("resnet20", "A"), ("resnet20", "B"), ("plain20", "B"), ("se-resnet20", "A"), ("se-resnet20", "B")),
     *(("preresnet20", "A"), ("preresnet20", "B"), ("wrn16-2", "B"), ("resnext29-2x16d", "B"), ("speednet", "B")),
 ]
+
+
+DEEPER = {f"{family}{depth}" for family in ("resnet", "plain") for depth in (32, 44, 56, 110)}
+DEEPER |= {"se-resnet56", "preresnet56", "preresnet110"}
+SHALLOW = [name for name in list_models() if name not in DEEPER]
+"""Networks without those of others' blocks in larger numbers."""
 
 
 def with_slow_ones(names):

@@ -87,9 +87,9 @@ def test_joined_samples_of_ranks_equal_those_of_one_process(request, need, datas
 @pytest.mark.parametrize(
     ("name", "settings", "tolerance"),
     [
-        ("mixed", {"dtype": torch.float64, "batch_size": 24, "mix": True}, 1e-12),
-        ("uneven", {"dtype": torch.float64, "batch_size": 23, "mix": False}, 1e-9),
-        ("single", {"dtype": torch.float32, "batch_size": 24, "mix": True, "lr": 1e-4}, 1e-5),
+        ("mixed", {"dtype": torch.float64, "batch_size": 16, "mix": True}, 1e-12),
+        ("uneven", {"dtype": torch.float64, "batch_size": 15, "mix": False}, 1e-9),
+        ("single", {"dtype": torch.float32, "batch_size": 16, "mix": True, "lr": 1e-4}, 1e-5),
     ],
     ids=["float64", "float64, ranks with more images than others", "float32"],
 )

@@ -12,14 +12,15 @@ from fastresnet.device import autocast
 from fastresnet.models import MODELS, batchnorm, create_model, list_models
 from fastresnet.models.batchnorm import fuse_batch_norms
 from tests.fastresnet.reference_networks import (
+    LARGEST,
     REFERENCES,
+    SHALLOW,
     SMALLEST,
     Layers,
     assert_trains_as,
     on_meta,
     random_images,
     random_network,
-    with_slow_ones,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,6 +33,8 @@ def test_output_shape(name, shortcut, num_classes):
     assert network(torch.empty(5, 3, 32, 32, device="meta")).shape == (5, num_classes)
 
 
+TRAINED = [(name, "fp32") for name in list_models()]
+TRAINED += [(name, precision) for name in (*SHALLOW, "plain110") for precision in ("bf16", "fp16")]
 REFERENCE_IDS = [f"{name}-{shortcut}" for name, shortcut, _ in REFERENCES]
 
 
@@ -152,8 +155,10 @@ def test_whitened_patches_have_unit_variance_and_no_correlation(size):
     assert out.shape == (size[0], 24, size[2] - 1, size[3] - 1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", with_slow_ones(list_models()))
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [pytest.param(name, precision, marks=[pytest.mark.slow] * (name in LARGEST)) for name, precision in TRAINED],
+)
 def test_every_network_trains(name, precision):
     """Two steps change every trained parameter. Images have 8x8 pixels to save time, or 16x16 for SpeedNet.
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastresnet.config import SMALLEST_IMAGE
 from fastresnet.models import MODELS, check_model, create_model, find_model, list_models
 from pipelines.errors import UsageError
-from tests.fastresnet.reference_networks import SMALLEST, block_names, on_meta, with_slow_ones
+from tests.fastresnet.reference_networks import SHALLOW, SMALLEST, block_names, on_meta, with_slow_ones
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,7 +243,7 @@ def test_uses_shortcut_if_a_shortcut_has_a_convolution(name):
     assert find_model(name).uses_shortcut == any(".downsample.0." in each for each in names)
 
 
-@pytest.mark.parametrize("name", with_slow_ones(list_models()))
+@pytest.mark.parametrize("name", with_slow_ones(SHALLOW))
 def test_networks_train_on_small_images(name):
     """SpeedNet's poolings leave one pixel of the smallest. Strides and poolings round an odd side."""
     network = on_meta(name).train()

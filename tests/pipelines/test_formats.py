@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -356,8 +355,8 @@ prepare("shapes10", Path(sys.argv[1]), lambda *_: None, formats=[sys.argv[2]])
 """
 
 
-def test_damaged_store_with_leftovers_of_a_killed_writer_is_rebuilt(bare, kind):
-    command = [sys.executable, "-c", KILLED_PROCESS, str(bare.parent), kind]
+def test_damaged_store_with_leftovers_of_a_killed_writer_is_rebuilt(python, bare, kind):
+    command = [python, "-c", KILLED_PROCESS, str(bare.parent), kind]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
     assert names(bare) > RAW_FILES
     flip_bit(bare / "train_images.npy")
