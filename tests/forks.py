@@ -13,6 +13,7 @@ import fcntl
 import gc
 import importlib
 import json
+import multiprocessing.process
 import os
 import pkgutil
 import runpy
@@ -125,6 +126,7 @@ def handle_connection(connection: socket.socket) -> Callable[[], object]:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
+        multiprocessing.process.ORIGINAL_DIR = folder  # that of the import, in which it starts processes
         return lambda: run_as_python(arguments, dict(zip(files, received, strict=True)))
     for file in {0, 1, 2, *received}:
         os.close(file)

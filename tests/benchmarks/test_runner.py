@@ -158,6 +158,7 @@ def test_a_worker_that_fails_ends_the_run_with_its_own_error(quick_workers, data
 
 
 PROGRAM = """
+import os
 import signal
 import sys
 from pathlib import Path
@@ -172,6 +173,7 @@ def main(arguments):
     return 0
 
 if __name__ == "__main__":
+    print(os.getpid(), flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     sys.exit(terminal.guarded(main, sys.argv[1:]))
 """
@@ -203,22 +205,26 @@ def works_until_released(*_):
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
-    """Start the rounds of one worker in a new session, and wait until the worker is running."""
+def start(python, tmp_path, monkeypatch):
+    """Start the rounds of one worker in a new session, and wait until the worker is running.
+
+    Returns the program that has started them, and their process id.
+    """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     (tmp_path / "rounds.py").write_text(PROGRAM)
     started = []
 
     def start_rounds(opener):
-        command = [sys.executable, "rounds.py", opener]
+        command = [python, "rounds.py", opener]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes))
-        assert started[0].stdout.readline() == "working\n"
-        return started[0]
+        program = subprocess.Popen(command, cwd=tmp_path, **pipes)
+        started.extend([program, int(program.stdout.readline())])
+        assert program.stdout.readline() == "working\n"
+        return started
 
     yield start_rounds
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(started[0].pid, signal.SIGKILL)
+        os.killpg(started[1], signal.SIGKILL)
     started[0].communicate()
 
 
@@ -232,16 +238,16 @@ STOPS = {
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM to all"])
 def test_signal_while_a_worker_opens_ends_rounds_and_worker(start, stop):
-    process, (send, code, words) = start("opens_slowly"), STOPS[stop]
-    send(process.pid)
+    (process, pid), (send, code, words) = start("opens_slowly"), STOPS[stop]
+    send(pid)
     assert process.communicate(timeout=60) == ("", words)  # all that hold the pipes have ended
     assert process.returncode == code
 
 
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM", "SIGKILL"])
 def test_abandoned_worker_exits_without_output(start, tmp_path, stop):
-    process, (send, code, words) = start("works_until_released"), STOPS[stop]
-    send(process.pid)
+    (process, pid), (send, code, words) = start("works_until_released"), STOPS[stop]
+    send(pid)
     if stop == "SIGKILL":
         process.wait()
     (tmp_path / "go").touch()

@@ -201,14 +201,12 @@ def test_sigterm_to_torchrun_saves_the_same_step_of_all_ranks(start, uninterrupt
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_signal_to_one_rank_saves_the_same_step_of_all_ranks(start, uninterrupted, tmp_path):
+def test_signal_to_one_rank_saves_the_same_step_of_all_ranks(start, tmp_path):
     """As Slurm's `--signal=USR1@60` may reach them, after torchrun."""
     code, _, err = finish(start(2, tmp_path / "run", step=8, rank=1, fault="os.kill(os.getpid(), signal.SIGUSR1)"))
     assert code != 0
     assert err.count("stopped by SIGUSR1 after step") == 1
-    code, _, err = finish(start(2, tmp_path / "run", "--resume"))
-    assert code == 0, err
-    assert_same_run(tmp_path / "run", uninterrupted)
+    assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 9
 
 
 def test_run_of_two_ranks_resumes_on_four_and_on_one(start, tmp_path, tiny_root):
@@ -236,20 +234,12 @@ def test_the_failure_of_one_rank_stops_all_with_its_message(start, tmp_path):
     assert load_tensors(tmp_path / "run" / "last.ckpt")[1]["progress"]["step"] == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch-size", "1"], "batch size 1 is smaller than the number of ranks, 2"),
-        (["--batch-size", "14", "--mixup", "1"], "give each of 2 processes an even number"),
-    ],
-    ids=["fewer images than ranks", "odd number of images per rank"],
-)
-def test_batch_sizes_that_ranks_cannot_share_are_refused(python, tiny_root, tmp_path, arguments, message):
+def test_a_batch_with_an_odd_number_of_images_per_rank_is_refused(python, tiny_root, tmp_path):
     """Runs the command as from a shell."""
-    command = ["-m", "fastresnet", *ARGUMENTS, *arguments, "--out", tmp_path / "run"]
+    command = ["-m", "fastresnet", *ARGUMENTS, "--batch-size", "14", "--mixup", "1", "--out", tmp_path / "run"]
     code, _, err = finish(torchrun(python, 2, *command, root=tiny_root))
     assert code != 0
-    assert message in err
+    assert "give each of 2 processes an even number" in err
     assert not (tmp_path / "run").exists()
 
 

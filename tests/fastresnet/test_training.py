@@ -564,7 +564,8 @@ def test_averaged_weights_are_saved_and_evaluated(run, tmp_path):
 
 def test_whitening_is_fitted_to_training_images_and_not_trained(run, tmp_path, dataset):
     """Held-out images are not used."""
-    arguments = ("--model", "speednet", "--val-split", 30, "--ema-decay", 0.9, "--out", tmp_path / "run")
+    arguments = ("--model", "speednet", "--val-split", 30, "--ema-decay", 0.9, "--iterations", 2)
+    arguments += ("--out", tmp_path / "run")
     assert run("train", *SMALL, *arguments)[0] == 0
     found = load_file(tmp_path / "run" / "model.safetensors")
     images = dataset.hold_out(30)[0].train
@@ -699,6 +700,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(run, tmp_path, 
         run("train", *SMALL, "--out", tmp_path / "run")
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("model", ["resnet20", "plain20"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_run_has_finite_weights(tiny, run, tmp_path, model, precision):
@@ -748,14 +750,14 @@ def test_dry_run_of_a_three_step_run_succeeds_and_measures_each_size(run, monkey
 
 def test_flops_of_small_images_are_those_of_pytorchs_counter(run, tmp_path):
     """SpeedNet leaves one pixel of the smallest images, and batch norm needs two values."""
-    settings = ("--batch-size", 32, "--iterations", 5, "--threads", 1, "--out", tmp_path / "run")
+    settings = ("--batch-size", 8, "--iterations", 5, "--threads", 1, "--out", tmp_path / "run")
     code, _, err = run("train", "fast", "--model", "speednet", "--data", "shapes10", *settings)
     assert (code, err) == (0, "")
     with torch.device("meta"):
         network = create_model("speednet")
     with FlopCounterMode(display=False) as counter:
         for side in (16, 20, 24, 28, 32):
-            network(torch.empty(32, 3, side, side, device="meta")).sum().backward()
+            network(torch.empty(8, 3, side, side, device="meta")).sum().backward()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["flops"] == counter.get_total_flops()
 
 
