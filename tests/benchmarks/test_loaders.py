@@ -11,7 +11,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from benchmarks import loaders
+from benchmarks import loaders, roofline
 from benchmarks.__main__ import main
 from benchmarks.report import print_tables, ratio, spread
 from fastresnet import cli, terminal
@@ -41,6 +41,8 @@ def report(quick_workers, data_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTRESNET_DATA", str(data_root))
+        copy = roofline.copy_bandwidth
+        patch.setattr(roofline, "copy_bandwidth", lambda device: copy(device, 1 << 20))
         small = ["--data", "shapes10", "--batch-size", "64", "--rounds", "3", "--seconds", "0.05"]
         files = ["--json", str(folder / "report.json"), "--chart", str(folder / "chart.png")]
         assert terminal.guarded(main, ["loaders", *small, "--precision", "fp32", *files]) == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import runner
+from benchmarks import roofline, runner
 from benchmarks.runner import Case, OtherLoad, Work, Worker, _busy_seconds, _own_seconds
 from pipelines.errors import Note, RunError
 
@@ -74,6 +74,8 @@ def test_figures_flag_load_above_the_number_of_processors(monkeypatch, others, t
 def test_busy_machine_is_noted_below_the_tables_and_in_the_file(run, tmp_path, monkeypatch):
     seconds = iter(range(0, 10**7, 10**4))
     monkeypatch.setattr(runner, "_other_seconds", lambda: next(seconds))
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda _: 1e10)
+    monkeypatch.setattr(roofline, "matmul_rate", lambda *_: 1e11)
     arguments = ("--models", "resnet20", "--batch-sizes", 2, "--precisions", "fp32", "--backends", "eager")
     code, out, _ = run(
         "bench", "step", *arguments, "--rounds", 1, "--seconds", 0.01, "--threads", 1, "--json", tmp_path / "r.json"
