@@ -53,8 +53,8 @@ def random_network(name, shortcut, seed=0, **options):
     return network.double().eval()
 
 
-def random_images(count=3, seed=1):
-    return torch.randn(count, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def random_images(count=3, seed=1, side=32):
+    return torch.randn(count, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Layers:

@@ -32,26 +32,34 @@ def normalized(batch):
     return (batch - torch.tensor(card.mean)[:, None, None]) / torch.tensor(card.std)[:, None, None]
 
 
-def test_onnxruntime_computes_the_same_for_any_batch_size(run, tmp_path, batch, logits):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    path = tmp_path / "network.onnx"
-    code, out, _ = run("export", "--out", path)
-    assert code == 0
+@pytest.fixture(scope="module")
+def exported(python, tmp_path_factory):
+    """The home folder of a process that has written network.onnx to it, and what the process has printed."""
+    pytest.importorskip("onnxruntime")
+    home = tmp_path_factory.mktemp("home")
+    ours = ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [python, "-m", "fastresnet", "export", "--out", home / "network.onnx"]
+    done = subprocess.run(
+        command, env={**environment, "HOME": str(home)}, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return home, done.stdout
+
+
+def test_onnxruntime_computes_the_same_for_any_batch_size(exported, batch, logits):
+    import onnxruntime
+
+    home, out = exported
     assert "--normalize" in out
-    session, images = onnxruntime.InferenceSession(str(path)), normalized(batch)
+    session, images = onnxruntime.InferenceSession(str(home / "network.onnx")), normalized(batch)
     for size in (1, 5):
         (computed,) = session.run(["logits"], {"images": images[:size].numpy()})
         np.testing.assert_allclose(computed, logits[:size].numpy(), rtol=0, atol=1e-4)
 
 
-def test_onnxruntime_reports_nothing(python, tmp_path):
+def test_onnxruntime_reports_nothing(exported):
     """Its telemetry keeps the events to send, and an identifier of the machine, in the user's cache."""
-    pytest.importorskip("onnxruntime")
-    ours = ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    command = [python, "-m", "fastresnet", "export", "--out", tmp_path / "network.onnx"]
-    subprocess.run(command, env={**environment, "HOME": str(tmp_path)}, check=True)
-    assert not [*tmp_path.rglob("*onnxruntime*")]
+    assert not [*exported[0].rglob("*onnxruntime*")]
 
 
 def test_torch_export_computes_the_same_for_any_batch_size(run, tmp_path, batch, logits):

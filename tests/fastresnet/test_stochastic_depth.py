@@ -149,7 +149,7 @@ def test_network_in_training_matches_reference(name, shortcut):
     assert not kept.all()
     scales = kept / (1 - torch.tensor(rates, dtype=torch.float64)).view(-1, 1)
     layers = Layers(network.state_dict(), training=True, branch_scales=scales)
-    assert_trains_as(network, layers, random_images(rows), reference)
+    assert_trains_as(network, layers, random_images(rows, side=16), reference)
 
 
 @pytest.mark.parametrize("name", with_slow_ones(WITH_SHORTCUTS))
@@ -160,7 +160,7 @@ def test_rates_grow_linearly_to_that_of_the_last_block(name):
     assert [module.block for module in modules] == list(range(blocks))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", with_slow_ones(list_models()))
 def test_no_modules_without_drop_path(name):
     assert not depth_modules(on_meta(name))
 
