@@ -100,4 +100,6 @@ def train(data="cifar10", epochs=160, batch_size=128, lr=0.1, seed=0):
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(__doc__)
     train(*sys.argv[1:2], *map(int, sys.argv[2:3]))

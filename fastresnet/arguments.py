@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from fastresnet.terminal import STANDARD_OUTPUT, say
+from fastresnet.terminal import STANDARD_OUTPUT, check_json, say
 from pipelines.errors import UsageError, check_word, nearest
 
 T = TypeVar("T")
@@ -90,6 +90,8 @@ class Option:
             return text
         if get_origin(self.kind) is Literal:
             check_word(self.name, text, self.words)
+        if self.kind is Path and not text:
+            raise UsageError(f"{self.flag} is empty: give a path.")
         if self.number is None:
             return self.kind(text)
         if self.may_be_none and text.casefold() == "none":
@@ -134,6 +136,7 @@ def parse(cls: type[T], command: str, arguments: Sequence[str]) -> T:
     given = given_values(cls, command, arguments)
     for option in options_of(cls):
         if option.default is dataclasses.MISSING and not given.get(option.name):
+            check_json(given.get("json"))  # it may have taken what was meant
             needed = f"{option.metavar} ..." if option.several else option.metavar
             needed = needed if option.is_positional else f"{option.flag} {needed}"
             raise UsageError(f"{command} needs {needed} (fastresnet {command} --help).")
@@ -162,6 +165,28 @@ def given_values(cls: type, command: str, arguments: Sequence[str]) -> dict[str,
     return given
 
 
+def as_arguments(cls: type, given: Mapping[str, Any]) -> list[str]:
+    """Return arguments from which `given_values` reads `given`, with positionals first."""
+    positional, flags = list[str](), list[str]()
+    for option in options_of(cls):
+        if option.name not in given:
+            continue
+        value = given[option.name]
+        words = ["none" if word is None else str(word) for word in (value if option.several else [value])]
+        if option.is_positional:
+            positional += words
+        elif option.kind is bool:
+            flags.append(option.flags[0 if value else 1])
+        else:
+            flags += [option.flag, *words] if option.several else [f"{option.flag}={words[0]}"]
+    return [*positional, *flags]
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Return True if `arguments` ask for the help of a command."""
+    return not {*HELP}.isdisjoint(itertools.takewhile(lambda argument: argument != "--", arguments))
+
+
 def hyphenated(arguments: Sequence[str]) -> list[str]:
     """Return `arguments` with flags such as `--batch-size` for `--batch_size`."""
     return [re.sub(r"^--[a-z]\w*(?==|$)", lambda flag: flag[0].replace("_", "-"), argument) for argument in arguments]
@@ -174,7 +199,7 @@ class _Parser(argparse.ArgumentParser):
         if found := re.match(r"(.*?): expected (one|at least one|\d+) arguments?$", message):
             flag, number = found.groups()
             count = {"one": "a value", "at least one": "a value"}.get(number, f"{number} values")
-            message = f"{flag} needs {count}"
+            message = f"{flag} needs {count}; if it begins with a dash, {flag}=VALUE"
         message = re.sub(r"/\S+: ignored explicit argument", " takes no value, but is given", message)
         raise UsageError(f"{message}. See {self.prog} --help.")
 
@@ -237,12 +262,11 @@ def show_help(
     `default` has the values of options that are not given, instead of the fields' own. `groups` has headings by the
     first field of each group. `--help` describes the `common` fields, if any are named, and `--help-all` all of them.
     """
-    asked = [argument for argument in arguments if argument in HELP]
-    if not asked:
+    if not asks_for_help(arguments):
         return
     width = max(40, min(shutil.get_terminal_size().columns, 100))  # longer lines are hard to read
     options, docs = options_of(cls), docstrings_of(cls)
-    is_short = bool(common) and asked[-1] != "--help-all"
+    is_short = bool(common) and "--help-all" not in arguments
     positional = [option for option in options if option.is_positional]
     places = "".join(f" {_place(option)}" for option in positional)
     lines = [f"usage: fastresnet {command}{places} [OPTIONS]", "", *_wrapped(inspect.getdoc(cls) or "", width)]

@@ -39,7 +39,7 @@ First steps: fastresnet doctor, then fastresnet train smoke --data shapes10,
 which needs no download and takes a minute.
 """
 COMMANDS = tuple(re.findall(r"^  (\w+)", _OVERVIEW, re.MULTILINE))
-_SYNONYMS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
+_SYNONYMS = {**dict.fromkeys(HELP, "help"), "-V": "version", "--version": "version"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastresnet.config import Tta
 from fastresnet.device import DTYPES, autocast, recorded, resolve_device, supports
 from fastresnet.distributed import SINGLE, World
+from fastresnet.pretrained import find_weights
 from fastresnet.run_folder import find_run_data, root_of_run
 from fastresnet.text import for_figure
 from fastresnet.threads import Threads, settled_threads
@@ -492,11 +493,12 @@ class Predictions:
 def predict_test_set(
     run: Path, data: str | None, root: Path | None, device: str, report: Report = lambda *_: None
 ) -> Predictions:
-    """Run the network of a finished run on the test set of its data; `data` and `root` as in `find_run_data`.
+    """Run the network of a run, finished or not, on the test set of its data; `data` and `root` as in `find_run_data`.
 
     Raises `DataError` if the weights or the data set are missing or damaged, or do not match.
     """
-    weights, on = load_weights(run / "model.safetensors"), resolve_device(device)
+    file = run / "model.safetensors" if (run / "summary.json").exists() else find_weights(run)
+    weights, on = load_weights(file), resolve_device(device)
     dataset = find_run_data(run, weights.data_sha256, data, root)
     weights = match_classes(weights, run, dataset)
     dataset = weights.as_in_training(dataset)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import sys
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from fastresnet.report import message, page
 from fastresnet.run_folder import Run, read_run
@@ -54,7 +56,11 @@ class LivePage:
 
     def _shown(self, runs: Sequence[Run]) -> str:
         read = {run.folder for run in runs}
-        waiting = [f"{folder}: the first epoch is not finished." for folder in self._folders if folder not in read]
+        waiting = [
+            f"{folder}: the first epoch is not finished." if folder.exists() else f"{folder} is gone."
+            for folder in self._folders
+            if folder not in read
+        ]
         if not runs:
             return message("Waiting for the first epoch", " ".join(waiting))
         if len(runs) == 1 and runs[0].summary is not None:
@@ -113,6 +119,11 @@ class LiveServer(ThreadingHTTPServer):
         except OSError as error:
             remedy = "Give another one, or 0 for a free one."
             raise UsageError(f"--serve {port}: this port cannot be used ({error.strerror}). {remedy}") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that has closed its connection."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

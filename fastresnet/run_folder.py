@@ -131,6 +131,8 @@ def check_folder(folder: Path) -> None:
     except FileNotFoundError:  # another run has removed the folder, as it was empty
         paths = []
     for path in paths:
+        if path.name == LOG and (path.is_symlink() or path.is_dir()):
+            raise UsageError(f"{path} is a link or a folder. Remove it, or give another folder with --out.")
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UsageError(f"{path} is a pipe or a device. Remove it, or give another folder with --out.")
 
@@ -266,7 +268,7 @@ class RunFolder:
         """Write config.toml, and describe `config` and `dataset` in all weights and checkpoints that follow.
 
         config.toml has what was `asked` of the machine, such as `auto`, to repeat the run on others. The summary of a
-        finished run that goes on after `epoch` gets its number.
+        finished run that goes on after `epoch` gets its number, as do its weights.
         """
         constants = Normalization.of(config.normalization, dataset)
         self._description = {
@@ -284,7 +286,9 @@ class RunFolder:
             config = dataclasses.replace(config, data=str(dataset.folder.absolute()))
         if self.writes:
             if self.read_summary() is not None:  # it was finished
-                os.replace(self.path / "summary.json", self.path / f"summary-{epoch}.json")
+                for name, ending in (("summary", "json"), ("model", "safetensors")):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(self.path / f"{name}.{ending}", self.path / f"{name}-{epoch}.{ending}")
             write_bytes(self.path / "config.toml", config.to_toml().encode())
         lines, self._unwritten = self._unwritten, []
         self.log(*lines)
@@ -573,6 +577,8 @@ def read_run(folder: Path) -> Run:
     if not folder.exists():
         raise DataError(f"{folder} does not exist.")
     if not metrics.exists():
+        if (folder / "summary.json").exists():
+            read_summary(folder / "summary.json")  # of several seeds: an error that says so
         raise DataError(f"{folder} has no metrics.csv: it is not a run folder, or no epoch of the run is finished.")
     try:
         rows = _read_metrics(read_text(metrics))

@@ -115,10 +115,13 @@ def _notes_on_stderr() -> Iterator[None]:
     """Show each note of this program as one line, whatever -W says; leave other libraries' warnings unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", Note)
-        show_other = warnings.showwarning
+        show_other, shown = warnings.showwarning, set[str]()
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            if issubclass(category, Note) and str(message) in shown:
+                return  # its cause was met again
             if issubclass(category, Note):
+                shown.add(str(message))
                 print(for_terminal(f"fastresnet: note: {message}"), file=sys.stderr)
             else:
                 show_other(message, category, *rest, **named)
@@ -227,6 +230,8 @@ def check_output(option: str, path: Path | None, suffixes: Sequence[str] = ()) -
 
     Its folder must exist, and its name must end in one of `suffixes`, if given.
     """
+    if path is not None and path.is_dir():
+        raise UsageError(f"{option} {path} is a folder. Give a file in it.")
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}.")
     if path is not None and suffixes and path.suffix not in suffixes:

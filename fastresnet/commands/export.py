@@ -36,7 +36,8 @@ class Options:
     """File to write, or new folder of hub. Without it: the name of the network, in the current folder."""
 
     def __post_init__(self) -> None:
-        check_output("--out", self.out)
+        if self.format != "hub":  # a folder, which `export` checks
+            check_output("--out", self.out)
         if self.normalize and self.format in ("safetensors", "hub"):
             raise UsageError(f"--normalize adds normalisation to a graph, but {self.format} contains only weights.")
 

@@ -23,6 +23,7 @@ Prediction = tuple[str, list[tuple[str, float]]]
 """Image file, and its most likely classes with their probabilities, the most likely first."""
 
 BATCH_SIZE = 256
+_TOP = 3
 _SHOWN_LINES = 40  # of the table; --csv and --json write all
 _DRAWN = 16  # images of --saliency
 
@@ -38,8 +39,8 @@ class Options:
     hf-hub:USER/NAME."""
     model: str | None = None
     """Network. Without it: the one named in the file or inferred from its shapes."""
-    top: int = 3
-    """Number of most likely classes of each image."""
+    top: int | None = None
+    """Number of most likely classes of each image. Without it: 3."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them."""
     device: Device = "auto"
@@ -59,7 +60,7 @@ class Options:
         check_json(self.json)
         check_output("--saliency", self.saliency, (".png", ".svg"))
         check_threads(self.threads)
-        if self.top < 1:
+        if self.top is not None and self.top < 1:
             raise UsageError(f"--top {self.top}: give 1 or more.")
 
 
@@ -91,8 +92,9 @@ def run(arguments: list[str]) -> int:
     ):
         if reason and options.json != STANDARD_OUTPUT:
             print(reason)
-        if options.top > (top := min(options.top, weights.num_classes)):
-            note(f"--top {options.top}: there are only {top} classes.")
+        top = min(options.top or _TOP, weights.num_classes)
+        if options.top not in (None, top):
+            note(f"--top {options.top}: the network has fewer classes ({top}).")
         parts = [network(batch.to(device)).softmax(1).topk(top) for batch in batches]
     probabilities, classes = (torch.cat([part[kind].cpu() for part in parts]) for kind in (0, 1))
     if not probabilities.isfinite().all():

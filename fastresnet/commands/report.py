@@ -33,8 +33,8 @@ class Options:
         check_output("--out", self.out)
         if self.serve is not None and not 0 <= self.serve < 1 << 16:
             raise UsageError(f"--serve {self.serve} is not a port, 0..65535.")
-        if self.serve is not None and self.out is not None:
-            raise UsageError("--serve shows the page and --out writes it: give one of them.")
+        if self.serve is not None and (self.out or self.data or self.root or self.device != "auto"):
+            raise UsageError("--serve cannot be combined with --out, --data, --root or --device: it writes no page.")
 
 
 def run(arguments: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -13,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastresnet.arguments import HELP, Positional, given_values, hyphenated, show_help
+from fastresnet.arguments import HELP, Positional, as_arguments, asks_for_help, given_values, show_help
 from fastresnet.config import TrainConfig
 from fastresnet.seeds import format_accuracy, parse_seeds
 from fastresnet.terminal import check_output, load_torch, outlived_output, print_table, progress_line, say
-from pipelines.errors import UsageError, check_choice
+from pipelines.errors import DataError, UsageError, check_choice
 
 if TYPE_CHECKING:
     from pipelines.store import Dataset
@@ -85,7 +84,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def run(arguments: list[str]) -> int:
     began = time.perf_counter()
-    options = _parse(arguments)
+    options, given = _parse(arguments)
     config = TrainConfig(**_settings(options))
     if options.print_config:
         say(config.to_toml().removesuffix("\n"))
@@ -95,10 +94,12 @@ def run(arguments: list[str]) -> int:
     if options.find_lr is not None:
         return _find_lr(config, options.find_lr)
     load_torch()
+    if options.quiet:
+        os.environ.setdefault("WANDB_SILENT", "true")
     shown = contextlib.redirect_stdout(io.StringIO()) if options.quiet else contextlib.nullcontext()
     with outlived_output(), shown:
         if options.seeds is not None:
-            return _train_seeds(config, parse_seeds(options.seeds), options.per_gpu, arguments)
+            return _train_seeds(config, parse_seeds(options.seeds), options.per_gpu, given)
         return _train(config, began)
 
 
@@ -120,11 +121,14 @@ def _train(config: TrainConfig, began: float) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> Options:
-    """Read the options, whose defaults a recipe or a config file decides."""
+def _parse(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
+    """Read the options, whose defaults a recipe or a config file decides; return those given by themselves too."""
     from fastresnet.recipes import DEFAULT_RECIPE, create_config, read_config, without_replaced
 
-    given = given_values(Options, "train", [argument for argument in arguments if argument not in HELP])
+    given = {} if asks_for_help(arguments) else given_values(Options, "train", arguments)
+    if asks_for_help(arguments):  # with the defaults of what can be read
+        with contextlib.suppress(UsageError):
+            given = given_values(Options, "train", [argument for argument in arguments if argument not in HELP])
     if "seeds" in given and ("seed" in given or "RANK" in os.environ):
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     recipe, model = given.get("recipe"), given.get("model")
@@ -136,7 +140,7 @@ def _parse(arguments: list[str]) -> Options:
         base = create_config(recipe or DEFAULT_RECIPE, model)
     settings = _settings(without_replaced(base, given.keys()))
     show_help(Options, "train", arguments, default=Options(**settings), groups=_GROUPS, common=_COMMON)
-    return Options(**{**settings, **given})
+    return Options(**{**settings, **given}), given
 
 
 def _check_recipe(name: str) -> None:
@@ -201,7 +205,7 @@ def _find_lr(config: TrainConfig, picture: Path) -> int:
     return 0
 
 
-def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments: list[str]) -> int:
+def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, given: dict[str, Any]) -> int:
     import torch
 
     from fastresnet.device import resolve_device
@@ -216,14 +220,16 @@ def _train_seeds(config: TrainConfig, seeds: list[int], per_gpu: int, arguments:
             f"--per-gpu {per_gpu}: the trainings run on the CPU, one after the other, as each uses all cores. Leave "
             "--per-gpu out."
         )
-    data, arguments = _data_name(config), _without(arguments, "--seeds", "--out", "--per-gpu")
+    data = _data_name(config)
+    own = {name: value for name, value in given.items() if name not in ("seeds", "out", "per_gpu", "quiet")}
+    arguments = as_arguments(Options, own)
     folders = {
         seed: config.out / f"seed{seed}" if config.out else run_path(dataclasses.replace(config, seed=seed), data)
         for seed in seeds
     }
+    common = common_summary_path(config.out, folders)
     _check_before_data(config, folders.values())
     dataset = _find_dataset(config)
-    common = common_summary_path(config.out, folders)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     each = "one" if per_gpu == 1 else f"up to {per_gpu}"
     at_once = min(len(seeds), gpus * per_gpu)
@@ -255,9 +261,14 @@ def _data_name(config: TrainConfig) -> str:
 def _check_before_data(config: TrainConfig, folders: Iterable[Path]) -> None:
     """Raise the errors of machine and run folders, before a data set is downloaded or drawn."""
     from fastresnet.device import resolve_device
+    from fastresnet.hub import is_repository
+    from fastresnet.pretrained import is_pretrained
     from fastresnet.run_folder import check_usable
 
     resolve_device(config.device)
+    start = config.init_from
+    if start and not config.resume and not (is_pretrained(start) or is_repository(start) or os.path.exists(start)):
+        raise DataError(f"--init-from {start} does not exist.")
     for folder in folders:
         check_usable(folder, resume=config.resume)
 
@@ -281,14 +292,6 @@ def _seed_lines(summaries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     if len(summaries) > 1:
         lines.append(("mean ± SD", *accuracies(summaries), ""))
     return lines
-
-
-def _without(arguments: list[str], *flags: str) -> list[str]:
-    """Return `arguments` without `flags` and their values."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in flags:
-        parser.add_argument(flag)
-    return parser.parse_known_args(hyphenated(arguments))[1]
 
 
 def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -94,10 +94,14 @@ def find_weights(given: str | Path) -> Path:
 
 
 def _weights_of_run(folder: Path) -> Path:
+    from fastresnet.run_folder import read_summary
+
     final, best = folder / "model.safetensors", folder / "best.ckpt"
     if final.exists():
         return final
     if not best.exists():
+        if (folder / "summary.json").exists():
+            read_summary(folder / "summary.json")  # of several seeds: an error that says so
         raise DataError(f"{folder} is a folder without model.safetensors. Give a run folder, or a file of weights.")
     note(f"{folder} is not finished: taking {best}, of its best epoch so far.")
     return best

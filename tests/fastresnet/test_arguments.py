@@ -6,7 +6,16 @@ from typing import Literal
 
 import pytest
 
-from fastresnet.arguments import Hidden, JsonFile, Positional, PositionalOrFlag, parse, show_help
+from fastresnet.arguments import (
+    Hidden,
+    JsonFile,
+    Positional,
+    PositionalOrFlag,
+    as_arguments,
+    given_values,
+    parse,
+    show_help,
+)
 from fastresnet.cli import COMMANDS
 from pipelines.errors import UsageError
 
@@ -80,6 +89,17 @@ def test_positionals_after_two_dashes_may_look_like_flags():
     assert given("stew", "--", "-x").guests == ("-x",)
 
 
+def test_given_values_are_written_as_arguments_again():
+    words = [
+        *("stew", "--plates", "none", "--sauces", "4", "5", "--no-spicy", "--serve-hot", "ann", "--book=-x.txt"),
+        *("--size", "1", "2.5", "--salt", "1e-3"),
+    ]
+    values = given_values(Options, "cook", words)
+    again = as_arguments(Options, values)
+    assert again[:2] == ["stew", "ann"]
+    assert given_values(Options, "cook", again) == values
+
+
 def test_flags_may_have_underscores_and_values_keep_theirs():
     assert given("stew", "--serve_hot", "--book=a_b=c_d").book == Path("a_b=c_d")
 
@@ -102,6 +122,9 @@ def test_json_takes_a_file_or_none():
         ([], "cook needs DISH"),
         (["stew", "--dish", "soup"], "DISH is given twice: stew and --dish"),
         (["stew", "--plates"], "--plates needs a value"),
+        (["stew", "--salt", "-1e-3"], "--salt needs a value; if it begins with a dash, --salt=VALUE"),
+        (["stew", "--book", ""], "--book is empty"),
+        (["--json", "stew"], "--json stew: give a name that ends in .json"),
         (["stew", "--plates", "many"], "--plates 'many': give a whole number"),
         (["stew", "--plates", "1.5"], "--plates '1.5': give a whole number"),
         (["stew", "--heat", "hot"], "--heat 'hot': give a whole number or auto"),

@@ -660,3 +660,10 @@ def test_training_needs_no_torchvision(python, data_root, tmp_path, without_torc
     environment = json.loads((tmp_path / "run" / "summary.json").read_text())["environment"]
     assert environment["versions"].get("torchvision") is None
     assert environment["versions"]["torch"]
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "x"], ["foo", "bar"], ["--epochs"]])
+def test_help_of_train_is_printed_whatever_values_are_wrong(run, arguments):
+    code, out, err = run("train", *arguments, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: fastresnet train [RECIPE] [OPTIONS]")

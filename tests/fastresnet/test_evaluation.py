@@ -336,7 +336,7 @@ def test_another_data_set_of_the_same_name_is_noted(varied, tmp_path, dataset, d
     assert accuracies(file, None, data_root)[1] == []
     save_tensors(file, varied.state_dict(), {**description, "data_sha256": "0" * 64})
     (note,) = accuracies(file, None, data_root)[1]
-    assert "trained on another data set shapes10" in note
+    assert note.startswith(f"{dataset.folder} is not the shapes10 on which {file} was trained")
     assert accuracies(file, "shapes10", data_root)[1] == []
 
 

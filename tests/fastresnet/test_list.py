@@ -48,10 +48,10 @@ def test_models_have_their_published_size(run):
 def test_recipes_have_their_length_and_measured_accuracy(run):
     _, out, _ = run("list", "recipes")
     cells = {line.split()[1]: [cell.strip() for cell in line.split("│")] for line in out.splitlines() if "│" in line}
-    length = {name: row[4] for name, row in cells.items()}
+    length = {name: row[3] for name, row in cells.items()}
     assert (length["fast"], length["paper"], length["smoke"]) == ("20 epochs", "64,000 iterations", "1 epoch")
-    assert cells["smoke"][5:7] == ["not measured", "–"]
-    assert cells["speedrun"][3] == create_config("speedrun").model
+    assert cells["smoke"][4:6] == ["not measured", "–"]
+    assert cells["speedrun"][2] == create_config("speedrun").model
 
 
 def test_data_sets_are_the_built_in_ones_and_all_in_the_folder(run, tmp_path, dataset):

@@ -118,7 +118,7 @@ def test_port_in_use_and_folder_without_a_run_are_refused(server, begun, tmp_pat
         live.LiveServer([begun, tmp_path], 0)
     for arguments, message in (
         (["--serve", "70000"], "--serve 70000 is not a port, 0..65535"),
-        (["--serve", "0", "--out", tmp_path / "x.html"], "give one of them"),
+        (["--serve", "0", "--out", tmp_path / "x.html"], "--serve cannot be combined with --out"),
     ):
         code, _, err = run("report", begun, *arguments)
         assert (code, err.count("\n")) == (2, 1)

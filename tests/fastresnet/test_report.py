@@ -203,7 +203,7 @@ def test_legend_of_a_range_test_is_beside_the_curve():
         (["{run}", "--kind", "curve"], 2, "did you mean 'curves'"),
         (["{run}", "--out", "picture.bmp"], 2, "ends in .png or .svg"),
         (["{run}", "{run}", "--kind", "confusion"], 2, "takes only one run"),
-        (["nowhere"], 3, "nowhere has no metrics.csv"),
+        (["nowhere"], 3, "nowhere does not exist"),
         (["{damaged}"], 3, "metrics.csv is damaged"),
         (["{run}", "--kind", "mistakes", "--data", "cifar"], 3, "cifar, the data set that"),
         (["{run}", "--kind", "confusion", "--device", "tpu"], 2, "unknown device 'tpu'"),

@@ -15,6 +15,8 @@ import torch
 
 from benchmarks.accuracy import RESULTS, add
 from fastresnet import seeds
+from fastresnet.arguments import given_values
+from fastresnet.commands.train import Options
 from fastresnet.seeds import finished_seeds, format_seeds, parse_seeds, summarize
 from fastresnet.training.loggers import PlainLogger, Status
 from pipelines.errors import DataError, UsageError
@@ -175,6 +177,25 @@ def test_failed_training_is_reported_and_the_others_continue(run, tmp_path):
     assert (tmp_path / "seed2" / "summary.json").exists()
 
 
+def test_trainings_get_the_arguments_in_any_order(monkeypatch, tmp_path, dataset):
+    """A recipe after a list of numbers, or after two dashes, stays the recipe."""
+    from fastresnet.commands import train
+
+    passed = []
+    monkeypatch.setattr(seeds, "train_seeds", lambda arguments, *_, **__: passed.append(arguments) or [])
+    monkeypatch.setattr(train, "_find_dataset", lambda _: dataset)
+    monkeypatch.setattr(train, "print_table", lambda *_, **__: None)
+    monkeypatch.setattr(seeds, "summarize", lambda *_: {})
+    for words in (
+        ["--milestones", "0.5", "--seeds", "0-1", "smoke", "--out", str(tmp_path / "a"), "--data", "shapes10"],
+        ["--milestones", "0.5", "--data=shapes10", "--seeds", "0-1", "--out", str(tmp_path / "a"), "--", "smoke"],
+    ):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        train.run(words)
+        (tmp_path / "a" / "summary.json").unlink()
+    assert passed == [["smoke", "--data=shapes10", "--milestones", "0.5"]] * 2
+
+
 def test_folder_with_a_run_is_refused_before_any_training_and_before_data_is_drawn(run, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTRESNET_DATA", str(tmp_path / "data"))
     (tmp_path / "seed2").mkdir()
@@ -264,7 +285,9 @@ def test_trainings_on_each_gpu_are_announced_and_not_an_option_of_theirs(run, tm
     code, out, _ = run("train", *SMALL, "--device", "cuda", "--seeds", "0-2", *options, "--out", tmp_path)
     assert code == 0
     assert message in out
-    assert started == [([*SMALL, "--device", "cuda"], 8 if options else 2, 1, 2)]
+    ((arguments, *numbers),) = started
+    assert numbers == [8 if options else 2, 1, 2]
+    assert given_values(Options, "train", arguments) == given_values(Options, "train", [*SMALL, "--device", "cuda"])
 
 
 @pytest.mark.parametrize(
@@ -297,8 +320,8 @@ def test_conflicting_or_invalid_seed_flags_are_refused(run, tmp_path, arguments)
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        (("plot",), 3, "it is not a run folder"),
-        (("report",), 3, "it is not a run folder"),
+        (("plot",), 3, "has the runs of several seeds. Give one of them"),
+        (("report",), 3, "has the runs of several seeds. Give one of them"),
         (("train", *SMALL, "--out"), 2, "has the runs of several seeds. Give another folder with --out"),
         (("train", *SMALL, "--resume", "--out"), 2, "has the runs of several seeds. Give another folder with --out"),
     ],

@@ -117,11 +117,13 @@ def test_single_batch_or_single_processor_needs_no_trial(monkeypatch):
     assert not machine.tried
 
 
-def test_steps_too_long_for_a_trial_leave_the_number_as_it_is():
+def test_steps_too_long_for_a_trial_get_one_thread():
+    """They may be long because of other work, beside which several threads are slower still."""
     machine = Machine(idle_machine)
     torch.set_num_threads(2)
     choice = fastest_threads(lambda images: machine.step(images, 0.3), 128, 2, clock=machine.clock)
-    assert choice == (2, "threads 2: PyTorch's default, as trial steps would take too long")
+    assert choice[0] == 1
+    assert "trial steps would take too long" in choice[1]
     assert set(machine.tried) == {1}
 
 

@@ -111,7 +111,17 @@ def test_run_writes_all_its_files_and_they_agree(finished):
     assert summary["best_chosen_on"] == "test"
     assert "chosen on the test set itself" in out
     assert (summary["recipe"], summary["data"], summary["seed"]) == ("smoke", "shapes10", 0)
-    assert summary["settings"] == from_toml(folder / "config.toml").to_dict()
+    asked, chosen = from_toml(folder / "config.toml").to_dict(), summary["settings"]
+    assert {name: chosen[name] for name in asked if asked[name] != chosen[name]} == {
+        "device": "cpu",
+        "compile": "off",
+        "pipeline": "resident",
+    }
+    assert {asked[name] for name in ("device", "compile", "pipeline", "kernels")} == {"auto"}
+    log = (folder / "train.log").read_text()
+    assert all(line in out for line in log.splitlines()[:-1])
+    assert log.count("epoch   ") == 2
+    assert log.splitlines()[-1].startswith(f"finished: test accuracy {summary['test_accuracy']:.2f} %")
     assert (summary["settings"]["batch_size"], summary["settings"]["epochs"]) == (32, 2)
     # Multiply-adds forward; twice that backward, less the first convolution's gradient with respect to the images.
     first = 3 * 16 * 9 * 1024
