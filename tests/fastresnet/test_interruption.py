@@ -25,7 +25,7 @@ def armed(self, images, labels):
         {fault}
     original(self, images, labels)
 TrainStep.__call__ = armed
-tiny_runs.shrink_resnet20_and_skip_curves()
+tiny_runs.shorten_runs()
 run_folder.SAVE_EVERY_S = {save_every_s}
 sys.exit(cli.main(sys.argv[1:]))
 """
