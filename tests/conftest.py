@@ -34,7 +34,7 @@ os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables are folded to it
 
 # PyTorch's modules and all tests live until the end: collecting garbage among them took a tenth of the time.
-gc.set_threshold(20_000, 10, 10)
+gc.set_threshold(50_000, 20, 10)
 
 
 def pytest_collection_finish():
