@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fastresnet.callbacks import Callback
 from fastresnet.checkpoint import HostCopy, copy_to_host, load_tensors, save_tensors
 from fastresnet.config import ENDING, TrainConfig, differences, from_dict, from_toml
+from fastresnet.distributed import world_of_torchrun
 from fastresnet.text import for_terminal
 from pipelines.augment import Normalization
 from pipelines.errors import DataError, Note, UsageError, UserError
@@ -147,9 +148,13 @@ def check_unused(folder: Path, *, resume: bool) -> None:
 
 
 def check_usable(folder: Path, *, resume: bool) -> None:
-    """Raise the errors that a training in `folder` would begin with: before the work for it, which may take minutes."""
-    with RunFolder(folder).locked():
-        check_unused(folder, resume=resume)
+    """Raise the errors that a training in `folder` would begin with: before the work for it, which may take minutes.
+
+    Of several ranks, only the main one checks: it may have begun the run when another one comes here.
+    """
+    if world_of_torchrun().is_main:
+        with RunFolder(folder).locked():
+            check_unused(folder, resume=resume)
 
 
 class RunFolder:

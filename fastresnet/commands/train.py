@@ -109,12 +109,11 @@ def _train(config: TrainConfig, began: float) -> int:
     from fastresnet.run_folder import run_path
     from fastresnet.training.loop import train
 
-    main = world_of_torchrun().is_main
     imported = time.perf_counter()
-    if main:
-        _check_before_data(config, [run_path(config, _data_name(config))])
+    _check_before_data(config, [run_path(config, _data_name(config))])
     dataset = _find_dataset(config)
     spent = {"import": imported - began, "data": time.perf_counter() - imported}
+    main = world_of_torchrun().is_main
     summary = train(config, dataset, PlainConsole(quiet=not main), spent)
     if main:
         print_table("result", _summary_lines(summary))
@@ -125,10 +124,9 @@ def _parse(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
     """Read the options, whose defaults a recipe or a config file decides; return those given by themselves too."""
     from fastresnet.recipes import DEFAULT_RECIPE, create_config, read_config, without_replaced
 
-    given = {} if asks_for_help(arguments) else given_values(Options, "train", arguments)
-    if asks_for_help(arguments):  # with the defaults of what can be read
-        with contextlib.suppress(UsageError):
-            given = given_values(Options, "train", [argument for argument in arguments if argument not in HELP])
+    given = dict[str, Any]()
+    with contextlib.suppress(*[UsageError] * asks_for_help(arguments)):  # help has the defaults of what can be read
+        given = given_values(Options, "train", [argument for argument in arguments if argument not in HELP])
     if "seeds" in given and ("seed" in given or "RANK" in os.environ):
         raise UsageError("--seeds cannot be combined with --seed or torchrun.")
     recipe, model = given.get("recipe"), given.get("model")
