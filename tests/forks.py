@@ -79,7 +79,7 @@ def exit_as(code: int) -> None:
 EVERYTHING = (
     *("matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "torch._dynamo", "torch.distributed.run"),
     *("fastresnet.commands.train", "fastresnet.plotting", "fastresnet.recipes", "fastresnet.training.loop"),
-    *("pipelines.prepare", "pipelines.resident", "typeguard"),
+    *("pipelines.prepare", "pipelines.resident"),
 )
 """Modules that a training imports. None may start a thread."""
 COMPILED = ("fastresnet.models.batchnorm._kernels", "pipelines.augment._load")
