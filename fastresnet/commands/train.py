@@ -16,7 +16,7 @@ from fastresnet.arguments import HELP, Positional, as_arguments, asks_for_help, 
 from fastresnet.config import TrainConfig
 from fastresnet.seeds import format_accuracy, parse_seeds
 from fastresnet.terminal import check_output, load_torch, outlived_output, print_table, progress_line, say
-from pipelines.errors import DataError, UsageError, check_choice
+from pipelines.errors import UsageError, check_choice
 
 if TYPE_CHECKING:
     from pipelines.store import Dataset
@@ -259,14 +259,11 @@ def _data_name(config: TrainConfig) -> str:
 def _check_before_data(config: TrainConfig, folders: Iterable[Path]) -> None:
     """Raise the errors of machine and run folders, before a data set is downloaded or drawn."""
     from fastresnet.device import resolve_device
-    from fastresnet.hub import is_repository
-    from fastresnet.pretrained import is_pretrained
     from fastresnet.run_folder import check_usable
+    from fastresnet.training.network import with_identified_weights
 
     resolve_device(config.device)
-    start = config.init_from
-    if start and not config.resume and not (is_pretrained(start) or is_repository(start) or os.path.exists(start)):
-        raise DataError(f"--init-from {start} does not exist.")
+    with_identified_weights(config, started=config.resume)  # a run that has started does without them
     for folder in folders:
         check_usable(folder, resume=config.resume)
 

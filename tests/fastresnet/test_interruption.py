@@ -353,8 +353,8 @@ def test_a_link_in_the_place_of_the_log_is_not_followed(run, tmp_path):
     log = tmp_path / "run" / "seed1" / "train.log"
     log.symlink_to(tmp_path / "precious")
     code, _, err = run(*ARGUMENTS, "--seeds", "1", "--out", tmp_path / "run")
-    assert code == 1
-    assert f"{log}: it is a symbolic link, which is not followed." in err
+    assert code == 2
+    assert f"{log} is a link or a folder. Remove it" in err
     assert (tmp_path / "precious").read_text() == "text"
 
 
